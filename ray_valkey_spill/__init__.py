@@ -1,0 +1,36 @@
+"""Ray object spilling to Valkey.
+
+Once installed, `{"type": "valkey", "params": {"url": "valkey://host:6379/0"}}` is a valid
+`object_spilling_config` for Ray; nothing has to be imported. See the README.
+"""
+
+# Every interpreter of the environment imports this module at start-up (see `_startup`), so it loads
+# nothing, not even typing: what it exports is imported when it is first asked for.
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ray_valkey_spill.config import spilling_config, system_config
+    from ray_valkey_spill.storage import ValkeyStorage
+
+__all__ = ["ValkeyStorage", "__version__", "spilling_config", "system_config"]
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ValkeyStorage": "ray_valkey_spill.storage",
+    "spilling_config": "ray_valkey_spill.config",
+    "system_config": "ray_valkey_spill.config",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

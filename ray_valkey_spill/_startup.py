@@ -1,0 +1,96 @@
+"""Teaches Ray the storage type "valkey", in every interpreter of the environment.
+
+Ray has no plug-in point for a storage class: `setup_external_storage` of
+`ray._private.external_storage` is a closed if/elif over the config's type, and the processes that
+spill call it before they run any code of the user's. So it is extended as Ray's module is imported.
+
+Up to Python 3.14, `ray_valkey_spill.pth` puts a finder on `sys.meta_path` when an interpreter
+starts, without importing anything, since most interpreters never hear of Ray; the finder calls
+`find_spec` here. From Python 3.15 on `ray_valkey_spill.start` takes its place (PEP 829) and calls
+`install`. Both have one name and one effect, and doing either twice does nothing more.
+
+`RAY_VALKEY_SPILL_DISABLE=1` in the environment switches it off. Standard library only.
+"""
+
+import os
+import sys
+
+RAY_MODULE = "ray._private.external_storage"
+RAY_FUNCTION = "setup_external_storage"
+STORAGE_TYPE = "valkey"
+
+
+class RayValkeySpillFinder:
+    """What `ray_valkey_spill.pth` defines too, to the letter of its name."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]
+        return find_spec(name, path, target) if name == RAY_MODULE else None
+
+
+def install() -> None:
+    """Have Ray know the type, now or once its module is imported."""
+    module = sys.modules.get(RAY_MODULE)
+    if module is not None:
+        if not is_disabled():
+            _extend(module)
+    elif not is_installed():
+        sys.meta_path.insert(0, RayValkeySpillFinder)
+
+
+def is_installed() -> bool:
+    """Whether Ray knows the type in this interpreter, or will once its module is imported."""
+    module = sys.modules.get(RAY_MODULE)
+    if module is not None:
+        return hasattr(getattr(module, RAY_FUNCTION, None), "ray_valkey_spill_original")
+    return any(
+        getattr(finder, "__name__", "") == RayValkeySpillFinder.__name__
+        for finder in sys.meta_path
+    )
+
+
+def is_disabled() -> bool:
+    return os.environ.get("RAY_VALKEY_SPILL_DISABLE", "").lower() in ("1", "true", "yes")
+
+
+def find_spec(name, path, target):  # type: ignore[no-untyped-def]
+    """Find Ray's module as everybody else would, and have it extended right after it has run."""
+    if is_disabled():
+        return None
+    for finder in sys.meta_path:
+        ours = getattr(finder, "__name__", "") == RayValkeySpillFinder.__name__
+        others_find_spec = None if ours else getattr(finder, "find_spec", None)
+        spec = others_find_spec and others_find_spec(name, path, target)
+        if spec is not None:
+            break
+    else:
+        return None
+    exec_module = spec.loader.exec_module
+
+    def exec_and_extend(module):  # type: ignore[no-untyped-def]
+        exec_module(module)
+        _extend(module)
+
+    spec.loader.exec_module = exec_and_extend
+    return spec
+
+
+def _extend(module):  # type: ignore[no-untyped-def]
+    """Have the module's function make a ValkeyStorage where the config asks for one."""
+    original = getattr(module, RAY_FUNCTION, None)
+    if hasattr(original, "ray_valkey_spill_original"):
+        return
+
+    def setup_external_storage(*args, **kwargs):  # type: ignore[no-untyped-def]
+        config = args[0] if args else kwargs.get("config")
+        if isinstance(config, dict) and config.get("type") == STORAGE_TYPE:
+            from ray_valkey_spill.registration import set_up
+
+            return set_up(module, original, *args, **kwargs)
+        if original is None:
+            raise AttributeError(f"module {RAY_MODULE!r} has no attribute {RAY_FUNCTION!r}")
+        return original(*args, **kwargs)
+
+    setup_external_storage.__doc__ = getattr(original, "__doc__", None)
+    setup_external_storage.ray_valkey_spill_original = original  # type: ignore[attr-defined]
+    setattr(module, RAY_FUNCTION, setup_external_storage)

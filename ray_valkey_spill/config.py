@@ -1,0 +1,422 @@
+"""Parameters: their names, defaults and checks. Pure: nothing is opened or connected to.
+
+A parameter comes from the spilling config, else from `RAY_VALKEY_SPILL_<NAME>`, else it has its
+default. The password is no parameter: Ray puts the spilling config on the command line of its IO
+workers, where everyone on the machine can read it, so it comes from `RAY_VALKEY_SPILL_PASSWORD`,
+from `password_file`, or from a url that is itself taken from the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from ray_valkey_spill.errors import ConfigError
+
+__all__ = ["ENV_PREFIX", "STORAGE_TYPE", "Address", "Config", "spilling_config", "system_config"]
+
+STORAGE_TYPE = "valkey"
+ENV_PREFIX = "RAY_VALKEY_SPILL_"
+_NOT_PARAMETERS = {"DISABLE", "PASSWORD"}
+
+KIB = 1024
+MIB = 1024 * KIB
+MIN_CHUNK_SIZE = 1 * KIB
+MAX_CHUNK_SIZE = 16 * MIB
+
+# Keys must survive inside Ray's `base?offset=N&size=M`, Valkey's glob patterns (ACLs), and our own
+# separators; a namespace moreover must not contain the ":" that ends it.
+_PREFIX_PATTERN = re.compile(r"ray:[A-Za-z0-9_.:@-]*")
+_NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_.@-]{1,128}")
+_PLAIN_SCHEMES = ("valkey", "redis", "unix")
+_TLS_SCHEMES = ("valkeys", "rediss")
+
+
+# --- kinds of parameters: what a value must be, from JSON or from an environment variable ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    expected: str
+    check: Callable[[Any], Any]  # raises ValueError
+    from_text: Callable[[str], Any] = str
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+def _integer(low: int, high: float) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError
+        return value
+
+    return check
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError
+    if not math.isfinite(value) or value < 0:
+        raise ValueError
+    return float(value)
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _boolean_text(text: str) -> bool:
+    return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
+        text.strip().lower()
+    ]
+
+
+def _matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise ValueError
+        return value
+
+    return check
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise ValueError
+        return str(value)
+
+    return check
+
+
+_STRING = _Kind("a non-empty string", _string)
+_BOOLEAN = _Kind("true or false", _boolean, _boolean_text)
+_COUNT = _Kind("a whole number, 0 or more", _integer(0, math.inf), int)
+
+
+def _parameter(default: Any, kind: _Kind, meaning: str, *, supported: bool = True) -> Any:
+    metadata = {"kind": kind, "meaning": meaning, "supported": supported}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the server is: `host` and `port`, or the `path` of a unix socket."""
+
+    host: str = ""
+    port: int = 6379
+    path: str = ""
+    db: int = 0
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix://{self.path}" + (f"?db={self.db}" if self.db else "")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"valkey://{host}:{self.port}/{self.db}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All parameters, checked. Make one with `Config.load`."""
+
+    url: str = _parameter(
+        "valkey://127.0.0.1:6379/0",
+        _STRING,
+        "the server: valkey://host:port/db, redis://host:port/db or unix:///path?db=N",
+    )
+    sentinel_service: str | None = _parameter(
+        None,
+        _STRING,
+        "the hosts in url are Sentinels; ask them for this service's primary",
+        supported=False,
+    )
+    namespace: str = _parameter(
+        "default",
+        _Kind(
+            "1 to 128 letters, digits or any of _ . @ - (no ':')", _matching(_NAMESPACE_PATTERN)
+        ),
+        "keeps Ray clusters that share a server apart",
+    )
+    key_prefix: str = _parameter(
+        "ray:spill:",
+        _Kind(
+            "a prefix that begins with 'ray:' and has only letters, digits and _ . : @ -",
+            _matching(_PREFIX_PATTERN),
+        ),
+        "what every key begins with; must begin with ray:",
+    )
+    # A value of exactly 2^k bytes costs the next jemalloc size class, a quarter more; payload and
+    # allocation headers stay below the power of two with these 128 bytes to spare.
+    chunk_size: int = _parameter(
+        MIB - 128,
+        _Kind(
+            f"a whole number of bytes from {MIN_CHUNK_SIZE} to {MAX_CHUNK_SIZE}",
+            _integer(MIN_CHUNK_SIZE, MAX_CHUNK_SIZE),
+            int,
+        ),
+        "bytes of an object per key",
+    )
+    compression: str = _parameter(
+        "auto",
+        _Kind("'auto', 'lz4' or 'none'", _one_of("auto", "lz4", "none")),
+        "auto samples and stores incompressible data as it is",
+    )
+    max_bytes: int | None = _parameter(
+        None, _COUNT, "budget of the namespace in Valkey, counted as stored bytes", supported=False
+    )
+    overflow_uri: str | None = _parameter(
+        None,
+        _STRING,
+        "a pyarrow.fs URI every node can reach; takes what Valkey has no room for",
+        supported=False,
+    )
+    allow_eviction: bool = _parameter(
+        False, _BOOLEAN, "accept a server whose policy may evict spilled chunks"
+    )
+    min_replicas: int = _parameter(
+        0, _COUNT, "replicas that must have a spill before it is reported as done", supported=False
+    )
+    retry_timeout: float = _parameter(
+        30.0,
+        _Kind("a number of seconds, 0 or more", _seconds, float),
+        "seconds for which a broken connection or a loading server is retried",
+    )
+    tls_ca_file: str | None = _parameter(None, _STRING, "TLS: own CA", supported=False)
+    tls_cert_file: str | None = _parameter(
+        None, _STRING, "TLS: client certificate", supported=False
+    )
+    tls_key_file: str | None = _parameter(
+        None, _STRING, "TLS: key of the client certificate", supported=False
+    )
+    username: str | None = _parameter(None, _STRING, "ACL user")
+    password_file: str | None = _parameter(None, _STRING, "a file with the ACL user's password")
+    encryption_key_file: str | None = _parameter(
+        None, _STRING, "seals every chunk (AES-256-GCM)", supported=False
+    )
+    address: Address = field(default_factory=Address, init=True)
+
+    @classmethod
+    def load(
+        cls, params: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+    ) -> Config:
+        """Check `params` and the environment.
+
+        Args:
+            params: the spilling config's parameters, as JSON gives them. `None` values count as
+                not given.
+            environ: the environment; `os.environ` unless a test passes its own.
+
+        Raises:
+            ConfigError: naming the parameter, the nearest valid name, or what was expected.
+        """
+        environ = os.environ if environ is None else environ
+        values, sources = _collect(params or {}, environ)
+        # The url is parsed before anything else is checked, so that no later message can be the
+        # first to meet, and repeat, a url with a password in it.
+        address = _parse_url(
+            values.get("url", cls.url_default()), from_config=sources.get("url") == "config"
+        )
+        checked = {name: _check(name, value, sources[name]) for name, value in values.items()}
+        username = checked.get("username")
+        if username and address.username and username != address.username:
+            raise ConfigError(
+                f"username is {username!r}, but url names the user {address.username!r}: "
+                "give one of them"
+            )
+        password = environ.get(f"{ENV_PREFIX}PASSWORD") or address.password
+        return cls(
+            **checked,
+            address=Address(
+                host=address.host,
+                port=address.port,
+                path=address.path,
+                db=address.db,
+                username=username or address.username,
+                password=password,
+            ),
+        )
+
+    @classmethod
+    def url_default(cls) -> str:
+        return str(_PARAMETERS["url"].default)
+
+    @classmethod
+    def parameter_names(cls) -> list[str]:
+        return list(_PARAMETERS)
+
+    def __repr__(self) -> str:
+        changed = ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name, parameter in _PARAMETERS.items()
+            if name != "url" and getattr(self, name) != parameter.default
+        )
+        return f"Config(address={str(self.address)!r}{', ' + changed if changed else ''})"
+
+
+_PARAMETERS = {f.name: f for f in fields(Config) if f.metadata}
+
+
+def _collect(
+    params: Mapping[str, Any], environ: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values given, and for each whether it is from the `config` or which variable."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable[len(ENV_PREFIX) :] in _NOT_PARAMETERS:
+            continue
+        name = variable[len(ENV_PREFIX) :].lower()
+        if name not in _PARAMETERS or variable != variable.upper():
+            raise ConfigError(_unknown(variable, [ENV_PREFIX + n.upper() for n in _PARAMETERS]))
+        if text == "":
+            continue
+        kind: _Kind = _PARAMETERS[name].metadata["kind"]
+        try:
+            values[name] = kind.from_text(text)
+        except (KeyError, ValueError):
+            raise ConfigError(_ill_typed(variable, kind, text)) from None
+        sources[name] = variable
+    for name, value in params.items():
+        if name not in _PARAMETERS:
+            if name in ("password", "passwd"):
+                raise ConfigError(_PASSWORD_MEND.format(what="a password as a parameter"))
+            raise ConfigError(_unknown(name, list(_PARAMETERS)))
+        if value is not None:
+            values[name] = value
+            sources[name] = "config"
+    return values, sources
+
+
+def _check(name: str, value: Any, source: str) -> Any:
+    parameter = _PARAMETERS[name]
+    kind: _Kind = parameter.metadata["kind"]
+    called = name if source == "config" else source
+    try:
+        checked = kind.check(value)
+    except ValueError:
+        raise ConfigError(_ill_typed(called, kind, value)) from None
+    if not parameter.metadata["supported"] and checked != parameter.default:
+        raise ConfigError(f"{called} is not supported yet by this version: remove it")
+    return checked
+
+
+_PASSWORD_MEND = (
+    "{what} is refused, because Ray puts the spilling config on the command lines of its workers, "
+    "where every user of the machine can read it: set RAY_VALKEY_SPILL_PASSWORD in the environment "
+    "of every node, or give password_file, the path of a file with the password"
+)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.5)
+    if nearest:
+        match = next(k for k in known if k.lower() == nearest[0])
+        return f"unknown parameter {name!r}: did you mean {match!r}?"
+    return f"unknown parameter {name!r}: expected one of {', '.join(known)}"
+
+
+def _ill_typed(name: str, kind: _Kind, value: Any) -> str:
+    shown = repr(value)
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
+    return f"{name} must be {kind.expected}, not {type(value).__name__} {shown}"
+
+
+def _parse_url(url: Any, *, from_config: bool) -> Address:
+    """Parse `url`; its text never appears in an error, since it may hold a password."""
+    if not isinstance(url, str) or not url:
+        raise ConfigError(_ill_typed("url", _STRING, type(url)))
+    try:
+        parts = urlsplit(url)
+        has_password = parts.password is not None
+        hosts = parts.netloc.rpartition("@")[2]
+    except ValueError as error:
+        raise ConfigError(f"url cannot be parsed: {error}") from None
+    if has_password and from_config:
+        raise ConfigError(_PASSWORD_MEND.format(what="a password in url"))
+    scheme = parts.scheme
+    if scheme in _TLS_SCHEMES:
+        raise ConfigError(f"url: TLS ({scheme}://) is not supported yet by this version")
+    if scheme not in _PLAIN_SCHEMES:
+        raise ConfigError(
+            f"url must begin with valkey://, redis:// or unix://, not with {scheme + '://'!r}"
+            if "://" in url
+            else "url must begin with valkey://, redis:// or unix://, as in valkey://host:6379/0"
+        )
+    if "," in hosts:
+        raise ConfigError(
+            "url names several hosts: clusters and Sentinels are not supported yet by this version"
+        )
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    unknown = set(query) - ({"db"} if scheme == "unix" else set())
+    if unknown or parts.fragment:
+        what = f"?{min(unknown)}=" if unknown else "#"
+        raise ConfigError(
+            f"url has {what!r}, which means nothing here: options are parameters of their own "
+            f"({', '.join(_PARAMETERS)})"
+        )
+    username = unquote(parts.username) if parts.username else None
+    password = unquote(parts.password) if parts.password else None
+    if scheme == "unix":
+        # unix://name/... would silently lose its first component to the host part.
+        if hosts or not parts.path:
+            raise ConfigError(
+                "url of a unix socket needs an absolute path: unix:///run/valkey.sock"
+            )
+        db = _database(query.get("db", "0"))
+        return Address(path=unquote(parts.path), db=db, username=username, password=password)
+    try:
+        port = parts.port
+    except ValueError:
+        raise ConfigError("url: the port must be a number from 1 to 65535") from None
+    if not parts.hostname or port == 0:
+        raise ConfigError("url must name a host and a port, as in valkey://host:6379/0")
+    db = _database(parts.path.strip("/") or "0")
+    return Address(
+        host=parts.hostname, port=port or 6379, db=db, username=username, password=password
+    )
+
+
+def _database(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ConfigError(f"url: the database must be a number, as in /0, not {text!r}")
+    return int(text)
+
+
+# --- what a user puts into Ray's configuration ---
+
+
+def spilling_config(url: str | None = None, **params: Any) -> str:
+    """The JSON for Ray's `object_spilling_config`, with the parameters checked.
+
+    Args:
+        url: the server; without it every node takes `RAY_VALKEY_SPILL_URL` or the default.
+        **params: any other parameter of `Config`.
+
+    Raises:
+        ConfigError: if Ray would refuse to start with it.
+    """
+    given = {"url": url, **params}
+    given = {name: value for name, value in given.items() if value is not None}
+    Config.load(given, environ={})
+    return json.dumps({"type": STORAGE_TYPE, "params": given})
+
+
+def system_config(url: str | None = None, **params: Any) -> dict[str, str]:
+    """What to pass as `ray.init(_system_config=…)`; arguments and errors of `spilling_config`."""
+    return {"object_spilling_config": spilling_config(url, **params)}

@@ -1,0 +1,65 @@
+"""Every error this package raises.
+
+    SpillError
+    ├── ConfigError                 a parameter is unknown, ill-typed, unsafe or not supported yet
+    ├── IncompatibleRayError        Ray's internals are not the ones this version knows
+    ├── LostObjectError             what was spilled is gone or damaged; retrying cannot help
+    └── ServerError
+        ├── ServerUnavailableError  no answer, broken connection, loading: retrying may help
+        ├── ServerFullError         the server has no memory left for us (OOM)
+        ├── ServerRefusedError      wrong password, missing permission, read-only, forbidden
+        └── NotValkeyError          something answers there, but not in the Valkey protocol
+
+Errors of the client library and of the server are translated in one place, `ray_valkey_spill.wire`.
+No message ever holds a password.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "IncompatibleRayError",
+    "LostObjectError",
+    "NotValkeyError",
+    "ServerError",
+    "ServerFullError",
+    "ServerRefusedError",
+    "ServerUnavailableError",
+    "SpillError",
+]
+
+
+class SpillError(Exception):
+    """Base of every error of this package."""
+
+
+class ConfigError(SpillError, ValueError):
+    """A parameter is wrong; the message names it, what was expected, and the mend."""
+
+
+class IncompatibleRayError(SpillError, RuntimeError):
+    """The installed Ray does not have the functions this package plugs into."""
+
+
+class LostObjectError(SpillError):
+    """A spilled object cannot be had back: its header or a chunk is missing or damaged."""
+
+
+class ServerError(SpillError):
+    """The server could not do what was asked of it."""
+
+
+class ServerUnavailableError(ServerError, ConnectionError):
+    """The server cannot be reached or does not serve yet; it was retried for as long as allowed."""
+
+
+class ServerFullError(ServerError):
+    """The server has no memory for another chunk."""
+
+
+class ServerRefusedError(ServerError, PermissionError):
+    """The server answers, and refuses: authentication, permission, or a read-only replica."""
+
+
+class NotValkeyError(ServerError):
+    """What answers at the address does not speak the Valkey protocol."""

@@ -1,0 +1,253 @@
+"""How a spilled object looks in bytes: header, chunks, codecs, checksums. Pure.
+
+A header value is an Arrow IPC stream, then for a small object its payload, then a trailer:
+
+    [ Arrow IPC stream ][ payload of an inline object ][ trailer, 20 bytes ]
+
+`pyarrow.ipc.open_stream(value)` alone reads the stream; it stops at its end-of-stream marker. Its
+schema's metadata hold the format's version, the object's id, Ray's metadata, the owner's address,
+and the sizes in bytes; it has one row a chunk (one row for an inline payload, none for an object
+without data): the stored size in bytes, the codec, and the XXH3-64 of the stored bytes.
+
+The trailer is little-endian: magic "RVSP", version (u16), zero (u16), length of the stream (u32),
+XXH3-64 of the stream (u64). It is checked before Arrow sees a byte.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import lz4.block
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from ray_valkey_spill.errors import LostObjectError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Chunk",
+    "Codec",
+    "Header",
+    "checksum",
+    "chunk_count",
+    "compress",
+    "compression_pays",
+    "decode_header",
+    "decompress_into",
+    "encode_header",
+]
+
+FORMAT_VERSION = 1
+
+Buffer = bytes | bytearray | memoryview
+
+_MAGIC = b"RVSP"
+_TRAILER = struct.Struct("<4sHHIQ")
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_SCHEMA = pa.schema(
+    [
+        pa.field("stored_size", pa.uint32(), nullable=False),
+        pa.field("codec", pa.uint8(), nullable=False),
+        pa.field("xxh3_64", pa.uint64(), nullable=False),
+    ]
+)
+
+# A chunk is stored compressed only if that saves at least a tenth: less would not pay for the
+# decompression at the restore.
+_WORTHWHILE = 0.9
+_SAMPLE_PIECES = 8
+_SAMPLE_PIECE_SIZE = 4096
+
+
+class Codec(IntEnum):
+    """How a chunk is stored. The numbers are part of the format."""
+
+    RAW = 0
+    LZ4 = 1  # LZ4 block format, without a size in front
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What the header tells of one chunk."""
+
+    stored_size: int
+    codec: Codec
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """All there is to know of a spilled object but its data.
+
+    Attributes:
+        object_id: hex of the object's id.
+        ray_metadata: the metadata of Ray's object (such as `b"PYTHON"`, or the number of an error).
+        owner_address: Ray's serialized address of the owner.
+        size: length of the data in bytes.
+        chunk_size: bytes of data in each chunk but the last.
+        chunks: one entry a chunk; one for an inline payload.
+        inline: whether the payload lies in the header's own key.
+    """
+
+    object_id: str
+    ray_metadata: bytes
+    owner_address: bytes
+    size: int
+    chunk_size: int
+    chunks: Sequence[Chunk] = field(default=())
+    inline: bool = False
+
+    @property
+    def stored_size(self) -> int:
+        """Bytes of payload on the server."""
+        return sum(chunk.stored_size for chunk in self.chunks)
+
+    def span(self, index: int) -> slice:
+        """Where in the object's data chunk `index` lies."""
+        start = index * self.chunk_size
+        return slice(start, min(start + self.chunk_size, self.size))
+
+
+def chunk_count(size: int, chunk_size: int) -> int:
+    return -(-size // chunk_size)
+
+
+def checksum(data: Buffer) -> int:
+    """XXH3-64 of `data`."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+# --- header ---
+
+
+def encode_header(header: Header, payload: Sequence[Buffer] = ()) -> list[Buffer]:
+    """The header's value as buffers to be sent one after the other; `payload` is not copied."""
+    schema = _SCHEMA.with_metadata(
+        {
+            "version": str(FORMAT_VERSION),
+            "object_id": header.object_id,
+            "ray_metadata": header.ray_metadata,
+            "owner_address": header.owner_address,
+            "size": str(header.size),
+            "chunk_size": str(header.chunk_size),
+            "layout": "inline" if header.inline else "chunked",
+        }
+    )
+    columns = [
+        pa.array(np.array([chunk.stored_size for chunk in header.chunks], np.uint32)),
+        pa.array(np.array([chunk.codec for chunk in header.chunks], np.uint8)),
+        pa.array(np.array([chunk.checksum for chunk in header.chunks], np.uint64)),
+    ]
+    batch = pa.RecordBatch.from_arrays(columns, schema=schema)
+    stream = b"".join((schema.serialize(), batch.serialize(), _END_OF_STREAM))
+    trailer = _TRAILER.pack(_MAGIC, FORMAT_VERSION, 0, len(stream), checksum(stream))
+    return [stream, *payload, trailer]
+
+
+def decode_header(value: Buffer) -> tuple[Header, memoryview]:
+    """The header in `value`, and the payload beside it (empty unless the object is inline).
+
+    Everything in it has been checked against everything else; the payload's checksum has not.
+
+    Raises:
+        LostObjectError: if `value` is damaged or was written by a newer version.
+    """
+    view = memoryview(value)
+    if len(view) < _TRAILER.size:
+        raise LostObjectError(f"its header is cut off ({len(view)} bytes)")
+    magic, version, _, stream_size, expected = _TRAILER.unpack(view[-_TRAILER.size :])
+    if magic != _MAGIC:
+        raise LostObjectError("its header is damaged (no trailer)")
+    if version > FORMAT_VERSION:
+        raise LostObjectError(_too_new(version))
+    payload_end = len(view) - _TRAILER.size
+    if stream_size > payload_end or checksum(view[:stream_size]) != expected:
+        raise LostObjectError("its header is damaged (wrong checksum)")
+    try:
+        header = _parse_stream(view[:stream_size])
+    except (pa.ArrowException, KeyError, ValueError, StopIteration) as error:
+        raise LostObjectError(f"its header is damaged ({error})") from error
+    payload = view[stream_size:payload_end]
+    _check_consistency(header, len(payload))
+    return header, payload
+
+
+def _parse_stream(stream: memoryview) -> Header:
+    with pa.ipc.open_stream(stream) as reader:
+        metadata = reader.schema.metadata or {}
+        version = int(metadata[b"version"])
+        if version > FORMAT_VERSION:
+            raise LostObjectError(_too_new(version))
+        if not reader.schema.equals(_SCHEMA):
+            raise ValueError("unexpected columns")
+        columns = [column.to_pylist() for column in reader.read_next_batch().columns]
+    return Header(
+        object_id=metadata[b"object_id"].decode(),
+        ray_metadata=metadata[b"ray_metadata"],
+        owner_address=metadata[b"owner_address"],
+        size=int(metadata[b"size"]),
+        chunk_size=int(metadata[b"chunk_size"]),
+        chunks=[Chunk(size, Codec(codec), digest) for size, codec, digest in zip(*columns)],
+        inline=metadata[b"layout"] == b"inline",
+    )
+
+
+def _check_consistency(header: Header, payload_size: int) -> None:
+    wanted = 1 if header.inline else chunk_count(header.size, header.chunk_size)
+    if len(header.chunks) != wanted:
+        raise LostObjectError(f"its header has {len(header.chunks)} rows for {wanted} chunks")
+    if payload_size != (header.stored_size if header.inline else 0):
+        raise LostObjectError(f"its header has {payload_size} bytes beside it")
+    for index, chunk in enumerate(header.chunks):
+        span = slice(0, header.size) if header.inline else header.span(index)
+        size = span.stop - span.start
+        if chunk.stored_size > size or (chunk.codec is Codec.RAW and chunk.stored_size != size):
+            raise LostObjectError(f"its header gives chunk {index} a wrong size")
+
+
+def _too_new(version: int) -> str:
+    return (
+        f"it was written in format {version}, and this version of ray-valkey-spill reads up to "
+        f"format {FORMAT_VERSION}: upgrade it on this node"
+    )
+
+
+# --- chunks ---
+
+
+def compression_pays(data: memoryview) -> bool:
+    """Whether LZ4 saves at least a tenth of `data`, judged by up to 32 KiB spread over it."""
+    if len(data) <= _SAMPLE_PIECES * _SAMPLE_PIECE_SIZE:
+        sample: Buffer = data
+    else:
+        last = len(data) - _SAMPLE_PIECE_SIZE
+        starts = [last * i // (_SAMPLE_PIECES - 1) for i in range(_SAMPLE_PIECES)]
+        sample = b"".join(data[start : start + _SAMPLE_PIECE_SIZE] for start in starts)
+    return len(lz4.block.compress(sample, store_size=False)) <= _WORTHWHILE * len(sample)
+
+
+def compress(data: memoryview) -> tuple[Codec, Buffer]:
+    """`data` as LZ4, or itself where that does not pay. Releases the GIL."""
+    packed: bytes = lz4.block.compress(data, store_size=False)
+    if len(packed) <= _WORTHWHILE * len(data):
+        return Codec.LZ4, packed
+    return Codec.RAW, data
+
+
+def decompress_into(packed: Buffer, target: memoryview) -> None:
+    """Decompress an LZ4 block that has exactly `target`'s size.
+
+    Raises:
+        LostObjectError: if it has not, or is no LZ4 block.
+    """
+    try:
+        data = lz4.block.decompress(packed, uncompressed_size=len(target))
+    except (lz4.block.LZ4BlockError, ValueError) as error:
+        raise LostObjectError(f"a chunk cannot be decompressed ({error})") from error
+    if len(data) != len(target):
+        raise LostObjectError(f"a chunk has {len(data)} bytes instead of {len(target)}")
+    target[:] = data

@@ -1,0 +1,342 @@
+"""The object store: puts, fetches and deletes objects as header and chunks. Knows no Ray.
+
+An object of up to `INLINE_LIMIT` bytes (and one chunk) lies beside its header in one key; a larger
+one is cut into chunks of `chunk_size` bytes, each a key. Data are never buffered whole: raw chunks
+go between the caller's memory and the socket without a copy, and LZ4 runs in threads, in order and
+a bounded number of chunks ahead of the network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from ray_valkey_spill.config import KIB, Config
+from ray_valkey_spill.errors import LostObjectError
+from ray_valkey_spill.format import (
+    Chunk,
+    Codec,
+    Header,
+    checksum,
+    chunk_count,
+    compress,
+    compression_pays,
+    decode_header,
+    decompress_into,
+    encode_header,
+)
+from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
+from ray_valkey_spill.tiers import Value, ValkeyTier
+from ray_valkey_spill.wire import Buffer, Link
+
+__all__ = ["INLINE_LIMIT", "ObjectStore", "SourceObject", "StoredObject"]
+
+INLINE_LIMIT = 256 * KIB
+
+# Two threads saturate what one connection carries; each holds at most this many chunks ahead.
+_THREADS = min(2, os.cpu_count() or 1)
+_CHUNKS_AHEAD = 2 * _THREADS
+_DESTROY_PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class SourceObject:
+    """An object to be stored. `data` is read in place and must not change until it is stored."""
+
+    object_id: str
+    ray_metadata: bytes
+    owner_address: bytes
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object that was found, and checked as far as that goes without reading its chunks."""
+
+    name: ObjectName
+    header: Header
+    payload: memoryview  # of an inline object, else empty
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One chunk's worth of an object on its way into the store, or all of an inline object."""
+
+    source: SourceObject
+    name: ObjectName
+    index: int
+    data: memoryview
+    compress: bool
+
+
+class ObjectStore:
+    """Objects of one node of one Ray session.
+
+    For one thread at a time. Opens its connection with the first operation.
+
+    Args:
+        config: where, under which prefix, and how chunks are cut and compressed.
+        session, node: whose the objects are that this store puts.
+        link: the connection, if it is not to be an ordinary one.
+    """
+
+    def __init__(self, config: Config, session: str, node: str, link: Link | None = None) -> None:
+        self.keys = Keyspace(f"{config.key_prefix}{config.namespace}:")
+        self._session, self._node = _component(session), _component(node)
+        self._chunk_size = config.chunk_size
+        self._compression = config.compression
+        self._tier = ValkeyTier(link or Link(config), self.keys)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def close(self) -> None:
+        """Drop the connection and the threads; the next operation gets new ones."""
+        self._tier.close()
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
+
+    # --- put ---
+
+    def put(self, sources: Sequence[SourceObject]) -> Iterator[ObjectName]:
+        """Store `sources`, and yield the name of each once all of it is on the server, in order.
+
+        On failure, and if the iteration is given up, what was yielded stays, and the rest is
+        removed as far as the server lets itself be reached; it is in the index in any case.
+
+        Raises:
+            ServerError: as `wire.Link.run` and the server's refusals.
+            LostObjectError: the server lost what was being stored.
+        """
+        names = [self._new_name(source) for source in sources]
+        unfinished = deque(names)
+        self._tier.register(names)
+        try:
+            for name in self._tier.write(self._values(zip(sources, names))):
+                unfinished.popleft()
+                yield name
+        finally:
+            if unfinished:
+                self._tier.remove(unfinished)
+
+    def _new_name(self, source: SourceObject) -> ObjectName:
+        size = len(source.data)
+        chunks = 0 if self._inline(size) else chunk_count(size, self._chunk_size)
+        return ObjectName(
+            self._session, self._node, _component(source.object_id), new_attempt(), chunks
+        )
+
+    def _inline(self, size: int) -> bool:
+        return size <= min(INLINE_LIMIT, self._chunk_size)
+
+    def _values(self, named: Iterable[tuple[SourceObject, ObjectName]]) -> Iterator[Value]:
+        """The chunks and then the header of each object."""
+        chunks: list[Chunk] = []
+        for piece, codec, stored in self._encoded(self._pieces(named)):
+            if piece.index == 0:
+                chunks = []
+            inline = piece.name.chunks == 0
+            if len(stored) or not inline:
+                chunks.append(Chunk(len(stored), codec, checksum(stored)))
+            if not inline:
+                yield Value(f"{self.keys.header(piece.name)}:{piece.index}", [stored])
+            if piece.index + 1 >= piece.name.chunks:
+                header = Header(
+                    object_id=piece.source.object_id,
+                    ray_metadata=piece.source.ray_metadata,
+                    owner_address=piece.source.owner_address,
+                    size=len(piece.source.data),
+                    chunk_size=self._chunk_size,
+                    chunks=chunks,
+                    inline=inline and bool(chunks),
+                )
+                value = encode_header(header, [stored] if inline else [])
+                yield Value(self.keys.header(piece.name), value, completes=piece.name)
+
+    def _pieces(self, named: Iterable[tuple[SourceObject, ObjectName]]) -> Iterator[_Piece]:
+        for source, name in named:
+            pays = self._pays(source.data)
+            step = self._chunk_size if name.chunks else max(1, len(source.data))
+            for index, start in enumerate(range(0, max(1, len(source.data)), step)):
+                yield _Piece(source, name, index, source.data[start : start + step], pays)
+
+    def _pays(self, data: memoryview) -> bool:
+        if self._compression == "auto":
+            return len(data) > 0 and compression_pays(data)
+        return self._compression == "lz4"
+
+    def _encoded(self, pieces: Iterable[_Piece]) -> Iterator[tuple[_Piece, Codec, Buffer]]:
+        """Compress in threads, a few pieces ahead; the order stays."""
+        ahead: deque[tuple[_Piece, Future[tuple[Codec, Buffer]] | None]] = deque()
+
+        def first() -> tuple[_Piece, Codec, Buffer]:
+            piece, future = ahead.popleft()
+            codec, stored = future.result() if future else (Codec.RAW, piece.data)
+            return piece, codec, stored
+
+        try:
+            for piece in pieces:
+                job = self._threads().submit(compress, piece.data) if piece.compress else None
+                ahead.append((piece, job))
+                if len(ahead) > _CHUNKS_AHEAD:
+                    yield first()
+            while ahead:
+                yield first()
+        finally:
+            # The caller may take its memory back once put() is over.
+            wait([future for _, future in ahead if future])
+
+    # --- get ---
+
+    def find(self, url: str, object_id: str) -> StoredObject:
+        """Look an object up, and check all that can be checked without reading its chunks.
+
+        Raises:
+            LostObjectError: if it is gone, damaged, of a newer format, or not the one meant.
+        """
+        name, size = self.keys.parse_url(url)
+        try:
+            stat = self._tier.stat(name)
+            if stat.header is None:
+                raise LostObjectError("its header is gone from the server")
+            header, payload = decode_header(stat.header)
+            if header.object_id != object_id:
+                raise LostObjectError(f"its header is that of object {header.object_id}")
+            if header.size != size:
+                raise LostObjectError(f"its header tells of {header.size} bytes, not {size}")
+            if name.chunks != (0 if header.inline else len(header.chunks)):
+                raise LostObjectError(f"its header tells of {len(header.chunks)} chunks")
+            for index, found in enumerate(stat.chunk_sizes):
+                if found != header.chunks[index].stored_size:
+                    raise LostObjectError(
+                        f"chunk {index} has {found} bytes, not {header.chunks[index].stored_size}"
+                        if found
+                        else f"chunk {index} of {name.chunks} is gone from the server"
+                    )
+            if header.inline and checksum(payload) != header.chunks[0].checksum:
+                raise LostObjectError("its data are damaged (wrong checksum)")
+        except LostObjectError as error:
+            raise self._lost(name, error) from error
+        return StoredObject(name, header, payload)
+
+    def fill(self, found: StoredObject, target: memoryview) -> None:
+        """Receive the object's data into `target`, which has exactly its size.
+
+        `target`'s content is undefined unless this returns.
+
+        Raises:
+            LostObjectError: if a chunk is missing or damaged, also when fetched a second time.
+            ServerError: as `wire.Link.run`.
+        """
+        header = found.header
+        if header.inline:
+            _decode(header.chunks[0], found.payload, target)
+            return
+        try:
+            damaged = self._fill(found, target, range(len(header.chunks)))
+            # Once more: it may have been the way here that flipped a bit.
+            damaged = damaged and self._fill(found, target, damaged)
+            if damaged:
+                raise LostObjectError(
+                    f"chunk {damaged[0]} of {len(header.chunks)} is damaged (wrong checksum)"
+                )
+        except LostObjectError as error:
+            raise self._lost(found.name, error) from error
+
+    def _fill(
+        self, found: StoredObject, target: memoryview, indices: Sequence[int]
+    ) -> Sequence[int]:
+        """Receive some chunks into their places; returns those whose checksums are wrong."""
+        header, key = found.header, self.keys.header(found.name)
+        places: deque[memoryview] = deque()
+        decoding: deque[tuple[int, Future[bool]]] = deque()
+        damaged: list[int] = []
+
+        def wanted() -> Iterator[tuple[str, memoryview]]:
+            for index in indices:
+                chunk = header.chunks[index]
+                raw = chunk.codec is Codec.RAW
+                places.append(
+                    target[header.span(index)]
+                    if raw
+                    else memoryview(bytearray(chunk.stored_size))
+                )
+                yield f"{key}:{index}", places[-1]
+
+        def collect(leave: int) -> None:
+            while len(decoding) > leave:
+                index, future = decoding.popleft()
+                if not future.result():
+                    damaged.append(index)
+
+        try:
+            for index, _ in zip(indices, self._tier.read(wanted())):
+                chunk, place = header.chunks[index], places.popleft()
+                if chunk.codec is Codec.RAW:
+                    if checksum(place) != chunk.checksum:
+                        damaged.append(index)
+                else:
+                    slot = target[header.span(index)]
+                    decoding.append((index, self._threads().submit(_decode, chunk, place, slot)))
+                    collect(leave=_CHUNKS_AHEAD)
+            collect(leave=0)
+        finally:
+            # Nobody may write into `target` any more once this is over.
+            wait([future for _, future in decoding])
+        return damaged
+
+    # --- delete ---
+
+    def delete(self, urls: Iterable[str]) -> list[str]:
+        """Remove objects; what is not there is no error. Returns the URLs that are none of ours."""
+        names, foreign = [], []
+        for url in urls:
+            try:
+                names.append(self.keys.parse_url(url)[0])
+            except LostObjectError:
+                foreign.append(url)
+        self._tier.remove(names)
+        return foreign
+
+    def mark_lost(self, name: ObjectName) -> None:
+        """Let every later `find` of an object that turned out damaged fail at once."""
+        self._tier.remove_header(name)
+
+    def destroy(self) -> int:
+        """Remove every object of this store's node and session; returns how many there were."""
+        count = 0
+        while names := self._tier.owned(self._session, self._node, _DESTROY_PAGE):
+            self._tier.remove(names)
+            count += len(names)
+        return count
+
+    # --- helpers ---
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-valkey-spill-lz4")
+        return self._pool
+
+    def _lost(self, name: ObjectName, error: LostObjectError) -> LostObjectError:
+        return LostObjectError(
+            f"object {name.object_id}, spilled as {self.keys.header(name)}, is lost: {error}"
+        )
+
+
+def _decode(chunk: Chunk, stored: memoryview, target: memoryview) -> bool:
+    """Put a stored chunk's data into `target`; False if its checksum is wrong."""
+    if checksum(stored) != chunk.checksum:
+        return False
+    if chunk.codec is Codec.RAW:
+        target[:] = stored
+    else:
+        decompress_into(stored, target)
+    return True
+
+
+def _component(text: str) -> str:
+    """`text` as a component of a key, without our separators and those of Ray's URLs."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text) or "_"

@@ -1,0 +1,228 @@
+"""The Ray adapter: Ray's ExternalStorage on the object store. The only module that imports ray.
+
+What Ray does around a storage decides much here; the behaviour referred to is that of
+`python/ray/_private/external_storage.py`, `put_file_like_object` in `python/ray/_raylet.pyx` and
+`src/ray/raylet/local_object_manager.cc` of Ray 2.60.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray import ObjectRef
+from ray._private.external_storage import ExternalStorage
+from ray.core.generated.common_pb2 import ErrorType
+
+from ray_valkey_spill import preflight
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import ConfigError, LostObjectError, ServerError, SpillError
+from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
+
+__all__ = ["ValkeyStorage"]
+
+logger = logging.getLogger("ray_valkey_spill")
+
+# The metadata of an empty object that makes `ray.get` raise ObjectLostError.
+_OBJECT_LOST = str(ErrorType.Value("OBJECT_LOST")).encode()
+
+# Seconds that `ray.shutdown()` may wait for a server that no longer answers.
+_DESTROY_PATIENCE = 3.0
+
+# Sessions whose config this process has checked: see `ValkeyStorage.__init__`.
+_checked_sessions: set[str] = set()
+
+
+class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
+    """Spills Ray objects to Valkey.
+
+    Ray makes one in every IO worker; in the process that starts the head, to validate the config
+    before the node has an id; and there again at `ray.shutdown()`, to destroy it.
+
+    Args:
+        node_id: hex of the node's id.
+        session_name: the Ray session's name.
+        **params: see `ray_valkey_spill.config.Config`.
+
+    Raises:
+        ConfigError: a parameter is wrong.
+        ServerError: the server cannot be used, as found by `preflight.run_all`. Only outside of IO
+            workers, and there only for a session's first storage: that one is Ray's validation and
+            must stop the head. An IO worker comes up without the server and retries, and
+            `ray.shutdown()` must not fail because the server went first.
+    """
+
+    def __init__(self, node_id: str, session_name: str, **params: Any) -> None:
+        super().__init__()
+        self._in_io_worker = _in_io_worker()
+        self._backoff = _Backoff()
+        config = Config.load(params)
+        if not self._in_io_worker:
+            if session_name not in _checked_sessions:
+                preflight.run_all(config)
+                _checked_sessions.add(session_name)
+            config = dataclasses.replace(
+                config, retry_timeout=min(config.retry_timeout, _DESTROY_PATIENCE)
+            )
+        self._store = ObjectStore(config, session_name, node_id)
+
+    # --- Ray's interface ---
+
+    def spill_objects(
+        self, object_refs: list[ObjectRef], owner_addresses: list[bytes]
+    ) -> list[bytes]:
+        """Store objects; returns their URLs, in order.
+
+        If not all can be stored, the URLs of those that were are returned, which Ray takes for a
+        prefix of `object_refs`, and nothing is left of the rest.
+
+        Raises:
+            SpillError: if none could be stored, after a pause that grows with each failure in
+                a row, because Ray tries again at once.
+        """
+        if not object_refs:
+            return []
+        urls: list[bytes] = []
+        try:
+            sources = self._sources(object_refs, owner_addresses)
+            sizes = [len(source.data) for source in sources]
+            for size, name in zip(sizes, self._store.put(sources)):
+                urls.append(self._store.keys.url(name, size).encode())
+        except SpillError as error:
+            if not urls:
+                self._backoff.wait()
+                raise
+            logger.warning(
+                "%d of %d objects were spilled: %s", len(urls), len(object_refs), error
+            )
+        self._backoff.reset()
+        return urls
+
+    def restore_spilled_objects(
+        self, object_refs: list[ObjectRef], url_with_offset_list: list[bytes]
+    ) -> int:
+        """Put spilled objects back into plasma; returns the bytes of data restored.
+
+        For an object that is lost, Ray's ObjectLostError is put in its place: an exception would
+        have Ray retry for hours with `ray.get` waiting.
+
+        Raises:
+            SpillError: nothing of the object has reached plasma, and trying again may help.
+        """
+        return sum(
+            self._restore(ref, url.decode()) for ref, url in zip(object_refs, url_with_offset_list)
+        )
+
+    def delete_spilled_objects(self, urls: list[bytes]) -> None:
+        """Remove objects; what is not there is no error."""
+        for foreign in self._store.delete(url.decode() for url in urls):
+            logger.warning("not deleted, because it was not spilled here: %s", foreign)
+
+    def destroy_external_storage(self) -> None:
+        """Remove this node's objects, and no others. Never raises: Ray is shutting down."""
+        try:
+            self._store.destroy()
+        except SpillError as error:
+            logger.warning("spilled objects of this node may be left on the server: %s", error)
+        finally:
+            self._store.close()
+
+    # --- spill ---
+
+    def _sources(
+        self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]
+    ) -> list[SourceObject]:
+        """The objects, read in place from plasma, up to the first that is not there."""
+        sources = []
+        found = self._get_objects_from_store(refs)
+        for ref, (buffer, metadata, *_), owner in zip(refs, found, owner_addresses):
+            if buffer is None and not metadata:
+                if sources:
+                    break
+                raise SpillError(f"object {ref.hex()} is not in this node's object store")
+            data = memoryview(buffer if buffer is not None else b"").cast("B")
+            sources.append(SourceObject(ref.hex(), bytes(metadata), bytes(owner), data))
+        return sources
+
+    # --- restore ---
+
+    def _restore(self, ref: ObjectRef, url: str) -> int:
+        try:
+            found = self._store.find(url, ref.hex())
+        except LostObjectError as error:
+            logger.error("ObjectLostError for a reader: %s", error)
+            self._put_object_to_store(_OBJECT_LOST, 0, io.BytesIO(), ref, b"")
+            return 0
+        header = found.header
+        source = _Source(self._store, found)
+        try:
+            self._put_object_to_store(
+                header.ray_metadata, header.size, source, ref, header.owner_address
+            )
+        except Exception as error:
+            if source.started:
+                self._abandon(found, error)
+            raise
+        return header.size
+
+    def _abandon(self, found: StoredObject, error: Exception) -> None:
+        """End this process, because plasma now has an object that is not filled.
+
+        Plasma keeps such an object for as long as the process that created it lives, takes every
+        later restore for done, and lets `ray.get` hang. It drops the object with the process; Ray
+        then asks another IO worker. If the data are lost for good, that one must find out before
+        it creates anything.
+        """
+        logger.error("restore given up half way, so this IO worker exits: %s", error)
+        if isinstance(error, LostObjectError):
+            try:
+                self._store.mark_lost(found.name)
+            except ServerError as unmarked:
+                logger.error("the lost object could not be marked as such: %s", unmarked)
+        if self._in_io_worker:
+            logging.shutdown()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+class _Source:
+    """What plasma fills an object from: one `readinto` that takes it all."""
+
+    def __init__(self, store: ObjectStore, found: StoredObject) -> None:
+        self._store = store
+        self._found = found
+        self.started = False
+
+    def readinto(self, view: memoryview) -> int:
+        self.started = True
+        self._store.fill(self._found, view.cast("B"))
+        return len(view)
+
+
+class _Backoff:
+    """Pauses that double with each failure in a row, up to seconds, each drawn at random."""
+
+    _FIRST, _LONGEST = 0.25, 8.0
+
+    def __init__(self) -> None:
+        self._pause = self._FIRST
+
+    def wait(self) -> None:
+        time.sleep(self._pause * random.uniform(0.5, 1.0))
+        self._pause = min(2 * self._pause, self._LONGEST)
+
+    def reset(self) -> None:
+        self._pause = self._FIRST
+
+
+def _in_io_worker() -> bool:
+    """Whether this process is one of Ray's IO workers (`default_worker.py --worker-type=…`)."""
+    kinds = ("SPILL_WORKER", "RESTORE_WORKER")
+    return any(argument.removeprefix("--worker-type=") in kinds for argument in sys.argv)

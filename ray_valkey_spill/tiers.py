@@ -1,0 +1,152 @@
+"""Where bytes live: values under keys in Valkey, and the index of whose they are.
+
+A tier moves values and knows nothing of what is in them. The index is written before any value of
+an object and removed after the last, so that whatever a crash leaves can be found through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from ray_valkey_spill.errors import LostObjectError, ServerError
+from ray_valkey_spill.keys import Keyspace, ObjectName
+from ray_valkey_spill.wire import Buffer, Link, Request, command, fetch, store
+
+__all__ = ["Stat", "Value", "ValkeyTier"]
+
+# The server frees a value of a megabyte while everybody waits, so one command frees few of them.
+_KEYS_PER_UNLINK = 32
+_MEMBERS_PER_COMMAND = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value to be written: buffers, one after the other, under `key`.
+
+    `completes` is the object of which this is the last value.
+    """
+
+    key: str
+    parts: Sequence[Buffer]
+    completes: ObjectName | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """An object as found on the server; `chunk_sizes` in bytes, 0 for a missing chunk."""
+
+    header: Buffer | None
+    chunk_sizes: list[int]
+
+
+class ValkeyTier:
+    """Objects' values in one Valkey. Errors are those of `wire.Link.run` and of the commands."""
+
+    def __init__(self, link: Link, keyspace: Keyspace) -> None:
+        self._link = link
+        self._keys = keyspace
+
+    def register(self, names: Iterable[ObjectName]) -> None:
+        """Enter objects into the index. Nothing of them may be written before this returns."""
+        for page in _pages(map(str, names), _MEMBERS_PER_COMMAND):
+            scored = [field for member in page for field in (0, member)]
+            self._link.execute(command("ZADD", self._keys.index, *scored))
+
+    def owned(self, session: str, node: str, limit: int) -> list[ObjectName]:
+        """Up to `limit` objects that a node of a session has in the index."""
+        prefix = f"{session}:{node}"  # the range up to ";", which comes right after ":"
+        (members,) = self._link.execute(
+            command(
+                *("ZRANGEBYLEX", self._keys.index, f"[{prefix}:", f"({prefix};"),
+                *("LIMIT", 0, limit),
+            )
+        )
+        return [ObjectName.parse(member.decode()) for member in members]
+
+    def write(self, values: Iterable[Value]) -> Iterator[ObjectName]:
+        """Write `values` in order, and yield each object once all of it is safely stored.
+
+        Raises:
+            LostObjectError: if an object left the index meanwhile: its node's data were destroyed,
+                or the server lost them.
+        """
+        completing: dict[Request, ObjectName] = {}
+
+        def requests() -> Iterator[Request]:
+            for value in values:
+                yield store(value.key, value.parts)
+                if value.completes is not None:
+                    check = command("ZSCORE", self._keys.index, str(value.completes))
+                    completing[check] = value.completes
+                    yield check
+
+        for request in self._link.run(requests()):
+            reply = request.result()
+            name = completing.pop(request, None)
+            if name is not None:
+                if reply is None:
+                    raise LostObjectError(f"{name} was removed from the server as it was written")
+                yield name
+
+    def stat(self, name: ObjectName) -> Stat:
+        """The header and the sizes of the chunks, in one round trip."""
+        header, *sizes = self._link.run(
+            [
+                command("GET", self._keys.header(name)),
+                *(command("STRLEN", key) for key in self._keys.chunks(name)),
+            ]
+        )
+        return Stat(_value(header), [_value(size) or 0 for size in sizes])
+
+    def read(self, wanted: Iterable[tuple[str, memoryview]]) -> Iterator[None]:
+        """Receive the value of each key into its memoryview; yields as each is there, in order.
+
+        Raises:
+            LostObjectError: if a value is missing or has another size.
+        """
+        for request in self._link.run(fetch(key, into) for key, into in wanted):
+            assert request.into is not None
+            if _value(request) != len(request.into):
+                raise LostObjectError("a chunk is missing, or changed its size meanwhile")
+            yield
+
+    def remove(self, names: Iterable[ObjectName]) -> None:
+        """Remove objects, their values first; what is not there is no error."""
+        for page in _pages(names, _MEMBERS_PER_COMMAND):
+            self._drain(self._removals(page))
+
+    def remove_header(self, name: ObjectName) -> None:
+        """Make the object count as lost; its chunks stay until it is removed."""
+        self._link.execute(command("UNLINK", self._keys.header(name)))
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _removals(self, names: Sequence[ObjectName]) -> Iterator[Request]:
+        keys = (key for name in names for key in (self._keys.header(name), *self._keys.chunks(name)))
+        for page in _pages(keys, _KEYS_PER_UNLINK):
+            yield command("UNLINK", *page)
+        yield command("ZREM", self._keys.index, *map(str, names))
+
+    def _drain(self, requests: Iterable[Request]) -> None:
+        for request in self._link.run(requests):
+            request.result()
+
+
+_T = TypeVar("_T")
+
+
+def _pages(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    source = iter(items)
+    while page := list(islice(source, size)):
+        yield page
+
+
+def _value(request: Request) -> object:
+    """The reply; a foreign value of another type under one of our keys counts as none."""
+    if isinstance(request.error, ServerError) and str(request.error).startswith("WRONGTYPE"):
+        return None
+    return request.result()
