@@ -15,6 +15,13 @@ starts, without importing anything, since most interpreters never hear of Ray; t
 import os
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
 RAY_MODULE = "ray._private.external_storage"
 RAY_FUNCTION = "setup_external_storage"
 STORAGE_TYPE = "valkey"
@@ -24,7 +31,9 @@ class RayValkeySpillFinder:
     """What `ray_valkey_spill.pth` defines too, to the letter of its name."""
 
     @staticmethod
-    def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]
+    def find_spec(
+        name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         return find_spec(name, path, target) if name == RAY_MODULE else None
 
 
@@ -44,8 +53,7 @@ def is_installed() -> bool:
     if module is not None:
         return hasattr(getattr(module, RAY_FUNCTION, None), "ray_valkey_spill_original")
     return any(
-        getattr(finder, "__name__", "") == RayValkeySpillFinder.__name__
-        for finder in sys.meta_path
+        getattr(finder, "__name__", "") == RayValkeySpillFinder.__name__ for finder in sys.meta_path
     )
 
 
@@ -53,35 +61,38 @@ def is_disabled() -> bool:
     return os.environ.get("RAY_VALKEY_SPILL_DISABLE", "").lower() in ("1", "true", "yes")
 
 
-def find_spec(name, path, target):  # type: ignore[no-untyped-def]
+def find_spec(
+    name: str, path: "Sequence[str] | None", target: "ModuleType | None"
+) -> "ModuleSpec | None":
     """Find Ray's module as everybody else would, and have it extended right after it has run."""
     if is_disabled():
         return None
+    spec = None
     for finder in sys.meta_path:
         ours = getattr(finder, "__name__", "") == RayValkeySpillFinder.__name__
-        others_find_spec = None if ours else getattr(finder, "find_spec", None)
-        spec = others_find_spec and others_find_spec(name, path, target)
+        if not ours and hasattr(finder, "find_spec"):
+            spec = finder.find_spec(name, path, target)
         if spec is not None:
             break
-    else:
+    if spec is None or spec.loader is None:
         return None
     exec_module = spec.loader.exec_module
 
-    def exec_and_extend(module):  # type: ignore[no-untyped-def]
+    def exec_and_extend(module: "ModuleType") -> None:
         exec_module(module)
         _extend(module)
 
-    spec.loader.exec_module = exec_and_extend
+    spec.loader.exec_module = exec_and_extend  # type: ignore[method-assign]
     return spec
 
 
-def _extend(module):  # type: ignore[no-untyped-def]
+def _extend(module: "ModuleType") -> None:
     """Have the module's function make a ValkeyStorage where the config asks for one."""
     original = getattr(module, RAY_FUNCTION, None)
     if hasattr(original, "ray_valkey_spill_original"):
         return
 
-    def setup_external_storage(*args, **kwargs):  # type: ignore[no-untyped-def]
+    def setup_external_storage(*args: "Any", **kwargs: "Any") -> "Any":
         config = args[0] if args else kwargs.get("config")
         if isinstance(config, dict) and config.get("type") == STORAGE_TYPE:
             from ray_valkey_spill.registration import set_up

@@ -14,15 +14,23 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from ray_valkey_spill._startup import STORAGE_TYPE
 from ray_valkey_spill.errors import ConfigError
 
-__all__ = ["ENV_PREFIX", "STORAGE_TYPE", "Address", "Config", "spilling_config", "system_config"]
+__all__ = [
+    "ENV_PREFIX",
+    "Address",
+    "Config",
+    "Parameter",
+    "parameters",
+    "spilling_config",
+    "system_config",
+]
 
-STORAGE_TYPE = "valkey"
 ENV_PREFIX = "RAY_VALKEY_SPILL_"
 _NOT_PARAMETERS = {"DISABLE", "PASSWORD"}
 
@@ -107,6 +115,38 @@ _BOOLEAN = _Kind("true or false", _boolean, _boolean_text)
 _COUNT = _Kind("a whole number, 0 or more", _integer(0, math.inf), int)
 
 
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What there is to know of a parameter.
+
+    `supported` is False for one whose feature this version does not have: it is checked, and then
+    refused rather than ignored.
+    """
+
+    name: str
+    default: Any
+    meaning: str
+    supported: bool
+    kind: _Kind
+
+    def check(self, value: Any, called: str) -> Any:
+        """`value` as the config takes it; `called` is what the user knows the parameter as."""
+        try:
+            checked = self.kind.check(value)
+        except ValueError:
+            raise ConfigError(_ill_typed(called, self.kind, value)) from None
+        if not self.supported and checked != self.default:
+            raise ConfigError(f"{called} is not supported yet by this version", "Remove it")
+        return checked
+
+    def from_text(self, text: str, called: str = "") -> Any:
+        """The value that `text`, from the environment or a command line, stands for."""
+        try:
+            return self.kind.from_text(text)
+        except (KeyError, ValueError):
+            raise ConfigError(_ill_typed(called or self.name, self.kind, text)) from None
+
+
 def _parameter(default: Any, kind: _Kind, meaning: str, *, supported: bool = True) -> Any:
     metadata = {"kind": kind, "meaning": meaning, "supported": supported}
     return field(default=default, metadata=metadata)
@@ -132,7 +172,10 @@ class Address:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All parameters, checked. Make one with `Config.load`."""
+    """All parameters, checked, and the address parsed from `url`. Make one with `Config.load`.
+
+    Nothing in it but `address.password` is secret, and that is in no repr.
+    """
 
     url: str = _parameter(
         "valkey://127.0.0.1:6379/0",
@@ -147,9 +190,7 @@ class Config:
     )
     namespace: str = _parameter(
         "default",
-        _Kind(
-            "1 to 128 letters, digits or any of _ . @ - (no ':')", _matching(_NAMESPACE_PATTERN)
-        ),
+        _Kind("1 to 128 letters, digits or any of _ . @ - (no ':')", _matching(_NAMESPACE_PATTERN)),
         "keeps Ray clusters that share a server apart",
     )
     key_prefix: str = _parameter(
@@ -208,7 +249,7 @@ class Config:
     encryption_key_file: str | None = _parameter(
         None, _STRING, "seals every chunk (AES-256-GCM)", supported=False
     )
-    address: Address = field(default_factory=Address, init=True)
+    address: Address = field(default_factory=Address)
 
     @classmethod
     def load(
@@ -225,13 +266,16 @@ class Config:
             ConfigError: naming the parameter, the nearest valid name, or what was expected.
         """
         environ = os.environ if environ is None else environ
-        values, sources = _collect(params or {}, environ)
+        params = params or {}
+        values, sources = _collect(params, environ)
         # The url is parsed before anything else is checked, so that no later message can be the
         # first to meet, and repeat, a url with a password in it.
         address = _parse_url(
-            values.get("url", cls.url_default()), from_config=sources.get("url") == "config"
+            values.get("url", _PARAMETERS["url"].default), from_config=params.get("url") is not None
         )
-        checked = {name: _check(name, value, sources[name]) for name, value in values.items()}
+        checked = {
+            name: _PARAMETERS[name].check(value, sources[name]) for name, value in values.items()
+        }
         username = checked.get("username")
         if username and address.username and username != address.username:
             raise ConfigError(
@@ -239,42 +283,24 @@ class Config:
                 "give one of them"
             )
         password = environ.get(f"{ENV_PREFIX}PASSWORD") or address.password
-        return cls(
-            **checked,
-            address=Address(
-                host=address.host,
-                port=address.port,
-                path=address.path,
-                db=address.db,
-                username=username or address.username,
-                password=password,
-            ),
-        )
-
-    @classmethod
-    def url_default(cls) -> str:
-        return str(_PARAMETERS["url"].default)
-
-    @classmethod
-    def parameter_names(cls) -> list[str]:
-        return list(_PARAMETERS)
-
-    def __repr__(self) -> str:
-        changed = ", ".join(
-            f"{name}={getattr(self, name)!r}"
-            for name, parameter in _PARAMETERS.items()
-            if name != "url" and getattr(self, name) != parameter.default
-        )
-        return f"Config(address={str(self.address)!r}{', ' + changed if changed else ''})"
+        address = replace(address, username=username or address.username, password=password)
+        return cls(**{**checked, "url": str(address), "address": address})
 
 
-_PARAMETERS = {f.name: f for f in fields(Config) if f.metadata}
+_PARAMETERS = {
+    f.name: Parameter(f.name, f.default, **f.metadata) for f in fields(Config) if f.metadata
+}
+
+
+def parameters() -> list[Parameter]:
+    """All parameters, in the order of the documentation."""
+    return list(_PARAMETERS.values())
 
 
 def _collect(
     params: Mapping[str, Any], environ: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values given, and for each whether it is from the `config` or which variable."""
+    """The values given, and what the user knows each as: its name, or a variable's."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for variable, text in environ.items():
@@ -285,41 +311,26 @@ def _collect(
             raise ConfigError(_unknown(variable, [ENV_PREFIX + n.upper() for n in _PARAMETERS]))
         if text == "":
             continue
-        kind: _Kind = _PARAMETERS[name].metadata["kind"]
-        try:
-            values[name] = kind.from_text(text)
-        except (KeyError, ValueError):
-            raise ConfigError(_ill_typed(variable, kind, text)) from None
+        values[name] = _PARAMETERS[name].from_text(text, variable)
         sources[name] = variable
     for name, value in params.items():
         if name not in _PARAMETERS:
             if name in ("password", "passwd"):
-                raise ConfigError(_PASSWORD_MEND.format(what="a password as a parameter"))
+                raise _password_refused("a password as a parameter")
             raise ConfigError(_unknown(name, list(_PARAMETERS)))
         if value is not None:
             values[name] = value
-            sources[name] = "config"
+            sources[name] = name
     return values, sources
 
 
-def _check(name: str, value: Any, source: str) -> Any:
-    parameter = _PARAMETERS[name]
-    kind: _Kind = parameter.metadata["kind"]
-    called = name if source == "config" else source
-    try:
-        checked = kind.check(value)
-    except ValueError:
-        raise ConfigError(_ill_typed(called, kind, value)) from None
-    if not parameter.metadata["supported"] and checked != parameter.default:
-        raise ConfigError(f"{called} is not supported yet by this version: remove it")
-    return checked
-
-
-_PASSWORD_MEND = (
-    "{what} is refused, because Ray puts the spilling config on the command lines of its workers, "
-    "where every user of the machine can read it: set RAY_VALKEY_SPILL_PASSWORD in the environment "
-    "of every node, or give password_file, the path of a file with the password"
-)
+def _password_refused(what: str) -> ConfigError:
+    return ConfigError(
+        f"{what} is refused, because Ray puts the spilling config on the command lines of its "
+        "workers, where every user of the machine can read it",
+        "Set RAY_VALKEY_SPILL_PASSWORD in the environment of every node, or give password_file, "
+        "the path of a file with the password",
+    )
 
 
 def _unknown(name: str, known: list[str]) -> str:
@@ -348,7 +359,7 @@ def _parse_url(url: Any, *, from_config: bool) -> Address:
     except ValueError as error:
         raise ConfigError(f"url cannot be parsed: {error}") from None
     if has_password and from_config:
-        raise ConfigError(_PASSWORD_MEND.format(what="a password in url"))
+        raise _password_refused("a password in url")
     scheme = parts.scheme
     if scheme in _TLS_SCHEMES:
         raise ConfigError(f"url: TLS ({scheme}://) is not supported yet by this version")

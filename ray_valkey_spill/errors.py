@@ -30,7 +30,21 @@ __all__ = [
 
 
 class SpillError(Exception):
-    """Base of every error of this package."""
+    """Base of every error of this package.
+
+    Args:
+        what: what is wrong, and with what.
+        mend: what the user can do about it, where that is known.
+    """
+
+    def __init__(self, what: str, mend: str = "") -> None:
+        super().__init__(f"{what.rstrip('.')}. {mend}" if mend else what)
+        self.what = what
+        self.mend = mend
+
+    def __reduce__(self) -> tuple[type[SpillError], tuple[str, str]]:
+        # Ray pickles errors; the default would pass on the joined text as `what`.
+        return type(self), (self.what, self.mend)
 
 
 class ConfigError(SpillError, ValueError):
@@ -49,7 +63,7 @@ class ServerError(SpillError):
     """The server could not do what was asked of it."""
 
 
-class ServerUnavailableError(ServerError, ConnectionError):
+class ServerUnavailableError(ServerError):
     """The server cannot be reached or does not serve yet; it was retried for as long as allowed."""
 
 
@@ -57,7 +71,7 @@ class ServerFullError(ServerError):
     """The server has no memory for another chunk."""
 
 
-class ServerRefusedError(ServerError, PermissionError):
+class ServerRefusedError(ServerError):
     """The server answers, and refuses: authentication, permission, or a read-only replica."""
 
 

@@ -1,12 +1,12 @@
 """The names of keys, and the URLs that Ray keeps for spilled objects. Pure.
 
-    <key_prefix><namespace>:index                                     sorted set: one member an object
-    <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>   header
+    <key_prefix><namespace>:index                                         index, a sorted set
+    <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>       header
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>:<i>   chunk i of n
 
-The index's members are the objects' names, `<session>:<node>:<object>.<attempt>.<n>`, all with score
-0, so that they are in lexicographic order: what a session or a node owns is one range of it, found
-without SCAN, and each member tells every key that its object can have.
+The index has a member for each object, its name: `<session>:<node>:<object>.<attempt>.<n>`. All
+have score 0 and so are in lexicographic order: what a session or a node owns is one range of it,
+found without SCAN, and each member tells every key that its object can have.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import time
 from dataclasses import dataclass
 
+from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
 
 __all__ = ["Keyspace", "ObjectName", "new_attempt"]
@@ -25,7 +26,7 @@ _URL = re.compile(r"([^?]+)\?offset=0&size=([0-9]+)")
 
 
 def new_attempt() -> str:
-    """A token that no other attempt to spill the same object has: time in ms, then 64 random bits."""
+    """A token no other attempt to spill an object has: time in ms, then 64 random bits."""
     return f"{int(time.time() * 1000):011x}{os.urandom(8).hex()}"
 
 
@@ -57,6 +58,10 @@ class Keyspace:
     """The keys below `root`, which is `<key_prefix><namespace>:`."""
 
     root: str
+
+    @classmethod
+    def of(cls, config: Config) -> Keyspace:
+        return cls(f"{config.key_prefix}{config.namespace}:")
 
     @property
     def index(self) -> str:

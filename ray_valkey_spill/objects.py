@@ -30,7 +30,7 @@ from ray_valkey_spill.format import (
     encode_header,
 )
 from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
-from ray_valkey_spill.tiers import Value, ValkeyTier
+from ray_valkey_spill.tiers import ValkeyTier, Value
 from ray_valkey_spill.wire import Buffer, Link
 
 __all__ = ["INLINE_LIMIT", "ObjectStore", "SourceObject", "StoredObject"]
@@ -85,7 +85,7 @@ class ObjectStore:
     """
 
     def __init__(self, config: Config, session: str, node: str, link: Link | None = None) -> None:
-        self.keys = Keyspace(f"{config.key_prefix}{config.namespace}:")
+        self.keys = Keyspace.of(config)
         self._session, self._node = _component(session), _component(node)
         self._chunk_size = config.chunk_size
         self._compression = config.compression
@@ -260,9 +260,7 @@ class ObjectStore:
                 chunk = header.chunks[index]
                 raw = chunk.codec is Codec.RAW
                 places.append(
-                    target[header.span(index)]
-                    if raw
-                    else memoryview(bytearray(chunk.stored_size))
+                    target[header.span(index)] if raw else memoryview(bytearray(chunk.stored_size))
                 )
                 yield f"{key}:{index}", places[-1]
 

@@ -6,26 +6,22 @@ all and stops at the first; `ray-valkey-spill check` reports each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
-    ServerError,
-    ServerFullError,
     ServerRefusedError,
     ServerUnavailableError,
 )
 from ray_valkey_spill.keys import Keyspace, new_attempt
-from ray_valkey_spill.wire import Link, Request, ServerInfo, command
+from ray_valkey_spill.wire import Link, ServerInfo, command
 
 __all__ = [
     "HEAD_START_PATIENCE",
     "check_permissions",
     "check_policy",
     "check_reachable",
+    "check_serving",
     "check_topology",
-    "refused_commands",
     "run_all",
 ]
 
@@ -43,11 +39,12 @@ def run_all(config: Config) -> ServerInfo:
         ConfigError, ServerError: the first thing that is wrong.
     """
     link = Link(config, unreachable_timeout=HEAD_START_PATIENCE)
-    keys = Keyspace(f"{config.key_prefix}{config.namespace}:")
+    keys = Keyspace.of(config)
     try:
         info = check_reachable(link)
-        check_topology(info, link)
-        check_policy(info, config, link)
+        check_topology(link, info)
+        check_serving(link, keys)
+        check_policy(link, info, allow_eviction=config.allow_eviction)
         check_permissions(link, keys)
         return info
     finally:
@@ -55,99 +52,115 @@ def run_all(config: Config) -> ServerInfo:
 
 
 def check_reachable(link: Link) -> ServerInfo:
-    """The server answers, in the Valkey protocol, and may be asked what it is.
+    """The server answers in the Valkey protocol, and may be asked what it is.
 
     Raises:
-        ServerUnavailableError, ServerRefusedError, NotValkeyError, ConfigError
+        ServerError, ConfigError
     """
     try:
         return link.info()
     except ServerUnavailableError as error:
-        mend = (
-            "Wait until it has loaded its data, or raise retry_timeout"
-            if "LOADING" in str(error)
-            else "Start it, or correct url; every node of the Ray cluster must reach it"
-        )
-        raise ServerUnavailableError(f"Valkey at {error}. {mend}") from None
+        raise _unavailable(error) from None
     except ServerRefusedError as error:
-        text = str(error)
-        if text.startswith("NOPERM"):
-            text = f"{link.address} does not let the user run INFO ({text}): grant it +info"
-        raise ServerRefusedError(f"Valkey at {text}") from None
+        if not error.what.startswith("NOPERM"):
+            raise
+        raise ServerRefusedError(
+            f"Valkey at {link.address} does not let {_user(link)} run INFO", "Grant it +info"
+        ) from None
 
 
-def check_topology(info: ServerInfo, link: Link) -> None:
-    """It is a primary, and not a cluster.
+def check_serving(link: Link, keys: Keyspace) -> None:
+    """The server has its data loaded; it may answer INFO before. Permissions are looked at later.
+
+    Raises:
+        ServerUnavailableError
+    """
+    try:
+        list(link.run([command("ZSCORE", keys.index, "preflight")]))
+    except ServerUnavailableError as error:
+        raise _unavailable(error) from None
+
+
+def check_topology(link: Link, info: ServerInfo) -> None:
+    """The server is a primary, and not part of a cluster.
 
     Raises:
         ConfigError
     """
     if info.cluster:
         raise ConfigError(
-            f"Valkey at {link.address} is part of a cluster (cluster-enabled yes): clusters are "
-            "not supported yet by this version. Give the url of a standalone server"
+            f"Valkey at {link.address} is part of a cluster, and clusters are not supported yet by "
+            "this version",
+            "Give the url of a server with cluster-enabled no",
         )
     if info.role != "master":
         raise ConfigError(
-            f"Valkey at {link.address} is a replica, which takes no writes: "
-            "give the url of its primary"
+            f"Valkey at {link.address} is a replica, which takes no writes",
+            "Give the url of its primary",
         )
 
 
-def check_policy(info: ServerInfo, config: Config, link: Link) -> None:
-    """It does not evict keys without a TTL.
+def check_policy(link: Link, info: ServerInfo, *, allow_eviction: bool) -> None:
+    """The server does not evict keys without a TTL, or may.
 
     Raises:
         ConfigError
     """
-    if info.evicts and not config.allow_eviction:
+    if info.evicts and not allow_eviction:
         raise ConfigError(
             f"Valkey at {link.address} has maxmemory-policy {info.maxmemory_policy}, which evicts "
-            "spilled objects first, since they are read least. Set maxmemory-policy volatile-lru "
-            "and give the caches beside it TTLs (spilled objects have none, so it never evicts "
-            "them), or give allow_eviction=true to accept lost objects"
+            "spilled objects first, since they are read least",
+            "Set maxmemory-policy volatile-lru and give the caches beside it TTLs (spilled objects "
+            "have none, so they are never evicted then), or accept lost objects with "
+            "allow_eviction=true",
         )
 
 
 def check_permissions(link: Link, keys: Keyspace) -> None:
     """The user may run every command that spilling needs, on keys below our prefix.
 
+    Tries them on keys of its own and leaves nothing behind. A server that is full passes: that is
+    for a spill to find, and may be over by then.
+
     Raises:
         ServerRefusedError
     """
-    refused = refused_commands(link, keys)
+    value, index, member = f"{keys.root}preflight:{new_attempt()}", f"{keys.root}preflight", "x"
+    unlink, zrem = command("UNLINK", value, index), command("ZREM", index, member)
+    # What removes comes first: without it nothing may be written.
+    harmless = {
+        "UNLINK": unlink,
+        "ZREM": zrem,
+        "ZSCORE": command("ZSCORE", index, member),
+        "ZRANGEBYLEX": command("ZRANGEBYLEX", index, "-", "+", "LIMIT", 0, 1),
+        "GET": command("GET", value),
+        "STRLEN": command("STRLEN", value),
+    }
+    writing = {"ZADD": command("ZADD", index, 0, member), "SET": command("SET", value, "x")}
+    list(link.run(harmless.values()))
+    if not (unlink.error or zrem.error):
+        list(link.run([*writing.values(), command("UNLINK", value, index)]))
+    trials = {**harmless, **writing}
+    refused = [
+        name for name, trial in trials.items() if isinstance(trial.error, ServerRefusedError)
+    ]
     if refused:
-        user = f"user {link.address.username!r}" if link.address.username else "the default user"
         grants = " ".join(f"+{name.lower()}" for name in refused)
         raise ServerRefusedError(
-            f"Valkey at {link.address} does not let {user} run {', '.join(refused)} on keys below "
-            f"{keys.root!r}: grant it ~{keys.root}* {grants}"
+            f"Valkey at {link.address} does not let {_user(link)} run {', '.join(refused)} on keys "
+            f"below {keys.root}",
+            f"Grant it ~{keys.root}* {grants}",
         )
 
 
-def refused_commands(link: Link, keys: Keyspace) -> list[str]:
-    """Try each command that spilling needs on keys of our own; the names of those refused.
+def _user(link: Link) -> str:
+    return f"user {link.address.username!r}" if link.address.username else "the default user"
 
-    Leaves nothing behind. A server that is merely full is not what this looks for.
-    """
-    key, member = f"{keys.root}preflight:{new_attempt()}", "preflight"
-    index = f"{key}:index"
-    trials: list[tuple[str, Callable[[], Request]]] = [
-        ("ZADD", lambda: command("ZADD", index, 0, member)),
-        ("ZSCORE", lambda: command("ZSCORE", index, member)),
-        ("SET", lambda: command("SET", key, b"preflight")),
-        ("GET", lambda: command("GET", key)),
-        ("STRLEN", lambda: command("STRLEN", key)),
-        ("ZRANGEBYLEX", lambda: command("ZRANGEBYLEX", index, "-", "+", "LIMIT", 0, 1)),
-        ("UNLINK", lambda: command("UNLINK", key)),
-        ("ZREM", lambda: command("ZREM", index, member)),
-    ]
-    refused = []
-    for (name, _), request in zip(trials, list(link.run(trial() for _, trial in trials))):
-        try:
-            request.result()
-        except ServerRefusedError:
-            refused.append(name)
-        except (ServerFullError, ServerError):
-            continue
-    return refused
+
+def _unavailable(error: ServerUnavailableError) -> ServerUnavailableError:
+    mend = (
+        "Wait until it has loaded its data, or raise retry_timeout"
+        if "LOADING" in error.what
+        else "Start it, or correct url; every node of the Ray cluster must reach it, without TLS"
+    )
+    return ServerUnavailableError(f"Valkey at {error.what}", mend)

@@ -23,7 +23,7 @@ from ray.core.generated.common_pb2 import ErrorType
 
 from ray_valkey_spill import preflight
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import ConfigError, LostObjectError, ServerError, SpillError
+from ray_valkey_spill.errors import LostObjectError, ServerError, SpillError
 from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
 
 __all__ = ["ValkeyStorage"]
@@ -66,7 +66,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         config = Config.load(params)
         if not self._in_io_worker:
             if session_name not in _checked_sessions:
-                preflight.run_all(config)
+                try:
+                    preflight.run_all(config)
+                except SpillError as error:
+                    raise error from None  # Ray prints causes too, and one message is enough
                 _checked_sessions.add(session_name)
             config = dataclasses.replace(
                 config, retry_timeout=min(config.retry_timeout, _DESTROY_PATIENCE)
@@ -99,9 +102,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             if not urls:
                 self._backoff.wait()
                 raise
-            logger.warning(
-                "%d of %d objects were spilled: %s", len(urls), len(object_refs), error
-            )
+            logger.warning("%d of %d objects were spilled: %s", len(urls), len(object_refs), error)
         self._backoff.reset()
         return urls
 
@@ -140,7 +141,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]
     ) -> list[SourceObject]:
         """The objects, read in place from plasma, up to the first that is not there."""
-        sources = []
+        sources: list[SourceObject] = []
         found = self._get_objects_from_store(refs)
         for ref, (buffer, metadata, *_), owner in zip(refs, found, owner_addresses):
             if buffer is None and not metadata:

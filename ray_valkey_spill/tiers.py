@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ray_valkey_spill.errors import LostObjectError, ServerError
 from ray_valkey_spill.keys import Keyspace, ObjectName
@@ -126,7 +126,9 @@ class ValkeyTier:
         self._link.close()
 
     def _removals(self, names: Sequence[ObjectName]) -> Iterator[Request]:
-        keys = (key for name in names for key in (self._keys.header(name), *self._keys.chunks(name)))
+        keys = (
+            key for name in names for key in (self._keys.header(name), *self._keys.chunks(name))
+        )
         for page in _pages(keys, _KEYS_PER_UNLINK):
             yield command("UNLINK", *page)
         yield command("ZREM", self._keys.index, *map(str, names))
@@ -145,7 +147,7 @@ def _pages(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
         yield page
 
 
-def _value(request: Request) -> object:
+def _value(request: Request) -> Any:
     """The reply; a foreign value of another type under one of our keys counts as none."""
     if isinstance(request.error, ServerError) and str(request.error).startswith("WRONGTYPE"):
         return None

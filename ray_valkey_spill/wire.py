@@ -152,7 +152,7 @@ class ServerInfo:
 # --- the connection ---
 
 
-class _Transient(Exception):
+class _TransientError(Exception):
     """A failure that another attempt may cure: its text tells the user what it was."""
 
 
@@ -180,13 +180,13 @@ class _Patience:
         if self._failing_since is None:
             self._failing_since = now
             return
-        answered = isinstance(failure, _Transient)
+        answered = isinstance(failure, _TransientError)
         limit = self._retry_timeout if answered else self._unreachable_timeout
         left = self._failing_since + limit - now
         if left <= 0:
             raise ServerUnavailableError(
                 f"{self._address} {'does not serve' if answered else 'cannot be reached'}: "
-                f"{failure or type(failure).__name__} (tried for {limit:g} s)"
+                f"{str(failure) or type(failure).__name__} (tried for {limit:g} s)"
             ) from failure
         time.sleep(min(left, self._pause * random.uniform(0.5, 1.0)))
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
@@ -208,7 +208,7 @@ class Link:
         self._unreachable_timeout = (
             config.retry_timeout if unreachable_timeout is None else unreachable_timeout
         )
-        self._connection: Connection | UnixDomainSocketConnection | None = None
+        self._connection: Any = None
         self._sock: Any = None
         self._replies: _ReplyReader
         self.connections = 0  # how many have been opened; more than before means one broke
@@ -278,7 +278,7 @@ class Link:
                     if filling:
                         continue
                     self._replies.read(request)
-                except (OSError, _Transient) as failure:
+                except (OSError, _TransientError) as failure:
                     self.close()
                     patience.wait(failure)
                     continue
@@ -308,7 +308,7 @@ class Link:
         """Open a connection ready for commands.
 
         Raises:
-            OSError, _Transient: another attempt may cure it.
+            OSError, _TransientError: another attempt may cure it.
             ServerRefusedError, NotValkeyError, ConfigError: it will not.
         """
         address = self.address
@@ -321,12 +321,10 @@ class Link:
             "socket_connect_timeout": min(_CONNECT_TIMEOUT, patience),
             "lib_name": "ray-valkey-spill",
         }
-        connection = (
+        connection: Any = (
             UnixDomainSocketConnection(path=address.path, **options)
             if address.path
-            else Connection(
-                host=address.host, port=address.port, socket_keepalive=True, **options
-            )
+            else Connection(host=address.host, port=address.port, socket_keepalive=True, **options)
         )
         try:
             connection.connect()
@@ -374,7 +372,7 @@ class _ReplyReader:
 
         Raises:
             OSError: the connection broke or stalled.
-            _Transient: the server says "not now".
+            _TransientError: the server says "not now".
         """
         if (
             request.into is not None
@@ -472,10 +470,10 @@ class _ReplyReader:
 
 
 def _reply_error(text: str) -> ServerError:
-    """The error for an error reply. Raises `_Transient` for those that mean "not now"."""
+    """The error for an error reply. Raises `_TransientError` for those that mean "not now"."""
     code = text.partition(" ")[0]
     if code in _TRANSIENT:
-        raise _Transient(text)
+        raise _TransientError(text)
     if code == "OOM":
         return ServerFullError(text)
     if code in ("NOPERM", "NOAUTH", "WRONGPASS", "DENIED"):
@@ -486,17 +484,21 @@ def _reply_error(text: str) -> ServerError:
 def _connect_error(address: Address, error: client_errors.ValkeyError) -> Exception:
     """What `valkey.Connection.connect` failed with, in our terms."""
     if isinstance(error, client_errors.BusyLoadingError):
-        return _Transient(f"LOADING {error}")
-    if isinstance(
-        error, client_errors.AuthenticationError | client_errors.AuthorizationError
-    ):
+        return _TransientError(f"LOADING {error}")
+    if isinstance(error, client_errors.AuthenticationError | client_errors.AuthorizationError):
         user = f"user {address.username!r}" if address.username else "the default user"
         return ServerRefusedError(
-            f"{address} refuses {user}: {error}. Set RAY_VALKEY_SPILL_PASSWORD (or password_file) "
-            "and username as the server has them"
+            f"{address} refuses {user}: {error}",
+            "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has them",
         )
     if isinstance(error, client_errors.InvalidResponse):
-        return NotValkeyError(f"{address} does not speak the Valkey protocol: {error}")
+        return NotValkeyError(
+            f"what answers at {address} does not speak the Valkey protocol ({error})",
+            "Correct url: it must name a Valkey or Redis server, without TLS",
+        )
     if isinstance(error, client_errors.ConnectionError | client_errors.TimeoutError):
-        return ConnectionError(str(error))
+        # Met after connecting, in the first exchange: also what a TLS port or a web server gives.
+        silent = "closed by server" in str(error) or "reading from" in str(error)
+        prefix = "it takes connections, but does not answer as a Valkey does: " if silent else ""
+        return ConnectionError(f"{prefix}{error}".rstrip("."))
     return ServerRefusedError(f"{address} refuses the connection: {error}")

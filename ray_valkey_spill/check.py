@@ -1,0 +1,214 @@
+"""`ray-valkey-spill check`: what spilling needs of this environment and of the server."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+from ray_valkey_spill import __version__, _startup, preflight
+from ray_valkey_spill.config import MIB, Config
+from ray_valkey_spill.errors import SpillError
+from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.registration import require_compatible
+from ray_valkey_spill.wire import Link, ServerInfo, command
+
+__all__ = ["FAILED", "OK", "WARNING", "Finding", "run"]
+
+OK, WARNING, FAILED = "ok", "warn", "failed"
+
+_ROUND_TRIPS = 200
+_PROBE_SIZE = 32 * MIB
+_PROBE_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at: how it stands, and what to do about it if it does not stand well."""
+
+    status: str
+    subject: str
+    detail: str
+    mend: str = ""
+
+    @property
+    def color(self) -> str:
+        return {OK: "green", WARNING: "yellow", FAILED: "red"}[self.status]
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def run(params: Mapping[str, Any]) -> Iterator[Finding]:
+    """Look at everything that can still be looked at, given what has been found before."""
+    yield _attempt("Ray", _ray)
+    yield _hook()
+    yield from _overridden()
+    try:
+        config = Config.load(params)
+    except SpillError as error:
+        yield Finding(FAILED, "parameters", error.what, error.mend)
+        return
+    yield Finding(OK, "parameters", f"url {config.address}, keys below {Keyspace.of(config).root}")
+    link = Link(config, unreachable_timeout=preflight.HEAD_START_PATIENCE)
+    try:
+        yield from _server(config, link)
+    finally:
+        link.close()
+
+
+def _attempt(subject: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(OK, subject, look())
+    except SpillError as error:
+        return Finding(FAILED, subject, error.what, error.mend)
+
+
+# --- this environment ---
+
+
+def _ray() -> str:
+    try:
+        module = importlib.import_module(_startup.RAY_MODULE)
+    except ImportError as error:
+        raise SpillError(f"Ray cannot be imported ({error})", "pip install ray") from error
+    function = getattr(module, _startup.RAY_FUNCTION, None)
+    require_compatible(module, getattr(function, "ray_valkey_spill_original", function))
+    return f"Ray {metadata.version('ray')} fits ray-valkey-spill {__version__}"
+
+
+def _hook() -> Finding:
+    if _startup.is_disabled():
+        return Finding(
+            FAILED,
+            "start-up hook",
+            "switched off by RAY_VALKEY_SPILL_DISABLE",
+            "Unset it in the environment of every Ray process",
+        )
+    if not _startup.is_installed():
+        return Finding(
+            FAILED,
+            "start-up hook",
+            "not active in this interpreter, so Ray does not know the type 'valkey'",
+            "Install ray-valkey-spill with pip into the environment that runs Ray, and start "
+            "Python without -S",
+        )
+    return Finding(OK, "start-up hook", "active: Ray knows the type 'valkey' here")
+
+
+def _overridden() -> Iterator[Finding]:
+    if os.environ.get("RAY_object_spilling_directory"):  # noqa: SIM112 (Ray spells it so)
+        yield Finding(
+            FAILED,
+            "environment",
+            "RAY_object_spilling_directory is set, and Ray prefers it to any spilling config",
+            "Unset it",
+        )
+
+
+# --- the server ---
+
+
+def _server(config: Config, link: Link) -> Iterator[Finding]:
+    keys = Keyspace.of(config)
+    try:
+        info = preflight.check_reachable(link)
+    except SpillError as error:
+        yield Finding(FAILED, "server", error.what, error.mend)
+        return
+    yield Finding(OK, "server", f"{info.product} {info.version} at {config.address}")
+
+    def topology() -> str:
+        preflight.check_topology(link, info)
+        preflight.check_serving(link, keys)
+        return "a standalone primary that serves"
+
+    def policy() -> str:
+        preflight.check_policy(link, info, allow_eviction=config.allow_eviction)
+        accepted = ", accepted by allow_eviction" if info.evicts else ": spilled objects stay"
+        return f"maxmemory-policy {info.maxmemory_policy}{accepted}"
+
+    def permissions() -> str:
+        preflight.check_permissions(link, keys)
+        return f"every command that spilling needs, tried on keys below {keys.root}"
+
+    yield (serves := _attempt("topology", topology))
+    yield _attempt("policy", policy)
+    yield _memory(info)
+    if serves.status == FAILED:
+        return
+    yield (allowed := _attempt("permissions", permissions))
+    if allowed.status == OK:
+        yield _attempt("latency", lambda: _latency(link, keys))
+        yield _attempt("throughput", lambda: _throughput(config, info))
+
+
+def _memory(info: ServerInfo) -> Finding:
+    used = f"{_mib(info.used_memory)} used"
+    if not info.maxmemory:
+        return Finding(
+            WARNING,
+            "memory",
+            f"no maxmemory, {used}, no budget (max_bytes): spilling may fill the machine",
+            "Set maxmemory below the memory that the server may have",
+        )
+    free = info.maxmemory - info.used_memory
+    detail = f"maxmemory {_mib(info.maxmemory)}, {used}, no budget (max_bytes)"
+    if free < info.maxmemory // 10:
+        return Finding(
+            WARNING, "memory", f"{detail}: almost full", "Raise maxmemory, or free some of it"
+        )
+    return Finding(OK, "memory", f"{detail}: {_mib(free)} free for spilling")
+
+
+def _latency(link: Link, keys: Keyspace) -> str:
+    times = []
+    for _ in range(_ROUND_TRIPS):
+        start = time.perf_counter()
+        link.execute(command("ZSCORE", keys.index, "latency"))
+        times.append(time.perf_counter() - start)
+    median, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
+    return f"{median * 1e3:.2f} ms median, {p99 * 1e3:.2f} ms p99, over {_ROUND_TRIPS} round trips"
+
+
+def _throughput(config: Config, info: ServerInfo) -> str:
+    """Spill and restore incompressible data, no more than the server has room for."""
+    size = _PROBE_SIZE
+    if info.maxmemory:
+        size = min(size, max(0, info.maxmemory - info.used_memory) // 4)
+    if size < MIB:
+        raise SpillError("not measured: the server has no room", "Raise maxmemory")
+    data = memoryview(os.urandom(size))
+    target = memoryview(bytearray(size))
+    store = ObjectStore(config, "check", f"pid{os.getpid()}")
+    spill, restore = [], []
+    try:
+        for _ in range(_PROBE_ROUNDS):
+            start = time.perf_counter()
+            (name,) = store.put([SourceObject("check", b"", b"", data)])
+            spill.append(time.perf_counter() - start)
+            url = store.keys.url(name, size)
+            start = time.perf_counter()
+            store.fill(store.find(url, "check"), target)
+            restore.append(time.perf_counter() - start)
+            if target != data:
+                raise SpillError("what was read back is not what was written")
+            store.delete([url])
+    finally:
+        store.destroy()
+        store.close()
+    # The first round also pays for connecting, and for memory never touched before.
+    return (
+        f"spill {size / min(spill) / 1e6:,.0f} MB/s, restore {size / min(restore) / 1e6:,.0f} MB/s "
+        f"({_mib(size)} incompressible, best of {_PROBE_ROUNDS})"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.0f} MiB"

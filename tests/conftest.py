@@ -1,0 +1,62 @@
+"""Fixtures shared by all tests. What a fixture starts it stops, by id, also when a test fails."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from servers import Server, valkey_server
+
+# Ray would else make a token and leave it in the home directory.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("RAY_VALKEY_SPILL_", "RAY_object_spilling_")) or name == "RAY_ADDRESS":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_left() -> Iterator[None]:
+    yield
+    left = psutil.Process().children(recursive=True)
+    names = [process.name() for process in left]
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, timeout=10)
+    assert not names, f"processes were left running: {names}"
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    """For tests below Ray, which keeps threads of its own."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in left:
+        thread.join(timeout=5)
+    assert not [thread for thread in left if thread.is_alive()]
+
+
+@pytest.fixture(scope="session")
+def _shared_server() -> Iterator[Server]:
+    with valkey_server() as server:
+        yield server
+
+
+@pytest.fixture
+def server(_shared_server: Server) -> Iterator[Server]:
+    """A server with foreign keys on it. A test must leave no key of ours, and those as they are."""
+    _shared_server.client.config_set("maxmemory", 0)
+    _shared_server.client.config_set("maxmemory-policy", "noeviction")
+    _shared_server.settle_foreign()
+    yield _shared_server
+    assert _shared_server.our_keys() == []
+    _shared_server.assert_foreign_untouched()

