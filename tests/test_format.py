@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_valkey_spill.errors import LostObjectError
+from ray_valkey_spill.format import (
+    FORMAT_VERSION,
+    Chunk,
+    Codec,
+    Header,
+    checksum,
+    chunk_count,
+    compress,
+    compression_pays,
+    decode_header,
+    decompress_into,
+    encode_header,
+)
+
+
+def header(
+    size: int = 2500,
+    chunk_size: int = 1000,
+    chunks: list[Chunk] | None = None,
+    inline: bool = False,
+) -> Header:
+    if chunks is None:
+        chunks = [
+            Chunk(min(chunk_size, size - start), Codec.RAW, 2**64 - 1 - start)
+            for start in range(0, size, chunk_size)
+        ]
+    return Header(
+        object_id="ab" * 28,
+        ray_metadata=b"PYTHON\x00\xff",
+        owner_address=b"\x00owner\xff",
+        size=size,
+        chunk_size=chunk_size,
+        chunks=chunks,
+        inline=inline,
+    )
+
+
+def encoded(value: Header, payload: bytes = b"") -> bytes:
+    return b"".join(encode_header(value, [payload] if payload else []))
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 2500, 1_000_000])
+def test_a_header_is_read_back_as_it_was_written(size: int) -> None:
+    got, payload = decode_header(encoded(header(size)))
+    assert got == header(size)
+    assert payload == b""
+
+
+def test_an_inline_payload_lies_beside_the_header() -> None:
+    data = b"payload" * 10
+    inline = header(len(data), chunks=[Chunk(len(data), Codec.RAW, checksum(data))], inline=True)
+    got, payload = decode_header(encoded(inline, data))
+    assert got == inline
+    assert payload == data
+
+
+def test_pyarrow_alone_reads_a_header() -> None:
+    data = b"x" * 70
+    inline = header(70, chunks=[Chunk(70, Codec.RAW, 7)], inline=True)
+    for value in (encoded(header(2500)), encoded(inline, data)):
+        with pa.ipc.open_stream(value) as reader:
+            table = reader.read_all()
+        metadata = table.schema.metadata
+        assert metadata[b"version"] == str(FORMAT_VERSION).encode()
+        assert metadata[b"ray_metadata"] == b"PYTHON\x00\xff"
+        assert metadata[b"owner_address"] == b"\x00owner\xff"
+        assert int(metadata[b"size"]) == sum(table["stored_size"].to_pylist())
+        assert table.column_names == ["stored_size", "codec", "xxh3_64"]
+
+
+@given(st.data())
+def test_any_flipped_bit_of_a_header_is_noticed(data: st.DataObject) -> None:
+    good = encoded(header(2500))
+    bit = data.draw(st.integers(0, len(good) * 8 - 1))
+    bad = bytearray(good)
+    bad[bit // 8] ^= 1 << bit % 8
+    try:
+        got, payload = decode_header(bytes(bad))
+    except LostObjectError:
+        return
+    # The trailer has two bytes that say nothing yet, and are zero.
+    assert got == header(2500)
+    assert payload == b""
+    assert bit // 8 in (len(good) - 14, len(good) - 13)
+
+
+@given(st.integers(0, 1500))
+def test_a_header_that_is_cut_off_is_noticed(length: int) -> None:
+    good = encoded(header(2500))
+    if length < len(good):
+        with pytest.raises(LostObjectError):
+            decode_header(good[:length])
+
+
+@given(st.binary(max_size=300))
+def test_garbage_is_no_header(value: bytes) -> None:
+    with pytest.raises(LostObjectError):
+        decode_header(value)
+
+
+def test_a_newer_format_is_refused_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_valkey_spill.format.FORMAT_VERSION", FORMAT_VERSION + 1)
+    newer = encoded(header())
+    monkeypatch.undo()
+    with pytest.raises(LostObjectError, match=f"format {FORMAT_VERSION + 1}.*upgrade"):
+        decode_header(newer)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": 2501},
+        {"size": 10**12},
+        {"size": 2000},
+        {"size": -1},
+        {"chunk_size": 500},
+        {"chunk_size": 0},
+        {"chunk_size": -1},
+        {"chunks": [Chunk(1000, Codec.RAW, 0)] * 2},
+        {"chunks": [Chunk(1000, Codec.RAW, 0)] * 3},
+        {"chunks": [Chunk(1001, Codec.LZ4, 0)] * 3},
+        {"inline": True},
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(LostObjectError):
+        decode_header(encoded(replace(header(2500), **changes)))  # type: ignore[arg-type]
+
+
+def test_chunk_count_covers_the_data() -> None:
+    assert [chunk_count(size, 10) for size in (0, 1, 10, 11, 20, 21)] == [0, 1, 1, 2, 2, 3]
+
+
+@given(st.binary(min_size=1, max_size=5000))
+def test_a_chunk_is_decompressed_to_what_it_was(data: bytes) -> None:
+    codec, stored = compress(memoryview(data))
+    assert len(stored) <= len(data)
+    if codec is Codec.RAW:
+        assert stored == data
+    else:
+        target = bytearray(len(data))
+        decompress_into(stored, memoryview(target))
+        assert target == data
+
+
+def test_a_chunk_that_is_no_lz4_or_of_another_size_is_refused() -> None:
+    _, stored = compress(memoryview(bytes(1000)))
+    for bad, size in ((b"\xff" * 50, 1000), (stored, 999), (stored, 1001), (stored[:-1], 1000)):
+        with pytest.raises(LostObjectError, match="chunk"):
+            decompress_into(bad, memoryview(bytearray(size)))
+
+
+def test_the_sampler_knows_what_pays() -> None:
+    random = np.random.default_rng(0)
+    noise = random.bytes(4 << 20)
+    columns = random.integers(0, 100, 1 << 19).tobytes()
+    assert not compression_pays(memoryview(noise))
+    assert compression_pays(memoryview(columns))
+    assert compression_pays(memoryview(bytes(1 << 20)))
+    # A compressible half must be found wherever it lies.
+    assert compression_pays(memoryview(noise + bytes(len(noise))))
+    assert compression_pays(memoryview(bytes(len(noise)) + noise))
+    assert not compression_pays(memoryview(b"a"))

@@ -1,0 +1,268 @@
+"""Two nodes, and nodes, drivers and IO workers that go away."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from clusters import (
+    MIB,
+    OBJECT_STORE,
+    cluster,
+    expect_no_keys,
+    io_workers,
+    kill,
+    local_ray,
+    run_driver,
+    spill,
+    system_config,
+)
+from servers import Server, valkey_server, wait_until
+
+
+@pytest.fixture
+def spilling() -> Iterator[Server]:
+    """A server of the test's own: what a killed node leaves is looked at after everything else."""
+    with valkey_server() as server:
+        server.settle_foreign()
+        yield server
+        server.assert_foreign_untouched()
+
+
+def on(node: int) -> dict[str, Any]:
+    return {"num_cpus": 0, "resources": {f"node{node}": 1}}
+
+
+@ray.remote
+class Owner:
+    """Puts objects on its node, and keeps them."""
+
+    def __init__(self) -> None:
+        self.refs: list[ray.ObjectRef] = []
+
+    def put(self, count: int) -> list[ray.ObjectRef]:
+        import numpy
+
+        self.refs = [ray.put(numpy.full(1 << 20, i)) for i in range(count)]
+        return self.refs
+
+    def drop(self) -> None:
+        self.refs.clear()
+
+
+def nodes_of(server: Server) -> set[str]:
+    members = server.client.zrange("ray:spill:default:index", 0, -1)
+    return {member.decode().split(":")[1] for member in members}
+
+
+def test_spilled_on_one_node_and_read_on_the_other(spilling: Server) -> None:
+    count = 3 * OBJECT_STORE // (8 * MIB)
+    with cluster(spilling.url) as nodes:
+
+        @ray.remote(num_cpus=0)
+        def check(i: int, array: np.ndarray) -> bool:
+            return bool((array == i).all())
+
+        @ray.remote(max_retries=0)
+        def produce(i: int) -> np.ndarray:
+            import numpy
+
+            return numpy.full(1 << 20, i)
+
+        head, other = (node.node_id for node in nodes.list_all_nodes())
+        refs = [produce.options(**on(1)).remote(i) for i in range(count)]
+        ray.wait(refs, num_returns=count, fetch_local=False)
+        wait_until(lambda: other in nodes_of(spilling))
+        spilled = [ref for ref in refs if ref.hex() in spilling.spilled_ids()]
+        assert len(spilled) > count // 3
+        # Read by tasks on the head, and by the driver there.
+        assert all(ray.get([check.options(**on(0)).remote(i, r) for i, r in enumerate(refs)]))
+        assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(count))
+        del refs, spilled
+        expect_no_keys(spilling)
+        assert head != other
+    assert spilling.our_keys() == []
+
+
+def test_objects_outlive_the_node_that_spilled_them(spilling: Server) -> None:
+    count = 3 * OBJECT_STORE // (8 * MIB)
+    with cluster(spilling.url) as nodes:
+
+        @ray.remote(max_retries=0)
+        def produce(i: int) -> np.ndarray:
+            import numpy
+
+            return numpy.full(1 << 20, i)
+
+        refs = [produce.options(**on(1)).remote(i) for i in range(count)]
+        ray.wait(refs, num_returns=count, fetch_local=False)
+        ids = {ref.hex(): ref for ref in refs}
+        wait_until(lambda: len(spilling.spilled_ids()) > count // 3)
+        spilled = [ids[object_id] for object_id in sorted(spilling.spilled_ids())]
+        worker_node = nodes.list_all_nodes()[1]
+        # A node that dies destroys nothing; Cluster.remove_node would.
+        for group in worker_node.all_processes.values():
+            for process in group:
+                kill(process.process.pid)
+        wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
+        for ref in spilled:
+            array = ray.get(ref, timeout=120)
+            assert (array == array[0]).all()
+            del array
+
+
+def test_removing_a_node_leaves_the_objects_of_the_others(spilling: Server) -> None:
+    with cluster(spilling.url) as nodes:
+        refs = [ray.put(np.full(MIB, i)) for i in range(30)]
+        spill(refs[:10], spilling)
+        nodes.remove_node(nodes.list_all_nodes()[1])
+        assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(30))
+
+
+def test_shutdown_takes_all_of_this_session_and_nothing_of_another(spilling: Server) -> None:
+    neighbour = b"ray:spill:default:session_x:node_y:00ff.0a.0"
+    spilling.client.set(neighbour, b"header")
+    spilling.client.zadd("ray:spill:default:index", {neighbour[len("ray:spill:default:") :]: 0})
+    with local_ray(spilling.url):
+        refs = [ray.put(np.full(MIB, i)) for i in range(30)]
+        assert spilling.spilled_ids() > {"00ff"}
+        del refs[:5]
+    assert spilling.spilled_ids() == {"00ff"}
+    assert spilling.our_keys() == [b"ray:spill:default:index", neighbour]
+
+
+def test_references_dropped_while_spilling_and_restoring(spilling: Server) -> None:
+    with local_ray(spilling.url):
+        for _ in range(5):
+            refs = [ray.put(np.full(MIB, i)) for i in range(25)]
+            # Restores are asked for, and not waited for.
+            ray.wait(refs, num_returns=1, timeout=0)
+            ray.wait(refs[:8], num_returns=8, timeout=0.05)
+            del refs
+        expect_no_keys(spilling)
+
+
+def test_a_killed_io_worker_loses_nothing(spilling: Server) -> None:
+    with local_ray(spilling.url):
+        refs = [ray.put(np.full(MIB, i)) for i in range(20)]
+        for i in range(3):
+            for process in io_workers():
+                kill(process.pid)
+            refs += [ray.put(np.full(MIB, 20 + 10 * i + j)) for j in range(10)]
+        assert [int(ray.get(ref, timeout=120)[0]) for ref in refs] == list(range(50))
+        del refs
+    assert spilling.our_keys() == []
+
+
+def test_an_io_worker_killed_while_it_restores_wedges_nothing(spilling: Server) -> None:
+    with local_ray(spilling.url):
+        big = ray.put(np.arange(8 * MIB))
+        spill([big], spilling)
+
+        @ray.remote
+        def read(refs: list[ray.ObjectRef]) -> int:
+            return int(ray.get(refs[0])[-1])
+
+        # The server stands still, so that the restore is under way for sure when it is killed.
+        os.kill(spilling.process._process.pid, signal.SIGSTOP)
+        try:
+            result = read.remote([big])
+            wait_until(lambda: any("Restore" in " ".join(p.cmdline()) for p in io_workers()))
+            for process in io_workers():
+                kill(process.pid)
+        finally:
+            os.kill(spilling.process._process.pid, signal.SIGCONT)
+        assert ray.get(result, timeout=120) == 8 * MIB - 1
+        del big, result
+        expect_no_keys(spilling)
+
+
+DRIVER = """
+import os, sys, numpy as np, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+refs = [ray.put(np.full(1 << 20, i)) for i in range(40)]
+assert all((ray.get(ref) == i).all() for i, ref in enumerate(refs))
+print("spilled", flush=True)
+if sys.argv[2] == "die":
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_driver_that_connects_spills_and_leaves_nothing(spilling: Server) -> None:
+    with cluster(spilling.url, nodes=1) as nodes:
+        assert "spilled" in run_driver(DRIVER, nodes.address, "leave")
+        expect_no_keys(spilling)
+
+
+def test_a_killed_driver_leaves_nothing(spilling: Server) -> None:
+    with cluster(spilling.url, nodes=1) as nodes:
+        with pytest.raises(AssertionError, match="spilled"):
+            run_driver(DRIVER, nodes.address, "die")
+        expect_no_keys(spilling)
+
+
+def test_the_spilling_config_may_come_from_the_environment(spilling: Server) -> None:
+    script = """
+import numpy as np, ray
+ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False,
+         log_to_driver=False, logging_level="ERROR", _node_ip_address="127.0.0.1")
+refs = [ray.put(np.full(1 << 20, i)) for i in range(30)]
+assert all((ray.get(ref) == i).all() for i, ref in enumerate(refs))
+import valkey, sys
+print(valkey.Valkey(port=int(sys.argv[1])).zcard("ray:spill:elsewhere:index"))
+ray.shutdown()
+"""
+    config = {"type": "valkey", "params": {"namespace": "elsewhere"}}
+    printed = run_driver(
+        script,
+        str(spilling.port),
+        env={
+            "RAY_object_spilling_config": json.dumps(config),
+            "RAY_VALKEY_SPILL_URL": spilling.url,
+        },
+    )
+    assert int(printed) > 0
+    assert spilling.our_keys("ray:spill:elsewhere:") == []
+
+
+def test_a_password_from_the_environment_reaches_every_io_worker() -> None:
+    with valkey_server(password="s3cret-word") as server:
+        script = f"""
+import numpy as np, psutil, ray
+ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False,
+         log_to_driver=False, logging_level="ERROR", _node_ip_address="127.0.0.1",
+         _system_config={system_config(server.url)!r})
+refs = [ray.put(np.full(1 << 20, i)) for i in range(30)]
+assert all((ray.get(ref) == i).all() for i, ref in enumerate(refs))
+lines = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+assert len(lines) > 4 and not any("s3cret-word" in line for line in lines)
+ray.shutdown()
+"""
+        run_driver(script, env={"RAY_VALKEY_SPILL_PASSWORD": "s3cret-word"})
+        assert server.our_keys() == []
+
+
+def test_two_clusters_on_one_server_keep_apart(spilling: Server) -> None:
+    with local_ray(spilling.url, namespace="first"):
+        refs = [ray.put(np.full(MIB, i)) for i in range(30)]
+        before = spilling.our_keys("ray:spill:first:")
+        script = f"""
+import numpy as np, ray
+ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False,
+         log_to_driver=False, logging_level="ERROR", _node_ip_address="127.0.0.1",
+         _system_config={system_config(spilling.url, namespace="second")!r})
+refs = [ray.put(np.full(1 << 20, i)) for i in range(30)]
+ray.shutdown()
+"""
+        run_driver(script)
+        assert spilling.our_keys("ray:spill:second:") == []
+        assert spilling.our_keys("ray:spill:first:") == before
+        assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(30))
+        del refs
+    assert spilling.our_keys("ray:spill:first:") == []

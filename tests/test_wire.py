@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from proxy import Proxy, proxy_to
+from servers import Server, unix_socket_server, valkey_server
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import (
+    ConfigError,
+    NotValkeyError,
+    ServerError,
+    ServerFullError,
+    ServerRefusedError,
+    ServerUnavailableError,
+)
+from ray_valkey_spill.wire import Link, Request, ServerInfo, command, fetch, store
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+KEY = "ray:spill:default:test"
+
+
+def config(url: str, **params: Any) -> Config:
+    return Config.load({"url": url, "retry_timeout": 5, **params}, {})
+
+
+@pytest.fixture
+def link(server: Server) -> Iterator[Link]:
+    link = Link(config(server.url))
+    yield link
+    link.close()
+    server.client.delete(KEY, *server.our_keys())
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    with proxy_to(server.port) as proxy:
+        yield proxy
+
+
+def test_replies_of_every_kind(link: Link) -> None:
+    assert link.execute(
+        command("SET", KEY, b"a\r\nb"),
+        command("GET", KEY),
+        command("STRLEN", KEY),
+        command("GET", f"{KEY}:none"),
+        command("MGET", KEY, f"{KEY}:none"),
+        command("SET", KEY, ""),
+        command("GET", KEY),
+    ) == [b"OK", b"a\r\nb", 4, None, [b"a\r\nb", None], b"OK", b""]
+
+
+def test_a_value_is_stored_from_its_parts_and_received_in_place(link: Link) -> None:
+    parts = [b"head", memoryview(bytes(range(256)) * 5000), bytearray(b"tail")]
+    value = b"".join(parts)
+    link.execute(store(KEY, parts))
+    target = bytearray(len(value))
+    (request,) = link.run([fetch(KEY, memoryview(target))])
+    assert request.result() == len(value)
+    assert target == value
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 99, 101, 70_000])
+def test_a_value_of_another_length_than_expected_is_returned_whole(link: Link, length: int) -> None:
+    link.execute(store(KEY, [b"x" * length]))
+    requests = [fetch(KEY, memoryview(bytearray(100))) for _ in range(3)]
+    assert [bytes(r.result()) for r in link.run(requests)] == [b"x" * length] * 3
+
+
+def test_missing_values_between_others_keep_replies_in_step(link: Link) -> None:
+    link.execute(store(KEY, [b"x" * 100_000]))
+    targets = [bytearray(100_000) for _ in range(20)]
+    requests = [
+        fetch(KEY if i % 3 else f"{KEY}:none", memoryview(target))
+        for i, target in enumerate(targets)
+    ]
+    replies = [request.result() for request in link.run(requests)]
+    assert replies == [100_000 if i % 3 else None for i in range(20)]
+    assert all(target == b"x" * 100_000 for i, target in enumerate(targets) if i % 3)
+
+
+def test_an_error_reply_fails_its_command_alone(link: Link) -> None:
+    first, second = link.run([command("GET"), command("STRLEN", KEY)])
+    with pytest.raises(ServerError, match="wrong number of arguments"):
+        first.result()
+    assert second.result() == 0
+
+
+def test_requests_are_pipelined(proxy: Proxy) -> None:
+    link = Link(config(proxy.url))
+    link.execute(command("STRLEN", KEY))
+    before = proxy.round_trips
+    assert link.execute(*[command("STRLEN", KEY) for _ in range(100)]) == [0] * 100
+    assert proxy.round_trips == before + 1
+    link.close()
+
+
+def test_requests_are_drawn_only_as_far_ahead_as_the_window_allows(link: Link) -> None:
+    drawn = 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal drawn
+        for _ in range(100):
+            drawn += 1
+            yield store(KEY, [bytes(1 << 20)])
+
+    for done, _ in enumerate(link.run(requests())):
+        assert drawn - done <= 6
+
+
+def test_more_buffers_than_one_system_call_takes(link: Link) -> None:
+    link.execute(store(KEY, [b"ab"] * 5000))
+    assert link.execute(command("GET", KEY)) == [b"ab" * 5000]
+
+
+def test_a_consumer_that_stops_early_does_not_spoil_what_follows(link: Link) -> None:
+    link.execute(store(KEY, [b"x" * 1000]))
+    for _ in link.run([command("GET", KEY) for _ in range(50)]):
+        break
+    assert link.execute(command("STRLEN", KEY)) == [1000]
+
+
+# --- broken connections ---
+
+
+@pytest.mark.parametrize("cut_after", [0, 1, 200_000, 1_048_570, 3_000_000])
+def test_a_cut_while_receiving_goes_unnoticed(server: Server, proxy: Proxy, cut_after: int) -> None:
+    values = [bytes([i]) * (1 << 20) for i in range(8)]
+    for i, value in enumerate(values):
+        server.client.set(f"{KEY}:{i}", value)
+    link = Link(config(proxy.url))
+    link.execute(command("STRLEN", KEY))
+    proxy.cut_after = cut_after
+    targets = [bytearray(1 << 20) for _ in values]
+    received = [
+        request.result()
+        for request in link.run(fetch(f"{KEY}:{i}", memoryview(t)) for i, t in enumerate(targets))
+    ]
+    assert received == [1 << 20] * 8
+    assert targets == values
+    assert proxy.connections == 2
+    link.close()
+    server.client.delete(*server.our_keys())
+
+
+@pytest.mark.parametrize("cut_after", [0, 1, 200_000, 1_048_640, 3_000_000])
+def test_a_cut_while_sending_goes_on_from_where_it_was(
+    server: Server, proxy: Proxy, cut_after: int
+) -> None:
+    values = [bytes([i]) * (1 << 20) for i in range(16)]
+    link = Link(config(proxy.url))
+    link.execute(command("STRLEN", KEY))
+    proxy.cut_after_sent = cut_after
+    link.execute(*[store(f"{KEY}:{i}", [value]) for i, value in enumerate(values)])
+    assert server.client.mget([f"{KEY}:{i}" for i in range(16)]) == values
+    assert proxy.connections == 2
+    # Only what had no reply yet was sent again.
+    assert proxy.bytes_to_server < (16 + 6) << 20
+    link.close()
+    server.client.delete(*server.our_keys())
+
+
+def test_an_idle_connection_that_was_closed_is_replaced(proxy: Proxy) -> None:
+    link = Link(config(proxy.url, retry_timeout=0))
+    link.execute(command("STRLEN", KEY))
+    proxy.cut()
+    assert link.execute(command("STRLEN", KEY)) == [0]
+    link.close()
+
+
+def test_a_server_that_stalls_is_given_up_after_retry_timeout(proxy: Proxy) -> None:
+    link = Link(config(proxy.url, retry_timeout=1))
+    link.execute(command("STRLEN", KEY))
+    proxy.stall()
+    with pytest.raises(ServerUnavailableError, match=r"tried for 1 s"):
+        link.execute(command("STRLEN", KEY))
+    proxy.flow()
+    assert link.execute(command("STRLEN", KEY)) == [0]
+    link.close()
+
+
+def test_a_server_that_comes_back_in_time_is_waited_for(server: Server, proxy: Proxy) -> None:
+    link = Link(config(proxy.url, retry_timeout=30))
+    link.execute(command("STRLEN", KEY))
+    proxy.refusing = True
+    proxy.cut()
+    back = threading.Timer(0.7, setattr, (proxy, "refusing", False))
+    back.start()
+    assert link.execute(command("STRLEN", KEY)) == [0]
+    back.join()
+    link.close()
+
+
+def test_nothing_listening_names_the_address_and_the_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(ServerUnavailableError, match=rf"127.0.0.1:{port}/0 cannot be reached"):
+        Link(config(f"valkey://127.0.0.1:{port}", retry_timeout=0.3)).execute(command("PING"))
+
+
+def test_a_unix_socket_works_as_well(tmp_path: Path) -> None:
+    with unix_socket_server(tmp_path) as url:
+        link = Link(config(url))
+        link.execute(store(KEY, [b"x" * (3 << 20)]))
+        target = bytearray(3 << 20)
+        (request,) = link.run([fetch(KEY, memoryview(target))])
+        assert request.result() == 3 << 20
+        link.close()
+
+
+def test_the_database_of_the_url_is_used(server: Server) -> None:
+    link = Link(config(f"valkey://127.0.0.1:{server.port}/5"))
+    link.execute(store(KEY, [b"x"]))
+    assert server.client.get(KEY) is None
+    link.execute(command("UNLINK", KEY))
+    link.close()
+
+
+# --- servers that refuse ---
+
+
+def test_a_wrong_password_is_refused_at_once_and_not_repeated() -> None:
+    with valkey_server(password="right") as server:
+        for environ in ({}, {"RAY_VALKEY_SPILL_PASSWORD": "wrong-secret"}):
+            wrong = Config.load({"url": server.url, "retry_timeout": 60}, environ)
+            with pytest.raises(ServerRefusedError, match="RAY_VALKEY_SPILL_PASSWORD") as caught:
+                Link(wrong).info()
+            assert "wrong-secret" not in str(caught.value)
+
+
+def test_the_password_comes_from_the_environment_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("right\n")
+    with valkey_server(password="right") as server:
+        for params, environ in (
+            ({}, {"RAY_VALKEY_SPILL_PASSWORD": "right"}),
+            ({"password_file": str(file)}, {}),
+            ({"username": "default", "password_file": str(file)}, {}),
+        ):
+            link = Link(Config.load({"url": server.url, **params}, environ))
+            assert link.info().product == "Valkey"
+            link.close()
+
+
+def test_a_password_file_that_is_not_there_is_named(server: Server) -> None:
+    with pytest.raises(ConfigError, match="/no/such/file"):
+        Link(config(server.url, password_file="/no/such/file")).info()
+
+
+def test_a_missing_permission_is_told_from_other_errors() -> None:
+    with valkey_server() as server:
+        server.client.acl_setuser(
+            "ray", enabled=True, passwords=["+pw"], keys=["ray:*"], commands=["+get"]
+        )
+        link = Link(
+            Config.load({"url": server.url, "username": "ray"}, {"RAY_VALKEY_SPILL_PASSWORD": "pw"})
+        )
+        with pytest.raises(ServerRefusedError, match="NOPERM"):
+            link.execute(command("SET", KEY, "x"))
+        assert link.execute(command("GET", KEY)) == [None]
+        link.close()
+
+
+def test_a_full_server_is_told_from_other_errors() -> None:
+    with valkey_server(maxmemory="3mb") as server:
+        link = Link(config(server.url))
+        with pytest.raises(ServerFullError, match="OOM"):
+            link.execute(*[store(f"{KEY}:{i}", [bytes(1 << 20)]) for i in range(8)])
+        link.close()
+
+
+def answering(reply: bytes) -> Iterator[str]:
+    """The url of a listener that answers whatever comes with `reply`, and closes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(reply)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"valkey://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.fixture
+def web_server() -> Iterator[str]:
+    yield from answering(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+@pytest.fixture
+def mute_server() -> Iterator[str]:
+    yield from answering(b"")
+
+
+@pytest.fixture
+def loading_server() -> Iterator[str]:
+    yield from answering(b"-LOADING Valkey is loading the dataset in memory\r\n" * 4)
+
+
+def test_what_is_not_a_valkey_is_said_to_be_none(web_server: str) -> None:
+    with pytest.raises(NotValkeyError, match="does not speak the Valkey protocol"):
+        Link(config(web_server)).info()
+
+
+def test_what_closes_without_an_answer_is_said_to(mute_server: str) -> None:
+    with pytest.raises(ServerUnavailableError, match="does not answer as a Valkey does"):
+        Link(config(mute_server, retry_timeout=0.3)).info()
+
+
+def test_loading_is_waited_for_even_where_the_unreachable_is_not(loading_server: str) -> None:
+    link = Link(config(loading_server, retry_timeout=1), unreachable_timeout=0)
+    with pytest.raises(ServerUnavailableError, match=r"LOADING.*tried for 1 s"):
+        link.info()
+
+
+def test_server_info_of_valkey_and_redis() -> None:
+    valkey = ServerInfo.parse(
+        "# Server\r\nredis_version:7.2.4\r\nvalkey_version:9.1.0\r\nrole:master\r\n"
+        "maxmemory:1024\r\nmaxmemory_policy:allkeys-lru\r\nused_memory:512\r\ncluster_enabled:1\r\n"
+    )
+    assert (valkey.product, valkey.version, valkey.cluster) == ("Valkey", "9.1.0", True)
+    assert (valkey.maxmemory, valkey.used_memory, valkey.evicts) == (1024, 512, True)
+    redis = ServerInfo.parse("redis_version:7.0.15\r\nmaxmemory_policy:volatile-lru\r\n")
+    assert (redis.product, redis.version, redis.evicts) == ("Redis", "7.0.15", False)
+    with pytest.raises(NotValkeyError):
+        ServerInfo.parse("hello")
