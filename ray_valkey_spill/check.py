@@ -171,7 +171,7 @@ def _latency(link: Link, keys: Keyspace) -> str:
     times = []
     for _ in range(_ROUND_TRIPS):
         start = time.perf_counter()
-        link.execute(command("ZSCORE", keys.index, "latency"))
+        link.execute(command("GET", f"{keys.root}latency"))
         times.append(time.perf_counter() - start)
     median, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
     return f"{median * 1e3:.2f} ms median, {p99 * 1e3:.2f} ms p99, over {_ROUND_TRIPS} round trips"
@@ -191,9 +191,11 @@ def _throughput(config: Config, info: ServerInfo) -> str:
     try:
         for _ in range(_PROBE_ROUNDS):
             start = time.perf_counter()
-            (name,) = store.put([SourceObject("check", b"", b"", data)])
+            names, failure = store.put([SourceObject("check", b"", b"", data)])
             spill.append(time.perf_counter() - start)
-            url = store.keys.url(name, size)
+            if failure is not None:
+                raise failure
+            url = store.keys.url(names[0], size)
             start = time.perf_counter()
             store.fill(store.find(url, "check"), target)
             restore.append(time.perf_counter() - start)

@@ -1,12 +1,15 @@
 """The names of keys, and the URLs that Ray keeps for spilled objects. Pure.
 
     <key_prefix><namespace>:index                                         index, a sorted set
+    <key_prefix><namespace>:pending                                       the same, for some
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>       header
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>:<i>   chunk i of n
 
 The index has a member for each object, its name: `<session>:<node>:<object>.<attempt>.<n>`. All
 have score 0 and so are in lexicographic order: what a session or a node owns is one range of it,
-found without SCAN, and each member tells every key that its object can have.
+found without SCAN, and each member tells every key that its object can have. The pending set has
+those of them that are being written, so that what a killed writer left can be told from the rest;
+an attempt tells its writer.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ from ray_valkey_spill.errors import LostObjectError
 
 __all__ = ["Keyspace", "ObjectName", "new_attempt"]
 
-_NAME = re.compile(r"([^:?&#]+):([^:?&#]+):([^:.?&#]+)\.([0-9a-z]+)\.([0-9]+)")
+_NAME = re.compile(r"([^:?&#]+):([^:?&#]+):([^:.?&#]+)\.([0-9a-f]{27})\.([0-9]+)")
 _URL = re.compile(r"([^?]+)\?offset=0&size=([0-9]+)")
 
 
 def new_attempt() -> str:
-    """A token no other attempt to spill an object has: time in ms, then 64 random bits."""
-    return f"{int(time.time() * 1000):011x}{os.urandom(8).hex()}"
+    """A token no other attempt to spill an object has: time in ms, this process, 32 random bits."""
+    return f"{int(time.time() * 1000):011x}{os.getpid():08x}{os.urandom(4).hex()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,11 @@ class ObjectName:
     object_id: str
     attempt: str
     chunks: int
+
+    @property
+    def writer(self) -> int:
+        """The id of the process that made the attempt, on its node."""
+        return int(self.attempt[11:19], 16)
 
     def __str__(self) -> str:
         return f"{self.session}:{self.node}:{self.object_id}.{self.attempt}.{self.chunks}"
@@ -66,6 +74,10 @@ class Keyspace:
     @property
     def index(self) -> str:
         return f"{self.root}index"
+
+    @property
+    def pending(self) -> str:
+        return f"{self.root}pending"
 
     def header(self, name: ObjectName) -> str:
         return f"{self.root}{name}"

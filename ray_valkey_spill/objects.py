@@ -8,15 +8,16 @@ a bounded number of chunks ahead of the network.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from ray_valkey_spill.config import KIB, Config
-from ray_valkey_spill.errors import LostObjectError
+from ray_valkey_spill.errors import LostObjectError, ServerUnavailableError, SpillError
 from ray_valkey_spill.format import (
     Chunk,
     Codec,
@@ -40,7 +41,7 @@ INLINE_LIMIT = 256 * KIB
 # Two threads saturate what one connection carries; each holds at most this many chunks ahead.
 _THREADS = min(2, os.cpu_count() or 1)
 _CHUNKS_AHEAD = 2 * _THREADS
-_DESTROY_PAGE = 500
+_PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,26 +102,38 @@ class ObjectStore:
 
     # --- put ---
 
-    def put(self, sources: Sequence[SourceObject]) -> Iterator[ObjectName]:
-        """Store `sources`, and yield the name of each once all of it is on the server, in order.
+    def put(self, sources: Sequence[SourceObject]) -> tuple[list[ObjectName], SpillError | None]:
+        """Store `sources`.
 
-        On failure, and if the iteration is given up, what was yielded stays, and the rest is
-        removed as far as the server lets itself be reached; it is in the index in any case.
-
-        Raises:
-            ServerError: as `wire.Link.run` and the server's refusals.
-            LostObjectError: the server lost what was being stored.
+        Returns:
+            The names of as many of them, from the first on, as are all on the server now; and what
+            kept the rest from it, or None. Nothing is left of the rest, or `recover` will remove
+            it: a server that cannot be reached cannot be cleaned up.
         """
         names = [self._new_name(source) for source in sources]
-        unfinished = deque(names)
-        self._tier.register(names)
+        values = self._values(zip(sources, names))
+        small = sum(len(source.data) for source in sources) <= INLINE_LIMIT
+        stored: list[ObjectName] = []
+        failure: SpillError | None = None
         try:
-            for name in self._tier.write(self._values(zip(sources, names))):
-                unfinished.popleft()
-                yield name
-        finally:
-            if unfinished:
-                self._tier.remove(unfinished)
+            if small:
+                self._tier.write_at_once(names, list(values))
+                return names, None
+            self._tier.register(names)
+            for name in self._tier.write(values):
+                stored.append(name)
+        except ServerUnavailableError as error:
+            return [], error
+        except SpillError as error:
+            failure = error
+        try:
+            self._tier.remove(names[len(stored) :])
+            self._tier.settle(stored)
+        except SpillError as error:
+            with contextlib.suppress(SpillError):
+                self._tier.remove(stored)
+            return [], failure or error
+        return stored, failure
 
     def _new_name(self, source: SourceObject) -> ObjectName:
         size = len(source.data)
@@ -303,10 +316,30 @@ class ObjectStore:
         """Let every later `find` of an object that turned out damaged fail at once."""
         self._tier.remove_header(name)
 
+    def recover(self, is_alive: Callable[[int], bool]) -> int:
+        """Remove what puts that never ended left of this node's objects.
+
+        To be called while this store is not putting: what of its own process is pending then is
+        left over too.
+
+        Args:
+            is_alive: whether a process of this node, given by its id, may still be putting.
+
+        Returns:
+            How many objects were removed, none of which any `put` has returned.
+        """
+        pending = self._tier.pending(self._session, self._node, _PAGE)
+        left = [n for n in pending if n.writer == os.getpid() or not is_alive(n.writer)]
+        self._tier.remove(left)
+        return len(left)
+
     def destroy(self) -> int:
-        """Remove every object of this store's node and session; returns how many there were."""
+        """Remove every object of this store's node and session; returns how many there were.
+
+        A put that is under way meanwhile fails, and removes what it has written since.
+        """
         count = 0
-        while names := self._tier.owned(self._session, self._node, _DESTROY_PAGE):
+        while names := self._tier.owned(self._session, self._node, _PAGE):
             self._tier.remove(names)
             count += len(names)
         return count

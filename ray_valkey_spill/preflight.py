@@ -76,7 +76,7 @@ def check_serving(link: Link, keys: Keyspace) -> None:
         ServerUnavailableError
     """
     try:
-        list(link.run([command("ZSCORE", keys.index, "preflight")]))
+        list(link.run([command("GET", f"{keys.root}preflight")]))
     except ServerUnavailableError as error:
         raise _unavailable(error) from None
 
@@ -131,7 +131,6 @@ def check_permissions(link: Link, keys: Keyspace) -> None:
     harmless = {
         "UNLINK": unlink,
         "ZREM": zrem,
-        "ZSCORE": command("ZSCORE", index, member),
         "ZRANGEBYLEX": command("ZRANGEBYLEX", index, "-", "+", "LIMIT", 0, 1),
         "GET": command("GET", value),
         "STRLEN": command("STRLEN", value),

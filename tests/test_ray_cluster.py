@@ -126,7 +126,7 @@ def test_removing_a_node_leaves_the_objects_of_the_others(spilling: Server) -> N
 
 
 def test_shutdown_takes_all_of_this_session_and_nothing_of_another(spilling: Server) -> None:
-    neighbour = b"ray:spill:default:session_x:node_y:00ff.0a.0"
+    neighbour = b"ray:spill:default:session_x:node_y:00ff.0000000000000000000000000a.0"
     spilling.client.set(neighbour, b"header")
     spilling.client.zadd("ray:spill:default:index", {neighbour[len("ray:spill:default:") :]: 0})
     with local_ray(spilling.url):
@@ -166,13 +166,13 @@ def test_an_io_worker_killed_while_it_restores_wedges_nothing(spilling: Server) 
         spill([big], spilling)
 
         @ray.remote
-        def read(refs: list[ray.ObjectRef]) -> int:
-            return int(ray.get(refs[0])[-1])
+        def last(array: np.ndarray) -> int:
+            return int(array[-1])
 
         # The server stands still, so that the restore is under way for sure when it is killed.
         os.kill(spilling.process._process.pid, signal.SIGSTOP)
         try:
-            result = read.remote([big])
+            result = last.remote(big)
             wait_until(lambda: any("Restore" in " ".join(p.cmdline()) for p in io_workers()))
             for process in io_workers():
                 kill(process.pid)
@@ -262,7 +262,7 @@ ray.shutdown()
 """
         run_driver(script)
         assert spilling.our_keys("ray:spill:second:") == []
-        assert spilling.our_keys("ray:spill:first:") == before
+        assert set(before) <= set(spilling.our_keys("ray:spill:first:"))
         assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(30))
         del refs
     assert spilling.our_keys("ray:spill:first:") == []

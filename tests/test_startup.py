@@ -204,6 +204,17 @@ def test_either_finder_has_rays_function_wrapped_once(tmp_path: Path) -> None:
     python(code, "-I", "-S")
 
 
+def test_install_hooks_a_module_that_is_imported_later(tmp_path: Path) -> None:
+    code = f"""
+    sys.path[:0] = [{str(fake_ray(tmp_path, FAKE))!r}, package_parent]
+    from ray_valkey_spill._startup import install
+    install()
+    import ray._private.external_storage as module
+    assert hasattr(module.setup_external_storage, "ray_valkey_spill_original")
+    """
+    python(code, "-I", "-S")
+
+
 def test_install_wraps_a_module_that_is_imported_already_and_once(tmp_path: Path) -> None:
     code = f"""
     sys.path[:0] = [{str(fake_ray(tmp_path, FAKE))!r}, package_parent]

@@ -1,0 +1,255 @@
+"""Ray's head starts only with a server that can be trusted, and says why not in one message."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import valkey
+from clusters import run_driver, system_config
+from servers import Server, valkey_server, wait_until
+
+from ray_valkey_spill import ValkeyStorage, preflight, storage
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import (
+    ConfigError,
+    ServerRefusedError,
+    ServerUnavailableError,
+)
+
+# --- the checks themselves ---
+
+
+def load(server: Server, **params: Any) -> Config:
+    return Config.load({"url": server.url, **params}, {})
+
+
+def test_a_good_server_passes_and_keeps_nothing(server: Server) -> None:
+    before = server.client.dbsize()
+    assert preflight.run_all(load(server)).product == "Valkey"
+    assert server.client.dbsize() == before
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-lfu", "allkeys-random"])
+def test_an_evicting_policy_is_refused_unless_accepted(server: Server, policy: str) -> None:
+    server.client.config_set("maxmemory-policy", policy)
+    with pytest.raises(ConfigError, match=rf"{policy}.*volatile-lru.*allow_eviction"):
+        preflight.run_all(load(server))
+    preflight.run_all(load(server, allow_eviction=True))
+
+
+@pytest.mark.parametrize(
+    "policy", ["noeviction", "volatile-lru", "volatile-lfu", "volatile-random", "volatile-ttl"]
+)
+def test_a_policy_that_spares_keys_without_a_ttl_is_accepted(server: Server, policy: str) -> None:
+    server.client.config_set("maxmemory-policy", policy)
+    preflight.run_all(load(server))
+
+
+def test_a_cluster_is_refused_as_not_supported_yet() -> None:
+    with (
+        valkey_server(cluster_enabled=True) as server,
+        pytest.raises(ConfigError, match=r"cluster.*not supported yet"),
+    ):
+        preflight.run_all(load(server))
+
+
+def test_a_replica_is_refused(server: Server) -> None:
+    with (
+        valkey_server(replicaof=f"127.0.0.1 {server.port}") as replica,
+        pytest.raises(ConfigError, match=r"replica.*url of its primary"),
+    ):
+        preflight.run_all(load(replica))
+
+
+COMMANDS = ["ZADD", "ZREM", "ZRANGEBYLEX", "SET", "GET", "STRLEN", "UNLINK"]
+
+
+@pytest.mark.parametrize("missing", [*COMMANDS, "INFO"])
+def test_a_missing_permission_is_named_and_nothing_is_left(
+    server: Server, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setenv("RAY_VALKEY_SPILL_PASSWORD", "pw")
+    server.client.acl_setuser(
+        "ray",
+        enabled=True,
+        passwords=["+pw"],
+        keys=["ray:spill:*"],
+        commands=[f"+{name.lower()}" for name in [*COMMANDS, "INFO"] if name != missing],
+    )
+    try:
+        with pytest.raises(ServerRefusedError, match=rf"user 'ray' run {missing}\b") as caught:
+            preflight.run_all(Config.load({"url": server.url, "username": "ray"}))
+        assert f"+{missing.lower()}" in caught.value.mend
+        assert server.our_keys() == []
+    finally:
+        server.client.acl_deluser("ray")
+
+
+def test_these_permissions_and_no_others_are_enough(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_VALKEY_SPILL_PASSWORD", "pw")
+    server.client.acl_setuser(
+        "ray",
+        enabled=True,
+        passwords=["+pw"],
+        keys=["ray:spill:default:*"],
+        commands=[f"+{name.lower()}" for name in [*COMMANDS, "INFO"]],
+    )
+    try:
+        preflight.run_all(Config.load({"url": server.url, "username": "ray"}))
+    finally:
+        server.client.acl_deluser("ray")
+
+
+def test_a_full_server_does_not_keep_the_head_from_starting(server: Server) -> None:
+    server.client.config_set("maxmemory", 1)
+    preflight.run_all(load(server))
+    server.client.config_set("maxmemory", 0)
+
+
+# --- the storage, as Ray makes it ---
+
+
+@pytest.fixture(autouse=True)
+def _no_session_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_checked_sessions", set())
+
+
+@contextlib.contextmanager
+def nothing_listening() -> Iterator[str]:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # and no listen()
+        yield f"valkey://127.0.0.1:{reserved.getsockname()[1]}"
+
+
+def test_the_head_fails_without_a_server_in_one_message() -> None:
+    with (
+        nothing_listening() as url,
+        pytest.raises(ServerUnavailableError, match=r"cannot be reached.*Start it") as caught,
+    ):
+        ValkeyStorage("node", "session", url=url)
+    # Ray prints causes and contexts too.
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_an_io_worker_comes_up_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["default_worker.py", "--worker-type=SPILL_WORKER"])
+    with nothing_listening() as url:
+        ValkeyStorage("node", "session", url=url)
+
+
+def test_shutdown_goes_on_when_the_server_went_first(caplog: pytest.LogCaptureFixture) -> None:
+    with valkey_server() as server:
+        url = server.url
+        first = ValkeyStorage("dummy", "session", url=url, retry_timeout=0.2)
+        first.destroy_external_storage()
+    ValkeyStorage("node", "session", url=url, retry_timeout=0.2).destroy_external_storage()
+    assert "may be left on the server" in caplog.text
+
+
+# --- with the plain tools ---
+
+
+def ray_start(
+    params: dict[str, Any], directory: Path, env: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """`ray start --head`; its exit code and what it printed."""
+    spilling = json.dumps({"type": "valkey", "params": params})
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=0"),
+            "--system-config=" + json.dumps({"object_spilling_config": spilling}),
+            f"--temp-dir={directory}",
+            "--include-dashboard=false",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+WRONG = {
+    "unknown parameter": ({"chunksize": 1}, "unknown parameter 'chunksize': did you mean"),
+    "bad type": ({"chunk_size": "1"}, "chunk_size must be a whole number of bytes"),
+    "password in url": ({"url": "valkey://:hunter2@h"}, "RAY_VALKEY_SPILL_PASSWORD"),
+    "not supported yet": ({"max_bytes": 1 << 30}, "max_bytes is not supported yet"),
+}
+
+
+@pytest.mark.parametrize(("params", "says"), WRONG.values(), ids=WRONG)
+def test_ray_start_refuses_wrong_parameters(
+    short_dir: Path, params: dict[str, Any], says: str
+) -> None:
+    code, printed = ray_start(params, short_dir)
+    assert code != 0
+    assert says in printed.splitlines()[-1]
+    assert printed.count("Traceback") == 1
+    assert "hunter2" not in printed
+
+
+def test_ray_start_refuses_a_wrong_password(short_dir: Path) -> None:
+    with valkey_server(password="right") as server:
+        env = {"RAY_VALKEY_SPILL_PASSWORD": "wrong-secret"}
+        code, printed = ray_start({"url": server.url}, short_dir, env)
+    assert code != 0
+    assert "refuses the default user" in printed.splitlines()[-1]
+    assert "wrong-secret" not in printed
+
+
+def test_ray_start_refuses_nothing_listening(short_dir: Path) -> None:
+    with nothing_listening() as url:
+        code, printed = ray_start({"url": url}, short_dir)
+    assert code != 0
+    assert "cannot be reached" in printed.splitlines()[-1]
+    assert printed.count("Traceback") == 1
+
+
+def test_a_loading_server_is_waited_for_and_then_named(tmp_path: Path) -> None:
+    with valkey_server(data_dir=tmp_path, enable_debug_command="yes") as server:
+        server.client.execute_command("DEBUG", "POPULATE", 100_000)
+        server.client.save()
+    # Half a millisecond a key: it will be loading for most of a minute.
+    slowly = {"key_load_delay": 500, "loading_process_events_interval_bytes": 1024}
+    with valkey_server(data_dir=tmp_path, ready=False, **slowly) as server:
+        wait_until(lambda: is_loading(server))
+        with pytest.raises(ServerUnavailableError, match=r"LOADING.*for 0\.5 s.*retry_timeout"):
+            preflight.run_all(load(server, retry_timeout=0.5))
+
+
+def is_loading(server: Server) -> bool:
+    with contextlib.suppress(valkey.exceptions.ConnectionError):
+        return bool(server.client.info("persistence")["loading"])
+    return False
+
+
+def test_ray_init_refuses_and_the_next_one_works() -> None:
+    with nothing_listening() as url, valkey_server() as server:
+        script = f"""
+import ray
+common = dict(address="local", include_dashboard=False, logging_level="ERROR",
+              object_store_memory=100 << 20, _node_ip_address="127.0.0.1")
+try:
+    ray.init(_system_config={system_config(url)!r}, **common)
+except Exception as error:
+    print(type(error).__name__, "|", error)
+ray.init(_system_config={system_config(server.url)!r}, **common)
+print(ray.get(ray.put("works")))
+ray.shutdown()
+"""
+        printed = run_driver(script)
+    assert "ServerUnavailableError | Valkey at" in printed
+    assert "works" in printed
