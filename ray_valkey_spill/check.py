@@ -118,7 +118,7 @@ def _overridden() -> Iterator[Finding]:
 def _server(config: Config, link: Link) -> Iterator[Finding]:
     keys = Keyspace.of(config)
     try:
-        info = preflight.check_reachable(link)
+        info = preflight.check_reachable(link, keys)
     except SpillError as error:
         yield Finding(FAILED, "server", error.what, error.mend)
         return

@@ -16,6 +16,7 @@ from ray_valkey_spill.keys import Keyspace, new_attempt
 from ray_valkey_spill.wire import Link, ServerInfo, command
 
 __all__ = [
+    "COMMANDS",
     "HEAD_START_PATIENCE",
     "check_permissions",
     "check_policy",
@@ -29,6 +30,9 @@ __all__ = [
 # take, and with the import of Ray, that keeps a failing `ray start --head` under five seconds.
 HEAD_START_PATIENCE = 1.5
 
+# Every command that this package sends, but those that any user may run.
+COMMANDS = ("GET", "INFO", "SET", "STRLEN", "UNLINK", "ZADD", "ZRANGEBYLEX", "ZREM")
+
 
 def run_all(config: Config) -> ServerInfo:
     """Check the server as Ray's head start does.
@@ -41,7 +45,7 @@ def run_all(config: Config) -> ServerInfo:
     link = Link(config, unreachable_timeout=HEAD_START_PATIENCE)
     keys = Keyspace.of(config)
     try:
-        info = check_reachable(link)
+        info = check_reachable(link, keys)
         check_topology(link, info)
         check_serving(link, keys)
         check_policy(link, info, allow_eviction=config.allow_eviction)
@@ -51,7 +55,7 @@ def run_all(config: Config) -> ServerInfo:
         link.close()
 
 
-def check_reachable(link: Link) -> ServerInfo:
+def check_reachable(link: Link, keys: Keyspace) -> ServerInfo:
     """The server answers in the Valkey protocol, and may be asked what it is.
 
     Raises:
@@ -64,9 +68,7 @@ def check_reachable(link: Link) -> ServerInfo:
     except ServerRefusedError as error:
         if not error.what.startswith("NOPERM"):
             raise
-        raise ServerRefusedError(
-            f"Valkey at {link.address} does not let {_user(link)} run INFO", "Grant it +info"
-        ) from None
+        raise _not_permitted(link, keys, ["INFO"]) from None
 
 
 def check_serving(link: Link, keys: Keyspace) -> None:
@@ -144,12 +146,15 @@ def check_permissions(link: Link, keys: Keyspace) -> None:
         name for name, trial in trials.items() if isinstance(trial.error, ServerRefusedError)
     ]
     if refused:
-        grants = " ".join(f"+{name.lower()}" for name in refused)
-        raise ServerRefusedError(
-            f"Valkey at {link.address} does not let {_user(link)} run {', '.join(refused)} on keys "
-            f"below {keys.root}",
-            f"Grant it ~{keys.root}* {grants}",
-        )
+        raise _not_permitted(link, keys, refused)
+
+
+def _not_permitted(link: Link, keys: Keyspace, refused: list[str]) -> ServerRefusedError:
+    return ServerRefusedError(
+        f"Valkey at {link.address} does not let {_user(link)} run {', '.join(refused)} on keys "
+        f"below {keys.root}",
+        f"Grant it ~{keys.root}* {' '.join(f'+{name.lower()}' for name in COMMANDS)}",
+    )
 
 
 def _user(link: Link) -> str:

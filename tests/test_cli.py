@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from servers import Server, valkey_server
+
+from ray_valkey_spill import __version__
+from ray_valkey_spill.config import parameters
+
+
+def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ray_valkey_spill", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+        check=False,
+    )
+
+
+def findings(*args: str, **env: str) -> tuple[int, dict[str, dict[str, str]]]:
+    result = cli("check", "--json", *args, **env)
+    report = json.loads(result.stdout)
+    assert report["ok"] == (result.returncode == 0)
+    return result.returncode, {finding["subject"]: finding for finding in report["findings"]}
+
+
+def test_help_and_version() -> None:
+    assert __version__ in cli("--version").stdout
+    printed = cli("--help").stdout
+    assert all(name in printed for name in ("demo", "check", "config"))
+    for command in ("check", "config"):
+        printed = cli(command, "--help").stdout
+        for parameter in parameters():
+            option = f"--{parameter.name.replace('_', '-')}"
+            assert (option in printed) == parameter.supported
+
+
+# --- config ---
+
+
+def test_config_prints_forms_that_work_when_pasted() -> None:
+    result = cli("config", "--url", "valkey://host:7000", "--chunk-size", "65536", "--json")
+    printed = json.loads(result.stdout)
+    spilling = {"type": "valkey", "params": {"url": "valkey://host:7000", "chunk_size": 65536}}
+    assert printed["object_spilling_config"] == spilling
+    assert json.loads(printed["system_config"]["object_spilling_config"]) == spilling
+    forms = printed["forms"]
+
+    ray, start, head, option = shlex.split(forms["ray start"])
+    assert (ray, start, head) == ("ray", "start", "--head")
+    given = json.loads(option.removeprefix("--system-config="))
+    assert json.loads(given["object_spilling_config"]) == spilling
+
+    shell = f'{forms["environment"]}; printf %s "$RAY_object_spilling_config"'
+    assert json.loads(subprocess.check_output(["sh", "-c", shell])) == spilling
+
+    cluster = yaml.safe_load(forms["KubeRay"])
+    env = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    assert json.loads(env[0]["value"]) == spilling
+    assert env[1]["name"] == "RAY_VALKEY_SPILL_PASSWORD"
+
+    script = forms["Python"].replace("ray.init(_system_config=", "print(repr(")
+    script = script.replace("import ray,", "import") + ")"
+    assert "65536" in subprocess.check_output([sys.executable, "-c", script], text=True)
+
+
+def test_config_without_options_is_complete_too() -> None:
+    printed = cli("config").stdout
+    assert 'export RAY_object_spilling_config=\'{"type": "valkey", "params": {}}\'' in printed
+
+
+def test_config_refuses_what_ray_would() -> None:
+    for args, says in (
+        (("--chunk-size", "many"), "chunk_size must be"),
+        (("--url", "valkey://:hunter2@h"), "RAY_VALKEY_SPILL_PASSWORD"),
+        (("--namespace", "a:b"), "namespace must be"),
+    ):
+        result = cli("config", *args)
+        assert result.returncode == 2
+        assert result.stdout == ""
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("Error: ")
+        assert says in line
+        assert "hunter2" not in line
+
+
+# --- check ---
+
+
+def test_check_of_a_good_server(server: Server) -> None:
+    server.client.config_set("maxmemory", "1gb")
+    code, found = findings("--url", server.url)
+    assert code == 0
+    assert {finding["status"] for finding in found.values()} == {"ok"}
+    assert "Valkey 9" in found["server"]["detail"]
+    assert "1,024 MiB" in found["memory"]["detail"]
+    assert "MB/s" in found["throughput"]["detail"]
+    assert "median" in found["latency"]["detail"]
+
+
+def test_check_takes_the_server_from_the_environment(server: Server) -> None:
+    code, found = findings(RAY_VALKEY_SPILL_URL=server.url)
+    assert code == 0
+    assert str(server.port) in found["server"]["detail"]
+
+
+def test_check_says_what_is_wrong_and_how_to_mend_it(server: Server) -> None:
+    server.client.config_set("maxmemory-policy", "allkeys-lru")
+    code, found = findings("--url", server.url)
+    assert code == 1
+    assert found["policy"]["status"] == "failed"
+    assert "volatile-lru" in found["policy"]["mend"]
+    assert findings("--url", server.url, "--allow-eviction", "true")[0] == 0
+
+    code, found = findings("--url", "valkey://127.0.0.1:1")
+    assert code == 1
+    assert found["server"]["status"] == "failed"
+    assert "Start it" in found["server"]["mend"]
+
+    code, found = findings(RAY_VALKEY_SPILL_NAMESPCE="x")
+    assert code == 1
+    assert "RAY_VALKEY_SPILL_NAMESPACE" in found["parameters"]["detail"]
+
+
+def test_check_knows_a_hook_that_is_switched_off_and_a_setting_that_wins(server: Server) -> None:
+    code, found = findings("--url", server.url, RAY_VALKEY_SPILL_DISABLE="1")
+    assert code == 1
+    assert "RAY_VALKEY_SPILL_DISABLE" in found["start-up hook"]["detail"]
+    code, found = findings("--url", server.url, RAY_object_spilling_directory="/tmp")
+    assert code == 1
+    assert found["environment"]["mend"] == "Unset it"
+
+
+def test_check_warns_of_a_server_that_is_almost_full(server: Server) -> None:
+    server.client.config_set("maxmemory", server.client.info("memory")["used_memory"] + 50_000)
+    code, found = findings("--url", server.url)
+    server.client.config_set("maxmemory", 0)
+    assert found["memory"]["status"] == "warn"
+    assert found["throughput"]["status"] == "failed"
+    assert code == 1
+
+
+def test_check_names_missing_permissions(server: Server) -> None:
+    server.client.acl_setuser(
+        "weak", enabled=True, passwords=["+pw"], keys=["ray:*"], commands=["+get", "+info"]
+    )
+    try:
+        code, found = findings(
+            *("--url", server.url, "--username", "weak"), RAY_VALKEY_SPILL_PASSWORD="pw"
+        )
+    finally:
+        server.client.acl_deluser("weak")
+    assert code == 1
+    assert "UNLINK, ZREM" in found["permissions"]["detail"]
+    assert "+zadd" in found["permissions"]["mend"]
+
+
+def test_check_is_readable_at_eighty_columns(server: Server) -> None:
+    result = cli("check", "--url", server.url, COLUMNS="80")
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "\x1b" not in result.stdout  # colour is for terminals
+    assert any(line.startswith("ok     throughput") for line in lines)
+
+
+# --- demo ---
+
+
+@pytest.fixture
+def nothing_left(short_dir: Path) -> Iterator[dict[str, str]]:
+    """An environment whose home and temporary directories must be empty afterwards."""
+    home, temporary = short_dir / "h", short_dir / "t"
+    home.mkdir()
+    temporary.mkdir()
+    yield {"HOME": str(home), "TMPDIR": str(temporary)}
+    assert list(home.iterdir()) == []
+    assert list(temporary.iterdir()) == []
+    processes = psutil.process_iter(["name", "environ"])
+    started = [p.info for p in processes if (p.info["environ"] or {}).get("HOME") == str(home)]
+    assert not [info["name"] for info in started]
+
+
+@pytest.mark.slow
+def test_demo_shows_a_gibibyte_spilled_and_restored(nothing_left: dict[str, str]) -> None:
+    # Settings of the user's that must not reach the demo's own cluster.
+    other = {"RAY_VALKEY_SPILL_URL": "valkey://nowhere:1", "RAY_ADDRESS": "nowhere:2"}
+    result = cli("demo", "--json", **nothing_left, **other)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["logical_bytes"] >= 1 << 30
+    assert report["verified_objects"] == report["objects"]
+    assert report["spilled_objects"] > 0.8 * report["objects"]
+    assert report["restored_objects"] > 0.8 * report["objects"]
+    assert report["spilled_bytes"] > 0.8 * report["logical_bytes"]
+    assert report["restored_bytes"] > 0.8 * report["logical_bytes"]
+    assert 0 < report["stored_bytes"] < report["logical_bytes"]
+    assert report["compression_ratio"] > 1
+    assert report["keys_left"] == 0
+    assert report["failure"] == ""
+
+
+def test_demo_says_when_the_hook_is_off() -> None:
+    result = cli("demo", RAY_VALKEY_SPILL_DISABLE="1")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: the start-up hook is not active")
+
+
+def test_the_entry_point_is_installed() -> None:
+    with valkey_server() as server:
+        command = Path(sys.executable).with_name("ray-valkey-spill")
+        printed = subprocess.check_output(
+            [str(command), "check", "--json", "--url", server.url], text=True
+        )
+    assert json.loads(printed)["ok"]
