@@ -4,8 +4,8 @@ Once installed, `{"type": "valkey", "params": {"url": "valkey://host:6379/0"}}` 
 `object_spilling_config` for Ray; nothing has to be imported. See the README.
 """
 
-# Every interpreter of the environment imports this module at start-up (see `_startup`), so it loads
-# nothing, not even typing: what it exports is imported when it is first asked for.
+# From Python 3.15 on every interpreter of the environment imports this module at start-up (see
+# `_startup`), so it loads nothing, not even typing: what it exports is imported when asked for.
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -48,7 +48,10 @@ def install() -> None:
 
 
 def is_installed() -> bool:
-    """Whether Ray knows the type in this interpreter, or will once its module is imported."""
+    """Whether Ray knows the type in this interpreter, or will once its module is imported.
+
+    Unless it is switched off: see `is_disabled`.
+    """
     module = sys.modules.get(RAY_MODULE)
     if module is not None:
         return hasattr(getattr(module, RAY_FUNCTION, None), "ray_valkey_spill_original")

@@ -42,7 +42,7 @@ def run_all(config: Config) -> ServerInfo:
     Raises:
         ConfigError, ServerError: the first thing that is wrong.
     """
-    link = Link(config, unreachable_timeout=HEAD_START_PATIENCE)
+    link = Link(config, unreachable_timeout=min(HEAD_START_PATIENCE, config.retry_timeout))
     keys = Keyspace.of(config)
     try:
         info = check_reachable(link, keys)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ray_valkey_spill import __version__
 from ray_valkey_spill._startup import RAY_FUNCTION, RAY_MODULE
+from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, IncompatibleRayError
 
 __all__ = ["require_compatible", "set_up"]
@@ -36,7 +37,7 @@ def set_up(
     assert original is not None
     arguments = inspect.signature(original).bind(*args, **kwargs).arguments
     config = arguments["config"]
-    params = config.get("params") or {}
+    params = {} if config.get("params") is None else config["params"]
     if not isinstance(params, Mapping):
         raise ConfigError(f"params must be a JSON object, not {type(params).__name__} {params!r}")
     unknown = set(config) - {"type", "params"}
@@ -45,6 +46,8 @@ def set_up(
             f"the spilling config has {min(unknown)!r} beside 'type' and 'params': "
             "parameters belong inside 'params'"
         )
+    Config.load(params)  # before a parameter named "node_id" meets Ray's argument of that name
+
     from ray_valkey_spill.storage import ValkeyStorage
 
     storage = ValkeyStorage(arguments["node_id"], arguments["session_name"], **params)
