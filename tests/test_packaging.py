@@ -249,9 +249,9 @@ def test_ray_gets_a_storage_of_this_package(
     storage = sys.modules["ray_valkey_spill.storage"] = types.ModuleType("storage")
     storage.ValkeyStorage = lambda *args, **params: [args, params]
     import ray._private.external_storage as module
-    config = {{"type": "valkey", "params": {{"url": "u"}}}}
+    config = {{"type": "valkey", "params": {{"url": "valkey://u"}}}}
     made = module.setup_external_storage(config, "node", "session")
-    assert made == [("node", "session"), {{"url": "u"}}]
+    assert made == [("node", "session"), {{"url": "valkey://u"}}]
     assert module._external_storage is made
     assert module.setup_external_storage({{"type": "other"}}, "n", "s") == "the fake's own"
     """

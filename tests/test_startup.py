@@ -17,7 +17,7 @@ from servers import Server
 
 import ray_valkey_spill
 from ray_valkey_spill import _startup
-from ray_valkey_spill.errors import ConfigError, ServerUnavailableError
+from ray_valkey_spill.errors import ConfigError
 
 SOURCE = Path(__file__).parents[1] / "ray_valkey_spill"
 PTH = SOURCE / "ray_valkey_spill.pth"
