@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.<name> [--quick] [--json]`, from the root of the checkout."""
