@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import secrets
@@ -26,7 +27,7 @@ from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.tiers import ValkeyTier
 from ray_valkey_spill.wire import Link, command
 
-__all__ = ["Report", "run"]
+__all__ = ["Report", "run", "shut_down"]
 
 _OBJECT_STORE = 150 * MIB
 _OBJECT_SIZE = 12 * MIB
@@ -147,7 +148,15 @@ def _ray(url: str, directory: Path) -> Iterator[str]:
         )
         yield ray.get_runtime_context().get_node_id()
     finally:
-        ray.shutdown(wait_for_processes=True)
+        shut_down()
+
+
+def shut_down() -> None:
+    """`ray.shutdown()` that, where Ray can, returns only once its processes are gone."""
+    import ray
+
+    can_wait = "wait_for_processes" in inspect.signature(ray.shutdown).parameters
+    ray.shutdown(**({"wait_for_processes": True} if can_wait else {}))
 
 
 def _exercise(

@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 from servers import Server, wait_until
 
 import ray_valkey_spill
+from ray_valkey_spill.demo import shut_down
 
 MIB = 1 << 20
 OBJECT_STORE = 100 * MIB
@@ -47,7 +48,7 @@ def local_ray(
         )
         yield
     finally:
-        ray.shutdown(wait_for_processes=True)
+        shut_down()
 
 
 @contextlib.contextmanager

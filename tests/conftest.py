@@ -14,7 +14,8 @@ import pytest
 from servers import Server, valkey_server
 
 # Ray would else make a token and leave it in the home directory.
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 

@@ -1,0 +1,83 @@
+"""A cluster started with the plain tools: `ray start`, twice, and a driver that connects."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from clusters import kill, run_driver
+from servers import valkey_server, wait_until
+
+import ray_valkey_spill
+
+DRIVER = """
+import sys, numpy as np, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+
+@ray.remote(num_cpus=0, resources={"second": 0.01}, max_retries=0)
+def make(i):
+    return np.full(1 << 20, i)
+
+refs = [make.remote(i) for i in range(30)] + [ray.put(np.full(1 << 20, i)) for i in range(30)]
+assert [int(ray.get(ref)[0]) for ref in refs] == 2 * list(range(30))
+import valkey
+members = valkey.Valkey(port=int(sys.argv[2])).zrange("ray:spill:default:index", 0, -1)
+print(len({member.split(b":")[1] for member in members}), "nodes have spilled")
+"""
+
+
+@contextlib.contextmanager
+def ray_start(*args: str, log: Path) -> Iterator[None]:
+    """`ray start --block`, which ends its node's processes when it is terminated."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *args),
+                *("--object-store-memory=100000000", "--num-cpus=1", "--node-ip-address=127.0.0.1"),
+            ],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_until(lambda: "--block" in log.read_text() or process.poll() is not None, timeout=60)
+        assert process.poll() is None, log.read_text()
+        yield
+    finally:
+        if process.poll() is None:
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+            for child in psutil.wait_procs(started, timeout=10)[1]:
+                kill(child.pid)
+
+
+def test_two_nodes_started_by_hand_and_a_driver(short_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    with valkey_server() as server:
+        server.settle_foreign()
+        config = json.dumps(ray_valkey_spill.system_config(url=server.url))
+        with (
+            ray_start(
+                *("--head", f"--port={port}", f"--system-config={config}"),
+                *(f"--temp-dir={short_dir}", "--include-dashboard=false"),
+                log=short_dir / "head.log",
+            ),
+            ray_start(
+                *(f"--address={address}", '--resources={"second": 1}'),
+                log=short_dir / "node.log",
+            ),
+        ):
+            printed = run_driver(DRIVER, address, str(server.port))
+            assert "2 nodes have spilled" in printed
+            wait_until(lambda: server.our_keys() == [])
+        server.assert_foreign_untouched()
