@@ -17,7 +17,8 @@ from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.objects import ObjectStore, SourceObject
 from ray_valkey_spill.registration import require_compatible
-from ray_valkey_spill.wire import Link, ServerInfo, command
+from ray_valkey_spill.resp import command
+from ray_valkey_spill.wire import Link, ServerInfo
 
 __all__ = ["FAILED", "OK", "WARNING", "Finding", "run"]
 

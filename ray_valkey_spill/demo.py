@@ -24,8 +24,9 @@ from ray_valkey_spill.config import KIB, MIB, Config, system_config
 from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.format import decode_header
 from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.resp import command
 from ray_valkey_spill.tiers import ValkeyTier
-from ray_valkey_spill.wire import Link, command
+from ray_valkey_spill.wire import Link
 
 __all__ = ["Report", "run", "shut_down"]
 

@@ -10,7 +10,7 @@
         ├── ServerRefusedError      wrong password, missing permission, read-only, forbidden
         └── NotValkeyError          something answers there, but not in the Valkey protocol
 
-Errors of the client library and of the server are translated in one place, `ray_valkey_spill.wire`.
+Error replies of the server are translated in `resp`, errors of the client library in `wire`.
 No message ever holds a password.
 """
 

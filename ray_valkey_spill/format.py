@@ -29,6 +29,7 @@ from ray_valkey_spill.errors import LostObjectError
 
 __all__ = [
     "FORMAT_VERSION",
+    "Buffer",
     "Chunk",
     "Codec",
     "Header",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from ray_valkey_spill.config import KIB, Config
 from ray_valkey_spill.errors import LostObjectError, ServerUnavailableError, SpillError
 from ray_valkey_spill.format import (
+    Buffer,
     Chunk,
     Codec,
     Header,
@@ -32,7 +33,7 @@ from ray_valkey_spill.format import (
 )
 from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
 from ray_valkey_spill.tiers import ValkeyTier, Value
-from ray_valkey_spill.wire import Buffer, Link
+from ray_valkey_spill.wire import Link
 
 __all__ = ["INLINE_LIMIT", "ObjectStore", "SourceObject", "StoredObject"]
 

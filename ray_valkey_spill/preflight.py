@@ -13,7 +13,8 @@ from ray_valkey_spill.errors import (
     ServerUnavailableError,
 )
 from ray_valkey_spill.keys import Keyspace, new_attempt
-from ray_valkey_spill.wire import Link, ServerInfo, command
+from ray_valkey_spill.resp import command
+from ray_valkey_spill.wire import Link, ServerInfo
 
 __all__ = [
     "COMMANDS",

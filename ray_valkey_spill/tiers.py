@@ -13,8 +13,10 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from ray_valkey_spill.errors import LostObjectError, ServerError
+from ray_valkey_spill.format import Buffer
 from ray_valkey_spill.keys import Keyspace, ObjectName
-from ray_valkey_spill.wire import Buffer, Link, Request, command, fetch, store
+from ray_valkey_spill.resp import Request, command, fetch, store
+from ray_valkey_spill.wire import Link
 
 __all__ = ["Stat", "Value", "ValkeyTier"]
 

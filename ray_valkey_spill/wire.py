@@ -1,9 +1,9 @@
-"""Connections to the server: pipelining, retries, errors. The only module that imports valkey.
+"""Connections to the server: pipelining and retries. The only module that imports valkey.
 
 valkey-py opens a connection, authenticates and selects the database; from then on a `Link` moves
-bytes itself. Its own command path copies every value at least once and waits for each reply, which
-costs most of the wire's speed; `Link.run` sends scatter-gather from the buffers it is given, many
-requests ahead of their replies, and receives values right where they are wanted.
+bytes itself. valkey-py's own command path copies every value at least once and waits for each
+reply, which costs most of the wire's speed; `Link.run` sends scatter-gather from the buffers it is
+given, many requests ahead of their replies, and receives values right where they are wanted.
 
 Every request a link may be given is safe to repeat (SET, GET, UNLINK, ZADD, …): when the connection
 breaks, the requests without a reply are sent again on a new one.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,13 @@ from ray_valkey_spill.config import Address, Config
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
-    ServerError,
-    ServerFullError,
     ServerRefusedError,
     ServerUnavailableError,
 )
+from ray_valkey_spill.format import Buffer
+from ray_valkey_spill.resp import ReplyReader, Request, TransientError, command
 
-__all__ = ["Link", "Request", "ServerInfo", "command", "fetch", "store"]
-
-Buffer = bytes | bytearray | memoryview
+__all__ = ["Link", "ServerInfo"]
 
 # Bytes under way before replies are waited for. What is asked for and not yet read lies in the
 # server's memory, outside its maxmemory, so this is also what one IO worker may cost the server.
@@ -44,7 +42,6 @@ _WINDOW = 4 << 20
 _BATCH = 1 << 20
 _MAX_PARTS = 1000
 _MAX_REQUESTS = 300
-_READ_SIZE = 64 << 10
 # Seconds without a single byte moving after which a server counts as stalled.
 _STALL_TIMEOUT = 10.0
 _CONNECT_TIMEOUT = 5.0
@@ -52,61 +49,6 @@ _SHORTEST_TIMEOUT = 1.0
 # Seconds between attempts, doubled each time and drawn from the upper half of that.
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
-
-# Error replies that mean "not now": a server that restarts, fails over or reshards gives them.
-_TRANSIENT = {"LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "BUSY"}
-
-
-# --- requests ---
-
-
-class Request:
-    """A command, and its reply once it has arrived.
-
-    Attributes:
-        parts: the command as it goes over the wire.
-        into: where the reply's value is to be received, if it has exactly that size.
-        reply: as the server sent it: bytes for a status, bytearray for a value, int, list or None.
-            The length of `into`, if that was filled.
-        error: the server's error instead of a reply.
-    """
-
-    __slots__ = ("error", "into", "parts", "reply", "weight")
-
-    def __init__(self, parts: list[Buffer], *, into: memoryview | None = None) -> None:
-        self.parts = parts
-        self.into = into
-        self.reply: Any = None
-        self.error: ServerError | None = None
-        self.weight = sum(map(len, parts)) + (len(into) if into is not None else 0)
-
-    def result(self) -> Any:
-        """The reply. Raises the server's error, translated."""
-        if self.error is not None:
-            raise self.error
-        return self.reply
-
-
-def command(*args: str | bytes | int) -> Request:
-    """A small command."""
-    encoded = [a if isinstance(a, bytes) else str(a).encode() for a in args]
-    pieces = [b"*%d\r\n" % len(encoded)]
-    pieces += [b"$%d\r\n%b\r\n" % (len(a), a) for a in encoded]
-    return Request([b"".join(pieces)])
-
-
-def store(key: str, value: Sequence[Buffer]) -> Request:
-    """SET `key` to the concatenation of `value`'s buffers, none of which is copied."""
-    name = key.encode()
-    size = sum(map(len, value))
-    head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, size)
-    return Request([head, *value, b"\r\n"])
-
-
-def fetch(key: str, into: memoryview) -> Request:
-    """GET `key` into `into`; the reply is the value's length, or the value where that differs."""
-    name = key.encode()
-    return Request([b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)], into=into)
 
 
 # --- what the server says of itself ---
@@ -152,10 +94,6 @@ class ServerInfo:
 # --- the connection ---
 
 
-class _TransientError(Exception):
-    """A failure that another attempt may cure: its text tells the user what it was."""
-
-
 class _Patience:
     """Paces attempts, from the first failure until something works again or time is up."""
 
@@ -180,7 +118,7 @@ class _Patience:
         if self._failing_since is None:
             self._failing_since = now
             return
-        answered = isinstance(failure, _TransientError)
+        answered = isinstance(failure, TransientError)
         limit = self._retry_timeout if answered else self._unreachable_timeout
         left = self._failing_since + limit - now
         if left <= 0:
@@ -210,7 +148,7 @@ class Link:
         )
         self._connection: Any = None
         self._sock: Any = None
-        self._replies: _ReplyReader
+        self._replies: ReplyReader
         self.connections = 0  # how many have been opened; more than before means one broke
 
     @property
@@ -278,7 +216,7 @@ class Link:
                     if filling:
                         continue
                     self._replies.read(request)
-                except (OSError, _TransientError) as failure:
+                except (OSError, TransientError) as failure:
                     self.close()
                     patience.wait(failure)
                     continue
@@ -308,7 +246,7 @@ class Link:
         """Open a connection ready for commands.
 
         Raises:
-            OSError, _TransientError: another attempt may cure it.
+            OSError, TransientError: another attempt may cure it.
             ServerRefusedError, NotValkeyError, ConfigError: it will not.
         """
         address = self.address
@@ -333,7 +271,7 @@ class Link:
             raise _connect_error(address, error) from error
         self._connection = connection
         self._sock = connection._sock
-        self._replies = _ReplyReader(self._sock)
+        self._replies = ReplyReader(self._sock)
         self.connections += 1
 
     def _password(self) -> str | None:
@@ -358,133 +296,10 @@ def _take(source: Iterator[Request], weight: int) -> list[Request]:
     return taken
 
 
-class _ReplyReader:
-    """Parses RESP2 replies off a socket, and receives values in place where it can."""
-
-    def __init__(self, sock: Any) -> None:
-        self._sock = sock
-        self._buffer = memoryview(bytearray(_READ_SIZE))
-        self._start = self._end = 0  # what has been received and not yet parsed
-        self._tail = memoryview(bytearray(2))
-
-    def read(self, request: Request) -> None:
-        """Fill in the request's `reply` or `error`.
-
-        Raises:
-            OSError: the connection broke or stalled.
-            _TransientError: the server says "not now".
-        """
-        if (
-            request.into is not None
-            and self._start == self._end
-            and self._receive_expected(request.into)
-        ):
-            request.reply = len(request.into)
-            return
-        reply = self._parse(request.into)
-        if isinstance(reply, ServerError):
-            request.error = reply
-        else:
-            request.reply = reply
-
-    def _receive_expected(self, into: memoryview) -> bool:
-        """Receive a value of exactly `into`'s size without a copy.
-
-        If the reply is another one, what has been received of it is kept for `_parse`, and the
-        result is False.
-        """
-        expected = b"$%d\r\n" % len(into)
-        head = memoryview(bytearray(len(expected)))
-        got = 0
-        while got < len(head):
-            got += self._receive([head[got:], into, self._tail])
-            if head[:got] != expected[:got]:
-                received = b"".join((head, into, self._tail))[:got]
-                self._buffer = memoryview(bytearray(max(received, bytes(_READ_SIZE), key=len)))
-                self._buffer[: len(received)] = received
-                self._start, self._end = 0, len(received)
-                return False
-        got -= len(head)
-        while got < len(into):
-            got += self._receive([into[got:], self._tail])
-        while got < len(into) + 2:
-            got += self._receive([self._tail[got - len(into) :]])
-        return True
-
-    def _parse(self, into: memoryview | None = None) -> Any:
-        line = self._line()
-        kind, rest = line[:1], line[1:]
-        if kind == b"$":
-            return self._bulk(int(rest), into)
-        if kind == b":":
-            return int(rest)
-        if kind == b"+":
-            return rest
-        if kind == b"-":
-            return _reply_error(rest.decode(errors="replace"))
-        if kind == b"*":
-            return [self._parse() for _ in range(int(rest))] if rest != b"-1" else None
-        raise NotValkeyError(f"a reply begins with {line[:20]!r}: this is no Valkey")
-
-    def _bulk(self, size: int, into: memoryview | None) -> Any:
-        if size < 0:
-            return None
-        target = into if into is not None and len(into) == size else memoryview(bytearray(size))
-        got = min(size, self._end - self._start)
-        target[:got] = self._buffer[self._start : self._start + got]
-        self._start += got
-        while got < size:
-            got += self._receive([target[got:]])
-        while self._end - self._start < 2:
-            self._fill()
-        self._start += 2
-        return size if target is into else target.obj
-
-    def _line(self) -> bytes:
-        while True:
-            # Replies' first lines are short; errors' are the longest.
-            line, found, _ = bytes(self._buffer[self._start : self._end]).partition(b"\r\n")
-            if found:
-                self._start += len(line) + 2
-                return line
-            self._fill()
-
-    def _fill(self) -> None:
-        """Receive more behind what has not been parsed yet."""
-        left = self._end - self._start
-        if self._end == len(self._buffer) or not left:
-            if left == len(self._buffer):
-                raise NotValkeyError("a reply's first line has no end")
-            self._buffer[:left] = bytes(self._buffer[self._start : self._end])
-            self._start, self._end = 0, left
-        self._end += self._receive([self._buffer[self._end :]])
-
-    def _receive(self, buffers: list[memoryview]) -> int:
-        count: int = self._sock.recvmsg_into(buffers)[0]
-        if not count:
-            raise ConnectionResetError("the server closed the connection")
-        return count
-
-
-# --- translation of errors ---
-
-
-def _reply_error(text: str) -> ServerError:
-    """The error for an error reply. Raises `_TransientError` for those that mean "not now"."""
-    code = text.partition(" ")[0]
-    if code in _TRANSIENT:
-        raise _TransientError(text)
-    if code == "OOM":
-        return ServerFullError(text)
-    if code in ("NOPERM", "NOAUTH", "WRONGPASS", "DENIED"):
-        return ServerRefusedError(text)
-    return ServerError(text)
-
-
 def _connect_error(address: Address, error: client_errors.ValkeyError) -> Exception:
     """What `valkey.Connection.connect` failed with, in our terms."""
     if isinstance(error, client_errors.BusyLoadingError):
-        return _TransientError(f"LOADING {error}")
+        return TransientError(f"LOADING {error}")
     if isinstance(error, client_errors.AuthenticationError | client_errors.AuthorizationError):
         user = f"user {address.username!r}" if address.username else "the default user"
         return ServerRefusedError(

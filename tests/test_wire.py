@@ -19,7 +19,8 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.wire import Link, Request, ServerInfo, command, fetch, store
+from ray_valkey_spill.resp import Request, command, fetch, store
+from ray_valkey_spill.wire import Link, ServerInfo
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 

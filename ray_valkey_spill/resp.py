@@ -1,0 +1,200 @@
+"""The Valkey protocol (RESP2) on a socket: commands out of buffers, replies into them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ray_valkey_spill.errors import (
+    NotValkeyError,
+    ServerError,
+    ServerFullError,
+    ServerRefusedError,
+)
+from ray_valkey_spill.format import Buffer
+
+__all__ = ["ReplyReader", "Request", "TransientError", "command", "fetch", "store"]
+
+_READ_SIZE = 64 << 10
+
+# Error replies that mean "not now": a server that restarts, fails over or reshards gives them.
+_TRANSIENT = {"LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "BUSY"}
+
+
+class TransientError(Exception):
+    """A failure that another attempt may cure: its text tells the user what it was."""
+
+
+# --- requests ---
+
+
+class Request:
+    """A command, and its reply once it has arrived.
+
+    Attributes:
+        parts: the command as it goes over the wire.
+        into: where the reply's value is to be received, if it has exactly that size.
+        reply: as the server sent it: bytes for a status, bytearray for a value, int, list or None.
+            The length of `into`, if that was filled.
+        error: the server's error instead of a reply.
+    """
+
+    __slots__ = ("error", "into", "parts", "reply", "weight")
+
+    def __init__(self, parts: list[Buffer], *, into: memoryview | None = None) -> None:
+        self.parts = parts
+        self.into = into
+        self.reply: Any = None
+        self.error: ServerError | None = None
+        self.weight = sum(map(len, parts)) + (len(into) if into is not None else 0)
+
+    def result(self) -> Any:
+        """The reply. Raises the server's error, translated."""
+        if self.error is not None:
+            raise self.error
+        return self.reply
+
+
+def command(*args: str | bytes | int) -> Request:
+    """A small command."""
+    encoded = [a if isinstance(a, bytes) else str(a).encode() for a in args]
+    pieces = [b"*%d\r\n" % len(encoded)]
+    pieces += [b"$%d\r\n%b\r\n" % (len(a), a) for a in encoded]
+    return Request([b"".join(pieces)])
+
+
+def store(key: str, value: Sequence[Buffer]) -> Request:
+    """SET `key` to the concatenation of `value`'s buffers, none of which is copied."""
+    name = key.encode()
+    size = sum(map(len, value))
+    head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, size)
+    return Request([head, *value, b"\r\n"])
+
+
+def fetch(key: str, into: memoryview) -> Request:
+    """GET `key` into `into`; the reply is the value's length, or the value where that differs."""
+    name = key.encode()
+    return Request([b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)], into=into)
+
+
+# --- replies ---
+
+
+class ReplyReader:
+    """Parses RESP2 replies off a socket, and receives values in place where it can."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self._buffer = memoryview(bytearray(_READ_SIZE))
+        self._start = self._end = 0  # what has been received and not yet parsed
+        self._tail = memoryview(bytearray(2))
+
+    def read(self, request: Request) -> None:
+        """Fill in the request's `reply` or `error`.
+
+        Raises:
+            OSError: the connection broke or stalled.
+            TransientError: the server says "not now".
+        """
+        if (
+            request.into is not None
+            and self._start == self._end
+            and self._receive_expected(request.into)
+        ):
+            request.reply = len(request.into)
+            return
+        reply = self._parse(request.into)
+        if isinstance(reply, ServerError):
+            request.error = reply
+        else:
+            request.reply = reply
+
+    def _receive_expected(self, into: memoryview) -> bool:
+        """Receive a value of exactly `into`'s size without a copy.
+
+        If the reply is another one, what has been received of it is kept for `_parse`, and the
+        result is False.
+        """
+        expected = b"$%d\r\n" % len(into)
+        head = memoryview(bytearray(len(expected)))
+        got = 0
+        while got < len(head):
+            got += self._receive([head[got:], into, self._tail])
+            if head[:got] != expected[:got]:
+                received = b"".join((head, into, self._tail))[:got]
+                self._buffer = memoryview(bytearray(max(received, bytes(_READ_SIZE), key=len)))
+                self._buffer[: len(received)] = received
+                self._start, self._end = 0, len(received)
+                return False
+        got -= len(head)
+        while got < len(into):
+            got += self._receive([into[got:], self._tail])
+        while got < len(into) + 2:
+            got += self._receive([self._tail[got - len(into) :]])
+        return True
+
+    def _parse(self, into: memoryview | None = None) -> Any:
+        line = self._line()
+        kind, rest = line[:1], line[1:]
+        if kind == b"$":
+            return self._bulk(int(rest), into)
+        if kind == b":":
+            return int(rest)
+        if kind == b"+":
+            return rest
+        if kind == b"-":
+            return _reply_error(rest.decode(errors="replace"))
+        if kind == b"*":
+            return [self._parse() for _ in range(int(rest))] if rest != b"-1" else None
+        raise NotValkeyError(f"a reply begins with {line[:20]!r}: this is no Valkey")
+
+    def _bulk(self, size: int, into: memoryview | None) -> Any:
+        if size < 0:
+            return None
+        target = into if into is not None and len(into) == size else memoryview(bytearray(size))
+        got = min(size, self._end - self._start)
+        target[:got] = self._buffer[self._start : self._start + got]
+        self._start += got
+        while got < size:
+            got += self._receive([target[got:]])
+        while self._end - self._start < 2:
+            self._fill()
+        self._start += 2
+        return size if target is into else target.obj
+
+    def _line(self) -> bytes:
+        while True:
+            # Replies' first lines are short; errors' are the longest.
+            line, found, _ = bytes(self._buffer[self._start : self._end]).partition(b"\r\n")
+            if found:
+                self._start += len(line) + 2
+                return line
+            self._fill()
+
+    def _fill(self) -> None:
+        """Receive more behind what has not been parsed yet."""
+        left = self._end - self._start
+        if self._end == len(self._buffer) or not left:
+            if left == len(self._buffer):
+                raise NotValkeyError("a reply's first line has no end")
+            self._buffer[:left] = bytes(self._buffer[self._start : self._end])
+            self._start, self._end = 0, left
+        self._end += self._receive([self._buffer[self._end :]])
+
+    def _receive(self, buffers: list[memoryview]) -> int:
+        count: int = self._sock.recvmsg_into(buffers)[0]
+        if not count:
+            raise ConnectionResetError("the server closed the connection")
+        return count
+
+
+def _reply_error(text: str) -> ServerError:
+    """The error for an error reply. Raises `TransientError` for those that mean "not now"."""
+    code = text.partition(" ")[0]
+    if code in _TRANSIENT:
+        raise TransientError(text)
+    if code == "OOM":
+        return ServerFullError(text)
+    if code in ("NOPERM", "NOAUTH", "WRONGPASS", "DENIED"):
+        return ServerRefusedError(text)
+    return ServerError(text)
