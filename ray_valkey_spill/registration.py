@@ -46,7 +46,7 @@ def set_up(
             f"the spilling config has {min(unknown)!r} beside 'type' and 'params': "
             "parameters belong inside 'params'"
         )
-    Config.load(params)  # before a parameter named "node_id" meets Ray's argument of that name
+    Config.load(params, environ={})  # or a parameter "node_id" would meet Ray's argument first
 
     from ray_valkey_spill.storage import ValkeyStorage
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray import ObjectRef
 from ray._private.external_storage import ExternalStorage
@@ -24,7 +24,7 @@ from ray.core.generated.common_pb2 import ErrorType
 
 from ray_valkey_spill import preflight
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import LostObjectError, ServerError, SpillError
+from ray_valkey_spill.errors import ConfigError, LostObjectError, ServerError, SpillError
 from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
 
 __all__ = ["ValkeyStorage"]
@@ -56,7 +56,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         **params: see `ray_valkey_spill.config.Config`.
 
     Raises:
-        ConfigError: a parameter is wrong.
+        ConfigError: a parameter is wrong. Not in an IO worker, where the environment of its node
+            can be at fault: one that does not come up is started again without end, and nobody is
+            told. It raises with every operation instead.
         ServerError: the server cannot be used, as found by `preflight.run_all`. Only outside of IO
             workers, and there only for a session's first storage: that one is Ray's validation and
             must stop the head. An IO worker comes up without the server and retries, and
@@ -68,7 +70,13 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._in_io_worker = _in_io_worker()
         self._backoff = _Backoff()
         self._next_recovery = 0.0
-        config = Config.load(params)
+        try:
+            config = Config.load(params)
+        except ConfigError as error:
+            if not self._in_io_worker:
+                raise
+            self._store = cast(ObjectStore, _Unusable(error))
+            return
         if not self._in_io_worker:
             if session_name not in _checked_sessions:
                 try:
@@ -99,7 +107,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             return []
         self._recover()
         sources = self._sources(object_refs, owner_addresses)
-        names, failure = self._store.put(sources)
+        try:
+            names, failure = self._store.put(sources)
+        except ConfigError as error:
+            names, failure = [], error
         if failure is not None and not names:
             self._backoff.wait()
             raise failure
@@ -223,6 +234,16 @@ class _Source:
         self.started = True
         self._store.fill(self._found, view.cast("B"))
         return len(view)
+
+
+class _Unusable:
+    """Stands in for the store where its config is wrong: any use of it raises that error."""
+
+    def __init__(self, error: ConfigError) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._error
 
 
 class _Backoff:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import valkey
 from clusters import run_driver, system_config
+from proxy import proxy_to
 from servers import Server, valkey_server, wait_until
 
 from ray_valkey_spill import ValkeyStorage, preflight, storage
@@ -146,12 +147,26 @@ def test_an_io_worker_comes_up_without_a_server(monkeypatch: pytest.MonkeyPatch)
         ValkeyStorage("node", "session", url=url)
 
 
-def test_shutdown_goes_on_when_the_server_went_first(caplog: pytest.LogCaptureFixture) -> None:
-    with valkey_server() as server:
-        url = server.url
-        first = ValkeyStorage("dummy", "session", url=url, retry_timeout=0.2)
-        first.destroy_external_storage()
-    ValkeyStorage("node", "session", url=url, retry_timeout=0.2).destroy_external_storage()
+def test_an_io_worker_comes_up_with_a_wrong_environment_and_says_so_at_every_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["default_worker.py", "--worker-type=RESTORE_WORKER"])
+    monkeypatch.setenv("RAY_VALKEY_SPILL_CHUNK_SIZE", "large")
+    made = ValkeyStorage("node", "session")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="RAY_VALKEY_SPILL_CHUNK_SIZE"):
+            made.delete_spilled_objects([b"ray:spill:default:x?offset=0&size=1"])
+
+
+def test_shutdown_goes_on_when_the_server_went_first(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with proxy_to(server.port) as proxy:
+        params = {"url": proxy.url, "retry_timeout": 0.2}
+        ValkeyStorage("dummy", "session", **params).destroy_external_storage()
+        assert caplog.text == ""
+        proxy.refusing = True
+        ValkeyStorage("node", "session", **params).destroy_external_storage()
     assert "may be left on the server" in caplog.text
 
 
