@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 import re
 import secrets
@@ -245,7 +246,7 @@ def _same(left: Any, right: Any) -> bool:
 def _count_stored(report: Report, tier: ValkeyTier, session: str, node_id: str) -> None:
     """What is stored once everything has been written, from the objects' headers."""
     logical = 0
-    for name in tier.owned(session, node_id, 10 * _OBJECTS):
+    for name in itertools.chain.from_iterable(tier.owned(session, node_id)):
         value = tier.stat(name).header
         if value is not None:  # else it is being spilled right now
             header, _ = decode_header(value)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -42,7 +43,7 @@ INLINE_LIMIT = 256 * KIB
 # Two threads saturate what one connection carries; each holds at most this many chunks ahead.
 _THREADS = min(2, os.cpu_count() or 1)
 _CHUNKS_AHEAD = 2 * _THREADS
-_PAGE = 500
+_DESTROY_PAUSE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,21 +330,38 @@ class ObjectStore:
         Returns:
             How many objects were removed, none of which any `put` has returned.
         """
-        pending = self._tier.pending(self._session, self._node, _PAGE)
-        left = [n for n in pending if n.writer == os.getpid() or not is_alive(n.writer)]
+        left = []
+        for page in self._tier.pending(self._session, self._node):
+            left += [n for n in page if n.writer == os.getpid() or not is_alive(n.writer)]
         self._tier.remove(left)
         return len(left)
 
-    def destroy(self) -> int:
-        """Remove every object of this store's node and session; returns how many there were.
+    def destroy(self, is_alive: Callable[[int], bool], patience: float = 2.0) -> int:
+        """Remove every object of this store's node and session.
 
-        A put that is under way meanwhile fails, and removes what it has written since.
+        What another process is just putting is waited for: if it lost its entry in the index and
+        was then killed, nobody could find the chunks that it had gone on to write.
+
+        Args:
+            is_alive: as for `recover`.
+            patience: seconds to wait; what is still being put then stays, and stays in the index.
+
+        Returns:
+            How many objects were removed.
         """
         count = 0
-        while names := self._tier.owned(self._session, self._node, _PAGE):
-            self._tier.remove(names)
-            count += len(names)
-        return count
+        deadline = time.monotonic() + patience
+        while True:
+            busy: set[ObjectName] = set()
+            for page in self._tier.pending(self._session, self._node):
+                busy.update(n for n in page if n.writer != os.getpid() and is_alive(n.writer))
+            for page in self._tier.owned(self._session, self._node):
+                idle = [name for name in page if name not in busy]
+                self._tier.remove(idle)
+                count += len(idle)
+            if not busy or time.monotonic() > deadline:
+                return count
+            time.sleep(_DESTROY_PAUSE)
 
     # --- helpers ---
 

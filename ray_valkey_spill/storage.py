@@ -148,7 +148,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def destroy_external_storage(self) -> None:
         """Remove this node's objects, and no others. Never raises: Ray is shutting down."""
         try:
-            self._store.destroy()
+            self._store.destroy(_is_alive)
         except SpillError as error:
             logger.warning("spilled objects of this node may be left on the server: %s", error)
         finally:

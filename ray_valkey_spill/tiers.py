@@ -59,20 +59,25 @@ class ValkeyTier:
         """
         self._drain(self._registrations(names))
 
-    def owned(self, session: str, node: str, limit: int) -> list[ObjectName]:
-        """Up to `limit` objects that a node of a session has in the index."""
-        return self._range(self._keys.index, session, node, limit)
+    def owned(self, session: str, node: str) -> Iterator[list[ObjectName]]:
+        """The objects that a node of a session has in the index, by the page."""
+        return self._range(self._keys.index, session, node)
 
-    def pending(self, session: str, node: str, limit: int) -> list[ObjectName]:
-        """Up to `limit` objects that a node of a session is writing, or was when it was killed."""
-        return self._range(self._keys.pending, session, node, limit)
+    def pending(self, session: str, node: str) -> Iterator[list[ObjectName]]:
+        """Those of them that are being written, or were when their writer was killed."""
+        return self._range(self._keys.pending, session, node)
 
-    def _range(self, key: str, session: str, node: str, limit: int) -> list[ObjectName]:
-        prefix = f"{session}:{node}"  # the range up to ";", which comes right after ":"
-        (members,) = self._link.execute(
-            command("ZRANGEBYLEX", key, f"[{prefix}:", f"({prefix};", "LIMIT", 0, limit)
-        )
-        return [ObjectName.parse(member.decode()) for member in members]
+    def _range(self, key: str, session: str, node: str) -> Iterator[list[ObjectName]]:
+        prefix = f"{session}:{node}"
+        start, stop = f"[{prefix}:", f"({prefix};"  # ";" comes right after ":"
+        while True:
+            (members,) = self._link.execute(
+                command("ZRANGEBYLEX", key, start, stop, "LIMIT", 0, _MEMBERS_PER_COMMAND)
+            )
+            if not members:
+                return
+            yield [ObjectName.parse(member.decode()) for member in members]
+            start = f"({members[-1].decode()}"
 
     def write(self, values: Iterable[Value]) -> Iterator[ObjectName]:
         """Write `values` in order, and yield each object once all of it is there."""

@@ -88,6 +88,10 @@ def backend(running: tuple[str, valkey.Valkey]) -> Iterator[Backend]:
     client.flushall()
 
 
+def destroy(store: ObjectStore) -> int:
+    return store.destroy(is_alive=lambda pid: False)
+
+
 def source(data: bytes, number: int = 0) -> SourceObject:
     return SourceObject(f"{number:056x}", b"PYTHON", b"\x00owner", memoryview(data))
 
@@ -208,7 +212,7 @@ def test_any_order_of_operations_leaves_what_it_should(backend: Backend) -> None
 
         @rule()
         def destroy(self) -> None:
-            assert store.destroy() == len(self.live)
+            assert destroy(store) == len(self.live)
             self.live.clear()
 
         @invariant()
@@ -241,9 +245,9 @@ def test_odd_names_of_session_and_node_do_not_leave_their_place(backend: Backend
     put(neighbour, b"x")
     url = put(odd, noise(3 * CHUNK))
     assert get(odd, url) == noise(3 * CHUNK)
-    assert neighbour.destroy() == 1
+    assert destroy(neighbour) == 1
     assert get(odd, url) == noise(3 * CHUNK)
-    assert odd.destroy() == 1
+    assert destroy(odd) == 1
     assert backend.all_keys() == []
 
 
@@ -414,15 +418,15 @@ def test_destroy_takes_its_own_node_of_its_own_session_only(backend: Backend) ->
     urls = [put(store, noise(3 * CHUNK)) for store in others]
     for _ in range(3):
         put(mine, noise(3 * CHUNK))
-    assert mine.destroy() == 3
+    assert destroy(mine) == 3
     assert [get(store, url) for store, url in zip(others, urls)] == [noise(3 * CHUNK)] * 6
-    assert mine.destroy() == 0
+    assert destroy(mine) == 0
 
 
 def test_destroy_finds_more_than_one_page_of_objects(backend: Backend) -> None:
     store = backend.store()
     put_all(store, [source(b"x", i) for i in range(1234)])
-    assert store.destroy() == 1234
+    assert destroy(store) == 1234
     assert backend.all_keys() == []
 
 
@@ -434,7 +438,7 @@ def test_a_store_touches_no_key_of_others_and_never_scans(backend: Backend) -> N
     urls = [put(store, noise(3 * CHUNK)) for _ in range(3)]
     get(store, urls[0])
     store.delete([urls[0], urls[0], "vllm:kv:a?offset=0&size=1", "session:user:1"])
-    store.destroy()
+    destroy(store)
     used = {name.removeprefix("cmdstat_") for name in backend.client.info("commandstats")}
     assert {key: backend.client.get(key) for key in backend.all_keys()} == before
     assert not used & {"scan", "keys", "flushall", "flushdb", "del", "randomkey", "sscan", "zscan"}
@@ -480,7 +484,7 @@ def test_objects_destroyed_while_they_are_written_are_not_reported(backend: Back
     written = store._tier.settle
 
     def destroyed_meanwhile(names: Sequence[ObjectName]) -> None:
-        assert other.destroy() == 20
+        assert destroy(other) == 20
         written(names)
 
     store._tier.settle = destroyed_meanwhile  # type: ignore[method-assign]
@@ -527,6 +531,12 @@ def stop(*args):
     print("now", flush=True)
     sys.stdin.read()
 
+settle = tier.settle
+
+def stop_once(names):
+    stop()
+    settle(names)
+
 def stop_after_seven_chunks(pieces):
     for number, piece in enumerate(encoded(pieces)):
         if number == 7:
@@ -565,6 +575,34 @@ def test_what_a_killed_writer_left_is_found_and_nothing_else(
     assert backend.all_keys() == []
 
 
+def test_destroy_waits_for_a_living_writer_and_leaves_what_is_unfinished(
+    backend: Backend,
+) -> None:
+    done = put(backend.store(), noise(3 * CHUNK))
+    writing = subprocess.Popen(
+        [sys.executable, "-c", DYING_WRITER, backend.url, SESSION, NODE, "tier.settle = stop_once"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert writing.stdout
+        assert writing.stdin
+        assert writing.stdout.readline() == b"now\n"
+        store = backend.store()
+        assert store.destroy(is_alive=lambda pid: True, patience=0) == 1
+        with pytest.raises(LostObjectError):
+            get(store, done)
+        # The ten that are being written are whole, and can still be found.
+        assert backend.client.zcard(store.keys.index) == 10
+        assert len(backend.all_keys()) == 2 + 10 * 4
+        writing.stdin.close()
+        assert store.destroy(is_alive=lambda pid: True, patience=30) == 10
+    finally:
+        writing.kill()
+        writing.wait()
+    assert backend.all_keys() == []
+
+
 def test_what_a_failed_put_could_not_remove_is_recovered(server: Server) -> None:
     with proxy_to(server.port) as proxy:
         store = Backend(proxy.url, server.client).store(retry_timeout=0.2)
@@ -576,7 +614,7 @@ def test_what_a_failed_put_could_not_remove_is_recovered(server: Server) -> None
         assert len(server.our_keys()) > 2
         proxy.refusing = False
         assert store.recover(is_alive=lambda pid: True) == 10
-        assert store.destroy() == 1
+        assert destroy(store) == 1
         store.close()
 
 
@@ -636,7 +674,7 @@ def test_a_batch_of_small_objects_is_pipelined(server: Server) -> None:
         before = proxy.round_trips
         put_all(store, [source(noise(500), i) for i in range(500)])
         assert proxy.round_trips - before < 50
-        store.destroy()
+        destroy(store)
         store.close()
 
 
