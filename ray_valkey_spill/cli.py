@@ -151,7 +151,7 @@ def config(as_json: bool, **options: str | None) -> None:
     for title, text in forms.items():
         click.echo(click.style(f"# {title}", bold=True))
         click.echo(text.rstrip() + "\n")
-    if Config.load(given, environ={}).username:
+    if Config.load(given, environ={}).address.username:
         click.echo("# The password: RAY_VALKEY_SPILL_PASSWORD in the environment of every node.")
 
 

@@ -37,7 +37,7 @@ _NOT_PARAMETERS = {"DISABLE", "PASSWORD"}
 KIB = 1024
 MIB = 1024 * KIB
 MIN_CHUNK_SIZE = 1 * KIB
-MAX_CHUNK_SIZE = 16 * MIB
+MAX_CHUNK_SIZE = 8 * MIB
 
 # Keys must survive inside Ray's `base?offset=N&size=M`, Valkey's glob patterns (ACLs), and our own
 # separators; a namespace moreover must not contain the ":" that ends it.
@@ -75,9 +75,13 @@ def _integer(low: int, high: float) -> Callable[[Any], int]:
 def _seconds(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError
-    if not math.isfinite(value) or value < 0:
+    try:
+        seconds = float(value)
+    except OverflowError:
+        raise ValueError from None
+    if not math.isfinite(seconds) or seconds < 0:
         raise ValueError
-    return float(value)
+    return seconds
 
 
 def _boolean(value: Any) -> bool:
@@ -356,10 +360,18 @@ def _parse_url(url: Any, *, from_config: bool) -> Address:
         parts = urlsplit(url)
         has_password = parts.password is not None
         hosts = parts.netloc.rpartition("@")[2]
-    except ValueError as error:
-        raise ConfigError(f"url cannot be parsed: {error}") from None
+    except ValueError:
+        # The error quotes the url, and that may hold a password.
+        raise ConfigError(
+            "url cannot be parsed", "Percent-encode what is not a letter or a digit in it"
+        ) from None
     if has_password and from_config:
         raise _password_refused("a password in url")
+    if "@" in f"{parts.path}{parts.query}{parts.fragment}":
+        # A "/", "?" or "#" in a password ends the host part early, and the rest lands there.
+        raise ConfigError(
+            "url has an '@' behind its host", "Percent-encode what user name and password hold"
+        )
     scheme = parts.scheme
     if scheme in _TLS_SCHEMES:
         raise ConfigError(f"url: TLS ({scheme}://) is not supported yet by this version")
@@ -376,10 +388,9 @@ def _parse_url(url: Any, *, from_config: bool) -> Address:
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     unknown = set(query) - ({"db"} if scheme == "unix" else set())
     if unknown or parts.fragment:
-        what = f"?{min(unknown)}=" if unknown else "#"
         raise ConfigError(
-            f"url has {what!r}, which means nothing here: options are parameters of their own "
-            f"({', '.join(_PARAMETERS)})"
+            f"url has options behind {'?' if unknown else '#'}, which mean nothing here: they are "
+            f"parameters of their own ({', '.join(_PARAMETERS)})"
         )
     username = unquote(parts.username) if parts.username else None
     password = unquote(parts.password) if parts.password else None
@@ -405,7 +416,7 @@ def _parse_url(url: Any, *, from_config: bool) -> Address:
 
 def _database(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ConfigError(f"url: the database must be a number, as in /0, not {text!r}")
+        raise ConfigError("url: the database must be a number, as in valkey://host:6379/0")
     return int(text)
 
 

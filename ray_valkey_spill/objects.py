@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from ray_valkey_spill.config import KIB, Config
+from ray_valkey_spill.config import KIB, MIB, Config
 from ray_valkey_spill.errors import LostObjectError, ServerUnavailableError, SpillError
 from ray_valkey_spill.format import (
     Buffer,
@@ -40,9 +40,10 @@ __all__ = ["INLINE_LIMIT", "ObjectStore", "SourceObject", "StoredObject"]
 
 INLINE_LIMIT = 256 * KIB
 
-# Two threads saturate what one connection carries; each holds at most this many chunks ahead.
+# Two threads saturate what one connection carries. They are kept ahead of it by no more than this,
+# which with the wire's own window bounds what an IO worker grows by.
 _THREADS = min(2, os.cpu_count() or 1)
-_CHUNKS_AHEAD = 2 * _THREADS
+_BYTES_AHEAD = 8 * MIB
 _DESTROY_PAUSE = 0.05
 
 
@@ -94,6 +95,8 @@ class ObjectStore:
         self._compression = config.compression
         self._tier = ValkeyTier(link or Link(config), self.keys)
         self._pool: ThreadPoolExecutor | None = None
+        self._abandoned: list[ObjectName] = []  # what put() could not remove: for recover()
+        self._chunks_ahead = max(1, min(2 * _THREADS, _BYTES_AHEAD // config.chunk_size))
 
     def close(self) -> None:
         """Drop the connection and the threads; the next operation gets new ones."""
@@ -125,6 +128,7 @@ class ObjectStore:
             for name in self._tier.write(values):
                 stored.append(name)
         except ServerUnavailableError as error:
+            self._abandoned += names
             return [], error
         except SpillError as error:
             failure = error
@@ -132,8 +136,9 @@ class ObjectStore:
             self._tier.remove(names[len(stored) :])
             self._tier.settle(stored)
         except SpillError as error:
+            self._abandoned += names
             with contextlib.suppress(SpillError):
-                self._tier.remove(stored)
+                self.recover(is_alive=lambda pid: True)
             return [], failure or error
         return stored, failure
 
@@ -196,7 +201,7 @@ class ObjectStore:
             for piece in pieces:
                 job = self._threads().submit(compress, piece.data) if piece.compress else None
                 ahead.append((piece, job))
-                if len(ahead) > _CHUNKS_AHEAD:
+                if len(ahead) > self._chunks_ahead:
                     yield first()
             while ahead:
                 yield first()
@@ -294,7 +299,7 @@ class ObjectStore:
                 else:
                     slot = target[header.span(index)]
                     decoding.append((index, self._threads().submit(_decode, chunk, place, slot)))
-                    collect(leave=_CHUNKS_AHEAD)
+                    collect(leave=self._chunks_ahead)
             collect(leave=0)
         finally:
             # Nobody may write into `target` any more once this is over.
@@ -319,10 +324,7 @@ class ObjectStore:
         self._tier.remove_header(name)
 
     def recover(self, is_alive: Callable[[int], bool]) -> int:
-        """Remove what puts that never ended left of this node's objects.
-
-        To be called while this store is not putting: what of its own process is pending then is
-        left over too.
+        """Remove what failed puts of this store, and puts of killed processes, left of this node.
 
         Args:
             is_alive: whether a process of this node, given by its id, may still be putting.
@@ -330,10 +332,11 @@ class ObjectStore:
         Returns:
             How many objects were removed, none of which any `put` has returned.
         """
-        left = []
+        left = list(self._abandoned)
         for page in self._tier.pending(self._session, self._node):
-            left += [n for n in page if n.writer == os.getpid() or not is_alive(n.writer)]
+            left += [name for name in page if not is_alive(name.writer)]
         self._tier.remove(left)
+        self._abandoned.clear()
         return len(left)
 
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 2.0) -> int:
@@ -354,7 +357,8 @@ class ObjectStore:
         while True:
             busy: set[ObjectName] = set()
             for page in self._tier.pending(self._session, self._node):
-                busy.update(n for n in page if n.writer != os.getpid() and is_alive(n.writer))
+                busy.update(name for name in page if is_alive(name.writer))
+            busy.difference_update(self._abandoned)
             for page in self._tier.owned(self._session, self._node):
                 idle = [name for name in page if name not in busy]
                 self._tier.remove(idle)

@@ -9,6 +9,9 @@ from __future__ import annotations
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
+    NotValkeyError,
+    ServerError,
+    ServerFullError,
     ServerRefusedError,
     ServerUnavailableError,
 )
@@ -67,9 +70,22 @@ def check_reachable(link: Link, keys: Keyspace) -> ServerInfo:
     except ServerUnavailableError as error:
         raise _unavailable(error) from None
     except ServerRefusedError as error:
-        if not error.what.startswith("NOPERM"):
+        if error.what.startswith("NOPERM"):
+            raise _not_permitted(link, keys, ["INFO"]) from None
+        if "'select'" in error.what:
+            raise _not_permitted(link, keys, ["SELECT"]) from None
+        if error.what.startswith("NOAUTH"):
+            raise ServerRefusedError(
+                f"Valkey at {link.address} asks for a password",
+                "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as it has them",
+            ) from None
+        raise
+    except ServerError as error:
+        if isinstance(error, NotValkeyError):
             raise
-        raise _not_permitted(link, keys, ["INFO"]) from None
+        raise ServerError(
+            f"Valkey at {link.address} fails INFO: {error}", "Let it run INFO"
+        ) from None
 
 
 def check_serving(link: Link, keys: Keyspace) -> None:
@@ -90,6 +106,12 @@ def check_topology(link: Link, info: ServerInfo) -> None:
     Raises:
         ConfigError
     """
+    if info.mode == "sentinel":
+        raise ConfigError(
+            f"what answers at {link.address} is a Sentinel, and Sentinels are not supported yet by "
+            "this version",
+            "Give the url of the primary",
+        )
     if info.cluster:
         raise ConfigError(
             f"Valkey at {link.address} is part of a cluster, and clusters are not supported yet by "
@@ -120,7 +142,7 @@ def check_policy(link: Link, info: ServerInfo, *, allow_eviction: bool) -> None:
 
 
 def check_permissions(link: Link, keys: Keyspace) -> None:
-    """The user may run every command that spilling needs, on keys below our prefix.
+    """The server runs every command that spilling needs, on keys below our prefix.
 
     Tries them on keys of its own and leaves nothing behind. A server that is full passes: that is
     for a spill to find, and may be over by then.
@@ -148,13 +170,20 @@ def check_permissions(link: Link, keys: Keyspace) -> None:
     ]
     if refused:
         raise _not_permitted(link, keys, refused)
+    for name, trial in trials.items():
+        if trial.error is not None and not isinstance(trial.error, ServerFullError):
+            raise ServerRefusedError(
+                f"Valkey at {link.address} fails {name}: {trial.error}",
+                f"Let it run {', '.join(COMMANDS)}, as they are named here",
+            )
 
 
 def _not_permitted(link: Link, keys: Keyspace, refused: list[str]) -> ServerRefusedError:
+    needed = (*COMMANDS, "SELECT") if link.address.db else COMMANDS
     return ServerRefusedError(
         f"Valkey at {link.address} does not let {_user(link)} run {', '.join(refused)} on keys "
         f"below {keys.root}",
-        f"Grant it ~{keys.root}* {' '.join(f'+{name.lower()}' for name in COMMANDS)}",
+        f"Grant it ~{keys.root}* {' '.join(f'+{name.lower()}' for name in needed)}",
     )
 
 
@@ -166,6 +195,8 @@ def _unavailable(error: ServerUnavailableError) -> ServerUnavailableError:
     mend = (
         "Wait until it has loaded its data, or raise retry_timeout"
         if "LOADING" in error.what
+        else "Raise its maxclients"
+        if "max number of clients" in error.what
         else "Start it, or correct url; every node of the Ray cluster must reach it, without TLS"
     )
     return ServerUnavailableError(f"Valkey at {error.what}", mend)

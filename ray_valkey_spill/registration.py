@@ -39,7 +39,8 @@ def set_up(
     config = arguments["config"]
     params = {} if config.get("params") is None else config["params"]
     if not isinstance(params, Mapping):
-        raise ConfigError(f"params must be a JSON object, not {type(params).__name__} {params!r}")
+        # Its value is not shown: it may be a url with a password.
+        raise ConfigError(f"params must be a JSON object, not {type(params).__name__}")
     unknown = set(config) - {"type", "params"}
     if unknown:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ray_valkey_spill.format import Buffer
 __all__ = ["ReplyReader", "Request", "TransientError", "command", "fetch", "store"]
 
 _READ_SIZE = 64 << 10
+_LARGEST = 512 << 20
 
 # Error replies that mean "not now": a server that restarts, fails over or reshards gives them.
 _TRANSIENT = {"LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "BUSY"}
@@ -137,15 +139,15 @@ class ReplyReader:
         line = self._line()
         kind, rest = line[:1], line[1:]
         if kind == b"$":
-            return self._bulk(int(rest), into)
+            return self._bulk(_number(rest), into)
         if kind == b":":
-            return int(rest)
+            return _number(rest)
         if kind == b"+":
             return rest
         if kind == b"-":
             return _reply_error(rest.decode(errors="replace"))
         if kind == b"*":
-            return [self._parse() for _ in range(int(rest))] if rest != b"-1" else None
+            return [self._parse() for _ in range(_number(rest))] if rest != b"-1" else None
         raise NotValkeyError(f"a reply begins with {line[:20]!r}: this is no Valkey")
 
     def _bulk(self, size: int, into: memoryview | None) -> Any:
@@ -186,6 +188,13 @@ class ReplyReader:
         if not count:
             raise ConnectionResetError("the server closed the connection")
         return count
+
+
+def _number(text: bytes) -> int:
+    """A length or an integer reply; no value is longer than 512 MiB (`proto-max-bulk-len`)."""
+    if not re.fullmatch(rb"-?[0-9]{1,18}", text) or abs(int(text)) > _LARGEST:
+        raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is no Valkey")
+    return int(text)
 
 
 def _reply_error(text: str) -> ServerError:

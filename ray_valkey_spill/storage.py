@@ -40,8 +40,8 @@ _DESTROY_PATIENCE = 3.0
 # Seconds between looks for what killed IO workers left half-written.
 _RECOVERY_INTERVAL = 10.0
 
-# Sessions whose config this process has checked: see `ValkeyStorage.__init__`.
-_checked_sessions: set[str] = set()
+# What this process has checked: see `ValkeyStorage.__init__`.
+_checked: set[tuple[str, Config]] = set()
 
 
 class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
@@ -60,7 +60,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             can be at fault: one that does not come up is started again without end, and nobody is
             told. It raises with every operation instead.
         ServerError: the server cannot be used, as found by `preflight.run_all`. Only outside of IO
-            workers, and there only for a session's first storage: that one is Ray's validation and
+            workers, and there only the first time for a session: that one is Ray's validation and
             must stop the head. An IO worker comes up without the server and retries, and
             `ray.shutdown()` must not fail because the server went first.
     """
@@ -75,19 +75,20 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         except ConfigError as error:
             if not self._in_io_worker:
                 raise
-            self._store = cast(ObjectStore, _Unusable(error))
+            self._store = self._impatient_store = cast(ObjectStore, _Unusable(error))
             return
-        if not self._in_io_worker:
-            if session_name not in _checked_sessions:
-                try:
-                    preflight.run_all(config)
-                except SpillError as error:
-                    raise error from None  # Ray prints causes too, and one message is enough
-                _checked_sessions.add(session_name)
-            config = dataclasses.replace(
-                config, retry_timeout=min(config.retry_timeout, _DESTROY_PATIENCE)
-            )
+        if not self._in_io_worker and (session_name, config) not in _checked:
+            try:
+                preflight.run_all(config)
+            except SpillError as error:
+                raise error from None  # Ray prints causes too, and one message is enough
+            _checked.add((session_name, config))
         self._store = ObjectStore(config, session_name, node_id)
+        self._impatient_store = ObjectStore(
+            dataclasses.replace(config, retry_timeout=min(config.retry_timeout, _DESTROY_PATIENCE)),
+            session_name,
+            node_id,
+        )
 
     # --- Ray's interface ---
 
@@ -105,11 +106,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """
         if not object_refs:
             return []
-        self._recover()
-        sources = self._sources(object_refs, owner_addresses)
         try:
+            sources = self._sources(object_refs, owner_addresses)
             names, failure = self._store.put(sources)
-        except ConfigError as error:
+        except SpillError as error:
             names, failure = [], error
         if failure is not None and not names:
             self._backoff.wait()
@@ -119,6 +119,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                 "%d of %d objects were spilled: %s", len(names), len(object_refs), failure
             )
         self._backoff.reset()
+        self._recover()
         return [
             self._store.keys.url(name, len(source.data)).encode()
             for name, source in zip(names, sources)
@@ -136,22 +137,23 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             SpillError: nothing of the object has reached plasma, and trying again may help.
         """
         return sum(
-            self._restore(ref, url.decode()) for ref, url in zip(object_refs, url_with_offset_list)
+            self._restore(ref, _text(url)) for ref, url in zip(object_refs, url_with_offset_list)
         )
 
     def delete_spilled_objects(self, urls: list[bytes]) -> None:
         """Remove objects; what is not there is no error."""
-        self._recover()
-        for foreign in self._store.delete(url.decode() for url in urls):
+        for foreign in self._store.delete(_text(url) for url in urls):
             logger.warning("not deleted, because it was not spilled here: %s", foreign)
+        self._recover()
 
     def destroy_external_storage(self) -> None:
         """Remove this node's objects, and no others. Never raises: Ray is shutting down."""
         try:
-            self._store.destroy(_is_alive)
+            self._impatient_store.destroy(_is_alive)
         except SpillError as error:
             logger.warning("spilled objects of this node may be left on the server: %s", error)
         finally:
+            self._impatient_store.close()
             self._store.close()
 
     # --- spill ---
@@ -160,9 +162,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Remove what killed IO workers of this node left half-written, now and then."""
         if time.monotonic() < self._next_recovery:
             return
+        self._next_recovery = time.monotonic() + _RECOVERY_INTERVAL
         try:
             self._store.recover(_is_alive)
-            self._next_recovery = time.monotonic() + _RECOVERY_INTERVAL
         except SpillError as error:
             logger.warning("half-written objects were not looked for: %s", error)
 
@@ -260,6 +262,11 @@ class _Backoff:
 
     def reset(self) -> None:
         self._pause = self._FIRST
+
+
+def _text(url: bytes) -> str:
+    """A URL as text; what is no text is no URL of ours, and will be found not to be."""
+    return url.decode(errors="replace")
 
 
 def _in_io_worker() -> bool:

@@ -88,7 +88,7 @@ class ValkeyTier:
                 under_way.append(value)
                 yield store(value.key, value.parts)
 
-        for request in self._link.run(requests()):
+        for request in self._run_to_failure(requests()):
             request.result()
             name = under_way.popleft().completes
             if name is not None:
@@ -174,8 +174,30 @@ class ValkeyTier:
         yield command("ZREM", self._keys.index, *map(str, names))
 
     def _drain(self, requests: Iterable[Request]) -> None:
-        for request in self._link.run(requests):
+        for request in self._run_to_failure(requests):
             request.result()
+
+    def _run_to_failure(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Yield requests with their replies, up to and with the first that failed.
+
+        Nothing is sent after that, and it is yielded only once all other replies are in: a SET
+        still under way could otherwise be carried out after its key has been removed.
+        """
+        failed: Request | None = None
+
+        def until_failure() -> Iterator[Request]:
+            for request in requests:
+                if failed is not None:
+                    return
+                yield request
+
+        for request in self._link.run(until_failure()):
+            if failed is None and request.error is None:
+                yield request
+            elif failed is None:
+                failed = request
+        if failed is not None:
+            yield failed
 
 
 _T = TypeVar("_T")

@@ -11,7 +11,10 @@ breaks, the requests without a reply are sent again on a new one.
 
 from __future__ import annotations
 
+import contextlib
 import random
+import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -60,6 +63,7 @@ class ServerInfo:
 
     product: str
     version: str
+    mode: str
     role: str
     loading: bool
     cluster: bool
@@ -79,9 +83,12 @@ class ServerInfo:
         if "redis_version" not in values and "valkey_version" not in values:
             raise NotValkeyError("it answers INFO, but not as a Valkey does")
         is_valkey = "valkey_version" in values
+        if not all(values.get(name, "0").isdigit() for name in ("maxmemory", "used_memory")):
+            raise NotValkeyError("its INFO has sizes that are no numbers")
         return cls(
             product="Valkey" if is_valkey else "Redis",
             version=values["valkey_version" if is_valkey else "redis_version"],
+            mode=values.get("server_mode", values.get("redis_mode", "standalone")),
             role=values.get("role", "master"),
             loading=values.get("loading", "0") == "1",
             cluster=values.get("cluster_enabled", "0") == "1",
@@ -156,9 +163,16 @@ class Link:
         return self._config.address
 
     def close(self) -> None:
-        """Drop the connection; the next request opens a new one."""
-        connection, self._connection, self._sock = self._connection, None, None
+        """Drop the connection; the next request opens a new one.
+
+        What has not left this machine yet is dropped too (by SO_LINGER), or it could be carried out
+        after whatever is sent next.
+        """
+        connection, sock = self._connection, self._sock
+        self._connection = self._sock = None
         if connection is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.disconnect()
 
     def execute(self, *requests: Request) -> list[Any]:
@@ -316,4 +330,5 @@ def _connect_error(address: Address, error: client_errors.ValkeyError) -> Except
         silent = "closed by server" in str(error) or "reading from" in str(error)
         prefix = "it takes connections, but does not answer as a Valkey does: " if silent else ""
         return ConnectionError(f"{prefix}{error}".rstrip("."))
-    return ServerRefusedError(f"{address} refuses the connection: {error}")
+    mend = "Give a database that it has" if "DB index" in str(error) else ""
+    return ServerRefusedError(f"{address} refuses the connection: {error}", mend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 
@@ -16,6 +17,7 @@ class Proxy:
             None after it has happened once).
         cut_after_sent: the same for bytes to the server.
         refuse_after_sent: the same, and from then on `refusing`.
+        throttle: seconds that every 64 KiB to the server take longer.
         refusing: while True new connections are closed at once.
         connections: how many there have been.
         round_trips: how many times the client spoke after the server had.
@@ -28,6 +30,7 @@ class Proxy:
         self.cut_after: int | None = None
         self.cut_after_sent: int | None = None
         self.refuse_after_sent: int | None = None
+        self.throttle = 0.0
         self.refusing = False
         self.connections = 0
         self.round_trips = 0
@@ -92,6 +95,8 @@ class Proxy:
             while data := source.recv(65536):
                 if note == self._note_reply:
                     self._flowing.wait()
+                elif self.throttle:
+                    time.sleep(self.throttle)
                 allowed = note(len(data))
                 target.sendall(data[:allowed])
                 if allowed < len(data):

@@ -52,7 +52,7 @@ def test_url_names_the_server(url: str, address: str) -> None:
         ("valkey://host:0", "port"),
         ("valkey://:6379", "host"),
         ("valkey://host:6379/zero", "number"),
-        ("valkey://host:6379?timeout=3", "timeout"),
+        ("valkey://host:6379?timeout=3", "?"),
         ("valkey://host#x", "#"),
         ("valkey://a:1,b:2", "not supported yet"),
         ("valkeys://host", "not supported yet"),
@@ -112,6 +112,7 @@ def test_the_spilling_config_wins_over_the_environment() -> None:
         ("retry_timeout", -1),
         ("retry_timeout", float("nan")),
         ("retry_timeout", float("inf")),
+        ("retry_timeout", 10**400),
         ("namespace", "a:b"),
         ("namespace", ""),
         ("namespace", "a*"),
@@ -221,6 +222,15 @@ def test_a_password_in_url_is_refused_without_being_repeated(url: str) -> None:
     assert SECRET not in str(caught.value)
     with pytest.raises(ConfigError, match="password_file"):
         spilling_config(url=url)
+
+
+@pytest.mark.parametrize("odd", ["/", "?", "#", "/?", "\u2100", "["])
+def test_a_password_that_breaks_the_url_is_not_repeated_either(odd: str) -> None:
+    url = f"valkey://user:12{odd}{SECRET}@host:6379/0"
+    for params, environ in (({"url": url}, {}), ({}, {"RAY_VALKEY_SPILL_URL": url})):
+        with pytest.raises(ConfigError) as caught:
+            Config.load(params, environ)
+        assert SECRET not in str(caught.value)
 
 
 def test_a_password_as_a_parameter_is_refused() -> None:

@@ -55,6 +55,27 @@ def test_a_policy_that_spares_keys_without_a_ttl_is_accepted(server: Server, pol
     preflight.run_all(load(server))
 
 
+UNUSABLE = {
+    "UNLINK renamed away": {"rename_command": 'UNLINK ""'},
+    "ZADD renamed away": {"rename_command": 'ZADD ""'},
+    "too few replicas": {"min_replicas_to_write": 1},
+}
+
+
+@pytest.mark.parametrize("options", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_server_on_which_no_spill_could_succeed_is_refused(options: dict[str, Any]) -> None:
+    with valkey_server(**options) as server:
+        with pytest.raises(ServerRefusedError, match=rf"{server.port}/0 fails (UNLINK|ZADD)"):
+            preflight.run_all(load(server))
+        assert server.our_keys() == []
+
+
+def test_a_second_storage_with_another_server_is_checked_as_well(server: Server) -> None:
+    ValkeyStorage("node", "session", url=server.url)
+    with nothing_listening() as url, pytest.raises(ServerUnavailableError):
+        ValkeyStorage("node", "session", url=url)
+
+
 def test_a_cluster_is_refused_as_not_supported_yet() -> None:
     with (
         valkey_server(cluster_enabled=True) as server,
@@ -120,7 +141,7 @@ def test_a_full_server_does_not_keep_the_head_from_starting(server: Server) -> N
 
 @pytest.fixture(autouse=True)
 def _no_session_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_checked_sessions", set())
+    monkeypatch.setattr(storage, "_checked", set())
 
 
 @contextlib.contextmanager

@@ -479,6 +479,35 @@ def test_a_full_server_keeps_the_prefix_and_nothing_of_the_rest(full_server: Ser
     store.close()
 
 
+@pytest.mark.parametrize("chunk_size", [16 << 10, 1 << 20])
+def test_a_full_server_behind_a_slow_link_is_left_without_orphans(
+    full_server: Server, chunk_size: int
+) -> None:
+    with proxy_to(full_server.port) as proxy:
+        proxy.throttle = 0.001
+        store = Backend(proxy.url, full_server.client).store(chunk_size=chunk_size)
+        for _ in range(3):
+            names, failure = store.put([source(noise(3 << 20, i), i) for i in range(6)])
+            assert isinstance(failure, ServerFullError)
+            # What was sent after the first refusal has come too late to be stored.
+            assert len(full_server.our_keys()) == (bool(names) + sum(1 + n.chunks for n in names))
+            store.delete(store.keys.url(name, 3 << 20) for name in names)
+            assert full_server.our_keys() == []
+        store.close()
+
+
+def test_stores_of_one_process_leave_each_others_puts_alone(backend: Backend) -> None:
+    first, second = backend.store(), backend.store()
+    settle = first._tier.settle
+
+    def recovered_meanwhile(names: Sequence[ObjectName]) -> None:
+        assert second.recover(is_alive=lambda pid: True) == 0
+        settle(names)
+
+    first._tier.settle = recovered_meanwhile  # type: ignore[method-assign]
+    assert len(put_all(first, [source(noise(3 * CHUNK, i), i) for i in range(20)])) == 20
+
+
 def test_objects_destroyed_while_they_are_written_are_not_reported(backend: Backend) -> None:
     store, other = backend.store(), backend.store()
     written = store._tier.settle

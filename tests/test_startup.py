@@ -363,7 +363,7 @@ def _no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_no_server")
 @pytest.mark.parametrize("params", [[1], "url", 1, True, [], False, ""], ids=repr)
 def test_params_that_are_no_object_are_refused(ray_module: ModuleType, params: object) -> None:
-    with pytest.raises(ConfigError, match=rf"^params must be .* {type(params).__name__} "):
+    with pytest.raises(ConfigError, match=rf"^params must be .* {type(params).__name__}$"):
         ray_module.setup_external_storage({"type": "valkey", "params": params}, "ab", "s")
 
 

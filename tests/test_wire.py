@@ -19,7 +19,7 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.resp import Request, command, fetch, store
+from ray_valkey_spill.resp import ReplyReader, Request, command, fetch, store
 from ray_valkey_spill.wire import Link, ServerInfo
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -315,6 +315,18 @@ def loading_server() -> Iterator[str]:
 def test_what_is_not_a_valkey_is_said_to_be_none(web_server: str) -> None:
     with pytest.raises(NotValkeyError, match="does not speak the Valkey protocol"):
         Link(config(web_server)).info()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [b"$abc\r\n", b"*x\r\n", b":\r\n", b"$9999999999999999\r\n", b"*99999999999\r\n", b"?\r\n"],
+)
+def test_garbage_in_the_middle_is_said_to_be_no_valkey(server: Server, reply: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(reply)
+        with pytest.raises(NotValkeyError):
+            ReplyReader(ours).read(command("GET", KEY))
 
 
 def test_what_closes_without_an_answer_is_said_to(mute_server: str) -> None:
