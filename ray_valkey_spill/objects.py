@@ -45,6 +45,7 @@ INLINE_LIMIT = 256 * KIB
 _THREADS = min(2, os.cpu_count() or 1)
 _BYTES_AHEAD = 8 * MIB
 _DESTROY_PAUSE = 0.05
+_ABANDONED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,9 @@ class ObjectStore:
         self._compression = config.compression
         self._tier = ValkeyTier(link or Link(config), self.keys)
         self._pool: ThreadPoolExecutor | None = None
-        self._abandoned: list[ObjectName] = []  # what put() could not remove: for recover()
+        # What put() could not remove, for recover(). Bounded, for an outage can be long; the rest
+        # is still pending on the server, and goes once this process has gone.
+        self._abandoned: deque[ObjectName] = deque(maxlen=_ABANDONED)
         self._chunks_ahead = max(1, min(2 * _THREADS, _BYTES_AHEAD // config.chunk_size))
 
     def close(self) -> None:
