@@ -45,6 +45,7 @@ INLINE_LIMIT = 256 * KIB
 _THREADS = min(2, os.cpu_count() or 1)
 _BYTES_AHEAD = 8 * MIB
 _DESTROY_PAUSE = 0.05
+_LATE_ARRIVALS = 1.0
 _ABANDONED = 10_000
 
 
@@ -336,11 +337,15 @@ class ObjectStore:
             How many objects were removed, none of which any `put` has returned.
         """
         left = list(self._abandoned)
+        dead: list[ObjectName] = []
         for page in self._tier.pending(self._session, self._node):
-            left += [name for name in page if not is_alive(name.writer)]
-        self._tier.remove(left)
+            dead += [name for name in page if not is_alive(name.writer)]
+        if dead:
+            # The server may still have in its sockets what they had sent, to be carried out later.
+            time.sleep(_LATE_ARRIVALS)
+        self._tier.remove([*left, *dead])
         self._abandoned.clear()
-        return len(left)
+        return len(left) + len(dead)
 
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 2.0) -> int:
         """Remove every object of this store's node and session.

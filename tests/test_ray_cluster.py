@@ -175,12 +175,14 @@ def test_an_io_worker_killed_while_it_restores_wedges_nothing(spilling: Server) 
             result = last.remote(big)
             wait_until(lambda: any("Restore" in " ".join(p.cmdline()) for p in io_workers()))
             for process in io_workers():
-                kill(process.pid)
+                if "Restore" in " ".join(process.cmdline()):
+                    kill(process.pid)
         finally:
             os.kill(spilling.process._process.pid, signal.SIGCONT)
         assert ray.get(result, timeout=120) == 8 * MIB - 1
         del big, result
-        expect_no_keys(spilling)
+    # Ray gives a delete up after four attempts within milliseconds, if their workers are killed.
+    assert spilling.our_keys() == []
 
 
 DRIVER = """
