@@ -156,25 +156,23 @@ def config(as_json: bool, **options: str | None) -> None:
 
 
 def _print_finding(finding: Finding) -> None:
-    mark = click.style(f"{finding.status:<7}", fg=finding.color, bold=True)
-    text = _wrapped(finding.detail, first="", rest=" " * _INDENT)
-    click.echo(f"{mark}{finding.subject:<{_INDENT - 7}}{text}")
+    status = f"{finding.status:<7}"
+    text = _wrapped(finding.detail, first=f"{status}{finding.subject}".ljust(_INDENT))
+    click.echo(click.style(status, fg=finding.color, bold=True) + text[len(status) :])
     if finding.mend:
-        click.echo(_wrapped(finding.mend, first=" " * _INDENT + "→ ", rest=" " * (_INDENT + 2)))
+        click.echo(_wrapped(finding.mend, first=" " * _INDENT + "→ "))
 
 
-def _wrapped(text: str, *, first: str, rest: str) -> str:
-    width = min(100, shutil.get_terminal_size().columns)
-    taken = 0 if first else _INDENT
-    lines = textwrap.wrap(
+def _wrapped(text: str, *, first: str) -> str:
+    """`text` behind `first`, in lines of the terminal's width, the further ones indented alike."""
+    return textwrap.fill(
         text,
-        width,
-        initial_indent=first or " " * taken,
-        subsequent_indent=rest,
+        min(100, shutil.get_terminal_size().columns),
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return "\n".join(lines)[taken:]
 
 
 def _print_table(rows: list[tuple[str, str]]) -> None:

@@ -87,15 +87,14 @@ class ObjectStore:
     Args:
         config: where, under which prefix, and how chunks are cut and compressed.
         session, node: whose the objects are that this store puts.
-        link: the connection, if it is not to be an ordinary one.
     """
 
-    def __init__(self, config: Config, session: str, node: str, link: Link | None = None) -> None:
+    def __init__(self, config: Config, session: str, node: str) -> None:
         self.keys = Keyspace.of(config)
         self._session, self._node = _component(session), _component(node)
         self._chunk_size = config.chunk_size
         self._compression = config.compression
-        self._tier = ValkeyTier(link or Link(config), self.keys)
+        self._tier = ValkeyTier(Link(config), self.keys)
         self._pool: ThreadPoolExecutor | None = None
         # What put() could not remove, for recover(). Bounded, for an outage can be long; the rest
         # is still pending on the server, and goes once this process has gone.

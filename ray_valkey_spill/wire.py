@@ -65,7 +65,6 @@ class ServerInfo:
     version: str
     mode: str
     role: str
-    loading: bool
     cluster: bool
     maxmemory: int
     maxmemory_policy: str
@@ -90,7 +89,6 @@ class ServerInfo:
             version=values["valkey_version" if is_valkey else "redis_version"],
             mode=values.get("server_mode", values.get("redis_mode", "standalone")),
             role=values.get("role", "master"),
-            loading=values.get("loading", "0") == "1",
             cluster=values.get("cluster_enabled", "0") == "1",
             maxmemory=int(values.get("maxmemory", 0)),
             maxmemory_policy=values.get("maxmemory_policy", "noeviction"),
@@ -156,7 +154,6 @@ class Link:
         self._connection: Any = None
         self._sock: Any = None
         self._replies: ReplyReader
-        self.connections = 0  # how many have been opened; more than before means one broke
 
     @property
     def address(self) -> Address:
@@ -286,7 +283,6 @@ class Link:
         self._connection = connection
         self._sock = connection._sock
         self._replies = ReplyReader(self._sock)
-        self.connections += 1
 
     def _password(self) -> str | None:
         """Read anew for each connection, so that a rotated password is found."""

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,42 +92,36 @@ def test_a_replica_is_refused(server: Server) -> None:
         preflight.run_all(load(replica))
 
 
-@pytest.mark.parametrize("missing", preflight.COMMANDS)
-def test_a_missing_permission_is_named_and_nothing_is_left(
-    server: Server, monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
-    monkeypatch.setenv("RAY_VALKEY_SPILL_PASSWORD", "pw")
+@contextlib.contextmanager
+def acl_user(server: Server, keys: str, commands: Iterable[str]) -> Iterator[Config]:
+    """A user that may run just these commands on just these keys; the config to be it."""
     server.client.acl_setuser(
         "ray",
         enabled=True,
         passwords=["+pw"],
-        keys=["ray:spill:*"],
-        commands=[f"+{name.lower()}" for name in preflight.COMMANDS if name != missing],
+        keys=[keys],
+        commands=[f"+{name.lower()}" for name in commands],
     )
     try:
+        yield Config.load(
+            {"url": server.url, "username": "ray"}, {"RAY_VALKEY_SPILL_PASSWORD": "pw"}
+        )
+    finally:
+        server.client.acl_deluser("ray")
+
+
+@pytest.mark.parametrize("missing", preflight.COMMANDS)
+def test_a_missing_permission_is_named_and_nothing_is_left(server: Server, missing: str) -> None:
+    with acl_user(server, "ray:spill:*", set(preflight.COMMANDS) - {missing}) as config:
         with pytest.raises(ServerRefusedError, match=rf"user 'ray' run {missing}\b") as caught:
-            preflight.run_all(Config.load({"url": server.url, "username": "ray"}))
+            preflight.run_all(config)
         assert f"+{missing.lower()}" in caught.value.mend
         assert server.our_keys() == []
-    finally:
-        server.client.acl_deluser("ray")
 
 
-def test_these_permissions_and_no_others_are_enough(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_VALKEY_SPILL_PASSWORD", "pw")
-    server.client.acl_setuser(
-        "ray",
-        enabled=True,
-        passwords=["+pw"],
-        keys=["ray:spill:default:*"],
-        commands=[f"+{name.lower()}" for name in preflight.COMMANDS],
-    )
-    try:
-        preflight.run_all(Config.load({"url": server.url, "username": "ray"}))
-    finally:
-        server.client.acl_deluser("ray")
+def test_these_permissions_and_no_others_are_enough(server: Server) -> None:
+    with acl_user(server, "ray:spill:default:*", preflight.COMMANDS) as config:
+        preflight.run_all(config)
 
 
 def test_a_full_server_does_not_keep_the_head_from_starting(server: Server) -> None:
