@@ -152,8 +152,10 @@ def test_a_killed_io_worker_loses_nothing(spilling: Server) -> None:
     with local_ray(spilling.url):
         refs = [ray.put(np.full(MIB, i)) for i in range(20)]
         for i in range(3):
+            # One that is still starting would cost a minute: `worker_register_timeout_seconds`.
             for process in io_workers():
-                kill(process.pid)
+                if any(c.raddr and c.raddr.port == spilling.port for c in process.net_connections()):
+                    kill(process.pid)
             refs += [ray.put(np.full(MIB, 20 + 10 * i + j)) for j in range(10)]
         assert [int(ray.get(ref, timeout=120)[0]) for ref in refs] == list(range(50))
         del refs
@@ -169,14 +171,17 @@ def test_an_io_worker_killed_while_it_restores_wedges_nothing(spilling: Server) 
         def last(array: np.ndarray) -> int:
             return int(array[-1])
 
+        def restoring() -> list[int]:
+            # An idle one may still be starting.
+            return [p.pid for p in io_workers() if "ray::RESTORE_" in " ".join(p.cmdline())]
+
         # The server stands still, so that the restore is under way for sure when it is killed.
         os.kill(spilling.process._process.pid, signal.SIGSTOP)
         try:
             result = last.remote(big)
-            wait_until(lambda: any("Restore" in " ".join(p.cmdline()) for p in io_workers()))
-            for process in io_workers():
-                if "Restore" in " ".join(process.cmdline()):
-                    kill(process.pid)
+            wait_until(restoring)
+            for pid in restoring():
+                kill(pid)
         finally:
             os.kill(spilling.process._process.pid, signal.SIGCONT)
         assert ray.get(result, timeout=120) == 8 * MIB - 1
