@@ -208,7 +208,7 @@ class Config:
     # A value of exactly 2^k bytes costs the next jemalloc size class, a quarter more; payload and
     # allocation headers stay below the power of two with these 128 bytes to spare.
     chunk_size: int = _parameter(
-        MIB - 128,
+        512 * KIB - 128,
         _Kind(
             f"a whole number of bytes from {MIN_CHUNK_SIZE} to {MAX_CHUNK_SIZE}",
             _integer(MIN_CHUNK_SIZE, MAX_CHUNK_SIZE),

@@ -13,9 +13,10 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from ray_valkey_spill.config import KIB, MIB, Config
 from ray_valkey_spill.errors import LostObjectError, ServerUnavailableError, SpillError
@@ -44,6 +45,8 @@ INLINE_LIMIT = 256 * KIB
 # which with the wire's own window bounds what an IO worker grows by.
 _THREADS = min(2, os.cpu_count() or 1)
 _BYTES_AHEAD = 8 * MIB
+# Handing work to a thread and back takes as long as the checksum of about this many bytes.
+_WORTH_A_THREAD = 256 * KIB
 _DESTROY_PAUSE = 0.05
 _LATE_ARRIVALS = 1.0
 _ABANDONED = 10_000
@@ -68,15 +71,34 @@ class StoredObject:
     payload: memoryview  # of an inline object, else empty
 
 
+_T = TypeVar("_T")
+
+
 @dataclass(frozen=True, slots=True)
+class _Done(Generic[_T]):
+    """Stands in for a future where the work was not worth a thread."""
+
+    value: _T
+
+    def result(self) -> _T:
+        return self.value
+
+
+_Job = Future[_T] | _Done[_T]
+
+
+@dataclass(slots=True)
 class _Piece:
-    """One chunk's worth of an object on its way into the store, or all of an inline object."""
+    """One chunk's worth of an object on its way into the store, or all of an inline object.
+
+    `job` compresses and checksums it, if that is to be.
+    """
 
     source: SourceObject
     name: ObjectName
     index: int
     data: memoryview
-    compress: bool
+    job: _Job[tuple[Chunk, Buffer]] | None
 
 
 class ObjectStore:
@@ -119,17 +141,17 @@ class ObjectStore:
             it: a server that cannot be reached cannot be cleaned up.
         """
         names = [self._new_name(source) for source in sources]
-        values = self._values(zip(sources, names))
         small = sum(len(source.data) for source in sources) <= INLINE_LIMIT
         stored: list[ObjectName] = []
         failure: SpillError | None = None
         try:
-            if small:
-                self._tier.write_at_once(names, list(values))
-                return names, None
-            self._tier.register(names)
-            for name in self._tier.write(values):
-                stored.append(name)
+            with contextlib.closing(self._values(zip(sources, names))) as values:
+                if small:
+                    self._tier.write_at_once(names, list(values))
+                    return names, None
+                self._tier.register(names)
+                for name in self._tier.write(values):
+                    stored.append(name)
         except ServerUnavailableError as error:
             self._abandoned += names
             return [], error
@@ -155,62 +177,67 @@ class ObjectStore:
     def _inline(self, size: int) -> bool:
         return size <= min(INLINE_LIMIT, self._chunk_size)
 
-    def _values(self, named: Iterable[tuple[SourceObject, ObjectName]]) -> Iterator[Value]:
-        """The chunks and then the header of each object."""
+    def _values(self, named: Iterable[tuple[SourceObject, ObjectName]]) -> Generator[Value]:
+        """The chunks and then the header of each object.
+
+        What is to be compressed is compressed and checksummed in threads, a bounded number of
+        chunks ahead. What is not is checksummed here, each chunk just after it was sent, when it is
+        in this core's cache: a core reads memory no faster than the wire takes it.
+        """
+        ahead: deque[_Piece] = deque()
         chunks: list[Chunk] = []
-        for piece, codec, stored in self._encoded(self._pieces(named)):
-            if piece.index == 0:
-                chunks = []
-            inline = piece.name.chunks == 0
-            if len(stored) or not inline:
-                chunks.append(Chunk(len(stored), codec, checksum(stored)))
-            if not inline:
-                yield Value(f"{self.keys.header(piece.name)}:{piece.index}", [stored])
-            if piece.index + 1 >= piece.name.chunks:
-                header = Header(
-                    object_id=piece.source.object_id,
-                    ray_metadata=piece.source.ray_metadata,
-                    owner_address=piece.source.owner_address,
-                    size=len(piece.source.data),
-                    chunk_size=self._chunk_size,
-                    chunks=chunks,
-                    inline=inline and bool(chunks),
-                )
-                value = encode_header(header, [stored] if inline else [])
-                yield Value(self.keys.header(piece.name), value, completes=piece.name)
+        try:
+            for piece in _lookahead(self._pieces(named), self._chunks_ahead, ahead):
+                if piece.index == 0:
+                    chunks = []
+                chunk, stored = piece.job.result() if piece.job else (None, piece.data)
+                if piece.name.chunks:
+                    yield Value(f"{self.keys.header(piece.name)}:{piece.index}", [stored])
+                if len(piece.data):
+                    chunks.append(chunk or Chunk(len(stored), Codec.RAW, checksum(stored)))
+                if piece.index + 1 >= piece.name.chunks:
+                    yield self._header(piece, chunks, stored)
+        finally:
+            # The caller may take its memory back once this is over.
+            wait([piece.job for piece in ahead if isinstance(piece.job, Future)])
+
+    def _header(self, piece: _Piece, chunks: list[Chunk], stored: Buffer) -> Value:
+        """The value that completes the object, of which `piece` is the last."""
+        inline = not piece.name.chunks
+        header = Header(
+            object_id=piece.source.object_id,
+            ray_metadata=piece.source.ray_metadata,
+            owner_address=piece.source.owner_address,
+            size=len(piece.source.data),
+            chunk_size=self._chunk_size,
+            chunks=chunks,
+            inline=inline and bool(chunks),
+        )
+        value = encode_header(header, [stored] if inline else [])
+        return Value(self.keys.header(piece.name), value, completes=piece.name)
 
     def _pieces(self, named: Iterable[tuple[SourceObject, ObjectName]]) -> Iterator[_Piece]:
+        """All objects cut to pieces; drawing one starts its compression."""
         for source, name in named:
+            size = len(source.data)
             pays = self._pays(source.data)
-            step = self._chunk_size if name.chunks else max(1, len(source.data))
-            for index, start in enumerate(range(0, max(1, len(source.data)), step)):
-                yield _Piece(source, name, index, source.data[start : start + step], pays)
+            for index, start in enumerate(range(0, max(1, size), self._chunk_size)):
+                data = source.data[start : start + self._chunk_size]
+                job = self._start(len(data), _compressed, data) if pays else None
+                yield _Piece(source, name, index, data, job)
+
+    def _start(self, size: int, work: Callable[..., _T], *args: Any) -> Future[_T] | _Done[_T]:
+        """Have a thread do `work` on `size` bytes, or do it now if that is faster."""
+        if size < _WORTH_A_THREAD:
+            return _Done(work(*args))
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-valkey-spill")
+        return self._pool.submit(work, *args)
 
     def _pays(self, data: memoryview) -> bool:
         if self._compression == "auto":
             return len(data) > 0 and compression_pays(data)
-        return self._compression == "lz4"
-
-    def _encoded(self, pieces: Iterable[_Piece]) -> Iterator[tuple[_Piece, Codec, Buffer]]:
-        """Compress in threads, a few pieces ahead; the order stays."""
-        ahead: deque[tuple[_Piece, Future[tuple[Codec, Buffer]] | None]] = deque()
-
-        def first() -> tuple[_Piece, Codec, Buffer]:
-            piece, future = ahead.popleft()
-            codec, stored = future.result() if future else (Codec.RAW, piece.data)
-            return piece, codec, stored
-
-        try:
-            for piece in pieces:
-                job = self._threads().submit(compress, piece.data) if piece.compress else None
-                ahead.append((piece, job))
-                if len(ahead) > self._chunks_ahead:
-                    yield first()
-            while ahead:
-                yield first()
-        finally:
-            # The caller may take its memory back once put() is over.
-            wait([future for _, future in ahead if future])
+        return self._compression == "lz4" and len(data) > 0
 
     # --- get ---
 
@@ -274,39 +301,38 @@ class ObjectStore:
     ) -> Sequence[int]:
         """Receive some chunks into their places; returns those whose checksums are wrong."""
         header, key = found.header, self.keys.header(found.name)
-        places: deque[memoryview] = deque()
-        decoding: deque[tuple[int, Future[bool]]] = deque()
+        places: deque[tuple[memoryview, memoryview]] = deque()
+        decoding: deque[tuple[int, _Job[bool]]] = deque()
         damaged: list[int] = []
 
         def wanted() -> Iterator[tuple[str, memoryview]]:
             for index in indices:
-                chunk = header.chunks[index]
+                chunk, slot = header.chunks[index], target[header.span(index)]
                 raw = chunk.codec is Codec.RAW
-                places.append(
-                    target[header.span(index)] if raw else memoryview(bytearray(chunk.stored_size))
-                )
-                yield f"{key}:{index}", places[-1]
+                stored = slot if raw else memoryview(bytearray(chunk.stored_size))
+                places.append((stored, slot))
+                yield f"{key}:{index}", stored
 
         def collect(leave: int) -> None:
             while len(decoding) > leave:
-                index, future = decoding.popleft()
-                if not future.result():
+                index, job = decoding.popleft()
+                if not job.result():
                     damaged.append(index)
 
         try:
             for index, _ in zip(indices, self._tier.read(wanted())):
-                chunk, place = header.chunks[index], places.popleft()
+                chunk, (stored, slot) = header.chunks[index], places.popleft()
                 if chunk.codec is Codec.RAW:
-                    if checksum(place) != chunk.checksum:
+                    # At once, while it is in this core's cache.
+                    if checksum(stored) != chunk.checksum:
                         damaged.append(index)
-                else:
-                    slot = target[header.span(index)]
-                    decoding.append((index, self._threads().submit(_decode, chunk, place, slot)))
-                    collect(leave=self._chunks_ahead)
+                    continue
+                decoding.append((index, self._start(len(slot), _decode, chunk, stored, slot)))
+                collect(leave=self._chunks_ahead)
             collect(leave=0)
         finally:
             # Nobody may write into `target` any more once this is over.
-            wait([future for _, future in decoding])
+            wait([job for _, job in decoding if isinstance(job, Future)])
         return damaged
 
     # --- delete ---
@@ -376,25 +402,36 @@ class ObjectStore:
 
     # --- helpers ---
 
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-valkey-spill-lz4")
-        return self._pool
-
     def _lost(self, name: ObjectName, error: LostObjectError) -> LostObjectError:
         return LostObjectError(
             f"object {name.object_id}, spilled as {self.keys.header(name)}, is lost: {error}"
         )
 
 
+def _lookahead(items: Iterable[_T], count: int, ahead: deque[_T]) -> Iterator[_T]:
+    """Yield `items`, and keep `count` more of them drawn, in `ahead`."""
+    for item in items:
+        ahead.append(item)
+        if len(ahead) > count:
+            yield ahead.popleft()
+    while ahead:
+        yield ahead.popleft()
+
+
+def _compressed(data: memoryview) -> tuple[Chunk, Buffer]:
+    """What is stored of a chunk's data, and what the header tells of that."""
+    codec, stored = compress(data)
+    return Chunk(len(stored), codec, checksum(stored)), stored
+
+
 def _decode(chunk: Chunk, stored: memoryview, target: memoryview) -> bool:
-    """Put a stored chunk's data into `target`; False if its checksum is wrong."""
+    """Put a stored chunk's data into `target`, unless they are there; False if damaged."""
     if checksum(stored) != chunk.checksum:
         return False
-    if chunk.codec is Codec.RAW:
-        target[:] = stored
-    else:
+    if chunk.codec is not Codec.RAW:
         decompress_into(stored, target)
+    elif stored is not target:
+        target[:] = stored
     return True
 
 

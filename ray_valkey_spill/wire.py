@@ -15,6 +15,7 @@ import contextlib
 import random
 import socket
 import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -37,13 +38,19 @@ from ray_valkey_spill.resp import ReplyReader, Request, TransientError, command
 
 __all__ = ["Link", "ServerInfo"]
 
-# Bytes under way before replies are waited for. What is asked for and not yet read lies in the
-# server's memory, outside its maxmemory, so this is also what one IO worker may cost the server.
-_WINDOW = 4 << 20
-# Requests are gathered into one system call up to this many bytes, and this many buffers, which
-# is below Linux's IOV_MAX.
-_BATCH = 1 << 20
+# Bytes under way before replies are waited for: enough to fill the wire until a reply comes, and
+# within that no more than two chunks of the default size, because what is between two processes
+# of a machine should fit their cores' caches. What is asked for and not yet read lies in the
+# server's memory, outside its maxmemory, so this also bounds what one IO worker costs the server.
+_SMALLEST_WINDOW = 1 << 20
+_LARGEST_WINDOW = 8 << 20
+_FASTEST_WIRE = 4e9  # bytes per second
+# Requests are gathered into one system call up to this many bytes, less than a chunk of the default
+# size, and this many buffers, which is below Linux's IOV_MAX.
+_BATCH = 448 << 10
 _MAX_PARTS = 1000
+# `tcpi_rtt`, microseconds, in Linux's `struct tcp_info` (linux/tcp.h).
+_TCP_RTT = slice(68, 72)
 _MAX_REQUESTS = 300
 # Seconds without a single byte moving after which a server counts as stalled.
 _STALL_TIMEOUT = 10.0
@@ -154,6 +161,7 @@ class Link:
         self._connection: Any = None
         self._sock: Any = None
         self._replies: ReplyReader
+        self._window = _SMALLEST_WINDOW
 
     @property
     def address(self) -> Address:
@@ -212,8 +220,7 @@ class Link:
                     in_flight += fresh
                     unsent += fresh
                     weight += sum(request.weight for request in fresh)
-                    full = weight >= _WINDOW or len(in_flight) >= _MAX_REQUESTS
-                    filling = not full and not exhausted
+                    filling = not exhausted and self._has_room(weight, len(in_flight))
                 if not in_flight:
                     return
                 request = in_flight[0]
@@ -234,13 +241,17 @@ class Link:
                 patience.renew()
                 in_flight.popleft()
                 weight -= request.weight
-                # Asking for more only when half of the window is free keeps sends few and large.
-                few = weight <= _WINDOW // 2 and len(in_flight) <= _MAX_REQUESTS // 2
-                filling = few and not exhausted
+                filling = not exhausted and self._has_room(weight, len(in_flight))
                 yield request
         finally:
             if in_flight:
                 self.close()
+
+    def _has_room(self, weight: int, requests: int) -> bool:
+        """Whether another batch may be sent ahead of the replies to what is under way."""
+        if requests < 2:
+            return True
+        return weight + _BATCH <= self._window and requests <= _MAX_REQUESTS // 2
 
     def _send(self, parts: list[Buffer]) -> None:
         while parts:
@@ -283,6 +294,7 @@ class Link:
         self._connection = connection
         self._sock = connection._sock
         self._replies = ReplyReader(self._sock)
+        self._window = _window(self._sock)
 
     def _password(self) -> str | None:
         """Read anew for each connection, so that a rotated password is found."""
@@ -293,6 +305,16 @@ class Link:
             return Path(path).read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"password_file {path!r} cannot be read: {error}") from error
+
+
+def _window(sock: Any) -> int:
+    """Bytes under way that keep the fastest wire busy for a round trip to `sock`'s peer."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_RTT.stop)
+    except OSError:  # no TCP
+        return _SMALLEST_WINDOW
+    round_trip = int.from_bytes(info[_TCP_RTT], sys.byteorder) / 1e6
+    return int(min(max(_SMALLEST_WINDOW, round_trip * _FASTEST_WIRE), _LARGEST_WINDOW))
 
 
 def _take(source: Iterator[Request], weight: int) -> list[Request]:

@@ -525,15 +525,15 @@ def test_objects_destroyed_while_they_are_written_are_not_reported(backend: Back
 
 def test_a_server_that_loses_its_data_meanwhile_is_noticed(backend: Backend) -> None:
     store = backend.store()
-    encoded = store._encoded
+    values = store._values
 
-    def flushed_meanwhile(pieces: Any) -> Any:
-        for number, piece in enumerate(encoded(pieces)):
+    def flushed_meanwhile(named: Any) -> Any:
+        for number, value in enumerate(values(named)):
             if number == 7:
                 backend.client.flushall()
-            yield piece
+            yield value
 
-    store._encoded = flushed_meanwhile  # type: ignore[method-assign]
+    store._values = flushed_meanwhile  # type: ignore[method-assign]
     names, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
     assert names == []
     assert isinstance(failure, LostObjectError)
@@ -542,7 +542,7 @@ def test_a_server_that_loses_its_data_meanwhile_is_noticed(backend: Backend) -> 
 
 KILL_POINTS = {
     "before anything was written": "tier.write = stop",
-    "half-way through an object": "store._encoded = stop_after_seven_chunks",
+    "half-way through an object": "store._values = stop_after_seven",
     "before it was reported": "tier.settle = stop",
 }
 
@@ -554,7 +554,7 @@ from ray_valkey_spill.objects import ObjectStore, SourceObject
 
 url, session, node, kill_point = sys.argv[1:]
 store = ObjectStore(Config.load({"url": url, "chunk_size": 10000}, {}), session, node)
-tier, encoded = store._tier, store._encoded
+tier, values = store._tier, store._values
 
 def stop(*args):
     print("now", flush=True)
@@ -566,11 +566,11 @@ def stop_once(names):
     stop()
     settle(names)
 
-def stop_after_seven_chunks(pieces):
-    for number, piece in enumerate(encoded(pieces)):
+def stop_after_seven(named):
+    for number, value in enumerate(values(named)):
         if number == 7:
             stop()
-        yield piece
+        yield value
 
 exec(kill_point)
 store.put([SourceObject(f"{i:056x}", b"", b"", memoryview(bytes(30000))) for i in range(10)])
