@@ -184,7 +184,10 @@ class ReplyReader:
         self._end += self._receive([self._buffer[self._end :]])
 
     def _receive(self, buffers: list[memoryview]) -> int:
-        count: int = self._sock.recvmsg_into(buffers)[0]
+        try:
+            count: int = self._sock.recvmsg_into(buffers)[0]
+        except BlockingIOError:
+            raise TimeoutError("it does not reply") from None
         if not count:
             raise ConnectionResetError("the server closed the connection")
         return count

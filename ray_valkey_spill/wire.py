@@ -255,7 +255,10 @@ class Link:
 
     def _send(self, parts: list[Buffer]) -> None:
         while parts:
-            sent = self._sock.sendmsg(parts[:_MAX_PARTS])
+            try:
+                sent = self._sock.sendmsg(parts[:_MAX_PARTS])
+            except BlockingIOError:
+                raise TimeoutError("it takes no more bytes") from None
             done = 0
             while done < len(parts) and sent >= len(parts[done]):
                 sent -= len(parts[done])
@@ -293,6 +296,7 @@ class Link:
             raise _connect_error(address, error) from error
         self._connection = connection
         self._sock = connection._sock
+        _have_kernel_time_out(self._sock, options["socket_timeout"])
         self._replies = ReplyReader(self._sock)
         self._window = _window(self._sock)
 
@@ -305,6 +309,14 @@ class Link:
             return Path(path).read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"password_file {path!r} cannot be read: {error}") from error
+
+
+def _have_kernel_time_out(sock: Any, seconds: float) -> None:
+    """Give `sock` a timeout that costs nothing: Python's own costs a `poll` for every transfer."""
+    interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    sock.settimeout(None)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
 
 def _window(sock: Any) -> int:
