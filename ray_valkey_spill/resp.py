@@ -16,7 +16,8 @@ from ray_valkey_spill.format import Buffer
 
 __all__ = ["ReplyReader", "Request", "TransientError", "command", "fetch", "store"]
 
-_READ_SIZE = 64 << 10
+# What of a value comes together with its first line has to be copied: no more than this.
+_READ_SIZE = 8 << 10
 _LARGEST = 512 << 20
 
 # Error replies that mean "not now": a server that restarts, fails over or reshards gives them.
@@ -87,9 +88,9 @@ class ReplyReader:
 
     def __init__(self, sock: Any) -> None:
         self._sock = sock
-        self._buffer = memoryview(bytearray(_READ_SIZE))
+        self._bytes = bytearray(_READ_SIZE)
+        self._buffer = memoryview(self._bytes)
         self._start = self._end = 0  # what has been received and not yet parsed
-        self._tail = memoryview(bytearray(2))
 
     def read(self, request: Request) -> None:
         """Fill in the request's `reply` or `error`.
@@ -98,42 +99,11 @@ class ReplyReader:
             OSError: the connection broke or stalled.
             TransientError: the server says "not now".
         """
-        if (
-            request.into is not None
-            and self._start == self._end
-            and self._receive_expected(request.into)
-        ):
-            request.reply = len(request.into)
-            return
         reply = self._parse(request.into)
         if isinstance(reply, ServerError):
             request.error = reply
         else:
             request.reply = reply
-
-    def _receive_expected(self, into: memoryview) -> bool:
-        """Receive a value of exactly `into`'s size without a copy.
-
-        If the reply is another one, what has been received of it is kept for `_parse`, and the
-        result is False.
-        """
-        expected = b"$%d\r\n" % len(into)
-        head = memoryview(bytearray(len(expected)))
-        got = 0
-        while got < len(head):
-            got += self._receive([head[got:], into, self._tail])
-            if head[:got] != expected[:got]:
-                received = b"".join((head, into, self._tail))[:got]
-                self._buffer = memoryview(bytearray(max(received, bytes(_READ_SIZE), key=len)))
-                self._buffer[: len(received)] = received
-                self._start, self._end = 0, len(received)
-                return False
-        got -= len(head)
-        while got < len(into):
-            got += self._receive([into[got:], self._tail])
-        while got < len(into) + 2:
-            got += self._receive([self._tail[got - len(into) :]])
-        return True
 
     def _parse(self, into: memoryview | None = None) -> Any:
         line = self._line()
@@ -158,7 +128,10 @@ class ReplyReader:
         target[:got] = self._buffer[self._start : self._start + got]
         self._start += got
         while got < size:
-            got += self._receive([target[got:]])
+            # Straight to its place; what follows, up to the next reply's first line, to the buffer.
+            count = self._receive([target[got:], self._buffer])
+            self._start, self._end = 0, max(0, count - (size - got))
+            got = min(size, got + count)
         while self._end - self._start < 2:
             self._fill()
         self._start += 2
@@ -167,9 +140,10 @@ class ReplyReader:
     def _line(self) -> bytes:
         while True:
             # Replies' first lines are short; errors' are the longest.
-            line, found, _ = bytes(self._buffer[self._start : self._end]).partition(b"\r\n")
-            if found:
-                self._start += len(line) + 2
+            end = self._bytes.find(b"\r\n", self._start, self._end)
+            if end >= 0:
+                line = bytes(self._buffer[self._start : end])
+                self._start = end + 2
                 return line
             self._fill()
 
