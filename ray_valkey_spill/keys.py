@@ -18,6 +18,7 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
@@ -33,8 +34,7 @@ def new_attempt() -> str:
     return f"{int(time.time() * 1000):011x}{os.getpid():08x}{os.urandom(4).hex()}"
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectName:
+class ObjectName(NamedTuple):
     """One attempt to spill one object: whose it is, and how many chunk keys it has."""
 
     session: str

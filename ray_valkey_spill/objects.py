@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from itertools import groupby, islice
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ray_valkey_spill.config import KIB, MIB, Config
 from ray_valkey_spill.errors import LostObjectError, ServerUnavailableError, SpillError
@@ -34,7 +35,7 @@ from ray_valkey_spill.format import (
     encode_header,
 )
 from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
-from ray_valkey_spill.tiers import ValkeyTier, Value
+from ray_valkey_spill.tiers import Stat, ValkeyTier, Value
 from ray_valkey_spill.wire import Link
 
 __all__ = ["INLINE_LIMIT", "ObjectStore", "SourceObject", "StoredObject"]
@@ -47,6 +48,8 @@ _THREADS = min(2, os.cpu_count() or 1)
 _BYTES_AHEAD = 8 * MIB
 # Handing work to a thread and back takes as long as the checksum of about this many bytes.
 _WORTH_A_THREAD = 256 * KIB
+# What is looked up in one round trip.
+_OBJECTS_PER_PAGE = 16
 _DESTROY_PAUSE = 0.05
 _LATE_ARRIVALS = 1.0
 _ABANDONED = 10_000
@@ -62,8 +65,7 @@ class SourceObject:
     data: memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class StoredObject:
+class StoredObject(NamedTuple):
     """An object that was found, and checked as far as that goes without reading its chunks."""
 
     name: ObjectName
@@ -193,8 +195,7 @@ class ObjectStore:
                 chunk, stored = piece.job.result() if piece.job else (None, piece.data)
                 if piece.name.chunks:
                     yield Value(f"{self.keys.header(piece.name)}:{piece.index}", [stored])
-                if len(piece.data):
-                    chunks.append(chunk or Chunk(len(stored), Codec.RAW, checksum(stored)))
+                chunks.append(chunk or Chunk(len(stored), Codec.RAW, checksum(stored)))
                 if piece.index + 1 >= piece.name.chunks:
                     yield self._header(piece, chunks, stored)
         finally:
@@ -203,7 +204,7 @@ class ObjectStore:
 
     def _header(self, piece: _Piece, chunks: list[Chunk], stored: Buffer) -> Value:
         """The value that completes the object, of which `piece` is the last."""
-        inline = not piece.name.chunks
+        inline = piece.name.chunks == 0
         header = Header(
             object_id=piece.source.object_id,
             ray_metadata=piece.source.ray_metadata,
@@ -211,7 +212,7 @@ class ObjectStore:
             size=len(piece.source.data),
             chunk_size=self._chunk_size,
             chunks=chunks,
-            inline=inline and bool(chunks),
+            inline=inline,
         )
         value = encode_header(header, [stored] if inline else [])
         return Value(self.keys.header(piece.name), value, completes=piece.name)
@@ -247,9 +248,47 @@ class ObjectStore:
         Raises:
             LostObjectError: if it is gone, damaged, of a newer format, or not the one meant.
         """
-        name, size = self.keys.parse_url(url)
+        (found,) = self.find_all([(url, object_id)])
+        if isinstance(found, LostObjectError):
+            raise found
+        return found
+
+    def find_all(
+        self, wanted: Iterable[tuple[str, str]]
+    ) -> Iterator[StoredObject | LostObjectError]:
+        """Look objects up, given their URLs and ids, as `find`; what is lost is no exception here.
+
+        Inline objects, which come with their headers, are received while earlier ones are used.
+        """
+        located = ((self._locate(url), object_id) for url, object_id in wanted)
+        for inline, group in groupby(located, key=_is_inline):
+            # What is found of the others is used to ask for chunks, over the same connection.
+            size = None if inline else _OBJECTS_PER_PAGE
+            while page := list(islice(group, size)):
+                found = self._find_page(page)
+                yield from found if inline else list(found)
+
+    def _locate(self, url: str) -> tuple[ObjectName, int] | LostObjectError:
         try:
-            stat = self._tier.stat(name)
+            return self.keys.parse_url(url)
+        except LostObjectError as error:
+            return error
+
+    def _find_page(
+        self, page: Sequence[tuple[tuple[ObjectName, int] | LostObjectError, str]]
+    ) -> Iterator[StoredObject | LostObjectError]:
+        places = [place for place, _ in page if not isinstance(place, LostObjectError)]
+        stats = self._tier.stat([(name, 0 if name.chunks else size) for name, size in places])
+        for place, object_id in page:
+            if isinstance(place, LostObjectError):
+                yield place
+            else:
+                yield self._checked(*place, object_id, next(stats))
+
+    def _checked(
+        self, name: ObjectName, size: int, object_id: str, stat: Stat
+    ) -> StoredObject | LostObjectError:
+        try:
             if stat.header is None:
                 raise LostObjectError("its header is gone from the server")
             header, payload = decode_header(stat.header)
@@ -269,7 +308,7 @@ class ObjectStore:
             if header.inline and checksum(payload) != header.chunks[0].checksum:
                 raise LostObjectError("its data are damaged (wrong checksum)")
         except LostObjectError as error:
-            raise self._lost(name, error) from error
+            return self._lost(name, error)
         return StoredObject(name, header, payload)
 
     def fill(self, found: StoredObject, target: memoryview) -> None:
@@ -283,7 +322,7 @@ class ObjectStore:
         """
         header = found.header
         if header.inline:
-            _decode(header.chunks[0], found.payload, target)
+            _unpack(header.chunks[0], found.payload, target)
             return
         try:
             damaged = self._fill(found, target, range(len(header.chunks)))
@@ -425,14 +464,23 @@ def _compressed(data: memoryview) -> tuple[Chunk, Buffer]:
 
 
 def _decode(chunk: Chunk, stored: memoryview, target: memoryview) -> bool:
-    """Put a stored chunk's data into `target`, unless they are there; False if damaged."""
+    """Put a stored chunk's data into `target`; False if it is damaged."""
     if checksum(stored) != chunk.checksum:
         return False
-    if chunk.codec is not Codec.RAW:
-        decompress_into(stored, target)
-    elif stored is not target:
-        target[:] = stored
+    _unpack(chunk, stored, target)
     return True
+
+
+def _is_inline(located: tuple[tuple[ObjectName, int] | LostObjectError, str]) -> bool:
+    place, _ = located
+    return not isinstance(place, LostObjectError) and place[0].chunks == 0
+
+
+def _unpack(chunk: Chunk, stored: memoryview, target: memoryview) -> None:
+    if chunk.codec is Codec.RAW:
+        target[:] = stored
+    else:
+        decompress_into(stored, target)
 
 
 def _component(text: str) -> str:

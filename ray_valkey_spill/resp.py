@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ __all__ = ["ReplyReader", "Request", "TransientError", "command", "fetch", "stor
 # What of a value comes together with its first line has to be copied: no more than this.
 _READ_SIZE = 8 << 10
 _LARGEST = 512 << 20
+_MOST_DIGITS = 18
 
 # Error replies that mean "not now": a server that restarts, fails over or reshards gives them.
 _TRANSIENT = {"LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "BUSY"}
@@ -40,16 +40,19 @@ class Request:
         reply: as the server sent it: bytes for a status, bytearray for a value, int, list or None.
             The length of `into`, if that was filled.
         error: the server's error instead of a reply.
+        weight: bytes that it has under way: its own and `expected` ones of the reply.
     """
 
     __slots__ = ("error", "into", "parts", "reply", "weight")
 
-    def __init__(self, parts: list[Buffer], *, into: memoryview | None = None) -> None:
+    def __init__(
+        self, parts: list[Buffer], *, into: memoryview | None = None, expected: int = 0
+    ) -> None:
         self.parts = parts
         self.into = into
         self.reply: Any = None
         self.error: ServerError | None = None
-        self.weight = sum(map(len, parts)) + (len(into) if into is not None else 0)
+        self.weight = sum(map(len, parts)) + (expected if into is None else len(into))
 
     def result(self) -> Any:
         """The reply. Raises the server's error, translated."""
@@ -74,10 +77,14 @@ def store(key: str, value: Sequence[Buffer]) -> Request:
     return Request([head, *value, b"\r\n"])
 
 
-def fetch(key: str, into: memoryview) -> Request:
-    """GET `key` into `into`; the reply is the value's length, or the value where that differs."""
+def fetch(key: str, *, into: memoryview | None = None, expected: int = 0) -> Request:
+    """GET `key` into `into`, if the value has exactly that size: the reply is its length then.
+
+    Without `into`, `expected` tells about how many bytes it will have.
+    """
     name = key.encode()
-    return Request([b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)], into=into)
+    parts: list[Buffer] = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)]
+    return Request(parts, into=into, expected=expected)
 
 
 # --- replies ---
@@ -169,7 +176,8 @@ class ReplyReader:
 
 def _number(text: bytes) -> int:
     """A length or an integer reply; no value is longer than 512 MiB (`proto-max-bulk-len`)."""
-    if not re.fullmatch(rb"-?[0-9]{1,18}", text) or abs(int(text)) > _LARGEST:
+    digits = text.removeprefix(b"-")
+    if not digits.isdigit() or len(digits) > _MOST_DIGITS or int(digits) > _LARGEST:
         raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is no Valkey")
     return int(text)
 

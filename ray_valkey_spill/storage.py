@@ -136,9 +136,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         Raises:
             SpillError: nothing of the object has reached plasma, and trying again may help.
         """
-        return sum(
-            self._restore(ref, _text(url)) for ref, url in zip(object_refs, url_with_offset_list)
-        )
+        wanted = [(_text(url), ref.hex()) for ref, url in zip(object_refs, url_with_offset_list)]
+        found = self._store.find_all(wanted)
+        return sum(map(self._restore, object_refs, found))
 
     def delete_spilled_objects(self, urls: list[bytes]) -> None:
         """Remove objects; what is not there is no error."""
@@ -185,11 +185,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
     # --- restore ---
 
-    def _restore(self, ref: ObjectRef, url: str) -> int:
-        try:
-            found = self._store.find(url, ref.hex())
-        except LostObjectError as error:
-            logger.error("ObjectLostError for a reader: %s", error)
+    def _restore(self, ref: ObjectRef, found: StoredObject | LostObjectError) -> int:
+        if isinstance(found, LostObjectError):
+            logger.error("ObjectLostError for a reader: %s", found)
             self._put_object_to_store(_OBJECT_LOST, 0, io.BytesIO(), ref, b"")
             return 0
         header = found.header

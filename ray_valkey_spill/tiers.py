@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ray_valkey_spill.errors import LostObjectError, ServerError
 from ray_valkey_spill.format import Buffer
@@ -25,8 +24,7 @@ _KEYS_PER_UNLINK = 32
 _MEMBERS_PER_COMMAND = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(NamedTuple):
     """A value to be written: buffers, one after the other, under `key`.
 
     `completes` is the object of which this is the last value.
@@ -37,8 +35,7 @@ class Value:
     completes: ObjectName | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
+class Stat(NamedTuple):
     """An object as found on the server; `chunk_sizes` in bytes, 0 for a missing chunk."""
 
     header: Buffer | None
@@ -116,15 +113,19 @@ class ValkeyTier:
         self._drain([*self._registrations(names), *stores, *settlements])
         self._require_settled(settlements, names)
 
-    def stat(self, name: ObjectName) -> Stat:
-        """The header and the sizes of the chunks, in one round trip."""
-        header, *sizes = self._link.run(
-            [
-                command("GET", self._keys.header(name)),
-                *(command("STRLEN", key) for key in self._keys.chunks(name)),
-            ]
-        )
-        return Stat(_value(header), [_value(size) or 0 for size in sizes])
+    def stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
+        """Headers and sizes of chunks of objects, given about how long each header is."""
+
+        def requests() -> Iterator[Request]:
+            for name, expected in wanted:
+                yield fetch(self._keys.header(name), expected=expected)
+                for key in self._keys.chunks(name):
+                    yield command("STRLEN", key)
+
+        replies = self._link.run(requests())
+        for name, _ in wanted:
+            header, *sizes = islice(replies, 1 + name.chunks)
+            yield Stat(_value(header), [_value(size) or 0 for size in sizes])
 
     def read(self, wanted: Iterable[tuple[str, memoryview]]) -> Iterator[None]:
         """Receive the value of each key into its memoryview; yields as each is there, in order.
@@ -132,7 +133,7 @@ class ValkeyTier:
         Raises:
             LostObjectError: if a value is missing or has another size.
         """
-        for request in self._link.run(fetch(key, into) for key, into in wanted):
+        for request in self._link.run(fetch(key, into=into) for key, into in wanted):
             assert request.into is not None
             if _value(request) != len(request.into):
                 raise LostObjectError("a chunk is missing, or changed its size meanwhile")

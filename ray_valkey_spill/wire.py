@@ -162,6 +162,8 @@ class Link:
         self._sock: Any = None
         self._replies: ReplyReader
         self._window = _SMALLEST_WINDOW
+        # What the latest run waits for replies to.
+        self._under_way: deque[Request] = deque()
 
     @property
     def address(self) -> Address:
@@ -198,8 +200,8 @@ class Link:
         """Send `requests` and yield each once its reply is there, in order.
 
         `requests` is read only as far ahead as the window allows. A request's buffers must stay
-        unchanged until it is yielded. A consumer that stops early costs the connection, which has
-        replies under way.
+        unchanged until it is yielded. A consumer that stops early, or that runs something else
+        before it goes on, costs the connection, which has replies under way.
 
         Raises:
             ServerUnavailableError: after `retry_timeout` seconds without any reply, through all
@@ -225,6 +227,11 @@ class Link:
                     return
                 request = in_flight[0]
                 try:
+                    if self._under_way is not in_flight:
+                        if self._under_way:
+                            self.close()
+                        self._under_way = in_flight
+                        unsent = list(in_flight)
                     if self._sock is None:
                         self._connect()
                         unsent = list(in_flight)
@@ -244,7 +251,7 @@ class Link:
                 filling = not exhausted and self._has_room(weight, len(in_flight))
                 yield request
         finally:
-            if in_flight:
+            if in_flight and self._under_way is in_flight:
                 self.close()
 
     def _has_room(self, weight: int, requests: int) -> bool:

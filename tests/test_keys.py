@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -70,4 +69,4 @@ def test_attempts_differ_sort_by_time_and_tell_their_writer() -> None:
     attempts = [new_attempt() for _ in range(1000)]
     assert len(set(attempts)) == 1000
     assert [a[:11] for a in attempts] == sorted(a[:11] for a in attempts)
-    assert replace(NAME, attempt=attempts[0]).writer == os.getpid()
+    assert NAME._replace(attempt=attempts[0]).writer == os.getpid()

@@ -29,7 +29,7 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
 from ray_valkey_spill.format import FORMAT_VERSION
 from ray_valkey_spill.keys import ObjectName
-from ray_valkey_spill.objects import INLINE_LIMIT, ObjectStore, SourceObject
+from ray_valkey_spill.objects import INLINE_LIMIT, ObjectStore, SourceObject, StoredObject
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -283,6 +283,25 @@ def test_an_object_half_of_which_compresses_is_stored_chunk_by_chunk(backend: Ba
 def test_no_key_of_ours_has_a_ttl(backend: Backend) -> None:
     put(backend.store(), noise(3 * CHUNK))
     assert {backend.client.ttl(key) for key in backend.all_keys()} == {-1}
+
+
+def test_many_are_found_in_order_whatever_becomes_of_each(backend: Backend) -> None:
+    store = backend.store(chunk_size=1000)
+    sizes = [10, 20, 5000, 6000, 30, 0, 7000, 40] * 20
+    names = put_all(store, [source(noise(size, i), i) for i, size in enumerate(sizes)])
+    wanted = [(store.keys.url(name, size), name.object_id) for name, size in zip(names, sizes)]
+    store.delete(url for url, _ in wanted[:3])
+    wanted[1] = ("file:///not/ours", wanted[1][1])
+    for i, found in enumerate(store.find_all(wanted)):
+        if i < 3:
+            assert isinstance(found, LostObjectError)
+            continue
+        assert isinstance(found, StoredObject)
+        target = bytearray(sizes[i])
+        store.fill(found, memoryview(target))
+        assert target == noise(sizes[i], i)
+        store.delete([wanted[i][0]])
+    assert backend.all_keys() == []
 
 
 # --- what is missing or damaged ---
@@ -701,8 +720,26 @@ def test_a_batch_of_small_objects_is_pipelined(server: Server) -> None:
         store = Backend(proxy.url, server.client).store(chunk_size=1 << 20)
         put(store, b"")
         before = proxy.round_trips
-        put_all(store, [source(noise(500), i) for i in range(500)])
+        names = put_all(store, [source(noise(500), i) for i in range(500)])
         assert proxy.round_trips - before < 50
+        before = proxy.round_trips
+        wanted = [(store.keys.url(name, 500), name.object_id) for name in names]
+        found = list(store.find_all(wanted))
+        assert proxy.round_trips - before < 50
+        assert all(isinstance(f, StoredObject) and f.payload == noise(500) for f in found)
+        destroy(store)
+        store.close()
+
+
+def test_chunks_are_pipelined(server: Server) -> None:
+    with proxy_to(server.port) as proxy:
+        store = Backend(proxy.url, server.client).store(chunk_size=4096)
+        before = proxy.round_trips
+        url = put(store, noise(1000 * 4096))
+        assert proxy.round_trips - before < 100
+        before = proxy.round_trips
+        assert get(store, url) == noise(1000 * 4096)
+        assert proxy.round_trips - before < 100
         destroy(store)
         store.close()
 

@@ -62,7 +62,7 @@ def test_a_value_is_stored_from_its_parts_and_received_in_place(link: Link) -> N
     value = b"".join(parts)
     link.execute(store(KEY, parts))
     target = bytearray(len(value))
-    (request,) = link.run([fetch(KEY, memoryview(target))])
+    (request,) = link.run([fetch(KEY, into=memoryview(target))])
     assert request.result() == len(value)
     assert target == value
 
@@ -70,7 +70,7 @@ def test_a_value_is_stored_from_its_parts_and_received_in_place(link: Link) -> N
 @pytest.mark.parametrize("length", [0, 1, 7, 99, 101, 70_000])
 def test_a_value_of_another_length_than_expected_is_returned_whole(link: Link, length: int) -> None:
     link.execute(store(KEY, [b"x" * length]))
-    requests = [fetch(KEY, memoryview(bytearray(100))) for _ in range(3)]
+    requests = [fetch(KEY, into=memoryview(bytearray(100))) for _ in range(3)]
     assert [bytes(r.result()) for r in link.run(requests)] == [b"x" * length] * 3
 
 
@@ -78,7 +78,7 @@ def test_missing_values_between_others_keep_replies_in_step(link: Link) -> None:
     link.execute(store(KEY, [b"x" * 100_000]))
     targets = [bytearray(100_000) for _ in range(20)]
     requests = [
-        fetch(KEY if i % 3 else f"{KEY}:none", memoryview(target))
+        fetch(KEY if i % 3 else f"{KEY}:none", into=memoryview(target))
         for i, target in enumerate(targets)
     ]
     replies = [request.result() for request in link.run(requests)]
@@ -115,6 +115,14 @@ def test_requests_are_drawn_only_as_far_ahead_as_the_window_allows(link: Link) -
         assert drawn - done <= 6
 
 
+def test_two_runs_may_alternate(link: Link) -> None:
+    link.execute(*[store(f"{KEY}:{i}", [b"%d" % i]) for i in range(100)])
+    forth = link.run([fetch(f"{KEY}:{i}") for i in range(100)])
+    back = link.run([fetch(f"{KEY}:{i}") for i in reversed(range(100))])
+    replies = [(int(one.result()), int(other.result())) for one, other in zip(forth, back)]
+    assert replies == [(i, 99 - i) for i in range(100)]
+
+
 def test_more_buffers_than_one_system_call_takes(link: Link) -> None:
     link.execute(store(KEY, [b"ab"] * 5000))
     assert link.execute(command("GET", KEY)) == [b"ab" * 5000]
@@ -141,7 +149,9 @@ def test_a_cut_while_receiving_goes_unnoticed(server: Server, proxy: Proxy, cut_
     targets = [bytearray(1 << 20) for _ in values]
     received = [
         request.result()
-        for request in link.run(fetch(f"{KEY}:{i}", memoryview(t)) for i, t in enumerate(targets))
+        for request in link.run(
+            fetch(f"{KEY}:{i}", into=memoryview(t)) for i, t in enumerate(targets)
+        )
     ]
     assert received == [1 << 20] * 8
     assert targets == values
@@ -210,7 +220,7 @@ def test_a_unix_socket_works_as_well(tmp_path: Path) -> None:
         link = Link(config(url))
         link.execute(store(KEY, [b"x" * (3 << 20)]))
         target = bytearray(3 << 20)
-        (request,) = link.run([fetch(KEY, memoryview(target))])
+        (request,) = link.run([fetch(KEY, into=memoryview(target))])
         assert request.result() == 3 << 20
         link.close()
 
