@@ -286,7 +286,7 @@ def test_no_key_of_ours_has_a_ttl(backend: Backend) -> None:
 
 
 def test_many_are_found_in_order_whatever_becomes_of_each(backend: Backend) -> None:
-    store = backend.store(chunk_size=1000)
+    store = backend.store(chunk_size=1024)
     sizes = [10, 20, 5000, 6000, 30, 0, 7000, 40] * 20
     names = put_all(store, [source(noise(size, i), i) for i, size in enumerate(sizes)])
     wanted = [(store.keys.url(name, size), name.object_id) for name, size in zip(names, sizes)]
