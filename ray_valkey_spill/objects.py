@@ -48,6 +48,7 @@ _THREADS = min(2, os.cpu_count() or 1)
 _BYTES_AHEAD = 8 * MIB
 # Handing work to a thread and back takes as long as the checksum of about this many bytes.
 _WORTH_A_THREAD = 256 * KIB
+_DECODED_TOGETHER = 2 * MIB
 # What is looked up in one round trip.
 _OBJECTS_PER_PAGE = 16
 _DESTROY_PAUSE = 0.05
@@ -101,6 +102,15 @@ class _Piece:
     index: int
     data: memoryview
     job: _Job[tuple[Chunk, Buffer]] | None
+
+
+class _Part(NamedTuple):
+    """A chunk on its way out of the store: what its header tells, its bytes, and their place."""
+
+    number: int
+    chunk: Chunk
+    stored: memoryview
+    slot: memoryview
 
 
 class ObjectStore:
@@ -336,43 +346,49 @@ class ObjectStore:
             raise self._lost(found.name, error) from error
 
     def _fill(
-        self, found: StoredObject, target: memoryview, indices: Sequence[int]
+        self, found: StoredObject, target: memoryview, numbers: Sequence[int]
     ) -> Sequence[int]:
-        """Receive some chunks into their places; returns those whose checksums are wrong."""
+        """Receive some chunks into their places; returns those whose checksums are wrong.
+
+        Raw chunks are received in place, and checked at once, while they are in this core's cache.
+        Others are checked and decompressed in threads, some at a time.
+        """
         header, key = found.header, self.keys.header(found.name)
-        places: deque[tuple[memoryview, memoryview]] = deque()
-        decoding: deque[tuple[int, _Job[bool]]] = deque()
+        asked: deque[_Part] = deque()
+        together: list[_Part] = []
+        decoding: deque[_Job[list[int]]] = deque()
         damaged: list[int] = []
 
         def wanted() -> Iterator[tuple[str, memoryview]]:
-            for index in indices:
-                chunk, slot = header.chunks[index], target[header.span(index)]
+            for number in numbers:
+                chunk, slot = header.chunks[number], target[header.span(number)]
                 raw = chunk.codec is Codec.RAW
                 stored = slot if raw else memoryview(bytearray(chunk.stored_size))
-                places.append((stored, slot))
-                yield f"{key}:{index}", stored
+                asked.append(_Part(number, chunk, stored, slot))
+                yield f"{key}:{number}", stored
 
-        def collect(leave: int) -> None:
+        def decode(leave: int) -> None:
+            if together:
+                size = sum(len(part.slot) for part in together)
+                decoding.append(self._start(size, _decode, together.copy()))
+                together.clear()
             while len(decoding) > leave:
-                index, job = decoding.popleft()
-                if not job.result():
-                    damaged.append(index)
+                damaged.extend(decoding.popleft().result())
 
         try:
-            for index, _ in zip(indices, self._tier.read(wanted())):
-                chunk, (stored, slot) = header.chunks[index], places.popleft()
-                if chunk.codec is Codec.RAW:
-                    # At once, while it is in this core's cache.
-                    if checksum(stored) != chunk.checksum:
-                        damaged.append(index)
-                    continue
-                decoding.append((index, self._start(len(slot), _decode, chunk, stored, slot)))
-                collect(leave=self._chunks_ahead)
-            collect(leave=0)
+            for _ in self._tier.read(wanted()):
+                part = asked.popleft()
+                if part.chunk.codec is not Codec.RAW:
+                    together.append(part)
+                    if len(together) * header.chunk_size >= _DECODED_TOGETHER:
+                        decode(leave=self._chunks_ahead)
+                elif checksum(part.stored) != part.chunk.checksum:
+                    damaged.append(part.number)
+            decode(leave=0)
         finally:
             # Nobody may write into `target` any more once this is over.
-            wait([job for _, job in decoding if isinstance(job, Future)])
-        return damaged
+            wait([job for job in decoding if isinstance(job, Future)])
+        return sorted(damaged)
 
     # --- delete ---
 
@@ -463,12 +479,15 @@ def _compressed(data: memoryview) -> tuple[Chunk, Buffer]:
     return Chunk(len(stored), codec, checksum(stored)), stored
 
 
-def _decode(chunk: Chunk, stored: memoryview, target: memoryview) -> bool:
-    """Put a stored chunk's data into `target`; False if it is damaged."""
-    if checksum(stored) != chunk.checksum:
-        return False
-    _unpack(chunk, stored, target)
-    return True
+def _decode(parts: Sequence[_Part]) -> list[int]:
+    """Put the data of chunks into their slots; returns those that are damaged."""
+    damaged = []
+    for number, chunk, stored, slot in parts:
+        if checksum(stored) == chunk.checksum:
+            _unpack(chunk, stored, slot)
+        else:
+            damaged.append(number)
+    return damaged
 
 
 def _is_inline(located: tuple[tuple[ObjectName, int] | LostObjectError, str]) -> bool:
