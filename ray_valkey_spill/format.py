@@ -23,6 +23,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import lz4.block
+import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -41,6 +42,7 @@ __all__ = [
     "decode_header",
     "decompress_into",
     "encode_header",
+    "scratch",
 ]
 
 FORMAT_VERSION = 1
@@ -264,6 +266,11 @@ def compress(data: memoryview) -> tuple[Codec, Buffer]:
     return Codec.RAW, data
 
 
+def scratch(size: int) -> memoryview:
+    """Memory for a compressed chunk, of undefined content, from Arrow's pool."""
+    return memoryview(pa.allocate_buffer(size)).cast("B")
+
+
 def decompress_into(packed: Buffer, target: memoryview) -> None:
     """Decompress an LZ4 block that has exactly `target`'s size. Releases the GIL.
 
@@ -278,4 +285,5 @@ def decompress_into(packed: Buffer, target: memoryview) -> None:
     # come last in the data too (https://github.com/lz4/lz4/blob/dev/doc/lz4_Block_format.md).
     if data[-_LAST_LITERALS:] != memoryview(packed)[-_LAST_LITERALS:][-len(data) :]:
         raise LostObjectError(f"a chunk has less than {len(target)} bytes")
-    target[:] = data
+    # Unlike a memoryview, numpy copies without the GIL.
+    np.frombuffer(target, np.uint8)[:] = np.frombuffer(data, np.uint8)

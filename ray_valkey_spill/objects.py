@@ -33,6 +33,7 @@ from ray_valkey_spill.format import (
     decode_header,
     decompress_into,
     encode_header,
+    scratch,
 )
 from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
 from ray_valkey_spill.tiers import Stat, ValkeyTier, Value
@@ -363,7 +364,7 @@ class ObjectStore:
             for number in numbers:
                 chunk, slot = header.chunks[number], target[header.span(number)]
                 raw = chunk.codec is Codec.RAW
-                stored = slot if raw else memoryview(bytearray(chunk.stored_size))
+                stored = slot if raw else scratch(chunk.stored_size)
                 asked.append(_Part(number, chunk, stored, slot))
                 yield f"{key}:{number}", stored
 

@@ -24,8 +24,8 @@ def test_defaults_are_those_of_the_documentation() -> None:
     assert config.compression == "auto"
     assert config.allow_eviction is False
     assert config.retry_timeout == 30
-    # Below the allocator's size class of one megabyte, with its header.
-    assert (1 << 20) - 1024 <= config.chunk_size <= (1 << 20) - 64
+    # Below the allocator's size class of half a megabyte, with its header.
+    assert (512 << 10) - 1024 <= config.chunk_size < 512 << 10
 
 
 @pytest.mark.parametrize(
