@@ -214,14 +214,15 @@ def main(
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and cases")
     options = parser.parse_args()
-    results = {"machine": machine(), **measure(options.quick)}
-    if options.json:
-        json.dump(results, sys.stdout, indent=2)
-        print()
-        return
-    print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
-    print()
-    print(tables(results))
+    # Standard output is for the results, whatever Ray and its workers print there.
+    with os.fdopen(os.dup(1), "w") as output:
+        os.dup2(2, 1)
+        results = {"machine": machine(), **measure(options.quick)}
+        if options.json:
+            print(json.dumps(results, indent=2), file=output)
+            return
+        machine_line = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+        print(machine_line, tables(results), sep="\n\n", file=output)
 
 
 def note(text: str) -> None:

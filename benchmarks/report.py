@@ -42,7 +42,7 @@ def main() -> None:
     for name in options.only or BENCHMARKS:
         results[name] = run(name, options.quick)
         results[name]["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
-    raw.write_text(json.dumps(results, indent=1) + "\n")
+        raw.write_text(json.dumps(results, indent=1) + "\n")
     (options.into / "RESULTS.md").write_text(_document(results, options.into))
 
 

@@ -8,6 +8,7 @@ header, no index, no check of replies.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import socket
 import statistics
 from collections import defaultdict
@@ -298,8 +299,9 @@ def measure(quick: bool) -> dict[str, Any]:
                     if kind == "random floats":
                         bench.add_store("none", compression="none")
                         bench.add_valkey_py("valkey-py", _RESP2Parser)
-                        bench.add_valkey_py("valkey-py, libvalkey", _LibvalkeyParser)
-                        if transport == "tcp":
+                        if importlib.util.find_spec("libvalkey"):
+                            bench.add_valkey_py("valkey-py, libvalkey", _LibvalkeyParser)
+                        if transport == "tcp" and importlib.util.find_spec("glide_sync"):
                             bench.add_glide()
                     else:
                         bench.add_one_lz4_thread()

@@ -131,8 +131,8 @@ class ObjectStore:
         self._compression = config.compression
         self._tier = ValkeyTier(Link(config), self.keys)
         self._pool: ThreadPoolExecutor | None = None
-        # What put() could not remove, for recover(). Bounded, for an outage can be long; the rest
-        # is still pending on the server, and goes once this process has gone.
+        # What put() and delete() could not remove, for recover(). Bounded, for an outage can be
+        # long; the rest is in the index, and goes with the session.
         self._abandoned: deque[ObjectName] = deque(maxlen=_ABANDONED)
         self._chunks_ahead = max(1, min(2 * _THREADS, _BYTES_AHEAD // config.chunk_size))
 
@@ -394,14 +394,25 @@ class ObjectStore:
     # --- delete ---
 
     def delete(self, urls: Iterable[str]) -> list[str]:
-        """Remove objects; what is not there is no error. Returns the URLs that are none of ours."""
+        """Remove objects; what is not there is no error.
+
+        Returns:
+            The URLs that are none of ours.
+
+        Raises:
+            ServerError: some may be left; `recover` will remove them.
+        """
         names, foreign = [], []
         for url in urls:
             try:
                 names.append(self.keys.parse_url(url)[0])
             except LostObjectError:
                 foreign.append(url)
-        self._tier.remove(names)
+        try:
+            self._tier.remove(names)
+        except SpillError:
+            self._abandoned += names
+            raise
         return foreign
 
     def mark_lost(self, name: ObjectName) -> None:
@@ -409,13 +420,13 @@ class ObjectStore:
         self._tier.remove_header(name)
 
     def recover(self, is_alive: Callable[[int], bool]) -> int:
-        """Remove what failed puts of this store, and puts of killed processes, left of this node.
+        """Remove what this store failed to, and what puts of killed processes left of this node.
 
         Args:
             is_alive: whether a process of this node, given by its id, may still be putting.
 
         Returns:
-            How many objects were removed, none of which any `put` has returned.
+            How many objects were removed.
         """
         left = list(self._abandoned)
         dead: list[ObjectName] = []

@@ -188,7 +188,7 @@ def _reply_error(text: str) -> ServerError:
     if code in _TRANSIENT:
         raise TransientError(text)
     if code == "OOM":
-        return ServerFullError(text)
+        return ServerFullError(text, "Raise the server's maxmemory, or remove what else is in it")
     if code in ("NOPERM", "NOAUTH", "WRONGPASS", "DENIED"):
-        return ServerRefusedError(text)
+        return ServerRefusedError(text, "`ray-valkey-spill check` tells what the user may not do")
     return ServerError(text)

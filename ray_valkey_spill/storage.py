@@ -11,21 +11,23 @@ import dataclasses
 import io
 import logging
 import os
-import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 from ray import ObjectRef
 from ray._private.external_storage import ExternalStorage
+from ray._private.utils import push_error_to_driver
 from ray.core.generated.common_pb2 import ErrorType
 
 from ray_valkey_spill import preflight
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, ServerError, SpillError
 from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
+from ray_valkey_spill.outage import Outage
 
 __all__ = ["ValkeyStorage"]
 
@@ -68,7 +70,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def __init__(self, node_id: str, session_name: str, **params: Any) -> None:
         super().__init__()
         self._in_io_worker = _in_io_worker()
-        self._backoff = _Backoff()
+        self._outage = Outage(lambda: _shared_state(node_id), _tell_drivers)
         self._next_recovery = 0.0
         try:
             config = Config.load(params)
@@ -98,11 +100,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Store objects; returns their URLs, in order.
 
         If not all can be stored, the URLs of those that were are returned, which Ray takes for a
-        prefix of `object_refs`, and nothing is left of the rest.
-
-        Raises:
-            SpillError: if none could be stored, after a pause that grows with each failure in
-                a row, because Ray tries again at once.
+        prefix of `object_refs`, and nothing is left of the rest. If none can be, that comes after a
+        pause, because Ray tries again at once. No failure is raised: see `outage`.
         """
         if not object_refs:
             return []
@@ -111,14 +110,13 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             names, failure = self._store.put(sources)
         except SpillError as error:
             names, failure = [], error
-        if failure is not None and not names:
-            self._backoff.wait()
-            raise failure
         if failure is not None:
-            logger.warning(
-                "%d of %d objects were spilled: %s", len(names), len(object_refs), failure
-            )
-        self._backoff.reset()
+            self._outage.failed("objects cannot be spilled", failure)
+        if not names:
+            self._outage.pause()
+            return []
+        if failure is None:
+            self._outage.over()
         self._recover()
         return [
             self._store.keys.url(name, len(source.data)).encode()
@@ -131,19 +129,29 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Put spilled objects back into plasma; returns the bytes of data restored.
 
         For an object that is lost, Ray's ObjectLostError is put in its place: an exception would
-        have Ray retry for hours with `ray.get` waiting.
+        have Ray retry for hours with `ray.get` waiting. A server that cannot be used is waited for,
+        because Ray's retries come ten seconds after an exception, then twenty, and ever later.
 
         Raises:
-            SpillError: nothing of the object has reached plasma, and trying again may help.
+            SpillError: an object could not be filled, outside of an IO worker; see `_abandon`.
         """
         wanted = [(_text(url), ref.hex()) for ref, url in zip(object_refs, url_with_offset_list)]
-        found = self._store.find_all(wanted)
-        return sum(map(self._restore, object_refs, found))
+        return sum(map(self._restore, object_refs, self._find(wanted)))
 
     def delete_spilled_objects(self, urls: list[bytes]) -> None:
-        """Remove objects; what is not there is no error."""
-        for foreign in self._store.delete(_text(url) for url in urls):
-            logger.warning("not deleted, because it was not spilled here: %s", foreign)
+        """Remove objects; what is not there is no error.
+
+        What cannot be removed now is removed later by this process: Ray never asks again.
+        """
+        try:
+            foreign = self._store.delete(_text(url) for url in urls)
+        except SpillError as error:
+            self._outage.failed("objects cannot be deleted", error)
+            self._next_recovery = 0.0
+            return
+        for url in foreign:
+            logger.warning("not deleted, because it was not spilled here: %s", url)
+        self._outage.over()
         self._recover()
 
     def destroy_external_storage(self) -> None:
@@ -184,6 +192,19 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return sources
 
     # --- restore ---
+
+    def _find(self, wanted: Sequence[tuple[str, str]]) -> Iterator[StoredObject | LostObjectError]:
+        """What `ObjectStore.find_all` finds, however long that takes."""
+        done = 0
+        while done < len(wanted):
+            try:
+                for found in self._store.find_all(wanted[done:]):
+                    self._outage.over()
+                    done += 1
+                    yield found
+            except SpillError as error:
+                self._outage.failed("objects cannot be restored", error)
+                self._outage.pause()
 
     def _restore(self, ref: ObjectRef, found: StoredObject | LostObjectError) -> int:
         if isinstance(found, LostObjectError):
@@ -246,20 +267,19 @@ class _Unusable:
         raise self._error
 
 
-class _Backoff:
-    """Pauses that double with each failure in a row, up to seconds, each drawn at random."""
+def _shared_state(node_id: str) -> Path | None:
+    """Where the IO workers of a node keep what they have to know of each other: Ray's session."""
+    node = ray._private.worker._global_node
+    if node is None:
+        return None
+    return Path(node.get_session_dir_path(), f"ray_valkey_spill-{node_id}.outage")
 
-    _FIRST, _LONGEST = 0.25, 8.0
 
-    def __init__(self) -> None:
-        self._pause = self._FIRST
-
-    def wait(self) -> None:
-        time.sleep(self._pause * random.uniform(0.5, 1.0))
-        self._pause = min(2 * self._pause, self._LONGEST)
-
-    def reset(self) -> None:
-        self._pause = self._FIRST
+def _tell_drivers(message: str) -> None:
+    """Print a message at every driver of the cluster."""
+    worker = ray._private.worker.global_worker
+    if worker.connected:
+        push_error_to_driver(worker, "spill_objects_error", message)
 
 
 def _text(url: bytes) -> str:

@@ -1,0 +1,49 @@
+"""The benchmarks run and move the data that they claim to. What they measure is not tested."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+def quick(name: str) -> Any:
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        timeout=300,
+        check=True,
+    )
+    return json.loads(result.stdout)
+
+
+def test_wire_compares_all_contenders_by_the_same_measures() -> None:
+    found = quick("wire")
+    assert found["machine"]["ray-valkey-spill"]
+    assert len(found["cases"]) == 6
+    for case in found["cases"].values():
+        assert {"raw limit", "auto"} < set(case["spill"])
+        assert set(case["spill"]) == set(case["restore"])
+        for contender in (*case["spill"].values(), *case["restore"].values()):
+            assert contender["gb_per_s_min"] <= contender["gb_per_s"] <= contender["gb_per_s_max"]
+    zeros = found["cases"]["tcp, 64 MiB, zeros"]
+    assert zeros["spill"]["auto"]["server_bytes"] < zeros["bytes"] / 50
+
+
+def test_scaling_destroys_its_objects_and_nothing_else() -> None:
+    found = quick("scaling")
+    destroyed = found["live_objects"]["destroy"]
+    assert destroyed["objects"] == 10_000
+    assert destroyed["foreign_keys"] == 100_000
+    for server in found["chunk_sizes"].values():
+        # The allocator's next size class costs a quarter, and the default stays below it.
+        assert server["524160"]["memory"] < 1.02

@@ -1,0 +1,185 @@
+"""A server that is full or away: Ray waits, is told why, and goes on once it is back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from clusters import MIB, local_ray, spill
+from proxy import Proxy, proxy_to
+from servers import valkey_server, wait_until
+
+
+def failures() -> int:
+    """How many attempts have failed in the outage that goes on."""
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    return sum(
+        json.loads(text)["failures"]
+        for path in session.glob("ray_valkey_spill-*.outage")
+        if (text := path.read_text())
+    )
+
+
+def take_away(proxy: Proxy) -> None:
+    proxy.refusing = True
+    proxy.cut()
+
+
+FILLING = """
+import sys, threading, time
+import numpy as np, ray, valkey
+sys.path.insert(0, sys.argv[2])
+import ray_valkey_spill
+
+ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False,
+         _node_ip_address="127.0.0.1",
+         _system_config=ray_valkey_spill.system_config(url=sys.argv[1]))
+client = valkey.from_url(sys.argv[1])
+
+def make_room():
+    time.sleep(10)
+    print("room", flush=True)
+    client.config_set("maxmemory", 0)
+
+threading.Thread(target=make_room).start()
+data = np.random.default_rng(0)
+refs = [ray.put(data.random(1 << 20)) for i in range(40)]
+print("all put", flush=True)
+data = np.random.default_rng(0)
+assert all((ray.get(ref) == data.random(1 << 20)).all() for ref in refs)
+print("all equal", flush=True)
+ray.shutdown()
+"""
+
+
+STEPS_OF_FILLING = ["room", "all put", "all equal"]
+
+
+def test_a_full_server_holds_puts_up_tells_why_and_lets_them_go_on() -> None:
+    with valkey_server(maxmemory="60mb") as server:
+        result = subprocess.run(
+            [sys.executable, "-c", FILLING, server.url, os.getcwd()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        said = (result.stdout + result.stderr).split("\n")
+        assert [s for s in said if s in STEPS_OF_FILLING] == STEPS_OF_FILLING
+        (told,) = (line for line in said if "objects cannot be spilled" in line)
+        assert "OOM" in told
+        assert "maxmemory" in told
+        assert "Traceback" not in result.stderr
+        assert server.our_keys() == []
+
+
+@pytest.mark.parametrize("size", [8 * MIB, 1000], ids=["chunked", "inline"])
+def test_a_server_that_is_away_for_longer_than_retry_timeout_is_waited_for(size: int) -> None:
+    with valkey_server() as server, proxy_to(server.port) as proxy:
+        with local_ray(proxy.url, retry_timeout=0.5):
+            refs = [ray.put(np.full(size, i, np.uint8)) for i in range(3)]
+            spill(refs, server)
+
+            @ray.remote
+            def first(array: np.ndarray) -> int:
+                return int(array[0])
+
+            take_away(proxy)
+            results = [first.remote(ref) for ref in refs]
+            wait_until(lambda: failures() > 5)
+            assert ray.wait(results, num_returns=3, timeout=0)[0] == []
+            proxy.refusing = False
+            # Ray's own retries would be minutes away by now.
+            assert ray.get(results, timeout=30) == [0, 1, 2]
+        assert server.our_keys() == []
+
+
+def test_what_could_not_be_deleted_is_deleted_once_the_server_is_back() -> None:
+    with (
+        valkey_server() as server,
+        proxy_to(server.port) as proxy,
+        local_ray(proxy.url, retry_timeout=0.5),
+    ):
+        refs = [ray.put(np.full(MIB, i)) for i in range(20)]
+        spill(refs[:5], server)
+        take_away(proxy)
+        del refs
+        wait_until(lambda: failures() > 0)
+        proxy.refusing = False
+        refs = [ray.put(np.full(MIB, i)) for i in range(20)]
+        assert [int(ray.get(ref)[0]) for ref in refs] == list(range(20))
+        del refs
+        wait_until(lambda: server.our_keys() == [])
+
+
+# Put into IO workers: at each step they are killed, once.
+KILLER = """
+import os, pathlib, signal, sys
+
+def kill_once(step):
+    try:
+        pathlib.Path(os.environ["KILLED"], step).touch(exist_ok=False)
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before_and_after(owner, name):
+    method = getattr(owner, name)
+    def stepwise(self, *args):
+        kill_once(f"before {name}")
+        result = method(self, *args)
+        kill_once(f"after {name}")
+        return result
+    setattr(owner, name, stepwise)
+
+def in_the_middle(owner, name, after):
+    method = getattr(owner, name)
+    def stepwise(self, *args):
+        for number, item in enumerate(method(self, *args)):
+            if number == after:
+                kill_once(f"in the middle of {name}")
+            yield item
+    setattr(owner, name, stepwise)
+
+if any("SPILL_WORKER" in argument or "RESTORE_WORKER" in argument for argument in sys.orig_argv):
+    from ray_valkey_spill.objects import ObjectStore
+    from ray_valkey_spill.tiers import ValkeyTier
+
+    before_and_after(ValkeyTier, "register")
+    in_the_middle(ObjectStore, "_values", 3)
+    before_and_after(ValkeyTier, "settle")
+    before_and_after(ValkeyTier, "remove")
+    in_the_middle(ObjectStore, "find_all", 0)
+    in_the_middle(ValkeyTier, "read", 3)
+    before_and_after(ObjectStore, "fill")
+"""
+STEPS = {
+    *(f"{when} {name}" for when in ("before", "after")
+      for name in ("register", "settle", "remove", "fill")),
+    *(f"in the middle of {name}" for name in ("_values", "find_all", "read")),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_io_workers_killed_at_every_step_lose_and_wedge_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(KILLER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("KILLED", str(killed))
+    with valkey_server() as server:
+        with local_ray(server.url):
+            while {path.name for path in killed.iterdir()} < STEPS:
+                refs = [ray.put(np.full(MIB // 2, i)) for i in range(50)]
+                assert [int(ray.get(ref, timeout=200)[-1]) for ref in refs] == list(range(50))
+                del refs
+        assert server.our_keys() == []
