@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,20 @@ FULL = ServerFullError("OOM command not allowed", "Raise maxmemory")
 @pytest.fixture(params=["with a file", "alone"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
     return tmp_path / "outage" if request.param == "with a file" else None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+    """Time that goes on by as much as it is told."""
+    now = 1000.0
+
+    def go_on(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outage.time, "monotonic", lambda: now)
+        yield go_on
 
 
 def test_an_outage_is_told_once_and_counted(
@@ -35,15 +50,13 @@ def test_an_outage_is_told_once_and_counted(
 
 
 def test_the_log_has_a_line_a_minute_with_the_count(
-    path: Path | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    path: Path | None, caplog: pytest.LogCaptureFixture, clock: Callable[[float], None]
 ) -> None:
-    now = 1000.0
-    monkeypatch.setattr(outage.time, "monotonic", lambda: now)
     told: list[str] = []
     it = Outage(lambda: path, told.append)
     for _ in range(121):
         it.failed("objects cannot be spilled", FULL)
-        now += 1
+        clock(1)
     assert [r.getMessage().partition(")")[0].partition("(")[2] for r in caplog.records] == [
         "for now",
         "61 failures in 60 s so far",
@@ -53,19 +66,17 @@ def test_the_log_has_a_line_a_minute_with_the_count(
 
 
 def test_an_outage_that_comes_and_goes_is_no_storm(
-    path: Path | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    path: Path | None, caplog: pytest.LogCaptureFixture, clock: Callable[[float], None]
 ) -> None:
-    now = 1000.0
-    monkeypatch.setattr(outage.time, "monotonic", lambda: now)
     told: list[str] = []
     it = Outage(lambda: path, told.append)
     for _ in range(1000):
         it.failed("objects cannot be spilled", FULL)
         it.over()
-        now += 0.1
+        clock(0.1)
     assert len(told) == 1
     assert len([r for r in caplog.records if "cannot be spilled" in r.getMessage()]) == 2
-    now += 600
+    clock(600)
     it.failed("objects cannot be spilled", FULL)
     assert len(told) == 2
 
