@@ -175,9 +175,14 @@ def _answers(client: valkey.Valkey) -> bool:
 
 def used_memory(client: valkey.Valkey) -> int:
     """The server's `used_memory` in bytes, once what was unlinked is free."""
-    while client.info("memory")["lazyfree_pending_objects"]:
+    before = -1
+    while True:
+        memory = client.info("memory")
+        used = int(memory["used_memory"])
+        if not memory["lazyfree_pending_objects"] and abs(used - before) < 64 * KIB:
+            return used
+        before = used
         time.sleep(0.01)
-    return int(client.info("memory")["used_memory"])
 
 
 # --- output ---

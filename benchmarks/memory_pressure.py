@@ -280,7 +280,7 @@ def measure(quick: bool) -> dict[str, Any]:
         if job.cold_files and not cold:
             note(f"left out, because the page cache cannot be dropped: {job}")
             continue
-        rounds = 3 if job in (Job(), Job(cold_files=True)) else 1
+        rounds = 5 if job in (Job(), Job(cold_files=True)) else 1
         samples: dict[str, list[dict[str, float]]] = {storage: [] for storage in STORAGES}
         for number in range(rounds):
             for storage in STORAGES:

@@ -45,6 +45,10 @@ class Proxy:
     def url(self) -> str:
         return f"valkey://127.0.0.1:{self.port}/0"
 
+    def forward_to(self, port: int) -> None:
+        """Connect to another server from the next connection on."""
+        self._upstream = port
+
     def stall(self) -> None:
         self._flowing.clear()
 
