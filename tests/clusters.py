@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,11 +94,22 @@ def expect_no_keys(server: Server) -> None:
 
 def io_workers() -> list[psutil.Process]:
     """The IO workers of the Ray that this process started."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "SpillWorker" in (title := " ".join(process.cmdline())) or "RestoreWorker" in title
-    ]
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if re.search("(Spill|Restore)Worker", title(child))]
+
+
+def title(process: psutil.Process) -> str:
+    """What the process calls itself; nothing if it has just ended."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def talks_to(process: psutil.Process, port: int) -> bool:
+    """Whether the process has a connection to `port`."""
+    with contextlib.suppress(psutil.Error):
+        return any(c.raddr and c.raddr.port == port for c in process.net_connections())
+    return False
 
 
 def run_driver(script: str, *args: str, env: dict[str, str] | None = None) -> str:

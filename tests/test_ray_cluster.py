@@ -22,6 +22,8 @@ from clusters import (
     run_driver,
     spill,
     system_config,
+    talks_to,
+    title,
 )
 from servers import Server, valkey_server, wait_until
 
@@ -154,8 +156,7 @@ def test_a_killed_io_worker_loses_nothing(spilling: Server) -> None:
         for i in range(3):
             # One that is still starting would cost a minute: `worker_register_timeout_seconds`.
             for process in io_workers():
-                peers = {c.raddr.port for c in process.net_connections() if c.raddr}
-                if spilling.port in peers:
+                if talks_to(process, spilling.port):
                     kill(process.pid)
             refs += [ray.put(np.full(MIB, 20 + 10 * i + j)) for j in range(10)]
         assert [int(ray.get(ref, timeout=120)[0]) for ref in refs] == list(range(50))
@@ -174,7 +175,7 @@ def test_an_io_worker_killed_while_it_restores_wedges_nothing(spilling: Server) 
 
         def restoring() -> list[int]:
             # An idle one may still be starting.
-            return [p.pid for p in io_workers() if "ray::RESTORE_" in " ".join(p.cmdline())]
+            return [process.pid for process in io_workers() if "ray::RESTORE_" in title(process)]
 
         # The server stands still, so that the restore is under way for sure when it is killed.
         os.kill(spilling.process._process.pid, signal.SIGSTOP)
