@@ -44,7 +44,8 @@ class Outage:
 
     Args:
         path: gives a file for what the IO workers of the node have to know of each other, or None
-            if there is nobody else. It is asked for, and made, when something fails.
+            if there is nobody else. It is asked for, and made, when something fails. Where it
+            cannot be written, this process counts for itself.
         tell: is given the message that is for users.
     """
 
@@ -94,10 +95,15 @@ class Outage:
     def _state(self) -> Iterator[_State]:
         """What the node's IO workers know together, for this one alone meanwhile."""
         path = self._path()
-        if path is None:
+        try:
+            # Unbuffered: what a full disk refuses must not come up again at the end.
+            file = path.open("ab+", buffering=0) if path is not None else None
+        except OSError:
+            file = None
+        if file is None:
             yield self._alone
             return
-        with path.open("a+") as file:
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             try:
@@ -105,6 +111,8 @@ class Outage:
             except (ValueError, TypeError):  # a new file
                 state = _State()
             yield state
-            file.seek(0)
-            file.truncate()
-            file.write(json.dumps(asdict(state)))
+            try:
+                file.truncate(0)
+                file.write(json.dumps(asdict(state)).encode())
+            except OSError:
+                self._alone, self._path = state, lambda: None

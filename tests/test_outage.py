@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -117,3 +118,23 @@ def test_a_file_that_was_cut_off_is_taken_for_a_new_one(tmp_path: Path, content:
     told: list[str] = []
     Outage(lambda: path, told.append).failed("objects cannot be spilled", FULL)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("directory", ["there", "not there"])
+def test_a_file_that_cannot_be_written_makes_no_storm(
+    tmp_path: Path, directory: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "there").mkdir()
+    told: list[str] = []
+    it = Outage(lambda: tmp_path / directory / "outage", told.append)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # As a full disk: no file of this process can grow.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        for _ in range(10):
+            it.failed("objects cannot be spilled", FULL)
+        it.over()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(told) == 1
+    assert "after 10 failures" in caplog.text
