@@ -12,6 +12,7 @@ from typing import Any
 
 import valkey
 
+from benchmarks import wire
 from benchmarks.common import (
     KIB,
     MIB,
@@ -25,7 +26,7 @@ from benchmarks.common import (
     used_memory,
     valkey_server,
 )
-from benchmarks.wire import CHUNK, RawLoop, columns, floats
+from benchmarks.wire import columns, floats
 from ray_valkey_spill import objects
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
@@ -229,9 +230,8 @@ def _chunk_sizes(url: str, rounds: int) -> dict[str, Any]:
     target = memoryview(bytearray(len(data)))
     client = valkey.from_url(url)
     benches = {size: Bench(url, chunk_size=size, compression="none") for size in CHUNK_SIZES}
-    raw = _raw_limit(client, data, target)
-    spill = {"raw limit": raw[0]}
-    restore = {"raw limit": raw[1]}
+    raw = wire.Bench(url, [data])
+    spill, restore = raw.spill, raw.restore
     for size, bench in benches.items():
         spill[str(size)] = Contender(lambda b=bench: b.spill([data]), bench.delete)
         restore[str(size)] = Contender(lambda b=bench: b.restore([target]))
@@ -252,28 +252,6 @@ def _chunk_sizes(url: str, rounds: int) -> dict[str, Any]:
         }
         for name in spilled
     }
-
-
-def _raw_limit(
-    client: valkey.Valkey, data: memoryview, target: memoryview
-) -> tuple[Contender, Contender]:
-    connection = client.connection_pool.make_connection()
-    connection.connect()
-    loop = RawLoop(connection._sock)
-    starts = range(0, len(data), CHUNK)
-    keys = [b"ray:raw:%d" % start for start in starts]
-
-    def cut(whole: memoryview) -> list[memoryview]:
-        return [whole[start : start + CHUNK] for start in starts]
-
-    # The default argument keeps the connection, which would close the socket with itself.
-    def store(_connection: Any = connection) -> None:
-        loop.store(cut(data), keys)
-
-    return (
-        Contender(store, lambda: client.unlink(*keys)),
-        Contender(lambda: loop.fetch(cut(target), keys)),
-    )
 
 
 # --- LZ4 threads ---
