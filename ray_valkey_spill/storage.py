@@ -60,7 +60,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     Raises:
         ConfigError: a parameter is wrong. Not in an IO worker, where the environment of its node
             can be at fault: one that does not come up is started again without end, and nobody is
-            told. It raises with every operation instead.
+            told. It fails every operation instead, and drivers are told.
         ServerError: the server cannot be used, as found by `preflight.run_all`. Only outside of IO
             workers, and there only the first time for a session: that one is Ray's validation and
             must stop the head. An IO worker comes up without the server and retries, and
