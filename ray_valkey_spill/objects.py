@@ -432,8 +432,8 @@ class ObjectStore:
         dead: list[ObjectName] = []
         for page in self._tier.pending(self._session, self._node):
             dead += [name for name in page if not is_alive(name.writer)]
-        if dead:
-            # The server may still have in its sockets what they had sent, to be carried out later.
+        if left or dead:
+            # The server may still have in its sockets what was sent, to be carried out later.
             time.sleep(_LATE_ARRIVALS)
         self._tier.remove([*left, *dead])
         self._abandoned.clear()

@@ -1,45 +1,87 @@
-"""A TCP proxy between a client and a server that does what networks do: cut, stall, lose bytes."""
+"""A TCP proxy between a client and a server that does what networks do: cut, stall, trickle, …"""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+_PIECE = 1 << 16
+_RESET = struct.pack("ii", 1, 0)  # struct linger
 
-class Proxy:
-    """Forwards to `port` on loopback; counts what passes.
+
+class Way:
+    """One direction of all connections, and what is done to the bytes that go it.
 
     Attributes:
-        cut_after: close a connection once it has carried this many bytes to the client (set to
-            None after it has happened once).
-        cut_after_sent: the same for bytes to the server.
-        refuse_after_sent: the same, and from then on `refusing`.
-        throttle: seconds that every 64 KiB to the server take longer.
+        delay: seconds that every piece takes longer.
+        piece: bytes that are forwarded at a time, at most.
+        reset_after: reset the connection that carries the byte after this many, once.
+        refuse_after: the same, and have the proxy refuse new connections from then on.
+        bytes: how many went this way.
+    """
+
+    def __init__(self) -> None:
+        self.delay = 0.0
+        self.piece = _PIECE
+        self.reset_after: int | None = None
+        self.refuse_after: int | None = None
+        self.bytes = 0
+        self._flowing = threading.Event()
+        self._flowing.set()
+
+    def stall(self) -> None:
+        """Let nothing through, and break nothing."""
+        self._flowing.clear()
+
+    def flow(self) -> None:
+        """Let everything through again, as fast as it comes."""
+        self.delay, self.piece = 0.0, _PIECE
+        self._flowing.set()
+
+    def pass_on(self, size: int) -> tuple[int, bool]:
+        """Take the time that `size` bytes take; how many get through, and whether to refuse."""
+        self._flowing.wait()
+        if self.delay:
+            time.sleep(self.delay)
+        refused = self._allowed("refuse_after", size)
+        allowed = min(refused, self._allowed("reset_after", size))
+        self.bytes += allowed
+        return allowed, refused < size
+
+    def _allowed(self, limit: str, size: int) -> int:
+        left: int | None = getattr(self, limit)
+        if left is None:
+            return size
+        setattr(self, limit, left - size if size <= left else None)
+        return min(size, left)
+
+
+class Proxy:
+    """Forwards connections to `port` on loopback.
+
+    Attributes:
+        to_server, to_client: what happens to the bytes of all connections.
         refusing: while True new connections are closed at once.
         connections: how many there have been.
-        round_trips: how many times the client spoke after the server had.
+        round_trips: how many times a client spoke after the server had.
     """
 
     def __init__(self, port: int) -> None:
         self._upstream = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self.cut_after: int | None = None
-        self.cut_after_sent: int | None = None
-        self.refuse_after_sent: int | None = None
-        self.throttle = 0.0
+        self.to_server, self.to_client = Way(), Way()
         self.refusing = False
         self.connections = 0
         self.round_trips = 0
-        self.bytes_to_server = 0
-        self._flowing = threading.Event()
-        self._flowing.set()
-        self._sockets: set[socket.socket] = set()
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
+        self._last_way: Way | None = None
+        self._open: set[tuple[socket.socket, socket.socket]] = set()
+        self._threads: set[threading.Thread] = set()
+        self._start(self._accept)
 
     @property
     def url(self) -> str:
@@ -50,87 +92,83 @@ class Proxy:
         self._upstream = port
 
     def stall(self) -> None:
-        self._flowing.clear()
+        self.to_server.stall()
+        self.to_client.stall()
 
     def flow(self) -> None:
-        self._flowing.set()
+        self.to_server.flow()
+        self.to_client.flow()
 
-    def cut(self) -> None:
+    def reset(self) -> None:
         """Reset every connection there is."""
-        for sock in list(self._sockets):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        for client, server in list(self._open):
+            _reset(client, server)
 
     def close(self) -> None:
         self.flow()
         # Closing alone would leave accept() waiting.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self.cut()
-        for thread in self._threads:
+        self.reset()
+        for thread in list(self._threads):
             thread.join()
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                if self.refusing:
-                    client.close()
-                    continue
-                try:
-                    server = socket.create_connection(("127.0.0.1", self._upstream))
-                except OSError:
-                    client.close()
-                    continue
-                self.connections += 1
-                self._sockets |= {client, server}
-                for source, target, note in (
-                    (client, server, self._note_request),
-                    (server, client, self._note_reply),
-                ):
-                    thread = threading.Thread(target=self._pump, args=(source, target, note))
-                    self._threads.append(thread)
-                    thread.start()
+    def _start(self, run: Callable[..., None], *args: object) -> None:
+        def work() -> None:
+            with contextlib.suppress(OSError):
+                run(*args)
+            self._threads.discard(threading.current_thread())
 
-    def _pump(
-        self, source: socket.socket, target: socket.socket, note: Callable[[int], int]
-    ) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if note == self._note_reply:
-                    self._flowing.wait()
-                elif self.throttle:
-                    time.sleep(self.throttle)
-                allowed = note(len(data))
+        thread = threading.Thread(target=work)
+        self._threads.add(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            if self.refusing:
+                client.close()
+                continue
+            try:
+                server = socket.create_connection(("127.0.0.1", self._upstream))
+            except OSError:
+                client.close()
+                continue
+            self.connections += 1
+            self._open.add((client, server))
+            self._start(self._pump, client, server, self.to_server)
+            self._start(self._pump, server, client, self.to_client)
+
+    def _pump(self, source: socket.socket, target: socket.socket, way: Way) -> None:
+        to_server = way is self.to_server
+        ends = (source, target) if to_server else (target, source)
+        try:
+            while data := source.recv(way.piece):
+                self.round_trips += to_server and self._last_way is not way
+                self._last_way = way
+                allowed, refuse = way.pass_on(len(data))
+                self.refusing |= refuse
                 target.sendall(data[:allowed])
                 if allowed < len(data):
+                    _reset(*ends)
                     break
-        for sock in (source, target):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        source.close()
-        self._sockets.discard(source)
+        except OSError:
+            pass
+        finally:
+            self._open.discard(ends)
+            if source.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(_RESET)) != _RESET:
+                with contextlib.suppress(OSError):
+                    target.shutdown(socket.SHUT_WR)
+            source.close()
 
-    _last_was_reply = True
 
-    def _note_request(self, size: int) -> int:
-        self.round_trips += self._last_was_reply
-        self._last_was_reply = False
-        self.bytes_to_server += size
-        allowed = self._allowed("refuse_after_sent", size)
-        self.refusing |= allowed < size
-        return min(allowed, self._allowed("cut_after_sent", size))
-
-    def _note_reply(self, size: int) -> int:
-        self._last_was_reply = True
-        return self._allowed("cut_after", size)
-
-    def _allowed(self, limit: str, size: int) -> int:
-        left: int | None = getattr(self, limit)
-        if left is None:
-            return size
-        setattr(self, limit, left - size if size <= left else None)
-        return min(size, left)
+def _reset(client: socket.socket, server: socket.socket) -> None:
+    """Have the threads that read from these wake up and close them, the client's by a reset."""
+    with contextlib.suppress(OSError):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        client.shutdown(socket.SHUT_RD)
+    with contextlib.suppress(OSError):
+        server.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

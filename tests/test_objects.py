@@ -503,7 +503,7 @@ def test_a_full_server_behind_a_slow_link_is_left_without_orphans(
     full_server: Server, chunk_size: int
 ) -> None:
     with proxy_to(full_server.port) as proxy:
-        proxy.throttle = 0.001
+        proxy.to_server.delay = 0.001
         store = Backend(proxy.url, full_server.client).store(chunk_size=chunk_size)
         for _ in range(3):
             names, failure = store.put([source(noise(3 << 20, i), i) for i in range(6)])
@@ -655,7 +655,7 @@ def test_what_a_failed_put_could_not_remove_is_recovered(server: Server) -> None
     with proxy_to(server.port) as proxy:
         store = Backend(proxy.url, server.client).store(retry_timeout=0.2)
         put(store, b"x")
-        proxy.refuse_after_sent = 50_000
+        proxy.to_server.refuse_after = 50_000
         names, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(10)])
         assert names == []
         assert isinstance(failure, ServerUnavailableError)
@@ -672,9 +672,9 @@ def test_cuts_in_both_directions_go_unnoticed(server: Server, make: Any) -> None
         backend = Backend(proxy.url, server.client)
         store = backend.store(chunk_size=1 << 20)
         data = make((20 << 20) + 17)
-        proxy.cut_after_sent = 30_000
+        proxy.to_server.reset_after = 30_000
         url = put(store, data)
-        proxy.cut_after = 30_000
+        proxy.to_client.reset_after = 30_000
         assert get(store, url) == data
         assert proxy.connections == 3
         store.delete([url])
@@ -687,7 +687,7 @@ def test_a_server_that_is_away_is_never_taken_for_lost_data(server: Server) -> N
         store = backend.store(retry_timeout=0.2)
         url = put(store, noise(3 * CHUNK))
         proxy.refusing = True
-        proxy.cut()
+        proxy.reset()
         with pytest.raises(ServerUnavailableError):
             get(store, url)
         proxy.refusing = False

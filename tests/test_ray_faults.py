@@ -28,7 +28,7 @@ def failures() -> int:
 
 def take_away(proxy: Proxy) -> None:
     proxy.refusing = True
-    proxy.cut()
+    proxy.reset()
 
 
 FILLING = """

@@ -145,7 +145,7 @@ def test_a_cut_while_receiving_goes_unnoticed(server: Server, proxy: Proxy, cut_
         server.client.set(f"{KEY}:{i}", value)
     link = Link(config(proxy.url))
     link.execute(command("STRLEN", KEY))
-    proxy.cut_after = cut_after
+    proxy.to_client.reset_after = cut_after
     targets = [bytearray(1 << 20) for _ in values]
     received = [
         request.result()
@@ -167,12 +167,12 @@ def test_a_cut_while_sending_goes_on_from_where_it_was(
     values = [bytes([i]) * (1 << 20) for i in range(16)]
     link = Link(config(proxy.url))
     link.execute(command("STRLEN", KEY))
-    proxy.cut_after_sent = cut_after
+    proxy.to_server.reset_after = cut_after
     link.execute(*[store(f"{KEY}:{i}", [value]) for i, value in enumerate(values)])
     assert server.client.mget([f"{KEY}:{i}" for i in range(16)]) == values
     assert proxy.connections == 2
     # Only what had no reply yet was sent again.
-    assert proxy.bytes_to_server < (16 + 6) << 20
+    assert proxy.to_server.bytes < (16 + 6) << 20
     link.close()
     server.client.delete(*server.our_keys())
 
@@ -180,7 +180,7 @@ def test_a_cut_while_sending_goes_on_from_where_it_was(
 def test_an_idle_connection_that_was_closed_is_replaced(proxy: Proxy) -> None:
     link = Link(config(proxy.url, retry_timeout=0))
     link.execute(command("STRLEN", KEY))
-    proxy.cut()
+    proxy.reset()
     assert link.execute(command("STRLEN", KEY)) == [0]
     link.close()
 
@@ -200,7 +200,7 @@ def test_a_server_that_comes_back_in_time_is_waited_for(server: Server, proxy: P
     link = Link(config(proxy.url, retry_timeout=30))
     link.execute(command("STRLEN", KEY))
     proxy.refusing = True
-    proxy.cut()
+    proxy.reset()
     back = threading.Timer(0.7, setattr, (proxy, "refusing", False))
     back.start()
     assert link.execute(command("STRLEN", KEY)) == [0]
