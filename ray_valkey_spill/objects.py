@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -54,6 +54,7 @@ _DECODED_TOGETHER = 2 * MIB
 _OBJECTS_PER_PAGE = 16
 _DESTROY_PAUSE = 0.05
 _LATE_ARRIVALS = 1.0
+_RECOVERY_PATIENCE = 1.0
 _ABANDONED = 10_000
 
 
@@ -117,7 +118,8 @@ class _Part(NamedTuple):
 class ObjectStore:
     """Objects of one node of one Ray session.
 
-    For one thread at a time. Opens its connection with the first operation.
+    For one thread at a time, beside which another may `recover`. Opens its connection with the
+    first operation.
 
     Args:
         config: where, under which prefix, and how chunks are cut and compressed.
@@ -130,9 +132,12 @@ class ObjectStore:
         self._chunk_size = config.chunk_size
         self._compression = config.compression
         self._tier = ValkeyTier(Link(config), self.keys)
+        # What this cannot do now is done another time.
+        impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
+        self._recovery = ValkeyTier(Link(impatient), self.keys)
         self._pool: ThreadPoolExecutor | None = None
-        # What put() and delete() could not remove, for recover(). Bounded, for an outage can be
-        # long; the rest is in the index, and goes with the session.
+        # What put() could not remove, for recover(). Bounded, for an outage can be long; the rest
+        # is in the index, and goes with the session.
         self._abandoned: deque[ObjectName] = deque(maxlen=_ABANDONED)
         self._chunks_ahead = max(1, min(2 * _THREADS, _BYTES_AHEAD // config.chunk_size))
 
@@ -142,6 +147,11 @@ class ObjectStore:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
+
+    @property
+    def has_left_some(self) -> bool:
+        """Whether `recover` has something to do that a failed put has left."""
+        return bool(self._abandoned)
 
     # --- put ---
 
@@ -174,9 +184,10 @@ class ObjectStore:
             self._tier.remove(names[len(stored) :])
             self._tier.settle(stored)
         except SpillError as error:
-            self._abandoned += names
-            with contextlib.suppress(SpillError):
-                self.recover(is_alive=lambda pid: True)
+            try:
+                self._tier.remove(names)
+            except SpillError:
+                self._abandoned += names
             return [], failure or error
         return stored, failure
 
@@ -400,46 +411,58 @@ class ObjectStore:
             The URLs that are none of ours.
 
         Raises:
-            ServerError: some may be left; `recover` will remove them.
+            ServerError: some may be left.
         """
+        names, foreign = self._names(urls)
+        self._tier.remove(names)
+        return foreign
+
+    def _names(self, urls: Iterable[str]) -> tuple[list[ObjectName], list[str]]:
+        """The objects that `urls` name, and those of `urls` that are none of ours."""
         names, foreign = [], []
         for url in urls:
             try:
                 names.append(self.keys.parse_url(url)[0])
             except LostObjectError:
                 foreign.append(url)
-        try:
-            self._tier.remove(names)
-        except SpillError:
-            self._abandoned += names
-            raise
-        return foreign
+        return names, foreign
 
     def mark_lost(self, name: ObjectName) -> None:
         """Let every later `find` of an object that turned out damaged fail at once."""
         self._tier.remove_header(name)
 
-    def recover(self, is_alive: Callable[[int], bool]) -> int:
-        """Remove what this store failed to, and what puts of killed processes left of this node.
+    def recover(self, is_alive: Callable[[int], bool], deleted: Sequence[str] = ()) -> int:
+        """Remove what failed puts left, and those of killed processes of this node.
+
+        This may run in another thread, over a connection of its own.
 
         Args:
             is_alive: whether a process of this node, given by its id, may still be putting.
+            deleted: URLs of objects that are to go too.
 
         Returns:
             How many objects were removed.
+
+        Raises:
+            ServerError: what could not be removed is left for the next time.
         """
-        left = list(self._abandoned)
-        dead: list[ObjectName] = []
-        for page in self._tier.pending(self._session, self._node):
-            dead += [name for name in page if not is_alive(name.writer)]
-        if left or dead:
-            # The server may still have in its sockets what was sent, to be carried out later.
-            time.sleep(_LATE_ARRIVALS)
-        self._tier.remove([*left, *dead])
-        self._abandoned.clear()
+        left = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
+        try:
+            dead, _ = self._names(deleted)
+            for page in self._recovery.pending(self._session, self._node):
+                dead += [name for name in page if not is_alive(name.writer)]
+            if left or dead:
+                # The server may still have in its sockets what was sent, and carry it out later.
+                time.sleep(_LATE_ARRIVALS)
+            self._recovery.remove([*left, *dead])
+        except SpillError:
+            self._abandoned.extendleft(left)
+            raise
+        finally:
+            self._recovery.close()
         return len(left) + len(dead)
 
-    def destroy(self, is_alive: Callable[[int], bool], patience: float = 2.0) -> int:
+    def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
         """Remove every object of this store's node and session.
 
         What another process is just putting is waited for: if it lost its entry in the index and
@@ -458,7 +481,6 @@ class ObjectStore:
             busy: set[ObjectName] = set()
             for page in self._tier.pending(self._session, self._node):
                 busy.update(name for name in page if is_alive(name.writer))
-            busy.difference_update(self._abandoned)
             for page in self._tier.owned(self._session, self._node):
                 idle = [name for name in page if name not in busy]
                 self._tier.remove(idle)

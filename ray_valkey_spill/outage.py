@@ -43,14 +43,18 @@ class Outage:
     """Whether, and since when, the server cannot be used from this node.
 
     Args:
-        path: gives a file for what the IO workers of the node have to know of each other, or None
-            if there is nobody else. It is asked for, and made, when something fails. Where it
-            cannot be written, this process counts for itself.
+        directory: gives where the IO workers of the node keep what they have to know of each
+            other, or None if there is nobody else. It is asked for, and the file is made, when
+            something fails. Where it cannot be written, this process counts for itself.
+        name: that of the file.
         tell: is given the message that is for users.
     """
 
-    def __init__(self, path: Callable[[], Path | None], tell: Callable[[str], None]) -> None:
-        self._path = path
+    def __init__(
+        self, directory: Callable[[], Path | None], name: str, tell: Callable[[str], None]
+    ) -> None:
+        self._directory = directory
+        self._name = name
         self._tell = tell
         self._alone = _State()
         self._failing = False
@@ -94,10 +98,10 @@ class Outage:
     @contextlib.contextmanager
     def _state(self) -> Iterator[_State]:
         """What the node's IO workers know together, for this one alone meanwhile."""
-        path = self._path()
+        directory = self._directory()
         try:
             # Unbuffered: what a full disk refuses must not come up again at the end.
-            file = path.open("ab+", buffering=0) if path is not None else None
+            file = (directory / self._name).open("ab+", buffering=0) if directory else None
         except OSError:
             file = None
         if file is None:
@@ -115,4 +119,4 @@ class Outage:
                 file.truncate(0)
                 file.write(json.dumps(asdict(state)).encode())
             except OSError:
-                self._alone, self._path = state, lambda: None
+                self._alone, self._directory = state, lambda: None

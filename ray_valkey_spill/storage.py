@@ -12,7 +12,6 @@ import io
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +23,10 @@ from ray._private.utils import push_error_to_driver
 from ray.core.generated.common_pb2 import ErrorType
 
 from ray_valkey_spill import preflight
+from ray_valkey_spill.background import Background
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, ServerError, SpillError
+from ray_valkey_spill.journal import DeletionJournal
 from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
 from ray_valkey_spill.outage import Outage
 
@@ -39,8 +40,9 @@ _OBJECT_LOST = str(ErrorType.Value("OBJECT_LOST")).encode()
 # Seconds that `ray.shutdown()` may wait for a server that no longer answers.
 _DESTROY_PATIENCE = 3.0
 
-# Seconds between looks for what killed IO workers left half-written.
-_RECOVERY_INTERVAL = 10.0
+# Seconds between looks for what failed operations and killed IO workers left, and between attempts
+# to remove it.
+_BETWEEN_LOOKS, _BETWEEN_ATTEMPTS = 10.0, 2.0
 
 # What this process has checked: see `ValkeyStorage.__init__`.
 _checked: set[tuple[str, Config]] = set()
@@ -70,8 +72,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def __init__(self, node_id: str, session_name: str, **params: Any) -> None:
         super().__init__()
         self._in_io_worker = _in_io_worker()
-        self._outage = Outage(lambda: _shared_state(node_id), _tell_drivers)
-        self._next_recovery = 0.0
+        shared = f"ray_valkey_spill-{node_id}"
+        self._outage = Outage(_session_dir, f"{shared}.outage", _tell_drivers)
+        self._journal = DeletionJournal(_session_dir, shared)
+        self._recovery = Background(self._recover)
         try:
             config = Config.load(params)
         except ConfigError as error:
@@ -105,6 +109,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """
         if not object_refs:
             return []
+        self._recovery.start()
         try:
             sources = self._sources(object_refs, owner_addresses)
             names, failure = self._store.put(sources)
@@ -112,12 +117,13 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             names, failure = [], error
         if failure is not None:
             self._outage.failed("objects cannot be spilled", failure)
+            if self._store.has_left_some:
+                self._recovery.wake()
         if not names:
             self._outage.pause()
             return []
         if failure is None:
             self._outage.over()
-        self._recover()
         return [
             self._store.keys.url(name, len(source.data)).encode()
             for name, source in zip(names, sources)
@@ -141,18 +147,21 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def delete_spilled_objects(self, urls: list[bytes]) -> None:
         """Remove objects; what is not there is no error.
 
-        What cannot be removed now is removed later by this process: Ray never asks again.
+        What cannot be removed now is removed once it can be: Ray never asks again.
         """
+        self._recovery.start()
+        wanted = [_text(url) for url in urls]
+        self._journal.add(wanted)
         try:
-            foreign = self._store.delete(_text(url) for url in urls)
+            foreign = self._store.delete(wanted)
         except SpillError as error:
             self._outage.failed("objects cannot be deleted", error)
-            self._next_recovery = 0.0
+            self._recovery.wake()
             return
+        self._journal.done(wanted)
         for url in foreign:
             logger.warning("not deleted, because it was not spilled here: %s", url)
         self._outage.over()
-        self._recover()
 
     def destroy_external_storage(self) -> None:
         """Remove this node's objects, and no others. Never raises: Ray is shutting down."""
@@ -161,20 +170,25 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         except SpillError as error:
             logger.warning("spilled objects of this node may be left on the server: %s", error)
         finally:
+            self._recovery.stop()
             self._impatient_store.close()
             self._store.close()
 
-    # --- spill ---
-
-    def _recover(self) -> None:
-        """Remove what killed IO workers of this node left half-written, now and then."""
-        if time.monotonic() < self._next_recovery:
-            return
-        self._next_recovery = time.monotonic() + _RECOVERY_INTERVAL
+    def _recover(self) -> float:
+        """Do what this process and killed ones of the node have left undone."""
+        mine = self._journal.left()
+        others = list(self._journal.of_the_dead(_is_alive))
+        # What is wrong is told by the operations that suffer from it, and then it is tried again.
         try:
-            self._store.recover(_is_alive)
-        except SpillError as error:
-            logger.warning("half-written objects were not looked for: %s", error)
+            self._store.recover(_is_alive, [*mine, *(url for _, urls in others for url in urls)])
+        except SpillError:
+            return _BETWEEN_ATTEMPTS
+        self._journal.done(mine)
+        for path, _ in others:
+            path.unlink(missing_ok=True)
+        return _BETWEEN_LOOKS
+
+    # --- spill ---
 
     def _sources(
         self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]
@@ -260,6 +274,8 @@ class _Source:
 class _Unusable:
     """Stands in for the store where its config is wrong: any use of it raises that error."""
 
+    has_left_some = False
+
     def __init__(self, error: ConfigError) -> None:
         self._error = error
 
@@ -267,12 +283,10 @@ class _Unusable:
         raise self._error
 
 
-def _shared_state(node_id: str) -> Path | None:
-    """Where the IO workers of a node keep what they have to know of each other: Ray's session."""
+def _session_dir() -> Path | None:
+    """Ray's directory for the session, for what IO workers have to know of each other."""
     node = ray._private.worker._global_node
-    if node is None:
-        return None
-    return Path(node.get_session_dir_path(), f"ray_valkey_spill-{node_id}.outage")
+    return None if node is None else Path(node.get_session_dir_path())
 
 
 def _tell_drivers(message: str) -> None:

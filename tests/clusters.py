@@ -57,20 +57,36 @@ def cluster(url: str, nodes: int = 2, **params: Any) -> Iterator[Cluster]:
     """A cluster whose node i has the resource `node<i>`; the driver is on node 0."""
     cluster = Cluster()
     try:
-        for i in range(nodes):
-            options = {"_system_config": system_config(url, **params)} if i == 0 else {}
-            cluster.add_node(
-                num_cpus=2,
-                object_store_memory=OBJECT_STORE,
-                resources={f"node{i}": 100},
-                include_dashboard=False,
-                **options,
-            )
+        add_node(cluster, 0, _system_config=system_config(url, **params))
+        for i in range(1, nodes):
+            add_node(cluster, i)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def add_node(cluster: Cluster, number: int, **options: Any) -> None:
+    cluster.add_node(
+        num_cpus=2,
+        object_store_memory=OBJECT_STORE,
+        resources={f"node{number}": 100},
+        include_dashboard=False,
+        **options,
+    )
+
+
+def kill_node(cluster: Cluster, number: int) -> None:
+    """Kill a node other than the head. It destroys nothing; Cluster.remove_node would."""
+    node = cluster.list_all_nodes()[number]
+    node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+    cluster.worker_nodes.remove(node)
+    wait_until(lambda: not _is_alive(node.node_id))
+
+
+def _is_alive(node_id: str) -> bool:
+    return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
 
 
 def spill(refs: list[Any], server: Server) -> None:

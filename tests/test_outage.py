@@ -15,8 +15,8 @@ FULL = ServerFullError("OOM command not allowed", "Raise maxmemory")
 
 
 @pytest.fixture(params=["with a file", "alone"])
-def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
-    return tmp_path / "outage" if request.param == "with a file" else None
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    return tmp_path if request.param == "with a file" else None
 
 
 @pytest.fixture
@@ -34,10 +34,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
 
 
 def test_an_outage_is_told_once_and_counted(
-    path: Path | None, caplog: pytest.LogCaptureFixture
+    directory: Path | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[str] = []
-    it = Outage(lambda: path, told.append)
+    it = Outage(lambda: directory, "outage", told.append)
     with caplog.at_level(logging.INFO):
         for _ in range(100):
             it.failed("objects cannot be spilled", FULL)
@@ -51,10 +51,10 @@ def test_an_outage_is_told_once_and_counted(
 
 
 def test_the_log_has_a_line_a_minute_with_the_count(
-    path: Path | None, caplog: pytest.LogCaptureFixture, clock: Callable[[float], None]
+    directory: Path | None, caplog: pytest.LogCaptureFixture, clock: Callable[[float], None]
 ) -> None:
     told: list[str] = []
-    it = Outage(lambda: path, told.append)
+    it = Outage(lambda: directory, "outage", told.append)
     for _ in range(121):
         it.failed("objects cannot be spilled", FULL)
         clock(1)
@@ -67,10 +67,10 @@ def test_the_log_has_a_line_a_minute_with_the_count(
 
 
 def test_an_outage_that_comes_and_goes_is_no_storm(
-    path: Path | None, caplog: pytest.LogCaptureFixture, clock: Callable[[float], None]
+    directory: Path | None, caplog: pytest.LogCaptureFixture, clock: Callable[[float], None]
 ) -> None:
     told: list[str] = []
-    it = Outage(lambda: path, told.append)
+    it = Outage(lambda: directory, "outage", told.append)
     for _ in range(1000):
         it.failed("objects cannot be spilled", FULL)
         it.over()
@@ -84,7 +84,7 @@ def test_an_outage_that_comes_and_goes_is_no_storm(
 
 def test_one_process_speaks_for_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     told: list[str] = []
-    processes = [Outage(lambda: tmp_path / "outage", told.append) for _ in range(4)]
+    processes = [Outage(lambda: tmp_path, "outage", told.append) for _ in range(4)]
     for _ in range(3):
         for process in processes:
             process.failed("objects cannot be spilled", FULL)
@@ -100,7 +100,7 @@ def test_one_process_speaks_for_all(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_pauses_grow_to_seconds_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(outage.time, "sleep", slept.append)
-    it = Outage(lambda: None, lambda message: None)
+    it = Outage(lambda: None, "outage", lambda message: None)
     for _ in range(20):
         it.failed("objects cannot be spilled", FULL)
         it.pause()
@@ -113,10 +113,9 @@ def test_pauses_grow_to_seconds_and_start_anew(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("content", ["", "nonsense", "[]", '{"since": "x", "unknown": 1}'])
 def test_a_file_that_was_cut_off_is_taken_for_a_new_one(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "outage"
-    path.write_text(content)
+    (tmp_path / "outage").write_text(content)
     told: list[str] = []
-    Outage(lambda: path, told.append).failed("objects cannot be spilled", FULL)
+    Outage(lambda: tmp_path, "outage", told.append).failed("objects cannot be spilled", FULL)
     assert len(told) == 1
 
 
@@ -126,7 +125,7 @@ def test_a_file_that_cannot_be_written_makes_no_storm(
 ) -> None:
     (tmp_path / "there").mkdir()
     told: list[str] = []
-    it = Outage(lambda: tmp_path / directory / "outage", told.append)
+    it = Outage(lambda: tmp_path / directory, "outage", told.append)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     # As a full disk: no file of this process can grow.
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))

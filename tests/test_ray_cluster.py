@@ -18,6 +18,7 @@ from clusters import (
     expect_no_keys,
     io_workers,
     kill,
+    kill_node,
     local_ray,
     run_driver,
     spill,
@@ -107,12 +108,7 @@ def test_objects_outlive_the_node_that_spilled_them(spilling: Server) -> None:
         ids = {ref.hex(): ref for ref in refs}
         wait_until(lambda: len(spilling.spilled_ids()) > count // 3)
         spilled = [ids[object_id] for object_id in sorted(spilling.spilled_ids())]
-        worker_node = nodes.list_all_nodes()[1]
-        # A node that dies destroys nothing; Cluster.remove_node would.
-        for group in worker_node.all_processes.values():
-            for process in group:
-                kill(process.process.pid)
-        wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
+        kill_node(nodes, 1)
         for ref in spilled:
             array = ray.get(ref, timeout=120)
             assert (array == array[0]).all()

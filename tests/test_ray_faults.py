@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from clusters import MIB, local_ray, spill
+from clusters import MIB, io_workers, kill, local_ray, spill
+from faults import Rig, forbids_unlink
 from proxy import Proxy, proxy_to
 from servers import valkey_server, wait_until
 
@@ -113,10 +115,21 @@ def test_what_could_not_be_deleted_is_deleted_once_the_server_is_back() -> None:
         del refs
         wait_until(lambda: failures() > 0)
         proxy.refusing = False
+        wait_until(lambda: server.our_keys() == [])
+
+
+def test_deletions_that_failed_outlive_their_io_worker(tmp_path: Path) -> None:
+    with contextlib.closing(Rig(tmp_path / "data")) as rig, local_ray(rig.proxy.url):
+        refs = [ray.put(np.full(MIB, i)) for i in range(30)]
+        with forbids_unlink(rig):
+            del refs
+            wait_until(lambda: failures() > 0)
+            for worker in io_workers():
+                kill(worker.pid)
         refs = [ray.put(np.full(MIB, i)) for i in range(20)]
         assert [int(ray.get(ref)[0]) for ref in refs] == list(range(20))
         del refs
-        wait_until(lambda: server.our_keys() == [])
+        wait_until(lambda: rig.our_keys() == [])
 
 
 # Put into IO workers: at each step they are killed, once.

@@ -1,0 +1,52 @@
+"""Work that is done now and then beside everything else."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+
+__all__ = ["Background"]
+
+
+class Background:
+    """Has a thread do `work` again and again, from `start` to `stop`.
+
+    The thread does not keep its process alive.
+
+    Args:
+        work: returns after how many seconds, or somewhat more, it is to be done again. Must not
+            raise.
+    """
+
+    def __init__(self, work: Callable[[], float]) -> None:
+        self._work = work
+        self._waking = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """The first time, start the thread, which does its work at once."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name="ray-valkey-spill-background", daemon=True
+            )
+            self._thread.start()
+
+    def wake(self) -> None:
+        """Have the work done soon: there is some."""
+        self._waking.set()
+
+    def stop(self) -> None:
+        """End the thread, once it has done what it is at."""
+        self._stopping = True
+        self.wake()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            pause = self._work()
+            # Workers that started together, or that waited together, do not stay together.
+            self._waking.wait(pause * random.uniform(1.0, 1.3))
+            self._waking.clear()
