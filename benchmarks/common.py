@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import valkey
@@ -219,15 +219,21 @@ def main(
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and cases")
     options = parser.parse_args()
-    # Standard output is for the results, whatever Ray and its workers print there.
-    with os.fdopen(os.dup(1), "w") as output:
-        os.dup2(2, 1)
+    with results_only() as output:
         results = {"machine": machine(), **measure(options.quick)}
         if options.json:
             print(json.dumps(results, indent=2), file=output)
             return
         machine_line = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
         print(machine_line, tables(results), sep="\n\n", file=output)
+
+
+@contextlib.contextmanager
+def results_only() -> Iterator[TextIO]:
+    """Standard output, kept for the results: what Ray and its workers print goes to the other."""
+    with os.fdopen(os.dup(1), "w") as output:
+        os.dup2(2, 1)
+        yield output
 
 
 def note(text: str) -> None:

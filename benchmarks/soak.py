@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import MIB, machine, note, table
+from benchmarks.common import MIB, machine, note, results_only, table
 from benchmarks.soak_driver import HANG
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -300,13 +300,14 @@ def report(runs: list[dict[str, Any]]) -> str:
         f"An IO worker grew by at most {growth['memory'] / MIB:.0f} MiB, {growth['threads']} "
         f"threads and {growth['files']} files and sockets, from when it was first looked at."
     )
+    about = "{cpu}, {memory}, kernel {kernel}, Python {python}, Ray {ray}".format(**machine())
     operation_rows = [[name, f"{count:,}"] for name, count in operations.most_common()]
     fault_rows = [[name.replace("_", " "), str(count)] for name, count in faults.most_common()]
     tables = (
         table([["operation", "times"], *operation_rows]),
         table([["fault", "times"], *fault_rows]),
     )
-    return "\n\n".join([summary, *failures, *tables, grown])
+    return "\n\n".join(["# Soak", summary, *failures, *tables, grown, about])
 
 
 def main() -> None:
@@ -316,14 +317,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a report")
     options = parser.parse_args()
     runs = []
-    for seed in options.seeds:
-        note(f"seed {seed}")
-        runs.append(soak(seed, options.minutes))
-        note(json.dumps(runs[-1], indent=2))
-    if options.json:
-        print(json.dumps({"machine": machine(), "runs": runs}, indent=2))
-    else:
-        print(report(runs))
+    with results_only() as output:
+        for seed in options.seeds:
+            note(f"seed {seed}")
+            runs.append(soak(seed, options.minutes))
+            note(json.dumps(runs[-1], indent=2))
+        results = json.dumps({"machine": machine(), "runs": runs}, indent=2)
+        print(results if options.json else report(runs), file=output)
     sys.exit(any(run["failures"] for run in runs))
 
 

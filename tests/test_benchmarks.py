@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,20 @@ def test_scaling_destroys_its_objects_and_nothing_else() -> None:
     for server in found["chunk_sizes"].values():
         # The allocator's next size class costs a quarter, and the default stays below it.
         assert server["524160"]["memory"] < 1.02
+
+
+@pytest.mark.timeout(900)
+def test_two_minutes_of_faults_lose_and_wedge_and_leave_nothing() -> None:
+    seed = random.getrandbits(32)
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.soak", "--minutes=2", f"--seeds={seed}", "--json"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        timeout=800,
+        check=False,
+    )
+    (run,) = json.loads(result.stdout)["runs"]
+    assert run["failures"] == [], f"--seeds={seed}"
+    assert result.returncode == 0
+    assert sum(run["faults"].values()) > 5
+    assert {"put", "get", "drop"} < set(run["operations"])
