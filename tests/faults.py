@@ -43,7 +43,8 @@ class Rig:
     def close(self) -> None:
         self._proxy.__exit__(None, None, None)
         self.client.close()
-        self.signal(signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            self.signal(signal.SIGCONT)
         self._process.terminate()
 
     def _start(self, ready: bool = True, **config: Any) -> None:
