@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from clusters import (
@@ -26,6 +27,7 @@ from clusters import (
     talks_to,
     title,
 )
+from ray.cluster_utils import Cluster
 from servers import Server, valkey_server, wait_until
 
 
@@ -93,7 +95,19 @@ def test_spilled_on_one_node_and_read_on_the_other(spilling: Server) -> None:
     assert spilling.our_keys() == []
 
 
-def test_objects_outlive_the_node_that_spilled_them(spilling: Server) -> None:
+def kill_raylet(cluster: Cluster, number: int) -> None:
+    """Kill the raylet alone; what it started ends by itself."""
+    node = cluster.list_all_nodes()[number]
+    started = psutil.Process(node.all_processes["raylet"][0].process.pid).children()
+    node.kill_raylet(check_alive=False)
+    assert psutil.wait_procs(started, timeout=60)[1] == []
+    kill_node(cluster, number)
+
+
+@pytest.mark.parametrize("kill_it", [kill_node, kill_raylet], ids=["node", "raylet"])
+def test_objects_outlive_the_node_that_spilled_them(
+    spilling: Server, kill_it: Callable[[Cluster, int], None]
+) -> None:
     count = 3 * OBJECT_STORE // (8 * MIB)
     with cluster(spilling.url) as nodes:
 
@@ -108,11 +122,44 @@ def test_objects_outlive_the_node_that_spilled_them(spilling: Server) -> None:
         ids = {ref.hex(): ref for ref in refs}
         wait_until(lambda: len(spilling.spilled_ids()) > count // 3)
         spilled = [ids[object_id] for object_id in sorted(spilling.spilled_ids())]
-        kill_node(nodes, 1)
+        kill_it(nodes, 1)
         for ref in spilled:
             array = ray.get(ref, timeout=120)
             assert (array == array[0]).all()
             del array
+
+
+HEAD = """
+import os, signal, sys
+import numpy as np, psutil, ray
+sys.path.insert(0, sys.argv[2])
+import ray_valkey_spill
+
+ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False,
+         log_to_driver=False, logging_level="ERROR", _node_ip_address="127.0.0.1",
+         _system_config=ray_valkey_spill.system_config(url=sys.argv[1]))
+refs = [ray.put(np.full(1 << 20, i)) for i in range(20)]
+for process in psutil.Process().children(recursive=True):
+    process.kill()
+print("killed", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_head_that_was_killed_and_started_again_meets_nothing_of_its_past(
+    spilling: Server,
+) -> None:
+    assert run_driver(HEAD, spilling.url, os.getcwd()).endswith("killed\n")
+    past = set(spilling.our_keys())
+    assert len(past) > 2
+    with local_ray(spilling.url):
+        refs = [ray.put(np.full(MIB, i)) for i in range(30)]
+        assert [int(ray.get(ref)[0]) for ref in refs] == list(range(30))
+        assert set(spilling.our_keys()) > past
+    # What is left of it is for the clean-up of its session, by name.
+    assert set(spilling.our_keys()) - {b"ray:spill:default:pending"} == past - {
+        b"ray:spill:default:pending"
+    }
 
 
 def test_removing_a_node_leaves_the_objects_of_the_others(spilling: Server) -> None:

@@ -1,0 +1,212 @@
+"""What becomes of Ray's filesystem storage under faults that this package's tests inject.
+
+`python -m benchmarks.faults` prints, for each, what became of the objects. It needs to be root, for
+a file system that is full.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from benchmarks.common import MIB, main, note, table
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from clusters import add_node, io_workers, kill, kill_node
+from ray.cluster_utils import Cluster
+from servers import wait_until
+
+OBJECTS = 40
+PATIENCE = 30.0
+STEM = "ray_spilled_objects"  # `ray_constants.DEFAULT_OBJECT_PREFIX`
+
+
+@contextlib.contextmanager
+def spilling_to(directory: Path, nodes: int = 1) -> Iterator[Cluster]:
+    config = {"type": "filesystem", "params": {"directory_path": str(directory)}}
+    cluster = Cluster()
+    try:
+        add_node(cluster, 0, _system_config={"object_spilling_config": json.dumps(config)})
+        for i in range(1, nodes):
+            add_node(cluster, i)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def put_all() -> list[Any]:
+    return [ray.put(np.full(MIB, i)) for i in range(OBJECTS)]
+
+
+def outcomes(refs: list[Any]) -> dict[str, int]:
+    """How many objects came back whole, came back wrong, were refused, or did not come back."""
+    found: collections.Counter[str] = collections.Counter()
+    ready, waiting = ray.wait(refs, num_returns=len(refs), timeout=PATIENCE)
+    found[f"hang (for the {PATIENCE:.0f} s looked at)"] = len(waiting)
+    for i, ref in enumerate(refs):
+        if ref in ready:
+            try:
+                right = (ray.get(ref, timeout=PATIENCE) == i).all()
+                found["whole" if right else "wrong bytes, unnoticed"] += 1
+            except ray.exceptions.GetTimeoutError:
+                found[f"hang (for the {PATIENCE:.0f} s looked at)"] += 1
+            except ray.exceptions.RayError as error:
+                found[type(error).__name__] += 1
+    return {name: count for name, count in found.items() if count}
+
+
+def files(directory: Path) -> list[Path]:
+    return [path for path in directory.glob(f"{STEM}*/*") if path.is_file()]
+
+
+# --- faults ---
+
+
+def data_gone(directory: Path) -> dict[str, Any]:
+    with spilling_to(directory):
+        refs = put_all()
+        for path in files(directory):
+            path.unlink()
+        return outcomes(refs)
+
+
+def bits_flipped(directory: Path) -> dict[str, Any]:
+    with spilling_to(directory):
+        refs = put_all()
+        for path in files(directory):
+            data = bytearray(path.read_bytes())
+            # Not between two objects.
+            data[len(data) // 2 + 3 * MIB] ^= 1
+            path.write_bytes(data)
+        return outcomes(refs)
+
+
+def storage_away_for_45_seconds(directory: Path) -> dict[str, Any]:
+    with spilling_to(directory):
+        refs = put_all()
+        away = directory.with_name("away")
+        directory.rename(away)
+        ray.wait(refs, num_returns=OBJECTS, timeout=45)
+        away.rename(directory)
+        start = time.monotonic()
+        found = outcomes(refs)
+        return {**found, "seconds until all were back": round(time.monotonic() - start)}
+
+
+def node_killed(directory: Path) -> dict[str, Any]:
+    @ray.remote(max_retries=0)
+    def make(i: int) -> np.ndarray:
+        import numpy
+
+        return numpy.full(1 << 20, i)
+
+    with spilling_to(directory, nodes=2) as cluster:
+        refs = [make.options(resources={"node1": 1}).remote(i) for i in range(OBJECTS)]
+        ray.wait(refs, num_returns=OBJECTS, fetch_local=False)
+        wait_until(lambda: len(files(directory)) > 1)
+        kill_node(cluster, 1)
+        return outcomes(refs)
+
+
+def io_workers_killed_while_they_spill(directory: Path) -> dict[str, Any]:
+    with spilling_to(directory):
+        refs: list[Any] = []
+        for i in range(OBJECTS):
+            refs.append(ray.put(np.full(MIB, i)))
+            if i % 10 == 5:
+                for worker in io_workers():
+                    kill(worker.pid)
+        found = outcomes(refs)
+        refs.clear()
+        time.sleep(10)
+        return {**found, "files left once all references are gone": len(files(directory))}
+
+
+FILLING = """
+import sys, time
+import numpy as np, ray
+
+ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False,
+         _node_ip_address="127.0.0.1", object_spilling_directory=sys.argv[1])
+refs = [ray.put(np.full(1 << 20, i)) for i in range(40)]
+print("ALL PUT", flush=True)
+assert all((ray.get(ref) == i).all() for i, ref in enumerate(refs))
+print("ALL EQUAL", flush=True)
+"""
+
+
+def storage_full_for_20_seconds(directory: Path) -> dict[str, Any]:
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(directory)]
+    subprocess.run(mount, check=True)
+    try:
+        with tempfile.TemporaryFile("w+") as said:
+            driver = subprocess.Popen(
+                [sys.executable, "-c", FILLING, str(directory)], stdout=said, stderr=said
+            )
+            time.sleep(30)
+            full = driver.poll() is None
+            subprocess.run(["mount", "-o", "remount,size=2g", str(directory)], check=True)
+            start = time.monotonic()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                driver.wait(120)
+            seconds = time.monotonic() - start
+            driver.kill()
+            driver.wait()
+            said.seek(0)
+            text = said.read()
+    finally:
+        time.sleep(5)
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+    return {
+        "waited": full,
+        "lines at the driver": text.count("\n"),
+        "tracebacks at the driver": text.count("Traceback"),
+        "all equal": "ALL EQUAL" in text,
+        "seconds until done once there was room": round(seconds),
+    }
+
+
+FAULTS: list[Callable[[Path], dict[str, Any]]] = [
+    data_gone,
+    bits_flipped,
+    storage_away_for_45_seconds,
+    node_killed,
+    io_workers_killed_while_they_spill,
+    storage_full_for_20_seconds,
+]
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    found = {}
+    for fault in FAULTS[:2] if quick else FAULTS:
+        with tempfile.TemporaryDirectory(prefix="rvs-") as directory:
+            found[fault.__name__] = fault(Path(directory, "spill"))
+        note(f"{fault.__name__}: {found[fault.__name__]}")
+    return {"filesystem": found}
+
+
+def tables(results: dict[str, Any]) -> str:
+    rows = [
+        [name.replace("_", " "), ", ".join(f"{what}: {count}" for what, count in found.items())]
+        for name, found in results["filesystem"].items()
+    ]
+    return table([["fault", "Ray's filesystem storage"], *rows])
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, tables)
