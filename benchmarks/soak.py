@@ -282,7 +282,7 @@ def soak(seed: int, minutes: float) -> dict[str, Any]:
 # --- the report ---
 
 
-def report(runs: list[dict[str, Any]]) -> str:
+def report(machine: dict[str, str], runs: list[dict[str, Any]]) -> str:
     """Markdown."""
     operations, faults = (
         sum((collections.Counter(run[what]) for run in runs), collections.Counter[str]())
@@ -300,7 +300,7 @@ def report(runs: list[dict[str, Any]]) -> str:
         f"An IO worker grew by at most {growth['memory'] / MIB:.0f} MiB, {growth['threads']} "
         f"threads and {growth['files']} files and sockets, from when it was first looked at."
     )
-    about = "{cpu}, {memory}, kernel {kernel}, Python {python}, Ray {ray}".format(**machine())
+    about = "{cpu}, {memory}, kernel {kernel}, Python {python}, Ray {ray}".format(**machine)
     operation_rows = [[name, f"{count:,}"] for name, count in operations.most_common()]
     fault_rows = [[name.replace("_", " "), str(count)] for name, count in faults.most_common()]
     tables = (
@@ -315,7 +315,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20, help="for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[random.getrandbits(32)])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a report")
+    parser.add_argument("--render", type=Path, nargs="+", help="report on these JSON files instead")
     options = parser.parse_args()
+    if options.render:
+        found = [json.loads(path.read_text()) for path in options.render]
+        print(report(found[0]["machine"], [run for each in found for run in each["runs"]]))
+        return
     runs = []
     with results_only() as output:
         for seed in options.seeds:
@@ -323,7 +328,7 @@ def main() -> None:
             runs.append(soak(seed, options.minutes))
             note(json.dumps(runs[-1], indent=2))
         results = json.dumps({"machine": machine(), "runs": runs}, indent=2)
-        print(results if options.json else report(runs), file=output)
+        print(results if options.json else report(machine(), runs), file=output)
     sys.exit(any(run["failures"] for run in runs))
 
 
