@@ -263,8 +263,9 @@ def soak(seed: int, minutes: float) -> dict[str, Any]:
         watch.start()
         run = Run(seed, rig, nodes, destroyed, choices)
         start = time.monotonic()
+        failures: list[str] = []
         try:
-            failures = run.go_on_for(60 * minutes)
+            failures += run.go_on_for(60 * minutes)
         finally:
             failures += run.end()
             watch.stop()

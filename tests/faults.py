@@ -284,8 +284,8 @@ has_foreign_values_under_our_keys = _damages(
 flips_bits = _damages(
     "flips_bits",
     """
-    local bits = server.call('STRLEN', KEYS[1]) * 8
-    if bits > 0 then
+    if server.call('TYPE', KEYS[1]).ok == 'string' then
+        local bits = server.call('STRLEN', KEYS[1]) * 8
         local middle = math.floor(bits / 2)
         server.call('SETBIT', KEYS[1], middle, 1 - server.call('GETBIT', KEYS[1], middle))
     end
