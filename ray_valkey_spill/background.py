@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import random
 import threading
 from collections.abc import Callable
 
 __all__ = ["Background"]
+
+logger = logging.getLogger("ray_valkey_spill")
+
+_AFTER_FAILURE = 60.0
 
 
 class Background:
@@ -15,8 +21,8 @@ class Background:
     The thread does not keep its process alive.
 
     Args:
-        work: returns after how many seconds, or somewhat more, it is to be done again. Must not
-            raise.
+        work: returns after how many seconds, or somewhat more, it is to be done again. If it
+            raises, that is logged, and it is done again after a minute.
     """
 
     def __init__(self, work: Callable[[], float]) -> None:
@@ -26,12 +32,17 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """The first time, start the thread, which does its work at once."""
+        """Start the thread, which does its work at once, unless that has been done.
+
+        Where no thread can be had there is none until the next call.
+        """
         if self._thread is None:
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._run, name="ray-valkey-spill-background", daemon=True
             )
-            self._thread.start()
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+                self._thread = thread
 
     def wake(self) -> None:
         """Have the work done soon: there is some."""
@@ -46,7 +57,11 @@ class Background:
 
     def _run(self) -> None:
         while not self._stopping:
-            pause = self._work()
+            try:
+                pause = self._work()
+            except Exception:
+                logger.exception("what is done in the background failed")
+                pause = _AFTER_FAILURE
             # Workers that started together, or that waited together, do not stay together.
             self._waking.wait(pause * random.uniform(1.0, 1.3))
             self._waking.clear()

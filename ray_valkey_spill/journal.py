@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 __all__ = ["DeletionJournal"]
@@ -29,51 +30,70 @@ class DeletionJournal:
     def __init__(self, directory: Callable[[], Path | None], name: str) -> None:
         self._directory = directory
         self._name = name
+        # Process ids are used again: the file of an earlier process is not to be taken for ours.
+        self._token = os.urandom(4).hex()
         self._left: dict[str, None] = {}
         self._lock = threading.Lock()
 
     def add(self, urls: Iterable[str]) -> None:
         """Note them, before they are deleted."""
         new = dict.fromkeys(urls)
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock:
             self._left |= new
-            path = self._path()
-            if path is not None:
-                with path.open("a") as file:
-                    file.writelines(f"{url}\n" for url in new)
+            self._append("+", new)
 
     def done(self, urls: Iterable[str]) -> None:
         """Forget them: they are deleted."""
-        with self._lock, contextlib.suppress(OSError):
+        urls = list(urls)
+        with self._lock:
             for url in urls:
                 self._left.pop(url, None)
-            path = self._path()
-            if path is None:
-                return
-            if not self._left:
-                path.unlink(missing_ok=True)
-                return
-            new = path.with_suffix(".new")
-            new.write_text("".join(f"{url}\n" for url in self._left))
-            new.replace(path)
+            if self._left:
+                self._append("-", urls)
+            elif (path := self._path()) is not None:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def left(self) -> list[str]:
         """What is still to be deleted by this process."""
         with self._lock:
             return list(self._left)
 
-    def of_the_dead(self, is_alive: Callable[[int], bool]) -> Iterator[tuple[Path, list[str]]]:
+    def of_the_dead(self, is_alive: Callable[[int], bool]) -> list[tuple[Path, list[str]]]:
         """What killed processes of the node had left; each time a file to be removed, and URLs."""
         directory = self._directory()
-        if directory is None:
+        own = self._path()
+        found = []
+        with contextlib.suppress(OSError):
+            for path in directory.glob(f"{self._name}-*{_SUFFIX}") if directory else ():
+                match = re.search(r"-([0-9]+)-[0-9a-f]+\.", path.name)
+                if (
+                    path != own
+                    and match
+                    and (int(match[1]) == os.getpid() or not is_alive(int(match[1])))
+                ):
+                    found.append((path, _read(path)))
+        return found
+
+    def _append(self, sign: str, urls: Iterable[str]) -> None:
+        path = self._path()
+        if path is None:
             return
-        for path in directory.glob(f"{self._name}-*{_SUFFIX}"):
-            writer = int(path.stem.rpartition("-")[2])
-            if not is_alive(writer):
-                # The last line may not have been written to its end.
-                with contextlib.suppress(OSError):
-                    yield path, path.read_text().split("\n")[:-1]
+        # The line break comes first: what a full disk has cut off must not spoil what follows.
+        with contextlib.suppress(OSError), path.open("ab") as file:
+            file.write("".join(f"\n{sign}{url}" for url in urls).encode() + b"\n")
 
     def _path(self) -> Path | None:
         directory = self._directory()
-        return directory and directory / f"{self._name}-{os.getpid()}{_SUFFIX}"
+        return directory and directory / f"{self._name}-{os.getpid()}-{self._token}{_SUFFIX}"
+
+
+def _read(path: Path) -> list[str]:
+    """The URLs that were added and not done; a last line without its end does not count."""
+    left: dict[str, None] = {}
+    for line in path.read_bytes().decode(errors="replace").split("\n")[:-1]:
+        if line.startswith("+"):
+            left[line[1:]] = None
+        else:
+            left.pop(line[1:], None)
+    return list(left)

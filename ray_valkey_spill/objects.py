@@ -167,14 +167,16 @@ class ObjectStore:
         small = sum(len(source.data) for source in sources) <= INLINE_LIMIT
         stored: list[ObjectName] = []
         failure: SpillError | None = None
+        breaks = self._tier.breaks
         try:
             with contextlib.closing(self._values(zip(sources, names))) as values:
                 if small:
                     self._tier.write_at_once(names, list(values))
-                    return names, None
-                self._tier.register(names)
-                for name in self._tier.write(values):
-                    stored.append(name)
+                    stored += names
+                else:
+                    self._tier.register(names)
+                    for name in self._tier.write(values):
+                        stored.append(name)
         except ServerUnavailableError as error:
             self._abandoned += names
             return [], error
@@ -182,7 +184,13 @@ class ObjectStore:
             failure = error
         try:
             self._tier.remove(names[len(stored) :])
-            self._tier.settle(stored)
+            if not small:
+                self._tier.settle(stored)
+            if self._tier.breaks != breaks:
+                # The server may still carry out what it got over a connection that broke, and so
+                # enter these as pending once more.
+                time.sleep(_LATE_ARRIVALS)
+                self._tier.unmark(stored)
         except SpillError as error:
             try:
                 self._tier.remove(names)
@@ -447,20 +455,28 @@ class ObjectStore:
             ServerError: what could not be removed is left for the next time.
         """
         left = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
+        removed = False
         try:
-            dead, _ = self._names(deleted)
-            for page in self._recovery.pending(self._session, self._node):
-                dead += [name for name in page if not is_alive(name.writer)]
-            if left or dead:
+            dead = self._pending_of_the_dead(is_alive)
+            left_or_deleted = [*left, *self._names(deleted)[0]]
+            if dead or left_or_deleted:
                 # The server may still have in its sockets what was sent, and carry it out later.
                 time.sleep(_LATE_ARRIVALS)
-            self._recovery.remove([*left, *dead])
-        except SpillError:
-            self._abandoned.extendleft(left)
-            raise
+            if dead:
+                # What is pending now, after its writer was seen dead, was never reported as put; at
+                # first the writer may have died between that and this.
+                dead &= self._pending_of_the_dead(is_alive)
+            self._recovery.remove([*left_or_deleted, *dead])
+            removed = True
         finally:
+            if not removed:
+                self._abandoned.extendleft(left)
             self._recovery.close()
-        return len(left) + len(dead)
+        return len(left_or_deleted) + len(dead)
+
+    def _pending_of_the_dead(self, is_alive: Callable[[int], bool]) -> set[ObjectName]:
+        pages = self._recovery.pending(self._session, self._node)
+        return {name for page in pages for name in page if not is_alive(name.writer)}
 
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
         """Remove every object of this store's node and session.

@@ -43,6 +43,7 @@ _DESTROY_PATIENCE = 3.0
 # Seconds between looks for what failed operations and killed IO workers left, and between attempts
 # to remove it.
 _BETWEEN_LOOKS, _BETWEEN_ATTEMPTS = 10.0, 2.0
+_ATTEMPTS_PER_WARNING = 6
 
 # What this process has checked: see `ValkeyStorage.__init__`.
 _checked: set[tuple[str, Config]] = set()
@@ -76,6 +77,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._outage = Outage(_session_dir, f"{shared}.outage", _tell_drivers)
         self._journal = DeletionJournal(_session_dir, shared)
         self._recovery = Background(self._recover)
+        self._failed_recoveries = 0
         try:
             config = Config.load(params)
         except ConfigError as error:
@@ -141,6 +143,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         Raises:
             SpillError: an object could not be filled, outside of an IO worker; see `_abandon`.
         """
+        self._recovery.start()
         wanted = [(_text(url), ref.hex()) for ref, url in zip(object_refs, url_with_offset_list)]
         return sum(map(self._restore, object_refs, self._find(wanted)))
 
@@ -149,14 +152,14 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
         What cannot be removed now is removed once it can be: Ray never asks again.
         """
-        self._recovery.start()
         wanted = [_text(url) for url in urls]
         self._journal.add(wanted)
+        self._recovery.start()
         try:
             foreign = self._store.delete(wanted)
         except SpillError as error:
-            self._outage.failed("objects cannot be deleted", error)
             self._recovery.wake()
+            self._outage.failed("objects cannot be deleted", error)
             return
         self._journal.done(wanted)
         for url in foreign:
@@ -177,12 +180,16 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def _recover(self) -> float:
         """Do what this process and killed ones of the node have left undone."""
         mine = self._journal.left()
-        others = list(self._journal.of_the_dead(_is_alive))
-        # What is wrong is told by the operations that suffer from it, and then it is tried again.
+        others = self._journal.of_the_dead(_is_alive)
         try:
             self._store.recover(_is_alive, [*mine, *(url for _, urls in others for url in urls)])
-        except SpillError:
-            return _BETWEEN_ATTEMPTS
+        except SpillError as error:
+            # Operations that suffer from the same have told of it by then, but there may be none.
+            self._failed_recoveries += 1
+            if self._failed_recoveries % _ATTEMPTS_PER_WARNING == 0:
+                logger.warning("what failed operations left cannot be removed yet: %s", error)
+            return min(self._failed_recoveries * _BETWEEN_ATTEMPTS, _BETWEEN_LOOKS)
+        self._failed_recoveries = 0
         self._journal.done(mine)
         for path, _ in others:
             path.unlink(missing_ok=True)
@@ -311,7 +318,8 @@ def _is_alive(pid: int) -> bool:
     """Whether a process of this machine runs; one that is dead and not yet reaped does not."""
     try:
         # "pid (command) state …", and the command may have parentheses of its own.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        return state not in (b"Z", b"X")
     except FileNotFoundError:
         return False
     except OSError:

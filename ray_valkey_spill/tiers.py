@@ -49,6 +49,11 @@ class ValkeyTier:
         self._link = link
         self._keys = keyspace
 
+    @property
+    def breaks(self) -> int:
+        """How many times the connection has broken."""
+        return self._link.breaks
+
     def register(self, names: Iterable[ObjectName]) -> None:
         """Enter objects into the index, as pending.
 
@@ -101,6 +106,10 @@ class ValkeyTier:
         """
         settlements = list(self._link.run(self._settlements(names)))
         self._require_settled(settlements, names)
+
+    def unmark(self, names: Sequence[ObjectName]) -> None:
+        """Settle objects once more: it is no error that they were not pending."""
+        self._drain(self._settlements(names))
 
     def write_at_once(self, names: Sequence[ObjectName], values: Sequence[Value]) -> None:
         """Register, write and settle objects in one round trip. All their values are in memory.

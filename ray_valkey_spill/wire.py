@@ -162,6 +162,7 @@ class Link:
         self._sock: Any = None
         self._replies: ReplyReader
         self._window = _SMALLEST_WINDOW
+        self.breaks = 0  # connections that broke, or could not be had
         # What the latest run waits for replies to.
         self._under_way: deque[Request] = deque()
 
@@ -242,6 +243,7 @@ class Link:
                         continue
                     self._replies.read(request)
                 except (OSError, TransientError) as failure:
+                    self.breaks += 1
                     self.close()
                     patience.wait(failure)
                     continue

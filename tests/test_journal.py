@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,9 +54,26 @@ def test_nothing_is_left_on_disk_when_nothing_is_to_be_done(tmp_path: Path) -> N
 
 
 def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path: Path) -> None:
-    Path(tmp_path, "node-17.deletions").write_text("whole\nha")
+    Path(tmp_path, "node-17-abcd.deletions").write_text("\n+whole\n+ha")
     ((_, urls),) = DeletionJournal(lambda: tmp_path, "node").of_the_dead(lambda pid: False)
     assert urls == ["whole"]
+
+
+def test_what_an_earlier_process_of_the_same_id_had_left_is_found(tmp_path: Path) -> None:
+    Path(tmp_path, f"node-{os.getpid()}-abcd.deletions").write_text("\n+theirs\n")
+    journal = DeletionJournal(lambda: tmp_path, "node")
+    journal.add(["mine"])
+    journal.done(["mine"])
+    ((_, urls),) = journal.of_the_dead(lambda pid: True)
+    assert urls == ["theirs"]
+
+
+def test_what_is_no_journal_is_left_alone(tmp_path: Path) -> None:
+    for name in ("node-x.deletions", "node-1.deletions", "node-1-abcd.deletions.new"):
+        Path(tmp_path, name).write_bytes(b"\xff")
+    Path(tmp_path, "node-17-abcd.deletions").write_bytes(b"\n+cut off by a full \xff\n+whole\n")
+    ((_, urls),) = DeletionJournal(lambda: tmp_path, "node").of_the_dead(lambda pid: False)
+    assert urls[-1] == "whole"
 
 
 @pytest.mark.parametrize("directory", [None, "missing"])

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from hypothesis.stateful import (
 from proxy import proxy_to
 from servers import Server, redis_server, unix_socket_server, valkey_server
 
+from ray_valkey_spill import objects
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
 from ray_valkey_spill.format import FORMAT_VERSION
@@ -649,6 +651,45 @@ def test_destroy_waits_for_a_living_writer_and_leaves_what_is_unfinished(
         writing.kill()
         writing.wait()
     assert backend.all_keys() == []
+
+
+def test_what_was_put_while_recover_looked_is_spared(backend: Backend) -> None:
+    first, second = backend.store(), backend.store()
+    settle = first._tier.settle
+
+    def recovered_meanwhile(names: Sequence[ObjectName]) -> None:
+        def ends_well_and_then_dies(pid: int) -> bool:
+            if backend.client.zcard(first.keys.pending):
+                settle(names)
+            return False
+
+        assert second.recover(ends_well_and_then_dies) == 0
+
+    first._tier.settle = recovered_meanwhile  # type: ignore[method-assign]
+    data = noise(INLINE_LIMIT + 1)
+    assert get(first, put(first, data)) == data
+
+
+@pytest.mark.parametrize("size", [1000, 3 << 20])
+def test_what_a_broken_connection_carries_out_late_spoils_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    with proxy_to(server.port) as proxy:
+        store = Backend(proxy.url, server.client).store(chunk_size=1 << 20)
+
+        def registered_late(seconds: float) -> None:
+            (name,) = server.client.zrange(store.keys.index, 0, -1)
+            server.client.zadd(store.keys.pending, {name: 0})
+
+        store.delete([put(store, b"")])
+        with monkeypatch.context() as patch:
+            patch.setattr(objects, "time", SimpleNamespace(sleep=registered_late))
+            proxy.to_server.reset_after = 50
+            url = put(store, noise(size))
+        assert server.client.zcard(store.keys.pending) == 0
+        assert get(store, url) == noise(size)
+        store.delete([url])
+        store.close()
 
 
 def test_what_a_failed_put_could_not_remove_is_recovered(server: Server) -> None:
