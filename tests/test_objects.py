@@ -6,10 +6,10 @@ import contextlib
 import shutil
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from hypothesis.stateful import (
 from proxy import proxy_to
 from servers import Server, redis_server, unix_socket_server, valkey_server
 
-from ray_valkey_spill import objects
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
 from ray_valkey_spill.format import FORMAT_VERSION
@@ -672,20 +671,21 @@ def test_what_was_put_while_recover_looked_is_spared(backend: Backend) -> None:
 
 @pytest.mark.parametrize("size", [1000, 3 << 20])
 def test_what_a_broken_connection_carries_out_late_spoils_nothing(
-    server: Server, monkeypatch: pytest.MonkeyPatch, size: int
+    server: Server, size: int
 ) -> None:
     with proxy_to(server.port) as proxy:
         store = Backend(proxy.url, server.client).store(chunk_size=1 << 20)
 
-        def registered_late(seconds: float) -> None:
+        def registered_late() -> None:
             (name,) = server.client.zrange(store.keys.index, 0, -1)
             server.client.zadd(store.keys.pending, {name: 0})
 
         store.delete([put(store, b"")])
-        with monkeypatch.context() as patch:
-            patch.setattr(objects, "time", SimpleNamespace(sleep=registered_late))
-            proxy.to_server.reset_after = 50
-            url = put(store, noise(size))
+        proxy.to_server.reset_after = 50
+        late = threading.Timer(0.5, registered_late)
+        late.start()
+        url = put(store, noise(size))
+        late.join()
         assert server.client.zcard(store.keys.pending) == 0
         assert get(store, url) == noise(size)
         store.delete([url])
