@@ -38,11 +38,17 @@ from clusters import add_node, cluster, io_workers, kill_node, talks_to
 from faults import DESTROYING, PASSING, REFUSING, Fault, Rig
 from servers import wait_until
 
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.keys import Keyspace, ObjectName
+
 DRIVERS = 2
 SAMPLE_INTERVAL = 5.0
 # What an IO worker may grow by, from when it was first looked at: the data under way, and LZ4's
 # threads.
 MOST_GROWTH = {"memory": 64 * MIB, "threads": 8, "files": 8}
+# Seconds within which Ray hears of a spill, from its beginning.
+REPORTED_WITHIN = 5.0
+KEYS = Keyspace.of(Config())
 # Odds that the next fault is one of these.
 ODDS = {"passing": 12, "refusing": 4, "process": 5, "destroying": 1}
 
@@ -162,6 +168,7 @@ class Run:
     operations: collections.Counter[str] = field(default_factory=collections.Counter)
     faults: collections.Counter[str] = field(default_factory=collections.Counter)
     dead_nodes: set[str] = field(default_factory=set)
+    killed_workers: dict[int, float] = field(default_factory=dict)  # when, by process id
 
     def go_on_for(self, seconds: float) -> list[str]:
         """Returns what went wrong, as soon as something does."""
@@ -222,7 +229,9 @@ class Run:
         at_work = [worker for worker in io_workers() if talks_to(worker, self.rig.proxy.port)]
         if at_work:
             with contextlib.suppress(psutil.Error):
-                self.random.choice(at_work).send_signal(signal.SIGKILL)
+                worker = self.random.choice(at_work)
+                worker.send_signal(signal.SIGKILL)
+                self.killed_workers[worker.pid] = time.time()
 
     def _kill_a_driver(self) -> None:
         driver = self.drivers.pop(self.random.randrange(len(self.drivers)))
@@ -235,9 +244,24 @@ class Run:
         add_node(self.nodes, 1)
 
     def _keys_left(self) -> list[bytes]:
-        """Those of nodes that live; what dead nodes leave is for the clean-up of the session."""
-        data = [key for key in self.rig.our_keys() if key.count(b":") > 4]
-        return [key for key in data if key.split(b":")[4].decode() not in self.dead_nodes]
+        """Those that are not for the clean-up of the session: see `_is_for_clean_up`."""
+        keys = self.rig.our_keys()
+        left: list[bytes] = []
+        for key in keys:
+            if key not in (KEYS.index.encode(), KEYS.pending.encode()):
+                name = key.decode().removeprefix(KEYS.root).split(":")[:3]
+                if not self._is_for_clean_up(ObjectName.parse(":".join(name))):
+                    left.append(key)
+        return left
+
+    def _is_for_clean_up(self, name: ObjectName) -> bool:
+        """Whether a dead node left it, or an IO worker killed before Ray heard that it was done."""
+        written = int(name.attempt[:11], 16) / 1000
+        killed = self.killed_workers.get(name.writer, 0)
+        just_done = 0 < killed - written < REPORTED_WITHIN and not self.rig.client.zscore(
+            KEYS.pending, str(name)
+        )
+        return name.node in self.dead_nodes or just_done
 
 
 def _of_a_process(strike: Callable[[], None], name: str) -> Fault:
