@@ -7,14 +7,14 @@ a file system that is full.
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from benchmarks.common import MIB, main, note, table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from clusters import add_node, io_workers, kill, kill_node
+from clusters import cluster_with, io_workers, kill, kill_node
 from ray.cluster_utils import Cluster
 from servers import wait_until
 
@@ -34,19 +34,9 @@ PATIENCE = 30.0
 STEM = "ray_spilled_objects"  # `ray_constants.DEFAULT_OBJECT_PREFIX`
 
 
-@contextlib.contextmanager
-def spilling_to(directory: Path, nodes: int = 1) -> Iterator[Cluster]:
+def spilling_to(directory: Path, nodes: int = 1) -> AbstractContextManager[Cluster]:
     config = {"type": "filesystem", "params": {"directory_path": str(directory)}}
-    cluster = Cluster()
-    try:
-        add_node(cluster, 0, _system_config={"object_spilling_config": json.dumps(config)})
-        for i in range(1, nodes):
-            add_node(cluster, i)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    return cluster_with({"object_spilling_config": json.dumps(config)}, nodes)
 
 
 def put_all() -> list[Any]:

@@ -159,7 +159,6 @@ class Watch(threading.Thread):
 class Run:
     """One seed's cluster, server and drivers, and what came of them."""
 
-    seed: int
     rig: Rig
     nodes: Any
     destroyed: Path
@@ -285,7 +284,7 @@ def soak(seed: int, minutes: float) -> dict[str, Any]:
         nodes = stack.enter_context(cluster(rig.proxy.url, **params))
         watch = Watch()
         watch.start()
-        run = Run(seed, rig, nodes, destroyed, choices)
+        run = Run(rig, nodes, destroyed, choices)
         start = time.monotonic()
         failures: list[str] = []
         try:

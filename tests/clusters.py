@@ -54,10 +54,17 @@ def local_ray(
 
 @contextlib.contextmanager
 def cluster(url: str, nodes: int = 2, **params: Any) -> Iterator[Cluster]:
+    """A cluster that spills to `url`; see `cluster_with`."""
+    with cluster_with(system_config(url, **params), nodes) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def cluster_with(system_config: dict[str, Any], nodes: int) -> Iterator[Cluster]:
     """A cluster whose node i has the resource `node<i>`; the driver is on node 0."""
     cluster = Cluster()
     try:
-        add_node(cluster, 0, _system_config=system_config(url, **params))
+        add_node(cluster, 0, _system_config=system_config)
         for i in range(1, nodes):
             add_node(cluster, i)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")

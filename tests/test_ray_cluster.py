@@ -130,7 +130,7 @@ def test_objects_outlive_the_node_that_spilled_them(
 
 
 HEAD = """
-import os, signal, sys
+import os, sys
 import numpy as np, psutil, ray
 sys.path.insert(0, sys.argv[2])
 import ray_valkey_spill
