@@ -120,8 +120,9 @@ class Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__()
-        self._first: dict[int, dict[str, int]] = {}
+        self._first: dict[int, _Looks] = {}
         self.growth: dict[str, int] = dict.fromkeys(MOST_GROWTH, 0)
+        self._grown: dict[str, str] = {}  # by what
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -130,7 +131,7 @@ class Watch(threading.Thread):
 
     def failures(self) -> list[str]:
         return [
-            f"an IO worker grew by {self.growth[name]} ({name})"
+            f"an IO worker grew by {self.growth[name]} ({name}): {self._grown[name]}"
             for name, most in MOST_GROWTH.items()
             if self.growth[name] > most
         ]
@@ -142,14 +143,34 @@ class Watch(threading.Thread):
                     self._look_at(worker)
 
     def _look_at(self, worker: psutil.Process) -> None:
-        found = {
-            "memory": worker.memory_full_info().uss,
-            "threads": worker.num_threads(),
-            "files": worker.num_fds(),
-        }
+        found = _looks_of(worker)
         first = self._first.setdefault(worker.pid, found)
-        for name, value in found.items():
-            self.growth[name] = max(self.growth[name], value - first[name])
+        for name, has in found.items():
+            growth = has.total() - first[name].total()
+            if growth > self.growth[name]:
+                self.growth[name] = growth
+                self._grown[name] = (
+                    f"{dict(has - first[name])} came, {dict(first[name] - has)} went"
+                )
+
+
+_Looks = dict[str, collections.Counter[str]]
+
+
+def _looks_of(worker: psutil.Process) -> _Looks:
+    """What a process has: bytes of memory, threads by name, and open files by what they are."""
+    process = Path(f"/proc/{worker.pid}")
+    threads, files = collections.Counter[str](), collections.Counter[str]()
+    with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+        for thread in process.glob("task/*/comm"):
+            threads[thread.read_text().strip()] += 1
+        for file in process.glob("fd/*"):
+            files[str(file.readlink()).partition(":")[0]] += 1
+        for connection in worker.net_connections("tcp"):
+            files[f"{connection.status} to {connection.raddr and connection.raddr.port}"] += 1
+            files["socket"] -= 1
+    memory = collections.Counter({"bytes": worker.memory_full_info().uss})
+    return {"memory": memory, "threads": threads, "files": files}
 
 
 # --- a run ---

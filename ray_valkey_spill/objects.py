@@ -182,14 +182,16 @@ class ObjectStore:
             return [], error
         except SpillError as error:
             failure = error
+        broken = self._tier.breaks != breaks
         try:
+            if broken:
+                # The server may still carry out what it got over a connection that broke: write
+                # what is removed here, and enter as pending what is settled.
+                time.sleep(_LATE_ARRIVALS)
             self._tier.remove(names[len(stored) :])
             if not small:
                 self._tier.settle(stored)
-            if self._tier.breaks != breaks:
-                # The server may still carry out what it got over a connection that broke, and so
-                # enter these as pending once more.
-                time.sleep(_LATE_ARRIVALS)
+            elif broken:
                 self._tier.unmark(stored)
         except SpillError as error:
             try:
