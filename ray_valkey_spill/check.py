@@ -132,8 +132,10 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
 
     def policy() -> str:
         preflight.check_policy(link, info, allow_eviction=config.allow_eviction)
-        accepted = ", accepted by allow_eviction" if info.evicts else ": spilled objects stay"
-        return f"maxmemory-policy {info.maxmemory_policy}{accepted}"
+        accepted = (
+            ", accepted by allow_eviction" if info.memory.evicts_all else ": spilled objects stay"
+        )
+        return f"maxmemory-policy {info.memory.policy}{accepted}"
 
     def permissions() -> str:
         preflight.check_permissions(link, keys)
@@ -151,17 +153,17 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
 
 
 def _memory(info: ServerInfo) -> Finding:
-    used = f"{_mib(info.used_memory)} used"
-    if not info.maxmemory:
+    used = f"{_mib(info.memory.used)} used"
+    if not info.memory.maxmemory:
         return Finding(
             WARNING,
             "memory",
             f"no maxmemory, {used}, no budget (max_bytes): spilling may fill the machine",
             "Set maxmemory below the memory that the server may have",
         )
-    free = info.maxmemory - info.used_memory
-    detail = f"maxmemory {_mib(info.maxmemory)}, {used}, no budget (max_bytes)"
-    if free < info.maxmemory // 10:
+    free = info.memory.maxmemory - info.memory.used
+    detail = f"maxmemory {_mib(info.memory.maxmemory)}, {used}, no budget (max_bytes)"
+    if free < info.memory.maxmemory // 10:
         return Finding(
             WARNING, "memory", f"{detail}: almost full", "Raise maxmemory, or free some of it"
         )
@@ -181,8 +183,8 @@ def _latency(link: Link, keys: Keyspace) -> str:
 def _throughput(config: Config, info: ServerInfo) -> str:
     """Spill and restore incompressible data, no more than the server has room for."""
     size = _PROBE_SIZE
-    if info.maxmemory:
-        size = min(size, max(0, info.maxmemory - info.used_memory) // 4)
+    if info.memory.maxmemory:
+        size = min(size, max(0, info.memory.maxmemory - info.memory.used) // 4)
     if size < MIB:
         raise SpillError("not measured: the server has no room", "Raise maxmemory")
     data = memoryview(os.urandom(size))
@@ -192,11 +194,11 @@ def _throughput(config: Config, info: ServerInfo) -> str:
     try:
         for _ in range(_PROBE_ROUNDS):
             start = time.perf_counter()
-            names, failure = store.put([SourceObject("check", b"", b"", data)])
+            urls, failure = store.put([SourceObject("check", b"", b"", data)])
             spill.append(time.perf_counter() - start)
             if failure is not None:
                 raise failure
-            url = store.keys.url(names[0], size)
+            (url,) = urls
             start = time.perf_counter()
             store.fill(store.find(url, "check"), target)
             restore.append(time.perf_counter() - start)

@@ -43,6 +43,7 @@ MAX_CHUNK_SIZE = 8 * MIB
 # separators; a namespace moreover must not contain the ":" that ends it.
 _PREFIX_PATTERN = re.compile(r"ray:[A-Za-z0-9_.:@-]*")
 _NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_.@-]{1,128}")
+_OVERFLOW_PATTERN = re.compile(r"(file://)?/\S*|(s3|gs|gcs|abfss?|hdfs|viewfs)://\S+")
 _PLAIN_SCHEMES = ("valkey", "redis", "unix")
 _TLS_SCHEMES = ("valkeys", "rediss")
 
@@ -112,6 +113,12 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
         return str(value)
 
     return check
+
+
+def _overflow_uri(value: Any) -> str:
+    if not isinstance(value, str) or not _OVERFLOW_PATTERN.fullmatch(value):
+        raise ValueError
+    return value
 
 
 _STRING = _Kind("a non-empty string", _string)
@@ -222,13 +229,12 @@ class Config:
         "auto samples and stores incompressible data as it is",
     )
     max_bytes: int | None = _parameter(
-        None, _COUNT, "budget of the namespace in Valkey, counted as stored bytes", supported=False
+        None, _COUNT, "budget of the namespace in Valkey, in bytes as they are stored"
     )
     overflow_uri: str | None = _parameter(
         None,
-        _STRING,
-        "a pyarrow.fs URI every node can reach; takes what Valkey has no room for",
-        supported=False,
+        _Kind("an absolute path, or a URI of pyarrow.fs such as s3://bucket/path", _overflow_uri),
+        "a directory or pyarrow.fs URI that every node reaches; takes what Valkey has no room for",
     )
     allow_eviction: bool = _parameter(
         False, _BOOLEAN, "accept a server whose policy may evict spilled chunks"
@@ -277,6 +283,7 @@ class Config:
         address = _parse_url(
             values.get("url", _PARAMETERS["url"].default), from_config=params.get("url") is not None
         )
+        _refuse_credentials(values.get("overflow_uri"))
         checked = {
             name: _PARAMETERS[name].check(value, sources[name]) for name, value in values.items()
         }
@@ -335,6 +342,21 @@ def _password_refused(what: str) -> ConfigError:
         "Set RAY_VALKEY_SPILL_PASSWORD in the environment of every node, or give password_file, "
         "the path of a file with the password",
     )
+
+
+def _refuse_credentials(overflow_uri: Any) -> None:
+    """The URI's text never appears in an error, since it may hold a secret."""
+    parts = str(overflow_uri or "").partition("://")[2]
+    authority, _, rest = parts.partition("/")
+    if ":" in authority.rpartition("@")[0] or re.search(
+        "[?&][^=&]*(key|secret|token)[^=&]*=", rest, re.IGNORECASE
+    ):
+        raise ConfigError(
+            "credentials in overflow_uri are refused, because the spilling config is on the "
+            "command lines of Ray's workers, and this URI in their messages",
+            "Give them as the object store's own tools take them: by environment variables such "
+            "as AWS_ACCESS_KEY_ID, by a file, or by the machine's role",
+        )
 
 
 def _unknown(name: str, known: list[str]) -> str:

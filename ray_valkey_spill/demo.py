@@ -26,11 +26,9 @@ import pyarrow as pa
 from ray_valkey_spill import _startup
 from ray_valkey_spill.config import KIB, MIB, Config, system_config
 from ray_valkey_spill.errors import SpillError
-from ray_valkey_spill.format import decode_header
 from ray_valkey_spill.keys import Keyspace
-from ray_valkey_spill.objects import INLINE_LIMIT
+from ray_valkey_spill.ledger import Ledger, Owner
 from ray_valkey_spill.resp import command
-from ray_valkey_spill.tiers import ValkeyTier
 from ray_valkey_spill.wire import Link
 
 __all__ = ["Report", "run", "shut_down"]
@@ -217,7 +215,7 @@ def _exercise(
             refs.append(ray.put(value))
             report.objects += 1
     session = (directory / "session_latest").resolve()
-    _count_stored(report, ValkeyTier(link, keys), session.name, node_id)
+    _count_stored(report, Ledger(link, keys), Owner(session.name, node_id))
     with _progress("Reading", show_progress) as steps:
         for step in steps:
             value = ray.get(refs[step], timeout=_PATIENCE)
@@ -281,16 +279,11 @@ def _same(left: Any, right: Any) -> bool:
 # --- figures ---
 
 
-def _count_stored(report: Report, tier: ValkeyTier, session: str, node_id: str) -> None:
-    """What is stored once everything has been written, from the objects' headers."""
-    logical = 0
-    for page in tier.owned(session, node_id):
-        for stat in tier.stat([(name, 0 if name.chunks else INLINE_LIMIT) for name in page]):
-            if stat.header is not None:  # else it is being spilled right now
-                header, _ = decode_header(stat.header)
-                report.stored_bytes += header.stored_size
-                logical += header.size
-    report.compression_ratio = logical / max(1, report.stored_bytes)
+def _count_stored(report: Report, ledger: Ledger, owner: Owner) -> None:
+    """What is stored once everything has been written."""
+    usage = ledger.usages()[owner]
+    report.stored_bytes = usage.stored
+    report.compression_ratio = usage.size / usage.stored
 
 
 def _count_as_ray_does(report: Report, session: Path, refs: list[Any]) -> None:

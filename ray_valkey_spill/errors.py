@@ -4,6 +4,7 @@
     ├── ConfigError                 a parameter is unknown, ill-typed, unsafe or not supported yet
     ├── IncompatibleRayError        Ray's internals are not the ones this version knows
     ├── LostObjectError             what was spilled is gone or damaged; retrying cannot help
+    ├── OverflowUnavailableError    the overflow cannot be used from here; retrying may help
     └── ServerError
         ├── ServerUnavailableError  no answer, broken connection, loading: retrying may help
         ├── ServerFullError         the server has no memory left for us (OOM)
@@ -21,6 +22,7 @@ __all__ = [
     "IncompatibleRayError",
     "LostObjectError",
     "NotValkeyError",
+    "OverflowUnavailableError",
     "ServerError",
     "ServerFullError",
     "ServerRefusedError",
@@ -57,6 +59,10 @@ class IncompatibleRayError(SpillError, RuntimeError):
 
 class LostObjectError(SpillError):
     """A spilled object cannot be had back: its header or a chunk is missing or damaged."""
+
+
+class OverflowUnavailableError(SpillError):
+    """The overflow cannot be read or written, or is not the one that the other nodes have."""
 
 
 class ServerError(SpillError):

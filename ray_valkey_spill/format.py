@@ -31,6 +31,7 @@ from ray_valkey_spill.errors import LostObjectError
 
 __all__ = [
     "FORMAT_VERSION",
+    "TRAILER_SIZE",
     "Buffer",
     "Chunk",
     "Codec",
@@ -38,10 +39,11 @@ __all__ = [
     "checksum",
     "chunk_count",
     "compress",
-    "compression_pays",
     "decode_header",
     "decompress_into",
     "encode_header",
+    "expected_ratio",
+    "header_size",
     "scratch",
 ]
 
@@ -51,6 +53,7 @@ Buffer = bytes | bytearray | memoryview
 
 _MAGIC = b"RVSP"
 _TRAILER = struct.Struct("<4sHHIQ")
+TRAILER_SIZE = _TRAILER.size
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _NO_COLUMNS = pa.schema([])
 _CHUNKS = pa.schema(
@@ -189,6 +192,17 @@ def decode_header(value: Buffer) -> tuple[Header, memoryview]:
     return header, payload
 
 
+def header_size(trailer: Buffer) -> int:
+    """The length of a header's value without payload, given its last `TRAILER_SIZE` bytes.
+
+    0 if they are none.
+    """
+    if len(trailer) != TRAILER_SIZE:
+        return 0
+    magic, _, _, stream_size, _ = _TRAILER.unpack(trailer)
+    return stream_size + TRAILER_SIZE if magic == _MAGIC else 0
+
+
 def _parse_stream(stream: memoryview) -> Header:
     schema = pa.ipc.read_schema(pa.ipc.read_message(stream))
     metadata = schema.metadata or {}
@@ -246,8 +260,8 @@ _ARROW_LZ4 = pa.Codec("lz4_raw")
 _LAST_LITERALS = 5
 
 
-def compression_pays(data: memoryview) -> bool:
-    """Whether LZ4 saves at least a tenth of `data`, judged by 12 to 32 KiB spread over it."""
+def expected_ratio(data: memoryview) -> float:
+    """What LZ4 leaves of `data`, judged by 12 to 32 KiB spread over it; 1 if that does not pay."""
     pieces = min(max(_SAMPLE_PIECES.start, len(data) >> 16), _SAMPLE_PIECES.stop - 1)
     if len(data) <= pieces * _SAMPLE_PIECE_SIZE:
         sample: Buffer = data
@@ -255,7 +269,8 @@ def compression_pays(data: memoryview) -> bool:
         last = len(data) - _SAMPLE_PIECE_SIZE
         starts = [last * i // (pieces - 1) for i in range(pieces)]
         sample = b"".join(data[start : start + _SAMPLE_PIECE_SIZE] for start in starts)
-    return len(lz4.block.compress(sample, store_size=False)) <= _WORTHWHILE * len(sample)
+    ratio = len(lz4.block.compress(sample, store_size=False)) / len(sample)
+    return ratio if ratio <= _WORTHWHILE else 1.0
 
 
 def compress(data: memoryview) -> tuple[Codec, Buffer]:

@@ -1,15 +1,17 @@
 """The names of keys, and the URLs that Ray keeps for spilled objects. Pure.
 
-    <key_prefix><namespace>:index                                         index, a sorted set
-    <key_prefix><namespace>:pending                                       the same, for some
+    <key_prefix><namespace>:index                                         what is stored
+    <key_prefix><namespace>:pending                                       what is being written
+    <key_prefix><namespace>:usage, :grants, :leases, :places              see `ledger`
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>       header
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>:<i>   chunk i of n
 
-The index has a member for each object, its name: `<session>:<node>:<object>.<attempt>.<n>`. All
-have score 0 and so are in lexicographic order: what a session or a node owns is one range of it,
-found without SCAN, and each member tells every key that its object can have. The pending set has
-those of them that are being written, so that what a killed writer left can be told from the rest;
-an attempt tells its writer.
+Index and pending set are sorted sets. An object being written has its name as a member of the
+pending set, `<session>:<node>:<object>.<attempt>.<n>`; once it is whole, its entry is in the index
+instead, which is the name, `.<size>.<stored>`: its length, and what is counted for it, in bytes.
+All have score 0 and so are in lexicographic order: what a session or a node owns is one range,
+found without SCAN, and each member tells every key that its object can have. An attempt tells its
+writer, so that what a killed writer left can be told from the rest.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from typing import NamedTuple
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
 
-__all__ = ["Keyspace", "ObjectName", "new_attempt"]
+__all__ = ["Entry", "Keyspace", "ObjectName", "Place", "new_attempt"]
 
 _NAME = re.compile(r"([^:?&#]+):([^:?&#]+):([^:.?&#]+)\.([0-9a-f]{27})\.([0-9]+)")
-_URL = re.compile(r"([^?]+)\?offset=0&size=([0-9]+)")
+_ENTRY = re.compile(r"(.+)\.([0-9]+)\.([0-9]+)")
+_URL = re.compile(r"(overflow:)?([^?]+)\?offset=0&size=([0-9]+)")
 
 
 def new_attempt() -> str:
@@ -48,6 +51,11 @@ class ObjectName(NamedTuple):
         """The id of the process that made the attempt, on its node."""
         return int(self.attempt[11:19], 16)
 
+    @property
+    def time(self) -> float:
+        """When the attempt was made, by its node's clock, in seconds since the epoch."""
+        return int(self.attempt[:11], 16) / 1000
+
     def __str__(self) -> str:
         return f"{self.session}:{self.node}:{self.object_id}.{self.attempt}.{self.chunks}"
 
@@ -59,6 +67,33 @@ class ObjectName(NamedTuple):
             raise ValueError(f"not the name of a spilled object: {text!r}")
         session, node, object_id, attempt, chunks = match.groups()
         return cls(session, node, object_id, attempt, int(chunks))
+
+
+class Entry(NamedTuple):
+    """A stored object: its name, its data's length, and what is counted for it, in bytes."""
+
+    name: ObjectName
+    size: int
+    stored: int
+
+    def __str__(self) -> str:
+        return f"{self.name}.{self.size}.{self.stored}"
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        """Raises ValueError if `text` is not an entry of the index."""
+        match = _ENTRY.fullmatch(text)
+        if match is None:
+            raise ValueError(f"not an entry of the index: {text!r}")
+        return cls(ObjectName.parse(match[1]), int(match[2]), int(match[3]))
+
+
+class Place(NamedTuple):
+    """What a URL tells: which object, its data's length in bytes, and in which tier."""
+
+    name: ObjectName
+    size: int
+    overflow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +114,22 @@ class Keyspace:
     def pending(self) -> str:
         return f"{self.root}pending"
 
+    @property
+    def usage(self) -> str:
+        return f"{self.root}usage"
+
+    @property
+    def grants(self) -> str:
+        return f"{self.root}grants"
+
+    @property
+    def leases(self) -> str:
+        return f"{self.root}leases"
+
+    @property
+    def places(self) -> str:
+        return f"{self.root}places"
+
     def header(self, name: ObjectName) -> str:
         return f"{self.root}{name}"
 
@@ -86,20 +137,22 @@ class Keyspace:
         base = f"{self.root}{name}:"
         return [f"{base}{i}" for i in range(name.chunks)]
 
-    def url(self, name: ObjectName, size: int) -> str:
-        """What Ray keeps for the object; `size` is its data's length in bytes."""
-        return f"{self.root}{name}?offset=0&size={size}"
+    def url(self, place: Place) -> str:
+        """What Ray keeps for the object."""
+        tier = "overflow:" if place.overflow else ""
+        return f"{tier}{self.root}{place.name}?offset=0&size={place.size}"
 
-    def parse_url(self, url: str) -> tuple[ObjectName, int]:
-        """The object and the size of its data in bytes.
+    def parse_url(self, url: str) -> Place:
+        """Where the object of `url` is.
 
         Raises:
             LostObjectError: if `url` is not one of ours, or of another namespace.
         """
         match = _URL.fullmatch(url)
-        if match and match[1].startswith(self.root):
+        if match and match[2].startswith(self.root):
             try:
-                return ObjectName.parse(match[1][len(self.root) :]), int(match[2])
+                name = ObjectName.parse(match[2][len(self.root) :])
+                return Place(name, int(match[3]), overflow=match[1] is not None)
             except ValueError:
                 pass
         raise LostObjectError(f"{url!r} is not the URL of an object spilled below {self.root!r}")

@@ -3,7 +3,7 @@
 An object of up to `INLINE_LIMIT` bytes (and one chunk) lies beside its header in one key; a larger
 one is cut into chunks of `chunk_size` bytes, each a key. Data are never buffered whole: raw chunks
 go between the caller's memory and the socket without a copy, and LZ4 runs in threads, in order and
-a bounded number of chunks ahead of the network.
+a bounded number of chunks ahead of the network. What Valkey has no room for goes to the overflow.
 """
 
 from __future__ import annotations
@@ -17,10 +17,17 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
+from ray_valkey_spill.budget import Budget, cost, member_cost
 from ray_valkey_spill.config import KIB, MIB, Config
-from ray_valkey_spill.errors import LostObjectError, ServerUnavailableError, SpillError
+from ray_valkey_spill.errors import (
+    LostObjectError,
+    OverflowUnavailableError,
+    ServerFullError,
+    ServerUnavailableError,
+    SpillError,
+)
 from ray_valkey_spill.format import (
     Buffer,
     Chunk,
@@ -29,13 +36,15 @@ from ray_valkey_spill.format import (
     checksum,
     chunk_count,
     compress,
-    compression_pays,
     decode_header,
     decompress_into,
     encode_header,
+    expected_ratio,
     scratch,
 )
-from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
+from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attempt
+from ray_valkey_spill.ledger import Ledger, Owner
+from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.tiers import Stat, ValkeyTier, Value
 from ray_valkey_spill.wire import Link
 
@@ -56,6 +65,7 @@ _DESTROY_PAUSE = 0.05
 _LATE_ARRIVALS = 1.0
 _RECOVERY_PATIENCE = 1.0
 _ABANDONED = 10_000
+_BETWEEN_RECOUNTS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +81,7 @@ class SourceObject:
 class StoredObject(NamedTuple):
     """An object that was found, and checked as far as that goes without reading its chunks."""
 
-    name: ObjectName
+    place: Place
     header: Header
     payload: memoryview  # of an inline object, else empty
 
@@ -96,13 +106,14 @@ _Job = Future[_T] | _Done[_T]
 class _Piece:
     """One chunk's worth of an object on its way into the store, or all of an inline object.
 
-    `job` compresses and checksums it, if that is to be.
+    `job` compresses and checksums it, if that is to be; `ratio` is what that is expected to leave.
     """
 
     source: SourceObject
     name: ObjectName
     index: int
     data: memoryview
+    ratio: float
     job: _Job[tuple[Chunk, Buffer]] | None
 
 
@@ -128,10 +139,15 @@ class ObjectStore:
 
     def __init__(self, config: Config, session: str, node: str) -> None:
         self.keys = Keyspace.of(config)
-        self._session, self._node = _component(session), _component(node)
+        self._owner = Owner(_component(session), _component(node))
         self._chunk_size = config.chunk_size
         self._compression = config.compression
         self._tier = ValkeyTier(Link(config), self.keys)
+        self._overflow = OverflowTier.of(config)
+        self._place: str | None = None  # the overflow that the session agreed on, once it is ours
+        self._has_lease = self._looked_for_parts = False
+        self._recount_at = float("-inf")
+        self._budget = self._new_budget(config)
         # What this cannot do now is done another time.
         impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
         self._recovery = ValkeyTier(Link(impatient), self.keys)
@@ -141,9 +157,18 @@ class ObjectStore:
         self._abandoned: deque[ObjectName] = deque(maxlen=_ABANDONED)
         self._chunks_ahead = max(1, min(2 * _THREADS, _BYTES_AHEAD // config.chunk_size))
 
+    def _new_budget(self, config: Config) -> Budget:
+        link = Link(config)
+        writer = f"{self._owner}:{os.getpid()}-{os.urandom(4).hex()}"
+        advice = "or wait until references go" + (
+            "" if config.overflow_uri else ", or give an overflow_uri"
+        )
+        return Budget(link, Ledger(link, self.keys), writer, config.max_bytes, advice)
+
     def close(self) -> None:
-        """Drop the connection and the threads; the next operation gets new ones."""
+        """Drop the connections and the threads; the next operation gets new ones."""
         self._tier.close()
+        self._budget.close()
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
@@ -155,64 +180,92 @@ class ObjectStore:
 
     # --- put ---
 
-    def put(self, sources: Sequence[SourceObject]) -> tuple[list[ObjectName], SpillError | None]:
+    def put(self, sources: Sequence[SourceObject]) -> tuple[list[str], SpillError | None]:
         """Store `sources`.
 
         Returns:
-            The names of as many of them, from the first on, as are all on the server now; and what
-            kept the rest from it, or None. Nothing is left of the rest, or `recover` will remove
-            it: a server that cannot be reached cannot be cleaned up.
+            The URLs of as many of them, from the first on, as are stored now; and what kept the
+            rest from it, or None. Nothing is left of the rest, or `recover` will remove it: a
+            server that cannot be reached cannot be cleaned up.
         """
+        stored, failure = self._put_in_valkey(sources)
+        places = [Place(entry.name, entry.size) for entry in stored]
+        if self._overflow is not None and isinstance(failure, ServerFullError):
+            rest = sources[len(stored) :]
+            stored, failure = self._put_in_overflow(rest)
+            places += [Place(entry.name, entry.size, overflow=True) for entry in stored]
+        return [self.keys.url(place) for place in places], failure
+
+    def _put_in_valkey(
+        self, sources: Sequence[SourceObject]
+    ) -> tuple[list[Entry], SpillError | None]:
         names = [self._new_name(source) for source in sources]
-        small = sum(len(source.data) for source in sources) <= INLINE_LIMIT
-        stored: list[ObjectName] = []
+        size = sum(len(source.data) for source in sources)
+        values = _Values(self._values(zip(sources, names), self._budget))
+        stored: list[Entry] = []
         failure: SpillError | None = None
         breaks = self._tier.breaks
+        self._budget.expect(size)
         try:
-            with contextlib.closing(self._values(zip(sources, names))) as values:
-                if small:
-                    self._tier.write_at_once(names, list(values))
-                    stored += names
+            with contextlib.closing(values):
+                if size <= INLINE_LIMIT:
+                    stored += self._tier.write_at_once(self._owner, values.of_whole_objects())
                 else:
                     self._tier.register(names)
-                    for name in self._tier.write(values):
-                        stored.append(name)
+                    for entry in self._tier.write(values):
+                        stored.append(entry)
+            failure = values.failure
         except ServerUnavailableError as error:
             self._abandoned += names
+            self._budget.forget()
             return [], error
         except SpillError as error:
             failure = error
-        broken = self._tier.breaks != breaks
         try:
-            if broken:
-                # The server may still carry out what it got over a connection that broke: write
-                # what is removed here, and enter as pending what is settled.
+            if self._tier.breaks != breaks:
+                # The server may still carry out what it got over a connection that broke, and so
+                # write what is removed here.
                 time.sleep(_LATE_ARRIVALS)
             self._tier.remove(names[len(stored) :])
-            if not small:
-                self._tier.settle(stored)
-            elif broken:
-                self._tier.unmark(stored)
+            if size > INLINE_LIMIT:
+                self._tier.settle(self._owner, stored)
         except SpillError as error:
             try:
                 self._tier.remove(names)
             except SpillError:
                 self._abandoned += names
             return [], failure or error
+        finally:
+            # What stays granted by mistake is corrected with the next grant or release.
+            with contextlib.suppress(SpillError):
+                self._budget.release()
         return stored, failure
+
+    def _put_in_overflow(
+        self, sources: Sequence[SourceObject]
+    ) -> tuple[list[Entry], SpillError | None]:
+        names = [self._new_name(source) for source in sources]
+        stored: list[Entry] = []
+        try:
+            with contextlib.closing(self._values(zip(sources, names))) as values:
+                for entry in self._reachable_overflow().write(values):
+                    stored.append(entry)
+        except SpillError as error:
+            return stored, error
+        return stored, None
 
     def _new_name(self, source: SourceObject) -> ObjectName:
         size = len(source.data)
         chunks = 0 if self._inline(size) else chunk_count(size, self._chunk_size)
-        return ObjectName(
-            self._session, self._node, _component(source.object_id), new_attempt(), chunks
-        )
+        return ObjectName(*self._owner, _component(source.object_id), new_attempt(), chunks)
 
     def _inline(self, size: int) -> bool:
         return size <= min(INLINE_LIMIT, self._chunk_size)
 
-    def _values(self, named: Iterable[tuple[SourceObject, ObjectName]]) -> Generator[Value]:
-        """The chunks and then the header of each object.
+    def _values(
+        self, named: Iterable[tuple[SourceObject, ObjectName]], budget: Budget | None = None
+    ) -> Generator[Value]:
+        """The chunks and then the header of each object, as far as `budget` has room for them.
 
         What is to be compressed is compressed and checksummed in threads, a bounded number of
         chunks ahead. What is not is checksummed here, each chunk just after it was sent, when it is
@@ -220,21 +273,38 @@ class ObjectStore:
         """
         ahead: deque[_Piece] = deque()
         chunks: list[Chunk] = []
+        taken = 0
+
+        def take(piece: _Piece, number: int | None, parts: Sequence[Buffer]) -> Value:
+            nonlocal taken
+            value = Value(piece.name, len(piece.source.data), number, parts)
+            size = cost(len(value.key(self.keys)), sum(map(len, parts)))
+            if budget is not None:
+                budget.take(size)
+            taken += size
+            return value
+
         try:
             for piece in _lookahead(self._pieces(named), self._chunks_ahead, ahead):
+                name = piece.name
                 if piece.index == 0:
-                    chunks = []
+                    chunks, taken = [], member_cost(len(str(name)))
+                    if budget is not None:
+                        # What does not fit is better known before half of it is there.
+                        budget.require(int(len(piece.source.data) * piece.ratio))
+                        budget.take(taken)
                 chunk, stored = piece.job.result() if piece.job else (None, piece.data)
-                if piece.name.chunks:
-                    yield Value(f"{self.keys.header(piece.name)}:{piece.index}", [stored])
+                if name.chunks:
+                    yield take(piece, piece.index, [stored])
                 chunks.append(chunk or Chunk(len(stored), Codec.RAW, checksum(stored)))
-                if piece.index + 1 >= piece.name.chunks:
-                    yield self._header(piece, chunks, stored)
+                if piece.index + 1 >= name.chunks:
+                    value = take(piece, None, self._header(piece, chunks, stored))
+                    yield value._replace(completes=Entry(name, value.size, taken))
         finally:
             # The caller may take its memory back once this is over.
             wait([piece.job for piece in ahead if isinstance(piece.job, Future)])
 
-    def _header(self, piece: _Piece, chunks: list[Chunk], stored: Buffer) -> Value:
+    def _header(self, piece: _Piece, chunks: list[Chunk], stored: Buffer) -> list[Buffer]:
         """The value that completes the object, of which `piece` is the last."""
         inline = piece.name.chunks == 0
         header = Header(
@@ -246,18 +316,22 @@ class ObjectStore:
             chunks=chunks,
             inline=inline,
         )
-        value = encode_header(header, [stored] if inline else [])
-        return Value(self.keys.header(piece.name), value, completes=piece.name)
+        return encode_header(header, [stored] if inline else [])
 
     def _pieces(self, named: Iterable[tuple[SourceObject, ObjectName]]) -> Iterator[_Piece]:
         """All objects cut to pieces; drawing one starts its compression."""
         for source, name in named:
             size = len(source.data)
-            pays = self._pays(source.data)
+            ratio = self._ratio(source.data)
+            pays = size > 0 and (ratio < 1 or self._compression == "lz4")
             for index, start in enumerate(range(0, max(1, size), self._chunk_size)):
                 data = source.data[start : start + self._chunk_size]
                 job = self._start(len(data), _compressed, data) if pays else None
-                yield _Piece(source, name, index, data, job)
+                yield _Piece(source, name, index, data, ratio, job)
+
+    def _ratio(self, data: memoryview) -> float:
+        """What storing `data` is expected to take of its length; 1 if it is stored raw."""
+        return expected_ratio(data) if self._compression != "none" and data else 1.0
 
     def _start(self, size: int, work: Callable[..., _T], *args: Any) -> Future[_T] | _Done[_T]:
         """Have a thread do `work` on `size` bytes, or do it now if that is faster."""
@@ -266,11 +340,6 @@ class ObjectStore:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-valkey-spill")
         return self._pool.submit(work, *args)
-
-    def _pays(self, data: memoryview) -> bool:
-        if self._compression == "auto":
-            return len(data) > 0 and compression_pays(data)
-        return self._compression == "lz4" and len(data) > 0
 
     # --- get ---
 
@@ -300,48 +369,64 @@ class ObjectStore:
                 found = self._find_page(page)
                 yield from found if inline else list(found)
 
-    def _locate(self, url: str) -> tuple[ObjectName, int] | LostObjectError:
+    def _locate(self, url: str) -> Place | LostObjectError:
         try:
             return self.keys.parse_url(url)
         except LostObjectError as error:
             return error
 
     def _find_page(
-        self, page: Sequence[tuple[tuple[ObjectName, int] | LostObjectError, str]]
+        self, page: Sequence[tuple[Place | LostObjectError, str]]
     ) -> Iterator[StoredObject | LostObjectError]:
-        places = [place for place, _ in page if not isinstance(place, LostObjectError)]
-        stats = self._tier.stat([(name, 0 if name.chunks else size) for name, size in places])
+        places = [place for place, _ in page if _is_in_valkey(place)]
+        stats = self._tier.stat([(p.name, 0 if p.name.chunks else p.size) for p in places])
         for place, object_id in page:
             if isinstance(place, LostObjectError):
                 yield place
+            elif place.overflow:
+                yield self._checked(place, object_id, self._reachable_overflow().stat(place))
             else:
-                yield self._checked(*place, object_id, next(stats))
+                yield self._checked(place, object_id, next(stats))
 
-    def _checked(
-        self, name: ObjectName, size: int, object_id: str, stat: Stat
-    ) -> StoredObject | LostObjectError:
+    def _reachable_overflow(self) -> OverflowTier:
+        """Raises OverflowUnavailableError."""
+        if self._overflow is None:
+            raise OverflowUnavailableError(
+                "an object was spilled to the overflow, and this node has no overflow_uri",
+                "Give every node the same overflow_uri",
+            )
+        if self._place is None:
+            self._place = self._agree_on(self._overflow, self._tier.ledger)
+        return self._overflow
+
+    def _checked(self, place: Place, object_id: str, stat: Stat) -> StoredObject | LostObjectError:
+        chunks = place.name.chunks
         try:
             if stat.header is None:
                 raise LostObjectError("its header is gone from the server")
             header, payload = decode_header(stat.header)
             if header.object_id != object_id:
                 raise LostObjectError(f"its header is that of object {header.object_id}")
-            if header.size != size:
-                raise LostObjectError(f"its header tells of {header.size} bytes, not {size}")
-            if name.chunks != (0 if header.inline else len(header.chunks)):
+            if header.size != place.size:
+                raise LostObjectError(f"its header tells of {header.size} bytes, not {place.size}")
+            if chunks != (0 if header.inline else len(header.chunks)):
                 raise LostObjectError(f"its header tells of {len(header.chunks)} chunks")
             for index, found in enumerate(stat.chunk_sizes):
                 if found != header.chunks[index].stored_size:
                     raise LostObjectError(
                         f"chunk {index} has {found} bytes, not {header.chunks[index].stored_size}"
                         if found
-                        else f"chunk {index} of {name.chunks} is gone from the server"
+                        else f"chunk {index} of {chunks} is gone from the server"
                     )
+            if stat.payload not in (None, 0 if header.inline else header.stored_size):
+                raise LostObjectError(
+                    f"its file has {stat.payload} bytes of chunks, not {header.stored_size}"
+                )
             if header.inline and checksum(payload) != header.chunks[0].checksum:
                 raise LostObjectError("its data are damaged (wrong checksum)")
         except LostObjectError as error:
-            return self._lost(name, error)
-        return StoredObject(name, header, payload)
+            return self._lost(place, error)
+        return StoredObject(place, header, payload)
 
     def fill(self, found: StoredObject, target: memoryview) -> None:
         """Receive the object's data into `target`, which has exactly its size.
@@ -365,7 +450,7 @@ class ObjectStore:
                     f"chunk {damaged[0]} of {len(header.chunks)} is damaged (wrong checksum)"
                 )
         except LostObjectError as error:
-            raise self._lost(found.name, error) from error
+            raise self._lost(found.place, error) from error
 
     def _fill(
         self, found: StoredObject, target: memoryview, numbers: Sequence[int]
@@ -375,19 +460,19 @@ class ObjectStore:
         Raw chunks are received in place, and checked at once, while they are in this core's cache.
         Others are checked and decompressed in threads, some at a time.
         """
-        header, key = found.header, self.keys.header(found.name)
+        header = found.header
         asked: deque[_Part] = deque()
         together: list[_Part] = []
         decoding: deque[_Job[list[int]]] = deque()
         damaged: list[int] = []
 
-        def wanted() -> Iterator[tuple[str, memoryview]]:
+        def wanted() -> Iterator[tuple[int, memoryview]]:
             for number in numbers:
                 chunk, slot = header.chunks[number], target[header.span(number)]
                 raw = chunk.codec is Codec.RAW
                 stored = slot if raw else scratch(chunk.stored_size)
                 asked.append(_Part(number, chunk, stored, slot))
-                yield f"{key}:{number}", stored
+                yield number, stored
 
         def decode(leave: int) -> None:
             if together:
@@ -398,7 +483,7 @@ class ObjectStore:
                 damaged.extend(decoding.popleft().result())
 
         try:
-            for _ in self._tier.read(wanted()):
+            for _ in self._read(found, wanted()):
                 part = asked.popleft()
                 if part.chunk.codec is not Codec.RAW:
                     together.append(part)
@@ -412,6 +497,14 @@ class ObjectStore:
             wait([job for job in decoding if isinstance(job, Future)])
         return sorted(damaged)
 
+    def _read(
+        self, found: StoredObject, wanted: Iterable[tuple[int, memoryview]]
+    ) -> Iterator[None]:
+        if found.place.overflow:
+            sizes = [chunk.stored_size for chunk in found.header.chunks]
+            return self._reachable_overflow().read(found.place, sizes, wanted)
+        return self._tier.read(found.place.name, wanted)
+
     # --- delete ---
 
     def delete(self, urls: Iterable[str]) -> list[str]:
@@ -423,23 +516,93 @@ class ObjectStore:
         Raises:
             ServerError: some may be left.
         """
-        names, foreign = self._names(urls)
-        self._tier.remove(names)
+        places, foreign = self._places(urls)
+        self._remove(self._tier, places)
         return foreign
 
-    def _names(self, urls: Iterable[str]) -> tuple[list[ObjectName], list[str]]:
+    def _places(self, urls: Iterable[str]) -> tuple[list[Place], list[str]]:
         """The objects that `urls` name, and those of `urls` that are none of ours."""
-        names, foreign = [], []
+        places, foreign = [], []
         for url in urls:
             try:
-                names.append(self.keys.parse_url(url)[0])
+                places.append(self.keys.parse_url(url))
             except LostObjectError:
                 foreign.append(url)
-        return names, foreign
+        return places, foreign
 
-    def mark_lost(self, name: ObjectName) -> None:
+    def _remove(self, tier: ValkeyTier, places: Sequence[Place]) -> None:
+        tier.remove(place.name for place in places if not place.overflow)
+        for place in places:
+            if place.overflow:
+                self._reachable_overflow().remove(place)
+
+    def mark_lost(self, found: StoredObject) -> None:
         """Let every later `find` of an object that turned out damaged fail at once."""
-        self._tier.remove_header(name)
+        if found.place.overflow:
+            self._reachable_overflow().remove(found.place)
+        else:
+            self._tier.remove_header(found.place.name)
+
+    def renew_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
+        """Show that this node lives, so that nobody takes what it has stored for remains.
+
+        This may run in another thread, as `recover`.
+
+        Args:
+            gcs_address: where to ask whether the session runs, should all its leases run out.
+            is_destroyed: whether the node's data were destroyed: there is to be no lease then. That
+                must be so before they are. A server may also have lost a lease with all its data.
+        """
+        ledger = self._recovery.ledger
+        if self._has_lease and ledger.renew(self._owner, gcs_address, new=False):
+            return
+        self._has_lease = not is_destroyed() and ledger.renew(self._owner, gcs_address, new=True)
+
+    def probe_overflow(self) -> None:
+        """Make sure that the overflow, if there is one, can be used.
+
+        Raises:
+            OverflowUnavailableError
+        """
+        if self._overflow is not None:
+            session, token = self._owner.session, os.urandom(8).hex()
+            self._overflow.sign(session, token)
+            if not self._overflow.is_signed(session, token):
+                raise OverflowUnavailableError(
+                    f"the overflow at {self._overflow} loses what is written to it"
+                )
+            self._overflow.unsign(session, token)
+
+    def join_overflow(self) -> None:
+        """Make sure that this node's overflow, if it has one, is that of the whole session.
+
+        This may run in another thread, as `recover`. The node needs a lease by then.
+
+        Raises:
+            OverflowUnavailableError: it is not, or it cannot be used.
+            ServerError: the server cannot tell.
+        """
+        if self._overflow is not None:
+            self._place = self._agree_on(self._overflow, self._recovery.ledger)
+
+    def _agree_on(self, overflow: OverflowTier, ledger: Ledger) -> str:
+        session = self._owner.session
+        known = self._place or ledger.places().get(session)
+        token = known or os.urandom(8).hex()
+        if known is None:
+            overflow.sign(session, token)
+        # A server that has lost its data is told again.
+        agreed = ledger.place(session, token)
+        if known is None and agreed != token:
+            overflow.unsign(session, token)
+        if agreed != self._place and not overflow.is_signed(session, agreed):
+            raise OverflowUnavailableError(
+                f"the overflow at {overflow} is not the one that the session's other nodes have: "
+                "what they leave there is not here",
+                "Give an overflow_uri that is the same place on every node, such as a mount of "
+                "one shared directory or an object store",
+            )
+        return agreed
 
     def recover(self, is_alive: Callable[[int], bool], deleted: Sequence[str] = ()) -> int:
         """Remove what failed puts left, and those of killed processes of this node.
@@ -460,7 +623,7 @@ class ObjectStore:
         removed = False
         try:
             dead = self._pending_of_the_dead(is_alive)
-            left_or_deleted = [*left, *self._names(deleted)[0]]
+            left_or_deleted = [*map(_in_valkey, left), *self._places(deleted)[0]]
             if dead or left_or_deleted:
                 # The server may still have in its sockets what was sent, and carry it out later.
                 time.sleep(_LATE_ARRIVALS)
@@ -468,7 +631,15 @@ class ObjectStore:
                 # What is pending now, after its writer was seen dead, was never reported as put; at
                 # first the writer may have died between that and this.
                 dead &= self._pending_of_the_dead(is_alive)
-            self._recovery.remove([*left_or_deleted, *dead])
+            self._remove(self._recovery, [*left_or_deleted, *map(_in_valkey, dead)])
+            self._release_grants_of_the_dead(is_alive)
+            if self._overflow is not None and not self._looked_for_parts:
+                # Whose writer dies from now on, another process will be started in its place.
+                self._overflow.remove_parts(self._owner, is_alive)
+                self._looked_for_parts = True
+            if time.monotonic() > self._recount_at:
+                self._recovery.ledger.recount(self._owner)
+                self._recount_at = time.monotonic() + _BETWEEN_RECOUNTS
             removed = True
         finally:
             if not removed:
@@ -477,8 +648,18 @@ class ObjectStore:
         return len(left_or_deleted) + len(dead)
 
     def _pending_of_the_dead(self, is_alive: Callable[[int], bool]) -> set[ObjectName]:
-        pages = self._recovery.pending(self._session, self._node)
+        pages = self._recovery.ledger.pending(self._owner)
         return {name for page in pages for name in page if not is_alive(name.writer)}
+
+    def _release_grants_of_the_dead(self, is_alive: Callable[[int], bool]) -> None:
+        writers = [writer.rpartition(":") for writer in self._recovery.ledger.grants()]
+        self._recovery.ledger.release(
+            [
+                f"{owner}:{process}"
+                for owner, _, process in writers
+                if owner == str(self._owner) and not is_alive(int(process.partition("-")[0]))
+            ]
+        )
 
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
         """Remove every object of this store's node and session.
@@ -496,23 +677,62 @@ class ObjectStore:
         count = 0
         deadline = time.monotonic() + patience
         while True:
-            busy: set[ObjectName] = set()
-            for page in self._tier.pending(self._session, self._node):
-                busy.update(name for name in page if is_alive(name.writer))
-            for page in self._tier.owned(self._session, self._node):
-                idle = [name for name in page if name not in busy]
+            busy = False
+            for names in self._tier.ledger.pending(self._owner):
+                idle = [name for name in names if not is_alive(name.writer)]
+                busy = busy or len(idle) < len(names)
                 self._tier.remove(idle)
                 count += len(idle)
+            count += self._tier.remove_stored(self._owner)
             if not busy or time.monotonic() > deadline:
-                return count
+                break
             time.sleep(_DESTROY_PAUSE)
+        ledger, session = self._tier.ledger, self._owner.session
+        ledger.close_account(self._owner)
+        if self._overflow is not None:
+            count += self._overflow.destroy(self._owner)
+            # The last of the session's nodes takes down what they had agreed on.
+            agreed = ledger.places().get(session)
+            if agreed is not None and ledger.forget_place(session):
+                self._overflow.unsign(session, agreed)
+        self._place = None
+        return count
 
     # --- helpers ---
 
-    def _lost(self, name: ObjectName, error: LostObjectError) -> LostObjectError:
+    def _lost(self, place: Place, error: LostObjectError) -> LostObjectError:
+        where = self.keys.url(place).partition("?")[0]
         return LostObjectError(
-            f"object {name.object_id}, spilled as {self.keys.header(name)}, is lost: {error}"
+            f"object {place.name.object_id}, spilled as {where}, is lost: {error}"
         )
+
+
+class _Values(Iterator[Value]):
+    """Values that end where making them fails: `failure` tells of it.
+
+    Raised into `Link.run`, the failure would cost a connection with replies under way.
+    """
+
+    def __init__(self, values: Generator[Value]) -> None:
+        self._values = values
+        self.failure: SpillError | None = None
+
+    def __next__(self) -> Value:
+        try:
+            return next(self._values)
+        except SpillError as error:
+            self.failure = error
+            raise StopIteration from None
+
+    def of_whole_objects(self) -> list[Value]:
+        """All of them but those of an object that is not completed."""
+        values = list(self)
+        while values and values[-1].completes is None:
+            values.pop()
+        return values
+
+    def close(self) -> None:
+        self._values.close()
 
 
 def _lookahead(items: Iterable[_T], count: int, ahead: deque[_T]) -> Iterator[_T]:
@@ -542,9 +762,17 @@ def _decode(parts: Sequence[_Part]) -> list[int]:
     return damaged
 
 
-def _is_inline(located: tuple[tuple[ObjectName, int] | LostObjectError, str]) -> bool:
+def _is_in_valkey(place: Place | LostObjectError) -> TypeGuard[Place]:
+    return isinstance(place, Place) and not place.overflow
+
+
+def _is_inline(located: tuple[Place | LostObjectError, str]) -> bool:
     place, _ = located
-    return not isinstance(place, LostObjectError) and place[0].chunks == 0
+    return _is_in_valkey(place) and place.name.chunks == 0
+
+
+def _in_valkey(name: ObjectName) -> Place:
+    return Place(name, 0)
 
 
 def _unpack(chunk: Chunk, stored: memoryview, target: memoryview) -> None:

@@ -6,7 +6,7 @@ all and stops at the first; `ray-valkey-spill check` reports each.
 
 from __future__ import annotations
 
-from ray_valkey_spill.config import Config
+from ray_valkey_spill.config import Address, Config
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
@@ -22,6 +22,7 @@ from ray_valkey_spill.wire import Link, ServerInfo
 __all__ = [
     "COMMANDS",
     "HEAD_START_PATIENCE",
+    "acl_rules",
     "check_permissions",
     "check_policy",
     "check_reachable",
@@ -35,7 +36,17 @@ __all__ = [
 HEAD_START_PATIENCE = 1.5
 
 # Every command that this package sends, but those that any user may run.
-COMMANDS = ("GET", "INFO", "SET", "STRLEN", "UNLINK", "ZADD", "ZRANGEBYLEX", "ZREM")
+COMMANDS = (
+    *("GET", "INFO", "SET", "STRLEN", "UNLINK", "EVAL", "TIME"),
+    *("ZADD", "ZRANGE", "ZRANGEBYLEX", "ZREM", "ZSCORE"),
+    *("HDEL", "HGET", "HGETALL", "HSET", "HSETNX", "HVALS"),
+)
+
+
+def acl_rules(keys: Keyspace, address: Address) -> str:
+    """What `ACL SETUSER` has to give a user: the least with which everything works."""
+    commands = (*COMMANDS, "SELECT") if address.db else COMMANDS
+    return f"~{keys.root}* {' '.join(f'+{name.lower()}' for name in commands)}"
 
 
 def run_all(config: Config) -> ServerInfo:
@@ -131,9 +142,9 @@ def check_policy(link: Link, info: ServerInfo, *, allow_eviction: bool) -> None:
     Raises:
         ConfigError
     """
-    if info.evicts and not allow_eviction:
+    if info.memory.evicts_all and not allow_eviction:
         raise ConfigError(
-            f"Valkey at {link.address} has maxmemory-policy {info.maxmemory_policy}, which evicts "
+            f"Valkey at {link.address} has maxmemory-policy {info.memory.policy}, which evicts "
             "spilled objects first, since they are read least",
             "Set maxmemory-policy volatile-lru and give the caches beside it TTLs (spilled objects "
             "have none, so they are never evicted then), or accept lost objects with "
@@ -150,20 +161,34 @@ def check_permissions(link: Link, keys: Keyspace) -> None:
     Raises:
         ServerRefusedError
     """
-    value, index, member = f"{keys.root}preflight:{new_attempt()}", f"{keys.root}preflight", "x"
-    unlink, zrem = command("UNLINK", value, index), command("ZREM", index, member)
+    base = f"{keys.root}preflight:{new_attempt()}"
+    value, index, table = (f"{base}:{kind}" for kind in ("value", "index", "table"))
+    unlink = command("UNLINK", value, index, table)
     # What removes comes first: without it nothing may be written.
     harmless = {
         "UNLINK": unlink,
-        "ZREM": zrem,
+        "ZREM": command("ZREM", index, "x"),
+        "ZRANGE": command("ZRANGE", index, 0, -1, "WITHSCORES"),
         "ZRANGEBYLEX": command("ZRANGEBYLEX", index, "-", "+", "LIMIT", 0, 1),
+        "ZSCORE": command("ZSCORE", index, "x"),
+        "HDEL": command("HDEL", table, "x"),
+        "HGET": command("HGET", table, "x"),
+        "HGETALL": command("HGETALL", table),
+        "HVALS": command("HVALS", table),
         "GET": command("GET", value),
         "STRLEN": command("STRLEN", value),
+        "TIME": command("TIME"),
+        "EVAL": command("EVAL", "return 1", 1, value),
     }
-    writing = {"ZADD": command("ZADD", index, 0, member), "SET": command("SET", value, "x")}
+    writing = {
+        "ZADD": command("ZADD", index, 0, "x"),
+        "HSET": command("HSET", table, "x", "x"),
+        "HSETNX": command("HSETNX", table, "x", "x"),
+        "SET": command("SET", value, "x"),
+    }
     list(link.run(harmless.values()))
-    if not (unlink.error or zrem.error):
-        list(link.run([*writing.values(), command("UNLINK", value, index)]))
+    if unlink.error is None:
+        list(link.run([*writing.values(), command("UNLINK", value, index, table)]))
     trials = {**harmless, **writing}
     refused = [
         name for name, trial in trials.items() if isinstance(trial.error, ServerRefusedError)
@@ -179,11 +204,10 @@ def check_permissions(link: Link, keys: Keyspace) -> None:
 
 
 def _not_permitted(link: Link, keys: Keyspace, refused: list[str]) -> ServerRefusedError:
-    needed = (*COMMANDS, "SELECT") if link.address.db else COMMANDS
     return ServerRefusedError(
         f"Valkey at {link.address} does not let {_user(link)} run {', '.join(refused)} on keys "
         f"below {keys.root}",
-        f"Grant it ~{keys.root}* {' '.join(f'+{name.lower()}' for name in needed)}",
+        f"Grant it {acl_rules(keys, link.address)}",
     )
 
 

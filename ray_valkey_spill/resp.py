@@ -23,6 +23,9 @@ _MOST_DIGITS = 18
 # Error replies that mean "not now": a server that restarts, fails over or reshards gives them.
 _TRANSIENT = {"LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "BUSY"}
 
+# What Valkey, and Redis, answer if a script does what its user may not do.
+_REFUSED_IN_A_SCRIPT = ("ACL failure in script", "The user executing the script can't")
+
 
 class TransientError(Exception):
     """A failure that another attempt may cure: its text tells the user what it was."""
@@ -190,5 +193,7 @@ def _reply_error(text: str) -> ServerError:
     if code == "OOM":
         return ServerFullError(text, "Raise the server's maxmemory, or remove what else is in it")
     if code in ("NOPERM", "NOAUTH", "WRONGPASS", "DENIED"):
+        return ServerRefusedError(text, "`ray-valkey-spill check` tells what the user may not do")
+    if code == "ERR" and any(phrase in text for phrase in _REFUSED_IN_A_SCRIPT):
         return ServerRefusedError(text, "`ray-valkey-spill check` tells what the user may not do")
     return ServerError(text)

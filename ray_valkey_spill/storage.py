@@ -7,12 +7,15 @@ What Ray does around a storage decides much here; the behaviour referred to is t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import logging
 import os
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +27,16 @@ from ray.core.generated.common_pb2 import ErrorType
 
 from ray_valkey_spill import preflight
 from ray_valkey_spill.background import Background
+from ray_valkey_spill.cleanup import RENEWAL, CleanUp
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import ConfigError, LostObjectError, ServerError, SpillError
+from ray_valkey_spill.errors import (
+    ConfigError,
+    LostObjectError,
+    OverflowUnavailableError,
+    ServerError,
+    SpillError,
+)
+from ray_valkey_spill.gcs import running_at
 from ray_valkey_spill.journal import DeletionJournal
 from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
 from ray_valkey_spill.outage import Outage
@@ -40,10 +51,12 @@ _OBJECT_LOST = str(ErrorType.Value("OBJECT_LOST")).encode()
 # Seconds that `ray.shutdown()` may wait for a server that no longer answers.
 _DESTROY_PATIENCE = 3.0
 
-# Seconds between looks for what failed operations and killed IO workers left, and between attempts
-# to remove it.
-_BETWEEN_LOOKS, _BETWEEN_ATTEMPTS = 10.0, 2.0
+# Seconds between looks for what failed operations and killed IO workers left, which also renew the
+# node's lease, and between attempts to remove it.
+_BETWEEN_LOOKS, _BETWEEN_ATTEMPTS = RENEWAL, 2.0
 _ATTEMPTS_PER_WARNING = 6
+# Until an IO worker that has just been started is connected.
+_BETWEEN_STARTS = 0.2
 
 # What this process has checked: see `ValkeyStorage.__init__`.
 _checked: set[tuple[str, Config]] = set()
@@ -73,10 +86,11 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def __init__(self, node_id: str, session_name: str, **params: Any) -> None:
         super().__init__()
         self._in_io_worker = _in_io_worker()
-        shared = f"ray_valkey_spill-{node_id}"
-        self._outage = Outage(_session_dir, f"{shared}.outage", _tell_drivers)
-        self._journal = DeletionJournal(_session_dir, shared)
+        self._shared = f"ray_valkey_spill-{node_id}"
+        self._outage = Outage(_session_dir, f"{self._shared}.outage", _tell_drivers)
+        self._journal = DeletionJournal(_session_dir, self._shared)
         self._recovery = Background(self._recover)
+        self._is_validation = False
         self._failed_recoveries = 0
         try:
             config = Config.load(params)
@@ -85,13 +99,18 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                 raise
             self._store = self._impatient_store = cast(ObjectStore, _Unusable(error))
             return
-        if not self._in_io_worker and (session_name, config) not in _checked:
+        self._store = ObjectStore(config, session_name, node_id)
+        if self._in_io_worker:
+            self._recovery.start()
+        self._is_validation = not self._in_io_worker and (session_name, config) not in _checked
+        if self._is_validation:
             try:
                 preflight.run_all(config)
+                self._store.probe_overflow()
             except SpillError as error:
                 raise error from None  # Ray prints causes too, and one message is enough
             _checked.add((session_name, config))
-        self._store = ObjectStore(config, session_name, node_id)
+            _clean_up(config, params, session_name)
         self._impatient_store = ObjectStore(
             dataclasses.replace(config, retry_timeout=min(config.retry_timeout, _DESTROY_PATIENCE)),
             session_name,
@@ -114,22 +133,19 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._recovery.start()
         try:
             sources = self._sources(object_refs, owner_addresses)
-            names, failure = self._store.put(sources)
+            urls, failure = self._store.put(sources)
         except SpillError as error:
-            names, failure = [], error
+            urls, failure = [], error
         if failure is not None:
             self._outage.failed("objects cannot be spilled", failure)
             if self._store.has_left_some:
                 self._recovery.wake()
-        if not names:
+        if not urls:
             self._outage.pause()
             return []
         if failure is None:
             self._outage.over()
-        return [
-            self._store.keys.url(name, len(source.data)).encode()
-            for name, source in zip(names, sources)
-        ]
+        return [url.encode() for url in urls]
 
     def restore_spilled_objects(
         self, object_refs: list[ObjectRef], url_with_offset_list: list[bytes]
@@ -169,7 +185,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def destroy_external_storage(self) -> None:
         """Remove this node's objects, and no others. Never raises: Ray is shutting down."""
         try:
-            self._impatient_store.destroy(_is_alive)
+            if not self._is_validation:
+                self._note_destruction()
+                self._impatient_store.destroy(_is_alive)
         except SpillError as error:
             logger.warning("spilled objects of this node may be left on the server: %s", error)
         finally:
@@ -178,10 +196,14 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._store.close()
 
     def _recover(self) -> float:
-        """Do what this process and killed ones of the node have left undone."""
+        """Show that this node lives; do what this process and killed ones have left undone."""
+        if self._in_io_worker and not ray._private.worker.global_worker.connected:
+            return _BETWEEN_STARTS
         mine = self._journal.left()
         others = self._journal.of_the_dead(_is_alive)
         try:
+            self._store.renew_lease(_gcs_address(), self._is_destroyed)
+            self._join_overflow()
             self._store.recover(_is_alive, [*mine, *(url for _, urls in others for url in urls)])
         except SpillError as error:
             # Operations that suffer from the same have told of it by then, but there may be none.
@@ -194,6 +216,27 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         for path, _ in others:
             path.unlink(missing_ok=True)
         return _BETWEEN_LOOKS
+
+    def _join_overflow(self) -> None:
+        """Tell of an overflow that cannot be used before anything is lost to it."""
+        try:
+            self._store.join_overflow()
+        except OverflowUnavailableError as error:
+            self._outage.failed("the overflow cannot be used from a node", error)
+
+    def _note_destruction(self) -> None:
+        """Let the node's IO workers know that it needs no lease any more."""
+        if (path := self._destruction) is not None:
+            with contextlib.suppress(OSError):
+                path.touch()
+
+    def _is_destroyed(self) -> bool:
+        return (path := self._destruction) is not None and path.exists()
+
+    @property
+    def _destruction(self) -> Path | None:
+        directory = _session_dir()
+        return directory and directory / f"{self._shared}.destroyed"
 
     # --- spill ---
 
@@ -255,7 +298,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         logger.error("restore given up half way, so this IO worker exits: %s", error)
         if isinstance(error, LostObjectError):
             try:
-                self._store.mark_lost(found.name)
+                self._store.mark_lost(found)
             except ServerError as unmarked:
                 logger.error("the lost object could not be marked as such: %s", unmarked)
         if self._in_io_worker:
@@ -301,6 +344,37 @@ def _tell_drivers(message: str) -> None:
     worker = ray._private.worker.global_worker
     if worker.connected:
         push_error_to_driver(worker, "spill_objects_error", message)
+
+
+def _gcs_address() -> str:
+    """Where the cluster's GCS is; empty if this process is not connected to it."""
+    client = getattr(ray._private.worker.global_worker, "gcs_client", None)
+    return "" if client is None else str(client.address)
+
+
+def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
+    """Have a process remove what dead sessions have left, if there are others than `session`.
+
+    It watches for a minute, and `ray start` does not stay for that long.
+    """
+    look = CleanUp(config, running_at)
+    try:
+        others = look.sessions() - {session}
+    except SpillError as error:
+        logger.warning("dead sessions are not cleaned up: %s", error)
+        return
+    finally:
+        look.close()
+    if others:
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in params.items()]
+        process = subprocess.Popen(  # noqa: S603 (our own module, and checked parameters)
+            [sys.executable, "-m", "ray_valkey_spill", "gc", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        threading.Thread(target=process.wait, daemon=True).start()
 
 
 def _text(url: bytes) -> str:

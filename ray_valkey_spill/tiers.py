@@ -1,7 +1,7 @@
-"""Where bytes live: values under keys in Valkey, and the index of whose they are.
+"""Where bytes live in Valkey: values under keys, and what books are kept of them.
 
-A tier moves values and knows nothing of what is in them. The index is written before any value of
-an object and removed after the last, so that whatever a crash leaves can be found through it.
+A tier moves values and knows nothing of what is in them. An object is in the books before any value
+of it is written and until the last is removed, so that whatever a crash leaves can be found.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from ray_valkey_spill.errors import LostObjectError, ServerError
 from ray_valkey_spill.format import Buffer
-from ray_valkey_spill.keys import Keyspace, ObjectName
+from ray_valkey_spill.keys import Entry, Keyspace, ObjectName
+from ray_valkey_spill.ledger import Ledger, Owner, pages
 from ray_valkey_spill.resp import Request, command, fetch, store
 from ray_valkey_spill.wire import Link
 
@@ -21,25 +22,35 @@ __all__ = ["Stat", "Value", "ValkeyTier"]
 
 # The server frees a value of a megabyte while everybody waits, so one command frees few of them.
 _KEYS_PER_UNLINK = 32
-_MEMBERS_PER_COMMAND = 500
+_NAMES_PER_PAGE = 500
 
 
 class Value(NamedTuple):
-    """A value to be written: buffers, one after the other, under `key`.
+    """A chunk of an object, or its header (`number` None): buffers, one after the other.
 
-    `completes` is the object of which this is the last value.
+    `size` is the length of the object's data; `completes` tells that this is the object's last.
     """
 
-    key: str
+    name: ObjectName
+    size: int
+    number: int | None
     parts: Sequence[Buffer]
-    completes: ObjectName | None = None
+    completes: Entry | None = None
+
+    def key(self, keys: Keyspace) -> str:
+        header = keys.header(self.name)
+        return header if self.number is None else f"{header}:{self.number}"
 
 
 class Stat(NamedTuple):
-    """An object as found on the server; `chunk_sizes` in bytes, 0 for a missing chunk."""
+    """An object as found: `chunk_sizes` in bytes, 0 for a missing chunk, where each has its own.
+
+    `payload` is the length of all of them where they are in one file.
+    """
 
     header: Buffer | None
     chunk_sizes: list[int]
+    payload: int | None = None
 
 
 class ValkeyTier:
@@ -48,6 +59,7 @@ class ValkeyTier:
     def __init__(self, link: Link, keyspace: Keyspace) -> None:
         self._link = link
         self._keys = keyspace
+        self.ledger = Ledger(link, keyspace)
 
     @property
     def breaks(self) -> int:
@@ -55,72 +67,47 @@ class ValkeyTier:
         return self._link.breaks
 
     def register(self, names: Iterable[ObjectName]) -> None:
-        """Enter objects into the index, as pending.
+        """Enter objects into the books. Nothing of them may be written before this returns."""
+        self._drain(self.ledger.registrations(names))
 
-        Nothing of them may be written before this returns.
-        """
-        self._drain(self._registrations(names))
-
-    def owned(self, session: str, node: str) -> Iterator[list[ObjectName]]:
-        """The objects that a node of a session has in the index, by the page."""
-        return self._range(self._keys.index, session, node)
-
-    def pending(self, session: str, node: str) -> Iterator[list[ObjectName]]:
-        """Those of them that are being written, or were when their writer was killed."""
-        return self._range(self._keys.pending, session, node)
-
-    def _range(self, key: str, session: str, node: str) -> Iterator[list[ObjectName]]:
-        prefix = f"{session}:{node}"
-        start, stop = f"[{prefix}:", f"({prefix};"  # ";" comes right after ":"
-        while True:
-            (members,) = self._link.execute(
-                command("ZRANGEBYLEX", key, start, stop, "LIMIT", 0, _MEMBERS_PER_COMMAND)
-            )
-            if not members:
-                return
-            yield [ObjectName.parse(member.decode()) for member in members]
-            start = f"({members[-1].decode()}"
-
-    def write(self, values: Iterable[Value]) -> Iterator[ObjectName]:
+    def write(self, values: Iterable[Value]) -> Iterator[Entry]:
         """Write `values` in order, and yield each object once all of it is there."""
         under_way: deque[Value] = deque()
 
         def requests() -> Iterator[Request]:
             for value in values:
                 under_way.append(value)
-                yield store(value.key, value.parts)
+                yield store(value.key(self._keys), value.parts)
 
         for request in self._run_to_failure(requests()):
             request.result()
-            name = under_way.popleft().completes
-            if name is not None:
-                yield name
+            entry = under_way.popleft().completes
+            if entry is not None:
+                yield entry
 
-    def settle(self, names: Sequence[ObjectName]) -> None:
+    def settle(self, owner: Owner, entries: Sequence[Entry]) -> None:
         """End the writing of objects: nobody will take them for half-written any more.
 
         Raises:
-            LostObjectError: if not all of them were pending. Then their node's data were destroyed
-                meanwhile, or the server lost them; or only the reply to this was lost, which cannot
-                be told from that.
+            LostObjectError: if not all of them were pending: their node's data were destroyed
+                meanwhile, or the server lost them.
         """
-        settlements = list(self._link.run(self._settlements(names)))
-        self._require_settled(settlements, names)
+        settlements = list(self._link.run(self.ledger.settlements(owner, entries)))
+        _require_settled(settlements, entries)
 
-    def unmark(self, names: Sequence[ObjectName]) -> None:
-        """Settle objects once more: it is no error that they were not pending."""
-        self._drain(self._settlements(names))
-
-    def write_at_once(self, names: Sequence[ObjectName], values: Sequence[Value]) -> None:
+    def write_at_once(self, owner: Owner, values: Sequence[Value]) -> list[Entry]:
         """Register, write and settle objects in one round trip. All their values are in memory.
 
         Raises:
             LostObjectError: as `settle`.
         """
-        settlements = list(self._settlements(names))
-        stores = [store(value.key, value.parts) for value in values]
-        self._drain([*self._registrations(names), *stores, *settlements])
-        self._require_settled(settlements, names)
+        entries = [value.completes for value in values if value.completes]
+        settlements = list(self.ledger.settlements(owner, entries))
+        stores = [store(value.key(self._keys), value.parts) for value in values]
+        names = [entry.name for entry in entries]
+        self._drain([*self.ledger.registrations(names), *stores, *settlements])
+        _require_settled(settlements, entries)
+        return entries
 
     def stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         """Headers and sizes of chunks of objects, given about how long each header is."""
@@ -136,13 +123,14 @@ class ValkeyTier:
             header, *sizes = islice(replies, 1 + name.chunks)
             yield Stat(_value(header), [_value(size) or 0 for size in sizes])
 
-    def read(self, wanted: Iterable[tuple[str, memoryview]]) -> Iterator[None]:
-        """Receive the value of each key into its memoryview; yields as each is there, in order.
+    def read(self, name: ObjectName, wanted: Iterable[tuple[int, memoryview]]) -> Iterator[None]:
+        """Receive chunks of an object into memoryviews; yields as each is there, in order.
 
         Raises:
-            LostObjectError: if a value is missing or has another size.
+            LostObjectError: if a chunk is missing or has another size.
         """
-        for request in self._link.run(fetch(key, into=into) for key, into in wanted):
+        key = self._keys.header(name)
+        for request in self._link.run(fetch(f"{key}:{i}", into=into) for i, into in wanted):
             assert request.into is not None
             if _value(request) != len(request.into):
                 raise LostObjectError("a chunk is missing, or changed its size meanwhile")
@@ -150,8 +138,16 @@ class ValkeyTier:
 
     def remove(self, names: Iterable[ObjectName]) -> None:
         """Remove objects, their values first; what is not there is no error."""
-        for page in _pages(names, _MEMBERS_PER_COMMAND):
+        for page in pages(names, _NAMES_PER_PAGE):
             self._drain(self._removals(page))
+
+    def remove_stored(self, owner: Owner) -> int:
+        """Remove all stored objects of a node of a session; returns how many that were."""
+        count = 0
+        for entries in self.ledger.stored(owner):
+            self.remove(entry.name for entry in entries)
+            count += len(entries)
+        return count
 
     def remove_header(self, name: ObjectName) -> None:
         """Make the object count as lost; its chunks stay until it is removed."""
@@ -160,28 +156,13 @@ class ValkeyTier:
     def close(self) -> None:
         self._link.close()
 
-    def _registrations(self, names: Iterable[ObjectName]) -> Iterator[Request]:
-        for page in _pages(map(str, names), _MEMBERS_PER_COMMAND):
-            scored = [field for member in page for field in (0, member)]
-            yield command("ZADD", self._keys.index, *scored)
-            yield command("ZADD", self._keys.pending, *scored)
-
-    def _settlements(self, names: Iterable[ObjectName]) -> Iterator[Request]:
-        for page in _pages(map(str, names), _MEMBERS_PER_COMMAND):
-            yield command("ZREM", self._keys.pending, *page)
-
-    def _require_settled(self, settlements: Iterable[Request], names: Sequence[ObjectName]) -> None:
-        if sum(request.result() for request in settlements) != len(names):
-            raise LostObjectError("the server lost objects that had just been written to it")
-
     def _removals(self, names: Sequence[ObjectName]) -> Iterator[Request]:
         keys = (
             key for name in names for key in (self._keys.header(name), *self._keys.chunks(name))
         )
-        for page in _pages(keys, _KEYS_PER_UNLINK):
+        for page in pages(keys, _KEYS_PER_UNLINK):
             yield command("UNLINK", *page)
-        yield command("ZREM", self._keys.pending, *map(str, names))
-        yield command("ZREM", self._keys.index, *map(str, names))
+        yield from self.ledger.forget(names)
 
     def _drain(self, requests: Iterable[Request]) -> None:
         for request in self._run_to_failure(requests):
@@ -210,13 +191,9 @@ class ValkeyTier:
             yield failed
 
 
-_T = TypeVar("_T")
-
-
-def _pages(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    source = iter(items)
-    while page := list(islice(source, size)):
-        yield page
+def _require_settled(settlements: Iterable[Request], entries: Sequence[Entry]) -> None:
+    if sum(request.result() for request in settlements) != len(entries):
+        raise LostObjectError("the server lost objects that had just been written to it")
 
 
 def _value(request: Request) -> Any:

@@ -111,7 +111,7 @@ def spill(refs: list[Any], server: Server) -> None:
 
 def expect_no_keys(server: Server) -> None:
     """All references are gone, so all keys must go; the neighbours' stay as they are."""
-    wait_until(lambda: server.our_keys() == [])
+    wait_until(lambda: server.spilled_keys() == [])
     server.assert_foreign_untouched()
 
 

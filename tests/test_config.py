@@ -181,8 +181,6 @@ def test_variables_that_are_no_parameters_are_known() -> None:
     ("name", "value"),
     [
         ("sentinel_service", "primary"),
-        ("max_bytes", 1 << 30),
-        ("overflow_uri", "file:///tmp/x"),
         ("min_replicas", 1),
         ("tls_ca_file", "/ca.pem"),
         ("tls_cert_file", "/cert.pem"),

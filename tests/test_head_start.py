@@ -213,7 +213,7 @@ WRONG = {
     "unknown parameter": ({"chunksize": 1}, "unknown parameter 'chunksize': did you mean"),
     "bad type": ({"chunk_size": "1"}, "chunk_size must be a whole number of bytes"),
     "password in url": ({"url": "valkey://:hunter2@h"}, "RAY_VALKEY_SPILL_PASSWORD"),
-    "not supported yet": ({"max_bytes": 1 << 30}, "max_bytes is not supported yet"),
+    "not supported yet": ({"min_replicas": 1}, "min_replicas is not supported yet"),
 }
 
 

@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import subprocess
 import sys
-import threading
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,13 +28,15 @@ from servers import Server, redis_server, unix_socket_server, valkey_server
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
 from ray_valkey_spill.format import FORMAT_VERSION
-from ray_valkey_spill.keys import ObjectName
+from ray_valkey_spill.keys import Entry
+from ray_valkey_spill.ledger import Owner
 from ray_valkey_spill.objects import INLINE_LIMIT, ObjectStore, SourceObject, StoredObject
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 SESSION, NODE = "session_1", "ab" * 28
 CHUNK = 10_000
+BOOKS = 2  # keys: the index and the usage
 KINDS = ["tcp", "unix socket", *(["redis"] if shutil.which("redis-server") else [])]
 
 
@@ -98,15 +99,15 @@ def source(data: bytes, number: int = 0) -> SourceObject:
 
 
 def put(store: ObjectStore, data: bytes, number: int = 0) -> str:
-    (name,) = put_all(store, [source(data, number)])
-    return store.keys.url(name, len(data))
+    (url,) = put_all(store, [source(data, number)])
+    return url
 
 
-def put_all(store: ObjectStore, sources: list[SourceObject]) -> list[ObjectName]:
-    names, failure = store.put(sources)
+def put_all(store: ObjectStore, sources: list[SourceObject]) -> list[str]:
+    urls, failure = store.put(sources)
     assert failure is None
-    assert len(names) == len(sources)
-    return names
+    assert len(urls) == len(sources)
+    return urls
 
 
 def get(store: ObjectStore, url: str, number: int = 0) -> bytes:
@@ -149,7 +150,7 @@ def test_what_was_put_is_got_and_what_is_deleted_is_gone(
 def test_a_small_object_costs_one_key(backend: Backend, size: int) -> None:
     store = backend.store(chunk_size=1 << 20)
     url = put(store, noise(size))
-    assert len(backend.all_keys()) == 2 + (size > INLINE_LIMIT)  # with the index
+    assert len(backend.all_keys()) == BOOKS + 1 + (size > INLINE_LIMIT)
     assert get(store, url) == noise(size)
 
 
@@ -175,8 +176,7 @@ def test_any_batch_with_any_chunk_size_and_compression_comes_back(
             max_size=8,
         )
     )
-    names = put_all(store, [source(value, i) for i, value in enumerate(values)])
-    urls = [store.keys.url(name, len(value)) for name, value in zip(names, values)]
+    urls = put_all(store, [source(value, i) for i, value in enumerate(values)])
     assert [get(store, url, i) for i, url in enumerate(urls)] == values
     store.delete(urls)
     assert backend.all_keys() == []
@@ -195,8 +195,7 @@ def test_any_order_of_operations_leaves_what_it_should(backend: Backend) -> None
         @rule(sizes=st.lists(st.integers(0, 5000), max_size=4), seed=st.integers(0, 99))
         def put(self, sizes: list[int], seed: int) -> None:
             values = [noise(size, seed) for size in sizes]
-            for name, value in zip(put_all(store, [source(v) for v in values]), values):
-                self.live[store.keys.url(name, len(value))] = value
+            self.live |= zip(put_all(store, [source(v) for v in values]), values)
 
         @rule(data=st.data())
         def get(self, data: st.DataObject) -> None:
@@ -289,8 +288,8 @@ def test_no_key_of_ours_has_a_ttl(backend: Backend) -> None:
 def test_many_are_found_in_order_whatever_becomes_of_each(backend: Backend) -> None:
     store = backend.store(chunk_size=1024)
     sizes = [10, 20, 5000, 6000, 30, 0, 7000, 40] * 20
-    names = put_all(store, [source(noise(size, i), i) for i, size in enumerate(sizes)])
-    wanted = [(store.keys.url(name, size), name.object_id) for name, size in zip(names, sizes)]
+    urls = put_all(store, [source(noise(size, i), i) for i, size in enumerate(sizes)])
+    wanted = [(url, f"{i:056x}") for i, url in enumerate(urls)]
     store.delete(url for url, _ in wanted[:3])
     wanted[1] = ("file:///not/ours", wanted[1][1])
     for i, found in enumerate(store.find_all(wanted)):
@@ -413,9 +412,8 @@ def test_a_header_is_bound_to_its_object_and_its_url(backend: Backend) -> None:
 
 def test_an_object_marked_lost_stays_lost_and_can_be_deleted(backend: Backend) -> None:
     store = backend.store()
-    (name,) = put_all(store, [source(noise(3 * CHUNK))])
-    url = store.keys.url(name, 3 * CHUNK)
-    store.mark_lost(name)
+    url = put(store, noise(3 * CHUNK))
+    store.mark_lost(store.find(url, f"{0:056x}"))
     with pytest.raises(LostObjectError, match="header is gone"):
         get(store, url)
     store.delete([url])
@@ -488,13 +486,13 @@ def full_server() -> Iterator[Server]:
 def test_a_full_server_keeps_the_prefix_and_nothing_of_the_rest(full_server: Server) -> None:
     backend = Backend(full_server.url, full_server.client)
     store = backend.store(chunk_size=1 << 20)
-    names, failure = store.put([source(noise(3 << 20, i), i) for i in range(6)])
+    urls, failure = store.put([source(noise(3 << 20, i), i) for i in range(6)])
     assert isinstance(failure, ServerFullError)
-    assert 0 < len(names) < 6
-    assert len(full_server.our_keys()) == 1 + 4 * len(names)
-    for i, name in enumerate(names):
-        assert get(store, store.keys.url(name, 3 << 20), i) == noise(3 << 20, i)
-    store.delete(store.keys.url(name, 3 << 20) for name in names)
+    assert 0 < len(urls) < 6
+    assert len(full_server.our_keys()) == BOOKS + 4 * len(urls)
+    for i, url in enumerate(urls):
+        assert get(store, url, i) == noise(3 << 20, i)
+    store.delete(urls)
     assert full_server.our_keys() == []
     store.close()
 
@@ -507,11 +505,13 @@ def test_a_full_server_behind_a_slow_link_is_left_without_orphans(
         proxy.to_server.delay = 0.001
         store = Backend(proxy.url, full_server.client).store(chunk_size=chunk_size)
         for _ in range(3):
-            names, failure = store.put([source(noise(3 << 20, i), i) for i in range(6)])
+            urls, failure = store.put([source(noise(3 << 20, i), i) for i in range(6)])
             assert isinstance(failure, ServerFullError)
             # What was sent after the first refusal has come too late to be stored.
-            assert len(full_server.our_keys()) == (bool(names) + sum(1 + n.chunks for n in names))
-            store.delete(store.keys.url(name, 3 << 20) for name in names)
+            chunks = sum(store.keys.parse_url(url).name.chunks for url in urls)
+            books = BOOKS if urls else 0
+            assert len(full_server.our_keys()) == books + len(urls) + chunks
+            store.delete(urls)
             assert full_server.our_keys() == []
         store.close()
 
@@ -520,9 +520,9 @@ def test_stores_of_one_process_leave_each_others_puts_alone(backend: Backend) ->
     first, second = backend.store(), backend.store()
     settle = first._tier.settle
 
-    def recovered_meanwhile(names: Sequence[ObjectName]) -> None:
+    def recovered_meanwhile(owner: Owner, entries: Sequence[Entry]) -> None:
         assert second.recover(is_alive=lambda pid: True) == 0
-        settle(names)
+        settle(owner, entries)
 
     first._tier.settle = recovered_meanwhile  # type: ignore[method-assign]
     assert len(put_all(first, [source(noise(3 * CHUNK, i), i) for i in range(20)])) == 20
@@ -532,13 +532,13 @@ def test_objects_destroyed_while_they_are_written_are_not_reported(backend: Back
     store, other = backend.store(), backend.store()
     written = store._tier.settle
 
-    def destroyed_meanwhile(names: Sequence[ObjectName]) -> None:
+    def destroyed_meanwhile(owner: Owner, entries: Sequence[Entry]) -> None:
         assert destroy(other) == 20
-        written(names)
+        written(owner, entries)
 
     store._tier.settle = destroyed_meanwhile  # type: ignore[method-assign]
-    names, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
-    assert names == []
+    urls, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
+    assert urls == []
     assert isinstance(failure, LostObjectError)
     assert backend.all_keys() == []
 
@@ -547,15 +547,15 @@ def test_a_server_that_loses_its_data_meanwhile_is_noticed(backend: Backend) -> 
     store = backend.store()
     values = store._values
 
-    def flushed_meanwhile(named: Any) -> Any:
-        for number, value in enumerate(values(named)):
+    def flushed_meanwhile(*args: Any) -> Any:
+        for number, value in enumerate(values(*args)):
             if number == 7:
                 backend.client.flushall()
             yield value
 
     store._values = flushed_meanwhile  # type: ignore[method-assign]
-    names, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
-    assert names == []
+    urls, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
+    assert urls == []
     assert isinstance(failure, LostObjectError)
     assert backend.all_keys() == []
 
@@ -582,12 +582,12 @@ def stop(*args):
 
 settle = tier.settle
 
-def stop_once(names):
+def stop_once(*args):
     stop()
-    settle(names)
+    settle(*args)
 
-def stop_after_seven(named):
-    for number, value in enumerate(values(named)):
+def stop_after_seven(*args):
+    for number, value in enumerate(values(*args)):
         if number == 7:
             stop()
         yield value
@@ -642,8 +642,8 @@ def test_destroy_waits_for_a_living_writer_and_leaves_what_is_unfinished(
         with pytest.raises(LostObjectError):
             get(store, done)
         # The ten that are being written are whole, and can still be found.
-        assert backend.client.zcard(store.keys.index) == 10
-        assert len(backend.all_keys()) == 2 + 10 * 4
+        assert backend.client.zcard(store.keys.pending) == 10
+        assert len(backend.all_keys()) == 1 + 10 * 4
         writing.stdin.close()
         assert store.destroy(is_alive=lambda pid: True, patience=30) == 10
     finally:
@@ -656,10 +656,10 @@ def test_what_was_put_while_recover_looked_is_spared(backend: Backend) -> None:
     first, second = backend.store(), backend.store()
     settle = first._tier.settle
 
-    def recovered_meanwhile(names: Sequence[ObjectName]) -> None:
+    def recovered_meanwhile(owner: Owner, entries: Sequence[Entry]) -> None:
         def ends_well_and_then_dies(pid: int) -> bool:
             if backend.client.zcard(first.keys.pending):
-                settle(names)
+                settle(owner, entries)
             return False
 
         assert second.recover(ends_well_and_then_dies) == 0
@@ -671,25 +671,20 @@ def test_what_was_put_while_recover_looked_is_spared(backend: Backend) -> None:
 
 @pytest.mark.parametrize("size", [1000, 3 << 20])
 def test_what_a_broken_connection_carries_out_late_spoils_nothing(
-    server: Server, size: int
+    backend: Backend, size: int
 ) -> None:
-    with proxy_to(server.port) as proxy:
-        store = Backend(proxy.url, server.client).store(chunk_size=1 << 20)
-
-        def registered_late() -> None:
-            (name,) = server.client.zrange(store.keys.index, 0, -1)
-            server.client.zadd(store.keys.pending, {name: 0})
-
-        store.delete([put(store, b"")])
-        proxy.to_server.reset_after = 50
-        late = threading.Timer(0.5, registered_late)
-        late.start()
-        url = put(store, noise(size))
-        late.join()
-        assert server.client.zcard(store.keys.pending) == 0
-        assert get(store, url) == noise(size)
-        store.delete([url])
-        store.close()
+    store = backend.store(chunk_size=1 << 20)
+    url = put(store, noise(size))
+    name = store.keys.parse_url(url).name
+    usage = backend.client.hgetall(store.keys.usage)
+    backend.client.zadd(store.keys.pending, {str(name): 0})
+    assert store.recover(is_alive=lambda pid: False) == 0
+    (entry,) = (Entry.parse(e.decode()) for e in backend.client.zrange(store.keys.index, 0, -1))
+    store._tier.settle(Owner(name.session, name.node), [entry])
+    assert backend.client.hgetall(store.keys.usage) == usage
+    assert get(store, url) == noise(size)
+    store.delete([url])
+    assert backend.all_keys() == []
 
 
 def test_what_a_failed_put_could_not_remove_is_recovered(server: Server) -> None:
@@ -697,8 +692,8 @@ def test_what_a_failed_put_could_not_remove_is_recovered(server: Server) -> None
         store = Backend(proxy.url, server.client).store(retry_timeout=0.2)
         put(store, b"x")
         proxy.to_server.refuse_after = 50_000
-        names, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(10)])
-        assert names == []
+        urls, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(10)])
+        assert urls == []
         assert isinstance(failure, ServerUnavailableError)
         assert len(server.our_keys()) > 2
         proxy.refusing = False
@@ -717,7 +712,7 @@ def test_cuts_in_both_directions_go_unnoticed(server: Server, make: Any) -> None
         url = put(store, data)
         proxy.to_client.reset_after = 30_000
         assert get(store, url) == data
-        assert proxy.connections == 3
+        assert proxy.connections == 4  # one of them is the budget's
         store.delete([url])
         store.close()
 
@@ -761,10 +756,10 @@ def test_a_batch_of_small_objects_is_pipelined(server: Server) -> None:
         store = Backend(proxy.url, server.client).store(chunk_size=1 << 20)
         put(store, b"")
         before = proxy.round_trips
-        names = put_all(store, [source(noise(500), i) for i in range(500)])
+        urls = put_all(store, [source(noise(500), i) for i in range(500)])
         assert proxy.round_trips - before < 50
         before = proxy.round_trips
-        wanted = [(store.keys.url(name, 500), name.object_id) for name in names]
+        wanted = [(url, f"{i:056x}") for i, url in enumerate(urls)]
         found = list(store.find_all(wanted))
         assert proxy.round_trips - before < 50
         assert all(isinstance(f, StoredObject) and f.payload == noise(500) for f in found)

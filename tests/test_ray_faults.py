@@ -115,7 +115,7 @@ def test_what_could_not_be_deleted_is_deleted_once_the_server_is_back() -> None:
         del refs
         wait_until(lambda: failures() > 0)
         proxy.refusing = False
-        wait_until(lambda: server.our_keys() == [])
+        wait_until(lambda: server.spilled_keys() == [])
 
 
 def test_deletions_that_failed_outlive_their_io_worker(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_deletions_that_failed_outlive_their_io_worker(tmp_path: Path) -> None:
         refs = [ray.put(np.full(MIB, i)) for i in range(20)]
         assert [int(ray.get(ref)[0]) for ref in refs] == list(range(20))
         del refs
-        wait_until(lambda: rig.our_keys() == [])
+        wait_until(lambda: rig.spilled_keys() == [])
 
 
 # Put into IO workers: at each step they are killed, once.

@@ -79,5 +79,5 @@ def test_two_nodes_started_by_hand_and_a_driver(short_dir: Path) -> None:
         ):
             printed = run_driver(DRIVER, address, str(server.port))
             assert "2 nodes have spilled" in printed
-            wait_until(lambda: server.our_keys() == [])
+            wait_until(lambda: server.spilled_keys() == [])
         server.assert_foreign_untouched()

@@ -354,10 +354,14 @@ def test_server_info_of_valkey_and_redis() -> None:
     valkey = ServerInfo.parse(
         "# Server\r\nredis_version:7.2.4\r\nvalkey_version:9.1.0\r\nrole:master\r\n"
         "maxmemory:1024\r\nmaxmemory_policy:allkeys-lru\r\nused_memory:512\r\ncluster_enabled:1\r\n"
+        "db0:keys=7,expires=3,avg_ttl=0\r\ndb2:keys=5,expires=1,avg_ttl=0\r\n"
     )
     assert (valkey.product, valkey.version, valkey.cluster) == ("Valkey", "9.1.0", True)
-    assert (valkey.maxmemory, valkey.used_memory, valkey.evicts) == (1024, 512, True)
+    memory = valkey.memory
+    assert (memory.maxmemory, memory.used, memory.keys, memory.volatile) == (1024, 512, 12, 4)
+    assert (memory.evicts_all, memory.evicts_volatile) == (True, False)
     redis = ServerInfo.parse("redis_version:7.0.15\r\nmaxmemory_policy:volatile-lru\r\n")
-    assert (redis.product, redis.version, redis.evicts) == ("Redis", "7.0.15", False)
+    assert (redis.product, redis.version) == ("Redis", "7.0.15")
+    assert (redis.memory.evicts_all, redis.memory.evicts_volatile) == (False, True)
     with pytest.raises(NotValkeyError):
         ServerInfo.parse("hello")

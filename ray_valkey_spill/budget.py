@@ -1,0 +1,155 @@
+"""How much may be written: the namespace's budget, and what a shared server has room for.
+
+A writer takes what each value costs out of a grant, and has that enlarged when it is used up. So
+the budget is never exceeded, by however many writers, and a server is asked seldom. Without limits
+nothing is asked but, once a second, whether there are limits now.
+"""
+
+from __future__ import annotations
+
+import time
+
+from ray_valkey_spill.config import MIB
+from ray_valkey_spill.errors import ServerFullError
+from ray_valkey_spill.ledger import Grant, Ledger
+from ray_valkey_spill.wire import Link, MemoryInfo
+
+__all__ = ["Budget", "cost", "margin", "member_cost"]
+
+# What the server needs beside a value and its key: hash table slot, object, string headers. And
+# beside a member of a sorted set: skip list node, slot, and the sorted set of what is pending.
+# Measured with Redis 7.0 on jemalloc; Valkey 9.1 needs some tens of bytes less.
+_PER_KEY = 112
+_PER_MEMBER = 120
+_VALUE_HEADER = 16
+
+_GRANTED_AT_ONCE = 8 * MIB
+_BETWEEN_LOOKS = 1.0
+# Of a server's maxmemory this share stays to others, within these bounds: what they write while
+# the server takes ours in, and its buffers for that.
+_MARGIN = 1 / 20
+_LEAST_MARGIN, _MOST_MARGIN_SHARE = 16 * MIB, 1 / 4
+
+
+def cost(key: int, value: int) -> int:
+    """Bytes of memory that a key takes on a server, given the lengths of its name and value.
+
+    Values are taken to lie in jemalloc's size classes, four to each doubling
+    (https://jemalloc.net/jemalloc.3.html, table 1), as in the servers' official builds.
+    """
+    size = value + _VALUE_HEADER
+    spacing = 1 << max(4, (size - 1).bit_length() - 3)
+    return -(-size // spacing) * spacing + key + _PER_KEY
+
+
+def member_cost(member: int) -> int:
+    """Bytes of memory that an entry of the index takes, given its length."""
+    return member + _PER_MEMBER
+
+
+def margin(maxmemory: int) -> int:
+    """Bytes of a server's `maxmemory` that spilling leaves to others."""
+    return int(min(max(maxmemory * _MARGIN, _LEAST_MARGIN), maxmemory * _MOST_MARGIN_SHARE))
+
+
+class Budget:
+    """What one writer may still write. For one thread.
+
+    Args:
+        link: its own connection: what is asked is asked while data are under way on another.
+        writer: of all writers of the namespace this one, `<session>:<node>:<process>…`.
+        max_bytes: what the namespace may have stored, in bytes as `cost` counts them; or None.
+        advice: how a user can get more room.
+    """
+
+    def __init__(
+        self, link: Link, ledger: Ledger, writer: str, max_bytes: int | None, advice: str
+    ) -> None:
+        self._link = link
+        self._ledger = ledger
+        self._writer = writer
+        self._max_bytes = max_bytes
+        self._advice = advice
+        self._grant = Grant(0, 0)
+        self._has_asked = False
+        self._expected = 0
+        self._unlimited_until = float("-inf")
+
+    def expect(self, size: int) -> None:
+        """Begin to write about `size` bytes in all."""
+        self._expected = size
+
+    def require(self, size: int) -> None:
+        """Make sure that `size` more bytes may be written.
+
+        Raises:
+            ServerFullError: they may not. What was granted before still stands.
+            ServerError: as `wire.Link.run`.
+        """
+        left = self._grant.granted - self._grant.written
+        if left < size and time.monotonic() > self._unlimited_until:
+            most = max(size, min(_GRANTED_AT_ONCE, self._expected - self._grant.written))
+            self._enlarge(size - left, most - left)
+
+    def take(self, size: int) -> None:
+        """Count `size` bytes as written. Errors as `require`."""
+        self.require(size)
+        self._grant = Grant(self._grant.granted, self._grant.written + size)
+
+    def release(self) -> None:
+        """Give back what is granted, once what was written is settled or removed."""
+        self.forget()
+        if self._has_asked:
+            self._ledger.release([self._writer])
+            self._has_asked = False
+
+    def forget(self) -> None:
+        """As `release`, where the server cannot be told: it is with the next grant or release."""
+        self._grant = Grant(0, 0)
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _enlarge(self, least: int, most: int) -> None:
+        memory = self._link.memory()
+        if not memory.maxmemory and self._max_bytes is None:
+            self._unlimited_until = time.monotonic() + _BETWEEN_LOOKS
+            return
+        room = self._room(memory) if memory.maxmemory else None
+        self._has_asked = True
+        granted, used = self._ledger.reserve(
+            self._writer, self._grant, least, most, self._max_bytes, room
+        )
+        if not granted:
+            raise self._refusal(memory, least, used)
+        self._grant = Grant(self._grant.granted + granted, self._grant.written)
+
+    def _room(self, memory: MemoryInfo) -> int:
+        """Bytes that may be written without the writes of others failing for that.
+
+        Under `volatile-*` the server makes room by evicting keys that have a TTL, of which ours
+        have none. How much that can be is estimated: the keys of others are taken to be alike.
+        """
+        room = memory.maxmemory - memory.used - margin(memory.maxmemory)
+        if memory.evicts_volatile and memory.volatile:
+            usages = self._ledger.usages().values()
+            ours = sum(usage.stored for usage in usages)
+            of_others = max(memory.volatile, memory.keys - sum(usage.objects for usage in usages))
+            room += max(0, memory.used - ours) * memory.volatile // of_others
+        return max(0, room)
+
+    def _refusal(self, memory: MemoryInfo, wanted: int, used: int) -> Exception:
+        budget = self._max_bytes
+        if budget is not None and used + wanted > budget:
+            return ServerFullError(
+                f"the budget is used up: {used / MIB:.1f} MiB of max_bytes ({budget / MIB:.1f} "
+                f"MiB) are taken, and {wanted / MIB:.1f} MiB are wanted",
+                f"Raise max_bytes, {self._advice}",
+            )
+        return ServerFullError(
+            f"Valkey at {self._link.address} is full (OOM) but for what is left to others: "
+            f"{memory.used / MIB:.1f} MiB of maxmemory {memory.maxmemory / MIB:.1f} MiB are used, "
+            f"{margin(memory.maxmemory) / MIB:.1f} MiB are left, and {wanted / MIB:.1f} MiB are "
+            "wanted",
+            f"Raise the server's maxmemory, remove what else is in it, {self._advice}",
+        )

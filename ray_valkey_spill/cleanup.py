@@ -1,0 +1,209 @@
+"""Finds and removes what dead sessions, and dead nodes of running ones, have left.
+
+Whoever lives renews a lease: each node with IO workers, every ten seconds or so. A lease has run
+out if it was not renewed for a minute. That is measured here, by watching and by this process's own
+clock: the server's may have jumped, and is only believed where it tells of *less* time. While the
+server cannot be reached nobody can renew, so the watch begins again after that.
+
+IO workers may also be stopped, or be gone, while their node lives. So for whoever has no lease its
+session's GCS is asked too: a session is dead only if nobody answers for it there, and a node of a
+running session only if the GCS says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.gcs import UNKNOWN, RunningSession
+from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.ledger import Owner, Usage
+from ray_valkey_spill.overflow import OverflowTier
+from ray_valkey_spill.tiers import ValkeyTier
+from ray_valkey_spill.wire import Link
+
+__all__ = ["LEASE", "RENEWAL", "CleanUp", "Remains"]
+
+# Seconds from one renewal to the next, and after which a lease that was not renewed has run out.
+RENEWAL, LEASE = 10.0, 60.0
+# Seconds to watch a lease that by the server's clock has run out: some renewals, however late.
+_CONFIRMATION = 3.5 * RENEWAL
+_BETWEEN_LOOKS = 1.0
+# If more passes between two looks, this process stood still, and perhaps others with it.
+_LONGEST_BLINK = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What a dead node has left that nobody can need.
+
+    Attributes:
+        owner: whose it is.
+        session_is_dead: if so, all of it is; of a running session, only what is half-written.
+        usage: what it has in Valkey.
+        pending: how many objects in Valkey are half-written.
+        files: how many there are in the overflow.
+        file_bytes: how long these are.
+    """
+
+    owner: Owner
+    session_is_dead: bool
+    usage: Usage
+    pending: int
+    files: int
+    file_bytes: int
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.session_is_dead or self.pending or self.files)
+
+
+class CleanUp:
+    """A look for the dead of a namespace, and their removal.
+
+    Errors are those of `wire.Link.run`, and OverflowUnavailableError.
+
+    Args:
+        config: which server, namespace and overflow.
+        running_at: see `gcs.running_at`.
+    """
+
+    def __init__(self, config: Config, running_at: Callable[[str], RunningSession | None]) -> None:
+        self._link = Link(config)
+        self._tier = ValkeyTier(self._link, Keyspace.of(config))
+        self._ledger = self._tier.ledger
+        self._overflow = OverflowTier.of(config)
+        self._running_at = running_at
+
+    def close(self) -> None:
+        self._link.close()
+
+    def sessions(self) -> set[str]:
+        """All that have anything here."""
+        return {*self._ledger.places(), *(owner.session for owner in self._owners())}
+
+    def find(self, tell: Callable[[str], None] = lambda text: None) -> list[Remains]:
+        """Watch for about as long as a lease lasts; returns what the dead have left.
+
+        Args:
+            tell: is given lines on what is waited for, and on what is kept and why.
+        """
+        owners = self._owners()
+        leases = self._ledger.leases()
+        silent = self._watch(owners, tell)
+        usages = self._ledger.usages()
+        remains = []
+        for session in sorted({owner.session for owner in silent}):
+            addresses = {lease.gcs_address for lease in leases if lease.owner.session == session}
+            running = self._running(session, addresses)
+            nodes = {owner for owner in silent if owner.session == session}
+            if running is not None:
+                nodes = self._dead_nodes(running, nodes, tell)
+            elif any(owner.session == session for owner in owners - silent):
+                tell(f"Kept: {session}, some of whose nodes live, though its GCS does not answer")
+                continue
+            remains += [
+                self._remains(owner, running is None, usages.get(owner, Usage()))
+                for owner in sorted(nodes)
+            ]
+        return remains
+
+    def _owners(self) -> set[Owner]:
+        return {*self._ledger.owners(), *(self._overflow.owners() if self._overflow else ())}
+
+    def _running(self, session: str, addresses: Iterable[str]) -> RunningSession | None:
+        """The session, if it runs; `UNKNOWN` if that cannot be told."""
+        found = [self._running_at(address) for address in sorted(addresses) if address]
+        exact = [running for running in found if running is not None and running.name == session]
+        return exact[0] if exact else UNKNOWN if UNKNOWN in found else None
+
+    def _dead_nodes(
+        self, running: RunningSession, silent: Collection[Owner], tell: Callable[[str], None]
+    ) -> set[Owner]:
+        """Those of the silent nodes of a session that are dead, and not only silent."""
+        if running is UNKNOWN:
+            for owner in sorted(silent):
+                tell(f"Kept: {owner}, since what runs at its GCS's address does not tell of it")
+            return set()
+        living = {owner for owner in silent if owner.node in running.nodes}
+        for owner in sorted(living):
+            tell(f"Kept: {owner}, which lives, as its GCS says")
+        return {*silent} - living
+
+    def _watch(self, owners: Iterable[Owner], tell: Callable[[str], None]) -> set[Owner]:
+        """Those of `owners` whose leases run out while they are looked at."""
+        undecided, dead = set(owners), set[Owner]()
+        first, deadlines = self._deadlines(undecided)
+        breaks, looked = self._link.breaks, time.monotonic()
+        if undecided:
+            longest = max(deadlines.values()) - looked
+            tell(f"Watching {len(undecided)} nodes' leases for up to {longest:.0f} s")
+        while undecided:
+            time.sleep(_BETWEEN_LOOKS)
+            renewed = self._renewed()
+            now = time.monotonic()
+            undecided -= {owner for owner in undecided if renewed.get(owner) != first.get(owner)}
+            if self._link.breaks != breaks or now - looked > _LONGEST_BLINK:
+                first, deadlines = self._deadlines(undecided)
+                breaks = self._link.breaks
+            out = {owner for owner in undecided if now >= deadlines[owner]}
+            dead |= out
+            undecided -= out
+            looked = now
+        return dead
+
+    def _renewed(self) -> dict[Owner, int]:
+        """When each lease was renewed; the latest, where a node has several."""
+        leases = sorted(self._ledger.leases(), key=lambda lease: lease.renewed)
+        return {lease.owner: lease.renewed for lease in leases}
+
+    def _deadlines(self, owners: set[Owner]) -> tuple[dict[Owner, int], dict[Owner, float]]:
+        """When each lease was renewed, and when it has run out if it is not renewed again."""
+        renewed, server_time, now = self._renewed(), self._ledger.time(), time.monotonic()
+        deadlines = {}
+        for owner in owners:
+            ago = (server_time - renewed.get(owner, server_time)) / 1000
+            left = LEASE - ago if ago >= 0 else LEASE
+            deadlines[owner] = now + max(left, _CONFIRMATION)
+        return renewed, deadlines
+
+    def _remains(self, owner: Owner, session_is_dead: bool, usage: Usage) -> Remains:
+        files = list(self._overflow.files(owner)) if self._overflow else []
+        nobodys = [file for file in files if session_is_dead or not file.is_whole]
+        return Remains(
+            owner,
+            session_is_dead,
+            usage,
+            pending=sum(map(len, self._ledger.pending(owner))),
+            files=len(nobodys),
+            file_bytes=sum(file.entry.stored for file in nobodys),
+        )
+
+    def remove(self, remains: Iterable[Remains]) -> None:
+        """Remove what `find` has found, and what sessions that left nothing else have agreed on."""
+        dead_sessions = set()
+        for each in remains:
+            for names in self._ledger.pending(each.owner):
+                self._tier.remove(names)
+            if each.session_is_dead:
+                self._tier.remove_stored(each.owner)
+                self._ledger.close_account(each.owner)
+                dead_sessions.add(each.owner.session)
+            else:
+                self._ledger.release_all(each.owner)
+                if self._overflow is not None:
+                    self._overflow.remove_parts(each.owner, lambda pid: False)
+        for session, place in self._ledger.places().items():
+            # Not if a node of it came to life meanwhile.
+            if self._ledger.forget_place(session) and self._overflow is not None:
+                self._overflow.unsign(session, place)
+        if self._overflow is not None:
+            for session in dead_sessions:
+                self._overflow.destroy_session(session)
+
+    def recount(self) -> None:
+        """Correct what the books say of everybody's use of the server."""
+        for owner in self._ledger.owners():
+            self._ledger.recount(owner)

@@ -1,0 +1,69 @@
+"""Whether a Ray session still runs, and which of its nodes: asks the GCS, Ray's head process."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from typing import NamedTuple
+
+__all__ = ["UNKNOWN", "RunningSession", "running_at"]
+
+_CONNECT_TIMEOUT = 3.0
+_ANSWER_TIMEOUT = 20.0
+
+
+class RunningSession(NamedTuple):
+    """A session that runs, and the ids of its nodes that live, in hex."""
+
+    name: str
+    nodes: frozenset[str]
+
+
+# Something runs there that does not tell: it may be another Ray's, with another token.
+UNKNOWN = RunningSession("", frozenset())
+
+
+def running_at(address: str) -> RunningSession | None:
+    """The session whose GCS is at `address` (host:port); None if nothing takes connections there.
+
+    `UNKNOWN` if what is there does not tell.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT).close()
+    except (OSError, ValueError, OverflowError):
+        return None
+    # In a process of its own, because Ray's client ends the process where it cannot connect.
+    try:
+        answer = subprocess.run(  # noqa: S603 (our own module, and an address)
+            [sys.executable, "-m", __name__, address],
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return UNKNOWN
+    if answer.returncode != 0:
+        return UNKNOWN
+    name, *nodes = json.loads(answer.stdout.splitlines()[-1])
+    return RunningSession(name, frozenset(nodes))
+
+
+def _main(address: str) -> None:
+    from ray._private.ray_constants import KV_NAMESPACE_SESSION
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    client = GcsClient(address=address)
+    name = client.internal_kv_get(b"session_name", KV_NAMESPACE_SESSION).decode()
+    nodes = client.get_all_node_info(timeout=_ANSWER_TIMEOUT)
+    alive = GcsNodeInfo.GcsNodeState.Value("ALIVE")
+    living = [node.hex() for node, info in nodes.items() if info.state == alive]
+    print(json.dumps([name, *living]))  # noqa: T201
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,431 @@
+"""The books on the server: what is stored, what is being written, how much that is, who lives.
+
+What has to change together is changed by a Lua script, so that it does, whatever dies in between;
+and each script may be carried out twice with no other effect, as a `Link` may send it twice. They
+run on a full server too (`allow-oom`): they write a few bytes where data has many.
+
+    index    sorted set   entries of stored objects                 (see `keys`)
+    pending  sorted set   names of objects that are being written   (see `keys`)
+    usage    hash         <session>:<node> → "<objects> <size> <stored> <changes>"; sizes in bytes
+    grants   hash         <session>:<node>:<writer> → "<granted> <written>", in bytes
+    leases   sorted set   <session>:<node>:<GCS address>, by when it was last renewed, in ms
+    places   hash         <session> → which overflow it has
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+from ray_valkey_spill.keys import Entry, Keyspace, ObjectName
+from ray_valkey_spill.resp import Request, command
+from ray_valkey_spill.wire import Link
+
+__all__ = ["Grant", "Lease", "Ledger", "Owner", "Usage", "pages"]
+
+# What one script handles, which nobody else is served meanwhile; and what one reply brings.
+_NAMES_PER_SCRIPT = 100
+_MEMBERS_PER_PAGE = 500
+_RECOUNTS = 5
+
+_T = TypeVar("_T")
+
+
+class Owner(NamedTuple):
+    """A node of a Ray session."""
+
+    session: str
+    node: str
+
+    def __str__(self) -> str:
+        return f"{self.session}:{self.node}"
+
+
+class Usage(NamedTuple):
+    """What an owner has in Valkey: how many objects, their data, and what that takes, in bytes."""
+
+    objects: int = 0
+    size: int = 0
+    stored: int = 0
+    changes: int = 0
+
+
+class Grant(NamedTuple):
+    """What a writer may write, and has written of that, in bytes."""
+
+    granted: int
+    written: int
+
+
+class Lease(NamedTuple):
+    """That a node of a session lived at `renewed`: ms, by the server's clock."""
+
+    owner: Owner
+    gcs_address: str
+    renewed: int
+
+
+def _script(body: str) -> str:
+    return "#!lua flags=allow-oom\n" + body.strip()
+
+
+_FIND = """
+local function find(name)
+    return redis.call('ZRANGEBYLEX', KEYS[2], '[' .. name .. '.', '(' .. name .. '/',
+                      'LIMIT', 0, 1)[1]
+end
+"""
+
+_CHANGE = """
+local function change(owner, objects, size, stored)
+    local was = redis.call('HGET', KEYS[3], owner) or '0 0 0 0'
+    local o, z, s, c = was:match('^(%S+) (%S+) (%S+) (%S+)$')
+    if o + objects <= 0 then
+        redis.call('HDEL', KEYS[3], owner)
+    else
+        redis.call('HSET', KEYS[3], owner, string.format('%.0f %.0f %.0f %.0f',
+            o + objects, math.max(0, z + size), math.max(0, s + stored), c + 1))
+    end
+end
+"""
+
+# KEYS: pending, index, usage. ARGV: owner, then for each object its name and ".<size>.<stored>".
+# Returns how many are in the index now.
+_SETTLE = _script(
+    _FIND
+    + _CHANGE
+    + """
+local settled, objects, size, stored = 0, 0, 0, 0
+for i = 2, #ARGV, 2 do
+    local was_pending = redis.call('ZREM', KEYS[1], ARGV[i]) == 1
+    if find(ARGV[i]) then
+        settled = settled + 1
+    elseif was_pending then
+        redis.call('ZADD', KEYS[2], 0, ARGV[i] .. ARGV[i + 1])
+        local z, s = ARGV[i + 1]:match('^%.(%d+)%.(%d+)$')
+        objects, size, stored = objects + 1, size + z, stored + s
+        settled = settled + 1
+    end
+end
+if objects > 0 then change(ARGV[1], objects, size, stored) end
+return settled
+"""
+)
+
+# KEYS: pending, index, usage. ARGV: names.
+_FORGET = _script(
+    _FIND
+    + _CHANGE
+    + """
+local owners = {}
+for _, name in ipairs(ARGV) do
+    redis.call('ZREM', KEYS[1], name)
+    local entry = find(name)
+    if entry then
+        redis.call('ZREM', KEYS[2], entry)
+        local owner = name:match('^[^:]+:[^:]+')
+        local z, s = entry:match('%.(%d+)%.(%d+)$')
+        local sums = owners[owner] or {0, 0, 0}
+        owners[owner] = {sums[1] - 1, sums[2] - z, sums[3] - s}
+    end
+end
+for owner, sums in pairs(owners) do change(owner, sums[1], sums[2], sums[3]) end
+"""
+)
+
+# KEYS: pending, index. ARGV: start, stop, count. Returns the last member looked at, and those that
+# are pending: a member that is in the index too came over a connection that had broken.
+_PENDING = _script(
+    _FIND
+    + """
+local page = redis.call('ZRANGEBYLEX', KEYS[1], ARGV[1], ARGV[2], 'LIMIT', 0, ARGV[3])
+local left = {}
+for _, name in ipairs(page) do
+    if not find(name) then table.insert(left, name) end
+end
+return {page[#page] or '', left}
+"""
+)
+
+# KEYS: usage, grants. ARGV: writer, granted and written so far, at least, at most, budget, room.
+# Budget is what may be stored, and room what may be written beside what is; both in bytes, or -1.
+# Returns what is granted on top, or 0, and how much of the budget is used.
+_RESERVE = _script(
+    """
+local used, unwritten = 0, 0
+for _, value in ipairs(redis.call('HVALS', KEYS[1])) do
+    used = used + value:match('^%S+ %S+ (%S+)')
+end
+local grants = redis.call('HGETALL', KEYS[2])
+for i = 1, #grants, 2 do
+    local granted, written = grants[i + 1]:match('^(%S+) (%S+)$')
+    if grants[i] == ARGV[1] then granted, written = ARGV[2], ARGV[3] end
+    used, unwritten = used + granted, unwritten + granted - written
+end
+local budget, room = tonumber(ARGV[6]), tonumber(ARGV[7])
+local most = tonumber(ARGV[5])
+if budget >= 0 then most = math.min(most, budget - used) end
+if room >= 0 then most = math.min(most, room - unwritten) end
+if most < tonumber(ARGV[4]) then return {0, used} end
+redis.call('HSET', KEYS[2], ARGV[1], string.format('%.0f %.0f', ARGV[2] + most, ARGV[3]))
+return {most, used}
+"""
+)
+
+# KEYS: leases. ARGV: member, "1" if it may be new. Returns whether there is one.
+_RENEW = _script(
+    """
+if ARGV[2] ~= '1' and not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
+local now = redis.call('TIME')
+redis.call('ZADD', KEYS[1], string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)),
+           ARGV[1])
+return 1
+"""
+)
+
+# KEYS: usage. ARGV: owner, what its usage was, and what it is to be. Returns whether it was that.
+_CORRECT = _script(
+    """
+if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[2] then return 0 end
+if ARGV[3] == '' then redis.call('HDEL', KEYS[1], ARGV[1])
+else redis.call('HSET', KEYS[1], ARGV[1], ARGV[3]) end
+return 1
+"""
+)
+
+# KEYS: places. ARGV: session, place. Returns the place that the session has now.
+_SETTLE_PLACE = _script(
+    """
+redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
+return redis.call('HGET', KEYS[1], ARGV[1])
+"""
+)
+
+# KEYS: places, leases. ARGV: session, and "<session>:". Returns whether the place is forgotten: not
+# if a node of the session has a lease.
+_FORGET_PLACE = _script(
+    """
+for _, member in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+    if member:sub(1, #ARGV[2]) == ARGV[2] then return 0 end
+end
+redis.call('HDEL', KEYS[1], ARGV[1])
+return 1
+"""
+)
+
+
+class Ledger:
+    """Reads and writes the books, over a link. Errors are those of `wire.Link.run`.
+
+    What goes together with data is returned as requests, to be sent with them.
+    """
+
+    def __init__(self, link: Link, keyspace: Keyspace) -> None:
+        self._link = link
+        self._keys = keyspace
+
+    # --- requests ---
+
+    def registrations(self, names: Iterable[ObjectName]) -> Iterator[Request]:
+        """Enter objects as pending. Nothing of them may be written before."""
+        for page in pages(map(str, names), _MEMBERS_PER_PAGE):
+            scored = [field for member in page for field in (0, member)]
+            yield command("ZADD", self._keys.pending, *scored)
+
+    def settlements(self, owner: Owner, entries: Iterable[Entry]) -> Iterator[Request]:
+        """Enter objects as stored. The sum of the replies tells how many are.
+
+        Those are missing that were not pending: their owner's data were destroyed meanwhile, or the
+        server lost them.
+        """
+        for page in pages(entries, _NAMES_PER_SCRIPT):
+            told = [a for e in page for a in (str(e.name), f".{e.size}.{e.stored}")]
+            yield self._eval(_SETTLE, self._books, str(owner), *told)
+
+    def forget(self, names: Iterable[ObjectName]) -> Iterator[Request]:
+        """Take objects out of the books; what is not in them is no error."""
+        for page in pages(names, _NAMES_PER_SCRIPT):
+            yield self._eval(_FORGET, self._books, *map(str, page))
+
+    @property
+    def _books(self) -> list[str]:
+        return [self._keys.pending, self._keys.index, self._keys.usage]
+
+    def _eval(self, script: str, keys: Sequence[str], *args: str | int) -> Request:
+        return command("EVAL", script, len(keys), *keys, *args)
+
+    # --- what there is ---
+
+    def stored(self, owner: Owner | None = None) -> Iterator[list[Entry]]:
+        """The objects of a node of a session, or all there are, in order, by the page."""
+        start, stop = ("-", "+") if owner is None else _range(str(owner))
+        while True:
+            (members,) = self._link.execute(
+                command("ZRANGEBYLEX", self._keys.index, start, stop, "LIMIT", 0, _MEMBERS_PER_PAGE)
+            )
+            if not members:
+                return
+            yield [Entry.parse(member.decode()) for member in members]
+            start = f"({members[-1].decode()}"
+
+    def pending(self, owner: Owner) -> Iterator[list[ObjectName]]:
+        """What is being written, or was when its writer was killed, by the page."""
+        start, stop = _range(str(owner))
+        while True:
+            request = self._eval(_PENDING, self._books[:2], start, stop, _MEMBERS_PER_PAGE)
+            ((last, members),) = self._link.execute(request)
+            if not last:
+                return
+            yield [ObjectName.parse(member.decode()) for member in members]
+            start = f"({last.decode()}"
+
+    def owners(self) -> set[Owner]:
+        """Everybody who is in any book, found by hopping from one to the next."""
+        usages = self.usages()
+        grants = {Owner(*field.split(":")[:2]) for field in self.grants()}
+        leases = {lease.owner for lease in self.leases()}
+        return {*usages, *grants, *leases, *self._hop(self._keys.index, self._keys.pending)}
+
+    def _hop(self, *keys: str) -> Iterator[Owner]:
+        for key in keys:
+            start = "-"
+            while True:
+                (members,) = self._link.execute(
+                    command("ZRANGEBYLEX", key, start, "+", "LIMIT", 0, 1)
+                )
+                if not members:
+                    break
+                owner = Owner(*members[0].decode().split(":")[:2])
+                yield owner
+                start = f"[{owner};"  # ";" comes right after ":"
+
+    # --- usage ---
+
+    def usages(self) -> dict[Owner, Usage]:
+        found = self._hash(self._keys.usage)
+        return {Owner(*owner.split(":")): _usage(value) for owner, value in found.items()}
+
+    def recount(self, owner: Owner) -> bool:
+        """Correct an owner's usage by what the index has; returns False if it changes too fast."""
+        for _ in range(_RECOUNTS):
+            (was,) = self._link.execute(command("HGET", self._keys.usage, str(owner)))
+            text = (was or b"").decode()
+            objects = size = stored = 0
+            for page in self.stored(owner):
+                objects += len(page)
+                size += sum(entry.size for entry in page)
+                stored += sum(entry.stored for entry in page)
+            counted = f"{objects} {size} {stored} {_usage(text).changes + 1}" if objects else ""
+            if _usage(text)[:3] == (objects, size, stored):
+                counted = text
+            request = self._eval(_CORRECT, [self._keys.usage], str(owner), text, counted)
+            if self._link.execute(request) == [1]:
+                return True
+        return False
+
+    # --- grants ---
+
+    def reserve(
+        self, writer: str, grant: Grant, least: int, most: int, budget: int | None, room: int | None
+    ) -> tuple[int, int]:
+        """Grant a writer `least` to `most` bytes on top of `grant`.
+
+        Args:
+            writer: who.
+            grant: what it has been granted, and has written of that.
+            least: bytes.
+            most: bytes.
+            budget: what all may have stored, in bytes; None for no bound.
+            room: what the server has room for beside what is on it, in bytes; None for no bound.
+
+        Returns:
+            The bytes granted, 0 if there are not `least`; and those of the budget used before.
+        """
+        limits = [-1 if limit is None else limit for limit in (budget, room)]
+        keys = [self._keys.usage, self._keys.grants]
+        request = self._eval(_RESERVE, keys, writer, *grant, least, most, *limits)
+        ((granted, used),) = self._link.execute(request)
+        return granted, used
+
+    def release(self, writers: Sequence[str]) -> None:
+        if writers:
+            self._link.execute(command("HDEL", self._keys.grants, *writers))
+
+    def release_all(self, owner: Owner) -> None:
+        """Release the grants of all writers of a node."""
+        self.release([writer for writer in self.grants() if writer.startswith(f"{owner}:")])
+
+    def grants(self) -> dict[str, Grant]:
+        """By writer: `<session>:<node>:<process>…`."""
+        found = self._hash(self._keys.grants)
+        return {writer: Grant(*map(int, value.split())) for writer, value in found.items()}
+
+    # --- leases ---
+
+    def renew(self, owner: Owner, gcs_address: str, *, new: bool) -> bool:
+        """Note that `owner` lives; without `new` only if that has been noted before."""
+        request = self._eval(
+            _RENEW, [self._keys.leases], f"{owner}:{gcs_address}", "1" if new else "0"
+        )
+        return self._link.execute(request) == [1]
+
+    def leases(self) -> list[Lease]:
+        (found,) = self._link.execute(command("ZRANGE", self._keys.leases, 0, -1, "WITHSCORES"))
+        leases = []
+        for member, score in zip(found[::2], found[1::2]):
+            session, node, address = member.decode().split(":", 2)
+            leases.append(Lease(Owner(session, node), address, int(float(score))))
+        return leases
+
+    def close_account(self, owner: Owner) -> None:
+        """Forget everything of an owner that has nothing stored any more."""
+        members = [f"{o}:{address}" for o, address, _ in self.leases() if o == owner]
+        if members:
+            self._link.execute(command("ZREM", self._keys.leases, *members))
+        self.release_all(owner)
+        self.recount(owner)
+
+    def time(self) -> int:
+        """The server's clock, in ms."""
+        ((seconds, microseconds),) = self._link.execute(command("TIME"))
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
+    # --- places ---
+
+    def place(self, session: str, proposed: str) -> str:
+        """Which overflow a session has; `proposed`, if it had none."""
+        (found,) = self._link.execute(
+            self._eval(_SETTLE_PLACE, [self._keys.places], session, proposed)
+        )
+        return str(found.decode())
+
+    def places(self) -> dict[str, str]:
+        return self._hash(self._keys.places)
+
+    def forget_place(self, session: str) -> bool:
+        """Forget which overflow a session has, unless a node of it lives; returns whether."""
+        keys = [self._keys.places, self._keys.leases]
+        request = self._eval(_FORGET_PLACE, keys, session, f"{session}:")
+        return self._link.execute(request) == [1]
+
+    def _hash(self, key: str) -> dict[str, str]:
+        (found,) = self._link.execute(command("HGETALL", key))
+        texts = [text.decode() for text in found]
+        return dict(zip(texts[::2], texts[1::2]))
+
+
+def pages(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    source = iter(items)
+    while page := list(islice(source, size)):
+        yield page
+
+
+def _range(prefix: str) -> tuple[str, str]:
+    """The bounds of all members that begin with `prefix` and ":"; ";" comes right after that."""
+    return f"[{prefix}:", f"({prefix};"
+
+
+def _usage(text: str) -> Usage:
+    numbers: Any = map(int, text.split())
+    return Usage(*numbers)
