@@ -7,13 +7,14 @@ a file system that is full.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from servers import wait_until
 
 OBJECTS = 40
 PATIENCE = 30.0
+SETTLED = 20.0  # seconds after which nothing more is going to happen
 STEM = "ray_spilled_objects"  # `ray_constants.DEFAULT_OBJECT_PREFIX`
 
 
@@ -62,6 +64,23 @@ def outcomes(refs: list[Any]) -> dict[str, int]:
 
 def files(directory: Path) -> list[Path]:
     return [path for path in directory.glob(f"{STEM}*/*") if path.is_file()]
+
+
+@contextlib.contextmanager
+def file_system_at(directory: Path, size: str) -> Iterator[None]:
+    """One of its own, in memory."""
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
+    subprocess.run(mount, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def remounted(directory: Path, mode: str) -> bool:
+    command = ["mount", "-o", f"remount,{mode}", str(directory)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 # --- faults ---
@@ -123,8 +142,64 @@ def io_workers_killed_while_they_spill(directory: Path) -> dict[str, Any]:
                     kill(worker.pid)
         found = outcomes(refs)
         refs.clear()
-        time.sleep(10)
+        time.sleep(SETTLED)
         return {**found, "files left once all references are gone": len(files(directory))}
+
+
+DRIVER = """
+import os, sys
+import numpy as np, ray
+
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+refs = [ray.put(np.full(1 << 20, i)) for i in range(40)]
+os.kill(os.getpid(), 9)
+"""
+
+
+def driver_killed(directory: Path) -> dict[str, Any]:
+    with spilling_to(directory) as cluster:
+        command = [sys.executable, "-c", DRIVER, cluster.address]
+        subprocess.run(command, capture_output=True, timeout=120, check=False)
+        spilled = len(files(directory))
+        time.sleep(SETTLED)
+        return {"files": spilled, f"files {SETTLED:.0f} s later": len(files(directory))}
+
+
+HEAD = """
+import os, sys
+import numpy as np, psutil, ray
+
+ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False,
+         log_to_driver=False, logging_level="ERROR", _node_ip_address="127.0.0.1",
+         object_spilling_directory=sys.argv[1])
+refs = [ray.put(np.full(1 << 20, i)) for i in range(40)]
+for process in psutil.Process().children(recursive=True):
+    process.kill()
+os._exit(0)
+"""
+
+
+def head_killed_and_started_again(directory: Path) -> dict[str, Any]:
+    command = [sys.executable, "-c", HEAD, str(directory)]
+    subprocess.run(command, capture_output=True, timeout=120, check=False)
+    past = set(files(directory))
+    with spilling_to(directory):
+        refs = put_all()
+        time.sleep(SETTLED)
+        left = past & set(files(directory))
+        return {**outcomes(refs), "old files": len(past), f"{SETTLED:.0f} s later": len(left)}
+
+
+def deletion_fails(directory: Path) -> dict[str, Any]:
+    with file_system_at(directory, "500m"), spilling_to(directory):
+        refs = put_all()
+        wait_until(lambda: remounted(directory, "ro"))  # not while a file is being written
+        spilled = len(files(directory))
+        refs.clear()
+        time.sleep(SETTLED)
+        assert remounted(directory, "rw")
+        time.sleep(SETTLED)
+        return {"files": spilled, "files once it could be deleted again": len(files(directory))}
 
 
 FILLING = """
@@ -139,14 +214,9 @@ assert all((ray.get(ref) == i).all() for i, ref in enumerate(refs))
 
 
 def storage_full(directory: Path) -> dict[str, Any]:
-    directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(directory)]
-    subprocess.run(mount, check=True)
-    try:
+    with file_system_at(directory, "60m"):
         command = [sys.executable, "-c", FILLING, str(directory)]
         job = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    finally:
-        subprocess.run(["umount", "-l", str(directory)], check=True)
     errors = {line.split(":")[0] for line in job.stderr.splitlines() if line.startswith("ray.exc")}
     return {"job's exit code": job.returncode, "errors": sorted(errors)}
 
@@ -158,6 +228,9 @@ FAULTS: list[Callable[[Path], dict[str, Any]]] = [
     node_killed,
     io_workers_killed_while_they_spill,
     storage_full,
+    deletion_fails,
+    driver_killed,
+    head_killed_and_started_again,
 ]
 
 

@@ -47,12 +47,9 @@ class Bench:
             SourceObject(f"{first + i:056x}", b"PYTHON", b"owner", data)
             for i, data in enumerate(objects)
         ]
-        names, failure = self.store.put(sources)
+        urls, failure = self.store.put(sources)
         assert failure is None
-        self.wanted = [
-            (self.store.keys.url(name, len(source.data)), source.object_id)
-            for name, source in zip(names, sources)
-        ]
+        self.wanted = [(url, source.object_id) for url, source in zip(urls, sources)]
 
     def restore(self, targets: list[memoryview]) -> None:
         for found, target in zip(self.store.find_all(self.wanted), targets):

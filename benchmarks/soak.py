@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from clusters import add_node, cluster, io_workers, kill_node, talks_to
 from faults import DESTROYING, PASSING, REFUSING, Fault, Rig
-from servers import wait_until
+from servers import BOOKS, wait_until
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.keys import Keyspace, ObjectName
@@ -268,7 +268,7 @@ class Run:
         keys = self.rig.our_keys()
         left: list[bytes] = []
         for key in keys:
-            if key not in (KEYS.index.encode(), KEYS.pending.encode()):
+            if not key.endswith(BOOKS):
                 name = key.decode().removeprefix(KEYS.root).split(":")[:3]
                 if not self._is_for_clean_up(ObjectName.parse(":".join(name))):
                     left.append(key)
@@ -276,9 +276,8 @@ class Run:
 
     def _is_for_clean_up(self, name: ObjectName) -> bool:
         """Whether a dead node left it, or an IO worker killed before Ray heard that it was done."""
-        written = int(name.attempt[:11], 16) / 1000
         killed = self.killed_workers.get(name.writer, 0)
-        just_done = 0 < killed - written < REPORTED_WITHIN and not self.rig.client.zscore(
+        just_done = 0 < killed - name.time < REPORTED_WITHIN and not self.rig.client.zscore(
             KEYS.pending, str(name)
         )
         return name.node in self.dead_nodes or just_done

@@ -38,7 +38,6 @@ from benchmarks.common import (
     valkey_server,
 )
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.keys import ObjectName
 from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
 
 CHUNK = MIB - 128
@@ -185,21 +184,18 @@ class Bench:
             SourceObject(f"{i:056x}", b"PYTHON", b"owner", data)
             for i, data in enumerate(self.objects)
         ]
-        names: list[ObjectName] = []
+        urls: list[str] = []
 
         def delete() -> None:
-            store.delete(store.keys.url(name, 0) for name in names)
+            store.delete(urls)
 
         def put() -> None:
             stored, failure = store.put(sources)
             assert failure is None
-            names[:] = stored
+            urls[:] = stored
 
         def get() -> None:
-            wanted = [
-                (store.keys.url(name, len(source.data)), source.object_id)
-                for name, source in zip(names, sources)
-            ]
+            wanted = [(url, source.object_id) for url, source in zip(urls, sources)]
             for found, target in zip(store.find_all(wanted), self.targets):
                 assert isinstance(found, StoredObject)
                 store.fill(found, target)

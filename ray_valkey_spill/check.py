@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
 from ray_valkey_spill import __version__, _startup, preflight
+from ray_valkey_spill.budget import margin
 from ray_valkey_spill.config import MIB, Config
 from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.registration import require_compatible
 from ray_valkey_spill.resp import command
 from ray_valkey_spill.wire import Link, ServerInfo
@@ -143,31 +146,41 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
 
     yield (serves := _attempt("topology", topology))
     yield _attempt("policy", policy)
-    yield _memory(info)
+    yield _memory(config, info)
     if serves.status == FAILED:
         return
     yield (allowed := _attempt("permissions", permissions))
     if allowed.status == OK:
+        if config.overflow_uri is not None:
+            yield _attempt("overflow", lambda: _overflow(config))
         yield _attempt("latency", lambda: _latency(link, keys))
         yield _attempt("throughput", lambda: _throughput(config, info))
 
 
-def _memory(info: ServerInfo) -> Finding:
-    used = f"{_mib(info.memory.used)} used"
-    if not info.memory.maxmemory:
+def _memory(config: Config, info: ServerInfo) -> Finding:
+    memory = info.memory
+    budget = (
+        "no budget (max_bytes)"
+        if config.max_bytes is None
+        else f"a budget of {_mib(config.max_bytes)}"
+    )
+    if not memory.maxmemory:
+        detail = f"no maxmemory, {_mib(memory.used)} used, {budget}"
+        if config.max_bytes is not None:
+            return Finding(OK, "memory", detail)
         return Finding(
             WARNING,
             "memory",
-            f"no maxmemory, {used}, no budget (max_bytes): spilling may fill the machine",
-            "Set maxmemory below the memory that the server may have",
+            f"{detail}: spilling may fill the machine",
+            "Set maxmemory below the memory that the server may have, or max_bytes",
         )
-    free = info.memory.maxmemory - info.memory.used
-    detail = f"maxmemory {_mib(info.memory.maxmemory)}, {used}, no budget (max_bytes)"
-    if free < info.memory.maxmemory // 10:
-        return Finding(
-            WARNING, "memory", f"{detail}: almost full", "Raise maxmemory, or free some of it"
-        )
-    return Finding(OK, "memory", f"{detail}: {_mib(free)} free for spilling")
+    detail = f"maxmemory {_mib(memory.maxmemory)}, {_mib(memory.used)} used, {budget}"
+    left = margin(memory.maxmemory)
+    free = max(0, memory.maxmemory - memory.used - left)
+    detail += f": {_mib(free)} free for spilling, {_mib(left)} left to others"
+    if free < memory.maxmemory // 10:
+        return Finding(WARNING, "memory", detail, "Raise maxmemory, or free some of it")
+    return Finding(OK, "memory", detail)
 
 
 def _latency(link: Link, keys: Keyspace) -> str:
@@ -180,16 +193,26 @@ def _latency(link: Link, keys: Keyspace) -> str:
     return f"{median * 1e3:.2f} ms median, {p99 * 1e3:.2f} ms p99, over {_ROUND_TRIPS} round trips"
 
 
+def _overflow(config: Config) -> str:
+    overflow = OverflowTier.of(config)
+    with contextlib.closing(ObjectStore(config, "check", f"pid{os.getpid()}")) as store:
+        store.probe_overflow()
+    return f"{overflow} can be written, read and removed from; every node has to reach it"
+
+
 def _throughput(config: Config, info: ServerInfo) -> str:
     """Spill and restore incompressible data, no more than the server has room for."""
     size = _PROBE_SIZE
-    if info.memory.maxmemory:
-        size = min(size, max(0, info.memory.maxmemory - info.memory.used) // 4)
+    memory = info.memory
+    if memory.maxmemory:
+        size = min(size, max(0, memory.maxmemory - memory.used - margin(memory.maxmemory)) // 4)
+    if config.max_bytes is not None:
+        size = min(size, config.max_bytes // 4)
     if size < MIB:
-        raise SpillError("not measured: the server has no room", "Raise maxmemory")
+        raise SpillError("not measured: there is no room for it", "Raise maxmemory or max_bytes")
     data = memoryview(os.urandom(size))
     target = memoryview(bytearray(size))
-    store = ObjectStore(config, "check", f"pid{os.getpid()}")
+    store = ObjectStore(replace(config, overflow_uri=None), "check", f"pid{os.getpid()}")
     spill, restore = [], []
     try:
         for _ in range(_PROBE_ROUNDS):

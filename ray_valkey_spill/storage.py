@@ -33,7 +33,6 @@ from ray_valkey_spill.errors import (
     ConfigError,
     LostObjectError,
     OverflowUnavailableError,
-    ServerError,
     SpillError,
 )
 from ray_valkey_spill.gcs import running_at
@@ -299,7 +298,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         if isinstance(error, LostObjectError):
             try:
                 self._store.mark_lost(found)
-            except ServerError as unmarked:
+            except SpillError as unmarked:
                 logger.error("the lost object could not be marked as such: %s", unmarked)
         if self._in_io_worker:
             logging.shutdown()
@@ -366,7 +365,11 @@ def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
     finally:
         look.close()
     if others:
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in params.items()]
+        options = [
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in params.items()
+            if value is not None
+        ]
         process = subprocess.Popen(  # noqa: S603 (our own module, and checked parameters)
             [sys.executable, "-m", "ray_valkey_spill", "gc", *options],
             stdin=subprocess.DEVNULL,
