@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 
 from benchmarks.common import MIB, main, note, table
@@ -133,17 +135,32 @@ def node_killed(directory: Path) -> dict[str, Any]:
 
 
 def io_workers_killed_while_they_spill(directory: Path) -> dict[str, Any]:
-    with spilling_to(directory):
-        refs: list[Any] = []
-        for i in range(OBJECTS):
-            refs.append(ray.put(np.full(MIB, i)))
-            if i % 10 == 5:
-                for worker in io_workers():
+    killed: list[int] = []
+
+    def strike() -> None:
+        while len(killed) < 3:
+            for worker in io_workers():
+                if _has_open(worker, directory) and worker.pid not in killed:
                     kill(worker.pid)
+                    killed.append(worker.pid)
+
+    with spilling_to(directory):
+        striking = threading.Thread(target=strike)
+        striking.start()
+        refs: list[Any] = []
+        while striking.is_alive():
+            refs += put_all()
+            refs = refs[-OBJECTS:]
         found = outcomes(refs)
         refs.clear()
         time.sleep(SETTLED)
         return {**found, "files left once all references are gone": len(files(directory))}
+
+
+def _has_open(worker: psutil.Process, directory: Path) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(Path(file.path).is_relative_to(directory) for file in worker.open_files())
+    return False
 
 
 DRIVER = """

@@ -40,6 +40,7 @@ from servers import BOOKS, wait_until
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.keys import Keyspace, ObjectName
+from ray_valkey_spill.overflow import OverflowTier
 
 DRIVERS = 2
 SAMPLE_INTERVAL = 5.0
@@ -183,6 +184,7 @@ class Run:
     rig: Rig
     nodes: Any
     destroyed: Path
+    overflow: OverflowTier | None
     random: random.Random
     drivers: list[Driver] = field(default_factory=list)
     operations: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -208,9 +210,10 @@ class Run:
         for driver in self.drivers:
             self.operations += driver.stop()
         try:
-            wait_until(lambda: not self._keys_left(), timeout=120)
+            wait_until(lambda: not self._left(), timeout=120)
         except AssertionError:
-            return [f"keys are left: {self._keys_left()[:5]}, {len(self._keys_left())} in all"]
+            left = self._left()
+            return [f"keys and files are left: {left[:5]}, {len(left)} in all"]
         return []
 
     def _strike(self) -> None:
@@ -263,16 +266,22 @@ class Run:
         kill_node(self.nodes, 1)
         add_node(self.nodes, 1)
 
-    def _keys_left(self) -> list[bytes]:
-        """Those that are not for the clean-up of the session: see `_is_for_clean_up`."""
-        keys = self.rig.our_keys()
-        left: list[bytes] = []
-        for key in keys:
-            if not key.endswith(BOOKS):
-                name = key.decode().removeprefix(KEYS.root).split(":")[:3]
-                if not self._is_for_clean_up(ObjectName.parse(":".join(name))):
-                    left.append(key)
-        return left
+    def _left(self) -> list[str]:
+        """Keys and files, but those that are for the clean-up: see `_is_for_clean_up`."""
+        names = {
+            key.decode(): ":".join(key.decode().removeprefix(KEYS.root).split(":")[:3])
+            for key in self.rig.our_keys()
+            if not key.endswith(BOOKS)
+        }
+        if self.overflow is not None:
+            owners = self.overflow.owners()
+            files = [file for owner in owners for file in self.overflow.files(owner)]
+            names |= {file.path: str(file.entry.name) for file in files}
+        return [
+            what
+            for what, name in names.items()
+            if not self._is_for_clean_up(ObjectName.parse(name))
+        ]
 
     def _is_for_clean_up(self, name: ObjectName) -> bool:
         """Whether a dead node left it, or an IO worker killed before Ray heard that it was done."""
@@ -300,11 +309,13 @@ def soak(seed: int, minutes: float) -> dict[str, Any]:
         rig = stack.enter_context(contextlib.closing(Rig(Path(directory, "valkey"), seed)))
         destroyed = Path(directory, "destroyed")
         destroyed.write_text("0")
-        params = {"retry_timeout": choices.choice([1, 5, 30])}
+        params: dict[str, Any] = {"retry_timeout": choices.choice([1, 5, 30])}
+        if choices.random() < 0.5:
+            params |= {"overflow_uri": str(Path(directory, "overflow")), "max_bytes": 100 * MIB}
         nodes = stack.enter_context(cluster(rig.proxy.url, **params))
         watch = Watch()
         watch.start()
-        run = Run(rig, nodes, destroyed, choices)
+        run = Run(rig, nodes, destroyed, OverflowTier.of(Config.load(params, {})), choices)
         start = time.monotonic()
         failures: list[str] = []
         try:
