@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import click
 
-from ray_valkey_spill import __version__
+from ray_valkey_spill import __version__, rendering
 from ray_valkey_spill.check import FAILED, Finding
 from ray_valkey_spill.check import run as run_checks
+from ray_valkey_spill.cleanup import CleanUp, Remains
 from ray_valkey_spill.config import (
     ENV_PREFIX,
     Config,
@@ -23,10 +26,22 @@ from ray_valkey_spill.config import (
     system_config,
 )
 from ray_valkey_spill.errors import ConfigError, SpillError
+from ray_valkey_spill.gcs import running_at
+from ray_valkey_spill.inspection import Inspector, parse_target
+from ray_valkey_spill.inventory import Inventory
+from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.preflight import acl_rules
 
 __all__ = ["main"]
 
 _INDENT = 22  # of the text of a finding
+_WATCH_INTERVAL = 2.0
+_USER = "ray"  # that an ACL is printed for, if the config names none
+
+# What a terminal does with these: clear it; go to its first line; clear the rest of a line, and
+# all that is below; cut lines off that are too long, and no more.
+_CLEAR, _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\x1b[2J", "\x1b[H", "\x1b[K", "\x1b[J"
+_CUT, _WRAP = "\x1b[?7l", "\x1b[?7h"
 
 _KUBERAY = """\
 # In the RayCluster's spec; the image of every group needs ray-valkey-spill installed.
@@ -52,15 +67,19 @@ workerGroupSpecs:
 
 
 def _parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for each parameter this version supports; those given are passed as `params`."""
+    """An option for each parameter; those given are passed on by name.
+
+    Those that this version does not support are hidden: they are refused like any wrong value, and
+    taken where a spilling config has their default.
+    """
     for parameter in reversed(parameters()):
-        if parameter.supported:
-            command = click.option(
-                f"--{parameter.name.replace('_', '-')}",
-                parameter.name,
-                metavar="VALUE",
-                help=f"{parameter.meaning}  [${ENV_PREFIX}{parameter.name.upper()}]",
-            )(command)
+        command = click.option(
+            f"--{parameter.name.replace('_', '-')}",
+            parameter.name,
+            metavar="VALUE",
+            hidden=not parameter.supported,
+            help=f"{parameter.meaning}  [${ENV_PREFIX}{parameter.name.upper()}]",
+        )(command)
     return command
 
 
@@ -78,8 +97,11 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Ray object spilling to Valkey."""
+    if os.environ.get("NO_COLOR"):
+        context.color = False
 
 
 @cli.command()
@@ -94,9 +116,9 @@ def demo(as_json: bool) -> None:
 
     report = run(show_progress=not as_json)
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2))
+        _print_json(report.as_dict())
     else:
-        _print_table(report.rows())
+        _print_lines(rendering.pairs(report.rows()))
     if report.failure:
         raise SpillError(report.failure)
 
@@ -116,15 +138,15 @@ def check(as_json: bool, **options: str | None) -> None:
             _print_finding(finding)
     failed = any(finding.status == FAILED for finding in findings)
     if as_json:
-        report = {"ok": not failed, "findings": [finding.as_dict() for finding in findings]}
-        click.echo(json.dumps(report, indent=2))
+        _print_json({"ok": not failed, "findings": [finding.as_dict() for finding in findings]})
     sys.exit(1 if failed else 0)
 
 
 @cli.command()
 @_parameter_options
+@click.option("--acl", is_flag=True, help="Print the permissions that the user needs instead.")
 @_json_option
-def config(as_json: bool, **options: str | None) -> None:
+def config(acl: bool, as_json: bool, **options: str | None) -> None:
     """Print the configuration for Ray, in each form it can be given, ready to be pasted."""
     given = _given(options)
     spilling = spilling_config(**given)
@@ -136,49 +158,238 @@ def config(as_json: bool, **options: str | None) -> None:
         "Python": "import ray, ray_valkey_spill\n\nray.init(_system_config="
         f"ray_valkey_spill.system_config({', '.join(f'{k}={v!r}' for k, v in given.items())}))",
     }
+    permissions = _acl(Config.load(given)) if acl else {}
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "object_spilling_config": json.loads(spilling),
-                    "system_config": system_config(**given),
-                    "forms": forms,
-                },
-                indent=2,
-            )
+        _print_json(
+            {
+                "object_spilling_config": json.loads(spilling),
+                "system_config": system_config(**given),
+                "forms": forms,
+                **({"acl": permissions} if acl else {}),
+            }
         )
         return
-    for title, text in forms.items():
-        click.echo(click.style(f"# {title}", bold=True))
-        click.echo(text.rstrip() + "\n")
+    if acl:
+        _print_forms(
+            {
+                "For valkey-cli, with the password in the place of PASSWORD": permissions[
+                    "command"
+                ],
+                "For the server's aclfile, with in the place of SHA256 what this prints of it:\n"
+                "#     printf %s 'PASSWORD' | sha256sum": permissions["aclfile"],
+            }
+        )
+        click.echo(
+            f"# Every node then needs username={permissions['user']}, and the password, in\n"
+            "# RAY_VALKEY_SPILL_PASSWORD or in a file that password_file names."
+        )
+        return
+    _print_forms(forms)
     if Config.load(given, environ={}).address.username:
         click.echo("# The password: RAY_VALKEY_SPILL_PASSWORD in the environment of every node.")
 
 
+@cli.command()
+@_parameter_options
+@click.option("--session", default="", metavar="PREFIX", help="Only sessions that begin so.")
+@click.option("--node", default="", metavar="PREFIX", help="Only nodes whose ids begin so.")
+@_json_option
+def ls(session: str, node: str, as_json: bool, **options: str | None) -> None:
+    """List what is stored, in Valkey and in the overflow.
+
+    An object's stored size is what the budget counts for it; in the overflow, its file's length.
+    """
+    with contextlib.closing(Inventory(_config(options))) as inventory:
+        now = inventory.time()
+        items = inventory.items(
+            lambda owner: owner.session.startswith(session) and owner.node.startswith(node)
+        )
+        if as_json:
+            _print_list(item.as_dict(inventory.keys, now) for item in items)
+        else:
+            _print_lines(rendering.listing(items, now))
+
+
+@cli.command()
+@_parameter_options
+@click.option(
+    "--watch",
+    type=click.FloatRange(min=0.1),
+    is_flag=False,
+    flag_value=_WATCH_INTERVAL,
+    metavar="[SECONDS]",
+    help=f"Look again every so many seconds ({_WATCH_INTERVAL:g} unless given), until Ctrl-C.",
+)
+@_json_option
+def stats(watch: float | None, as_json: bool, **options: str | None) -> None:
+    """Tell how much is stored: by session, node and tier.
+
+    Also how much of the budget is used (with --max-bytes, of how much), and when each node has last
+    renewed its lease. With --json and --watch, each look is a line.
+    """
+    with contextlib.closing(Inventory(_config(options))) as inventory:
+        if watch is None:
+            found = inventory.statistics()
+            if as_json:
+                _print_json(found.as_dict())
+            else:
+                _print_lines(rendering.statistics(found))
+            return
+        redraws = sys.stdout.isatty() and not as_json
+        if redraws:
+            click.echo(_CLEAR, nl=False, color=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                found = inventory.statistics()
+                if as_json:
+                    click.echo(json.dumps(found.as_dict()))
+                elif redraws:
+                    _redraw(rendering.statistics(found))
+                else:
+                    _print_lines([*rendering.statistics(found), ""])
+                time.sleep(watch)
+
+
+@cli.command()
+@_parameter_options
+@click.argument("key")
+@_json_option
+def inspect(key: str, as_json: bool, **options: str | None) -> None:
+    """Decode the header of an object, and see whether its chunks are there.
+
+    KEY is the key of a header or a chunk, the URL that Ray has, an object's name as `ls --json`
+    prints it, or an object's id in hex: every attempt to spill it is shown then.
+
+    Exits with 1 if something of it is missing or wrong.
+    """
+    with contextlib.closing(Inspector(_config(options))) as inspector:
+        keys = inspector.keys
+        target = parse_target(key, keys)
+        found = inspector.inspect(target)
+        now = inspector.time()
+    if as_json:
+        _print_json([each.as_dict(keys, now) for each in found])
+    else:
+        for number, each in enumerate(found):
+            _print_lines(["", ""] if number else [])
+            _print_lines(rendering.inspection(each, keys, now, target.chunk))
+    for each in found:
+        if each.problems:
+            raise SpillError(f"{each.name} is no whole object: {each.problems[0]}")
+
+
+@cli.command()
+@_parameter_options
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
+@_json_option
+def gc(dry_run: bool, as_json: bool, **options: str | None) -> None:
+    """Remove what dead sessions, and dead nodes of running ones, have left.
+
+    Watches for about a minute who renews a lease, and asks the GCS of each session that does not;
+    one whose GCS cannot be asked is watched for ten. So run it where the GCS addresses of all
+    clusters of the namespace can be reached.
+    """
+    notes: list[str] = []
+
+    def tell(note: str) -> None:
+        notes.append(note)
+        if not as_json:
+            click.echo(rendering.note(note))
+
+    look = CleanUp(_config(options), running_at)
+    with contextlib.closing(look):
+        found = look.find(tell)
+        if not dry_run:
+            look.remove(found)
+            look.recount()
+    remains = [each for each in found if not each.is_empty]
+    if as_json:
+        listed = [_remains_dict(each) for each in remains]
+        _print_json({"dry_run": dry_run, "remains": listed, "notes": notes})
+    elif remains:
+        _print_lines(rendering.remains_table(remains))
+        done = "Would remove" if dry_run else "Removed"
+        click.echo(rendering.wrapped(f"{done} {rendering.summary(remains)}.", first=""))
+    else:
+        click.echo("Nothing to remove.")
+
+
+# --- what the commands share ---
+
+
+def _config(options: Mapping[str, str | None]) -> Config:
+    """What the options and the environment give."""
+    return Config.load(_given(options))
+
+
+def _acl(config: Config) -> dict[str, str]:
+    """The least that a user may have, as text for each place that it can be given in."""
+    user = config.address.username or _USER
+    rules = acl_rules(Keyspace.of(config), config.address)
+    return {
+        "user": user,
+        "rules": rules,
+        # What the user was allowed before, if there was one, is taken back.
+        "command": f"ACL SETUSER {user} reset on >PASSWORD {rules}",
+        "aclfile": f"user {user} reset on #SHA256 {rules}",
+    }
+
+
+def _remains_dict(remains: Remains) -> dict[str, Any]:
+    """For JSON: what is removed of these; sizes in bytes."""
+    objects, size, stored, _ = remains.usage if remains.session_is_dead else (0, 0, 0, 0)
+    return {
+        "session": remains.owner.session,
+        "node": remains.owner.node,
+        "session_is_dead": remains.session_is_dead,
+        "objects": objects,
+        "logical_bytes": size,
+        "stored_bytes": stored,
+        "half_written": remains.pending,
+        "files": remains.files,
+        "file_bytes": remains.file_bytes,
+    }
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2))
+
+
+def _print_list(rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON document, of which a row at a time is in memory."""
+    separator = "["
+    for row in rows:
+        click.echo(f"{separator}\n{json.dumps(row)}", nl=False)
+        separator = ","
+    click.echo("[]" if separator == "[" else "\n]")
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def _redraw(lines: Iterable[str]) -> None:
+    """Put `lines` in the place of what was there, as far as the terminal has room for them."""
+    height = shutil.get_terminal_size().lines
+    coloured = click.get_current_context().color is not False
+    shown = [line if coloured else click.unstyle(line) for line in lines][: height - 1]
+    frame = "".join(f"{line}{_CLEAR_LINE}\n" for line in shown)
+    click.echo(f"{_HOME}{_CUT}{frame}{_WRAP}{_CLEAR_BELOW}", nl=False, color=True)
+
+
+def _print_forms(forms: Mapping[str, str]) -> None:
+    for title, text in forms.items():
+        click.echo(click.style(f"# {title}", bold=True))
+        click.echo(text.rstrip() + "\n")
+
+
 def _print_finding(finding: Finding) -> None:
     status = f"{finding.status:<7}"
-    text = _wrapped(finding.detail, first=f"{status}{finding.subject}".ljust(_INDENT))
+    text = rendering.wrapped(finding.detail, first=f"{status}{finding.subject}".ljust(_INDENT))
     click.echo(click.style(status, fg=finding.color, bold=True) + text[len(status) :])
     if finding.mend:
-        click.echo(_wrapped(finding.mend, first=" " * _INDENT + "→ "))
-
-
-def _wrapped(text: str, *, first: str) -> str:
-    """`text` behind `first`, in lines of the terminal's width, the further ones indented alike."""
-    return textwrap.fill(
-        text,
-        min(100, shutil.get_terminal_size().columns),
-        initial_indent=first,
-        subsequent_indent=" " * len(first),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    width = max(len(label) for label, _ in rows)
-    for label, value in rows:
-        click.echo(f"{label:<{width}}  {value}")
+        click.echo(rendering.wrapped(finding.mend, first=" " * _INDENT + "→ "))
 
 
 def main() -> None:

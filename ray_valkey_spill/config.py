@@ -229,7 +229,9 @@ class Config:
         "auto samples and stores incompressible data as it is",
     )
     max_bytes: int | None = _parameter(
-        None, _COUNT, "budget of the namespace in Valkey, in bytes as they are stored"
+        None,
+        _Kind("a whole number of bytes, 0 or more", _integer(0, math.inf), int),
+        "budget of the namespace in Valkey, in bytes as they are stored",
     )
     overflow_uri: str | None = _parameter(
         None,

@@ -48,7 +48,7 @@ from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.tiers import Stat, ValkeyTier, Value
 from ray_valkey_spill.wire import Link
 
-__all__ = ["INLINE_LIMIT", "ObjectStore", "SourceObject", "StoredObject"]
+__all__ = ["INLINE_LIMIT", "ObjectStore", "SourceObject", "StoredObject", "problems"]
 
 INLINE_LIMIT = 256 * KIB
 
@@ -400,30 +400,13 @@ class ObjectStore:
         return self._overflow
 
     def _checked(self, place: Place, object_id: str, stat: Stat) -> StoredObject | LostObjectError:
-        chunks = place.name.chunks
         try:
             if stat.header is None:
-                raise LostObjectError("its header is gone from the server")
+                raise LostObjectError("its header is gone")
             header, payload = decode_header(stat.header)
-            if header.object_id != object_id:
-                raise LostObjectError(f"its header is that of object {header.object_id}")
-            if header.size != place.size:
-                raise LostObjectError(f"its header tells of {header.size} bytes, not {place.size}")
-            if chunks != (0 if header.inline else len(header.chunks)):
-                raise LostObjectError(f"its header tells of {len(header.chunks)} chunks")
-            for index, found in enumerate(stat.chunk_sizes):
-                if found != header.chunks[index].stored_size:
-                    raise LostObjectError(
-                        f"chunk {index} has {found} bytes, not {header.chunks[index].stored_size}"
-                        if found
-                        else f"chunk {index} of {chunks} is gone from the server"
-                    )
-            if stat.payload not in (None, 0 if header.inline else header.stored_size):
-                raise LostObjectError(
-                    f"its file has {stat.payload} bytes of chunks, not {header.stored_size}"
-                )
-            if header.inline and checksum(payload) != header.chunks[0].checksum:
-                raise LostObjectError("its data are damaged (wrong checksum)")
+            name = place.name._replace(object_id=object_id)
+            for problem in problems(name, header, payload, stat, [place.size]):
+                raise LostObjectError(problem)
         except LostObjectError as error:
             return self._lost(place, error)
         return StoredObject(place, header, payload)
@@ -733,6 +716,36 @@ class _Values(Iterator[Value]):
 
     def close(self) -> None:
         self._values.close()
+
+
+def problems(
+    name: ObjectName, header: Header, payload: memoryview, stat: Stat, sizes: Iterable[int]
+) -> Iterator[str]:
+    """What is wrong with an object, as far as that can be told without reading its chunks.
+
+    Args:
+        name: that of the attempt, and of the object that is meant.
+        header: as decoded.
+        payload: of an inline object, else empty.
+        stat: what is there beside the header.
+        sizes: what the length of its data is elsewhere said to be.
+    """
+    if header.object_id != name.object_id:
+        yield f"its header is that of object {header.object_id}"
+    for size in sizes:
+        if size != header.size:
+            yield f"its header tells of {header.size} bytes, not {size}"
+    if name.chunks != (0 if header.inline else len(header.chunks)):
+        yield f"its header tells of {len(header.chunks)} chunks, not {name.chunks}"
+    for number, (chunk, found) in enumerate(zip(header.chunks, stat.chunk_sizes)):
+        if not found:
+            yield f"chunk {number} of {name.chunks} is gone from the server"
+        elif found != chunk.stored_size:
+            yield f"chunk {number} has {found} bytes, not {chunk.stored_size}"
+    if stat.payload not in (None, 0 if header.inline else header.stored_size):
+        yield f"its file has {stat.payload} bytes of chunks, not {header.stored_size}"
+    if header.inline and checksum(payload) != header.chunks[0].checksum:
+        yield "its data are damaged (wrong checksum)"
 
 
 def _lookahead(items: Iterable[_T], count: int, ahead: deque[_T]) -> Iterator[_T]:

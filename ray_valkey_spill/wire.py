@@ -27,6 +27,7 @@ from typing import Any
 import valkey.exceptions as client_errors
 from valkey.connection import Connection, UnixDomainSocketConnection
 
+from ray_valkey_spill import __version__
 from ray_valkey_spill.config import Address, Config
 from ray_valkey_spill.errors import (
     ConfigError,
@@ -339,7 +340,10 @@ class Link:
             "password": self._password(),
             "socket_timeout": min(_STALL_TIMEOUT, patience),
             "socket_connect_timeout": min(_CONNECT_TIMEOUT, patience),
-            "lib_name": "ray-valkey-spill",
+            # Shown by CLIENT LIST. A user with few permissions may not tell it, and the server
+            # would note that in its ACL LOG each time.
+            "lib_name": None if address.username else "ray-valkey-spill",
+            "lib_version": None if address.username else __version__,
         }
         connection: Any = (
             UnixDomainSocketConnection(path=address.path, **options)

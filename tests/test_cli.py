@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from click.testing import CliRunner
 from servers import Server, valkey_server, wait_until
 
 from ray_valkey_spill import __version__
+from ray_valkey_spill.cli import cli as in_process
 from ray_valkey_spill.config import parameters
 
 
@@ -39,9 +41,10 @@ def findings(*args: str, **env: str) -> tuple[int, dict[str, dict[str, str]]]:
 def test_help_and_version() -> None:
     assert __version__ in cli("--version").stdout
     printed = cli("--help").stdout
-    assert all(name in printed for name in ("demo", "check", "config"))
-    for command in ("check", "config"):
-        printed = cli(command, "--help").stdout
+    listed = {line.split()[0] for line in printed.partition("Commands:")[2].splitlines()[1:]}
+    assert listed == {"check", "config", "demo", "gc", "inspect", "ls", "stats"}
+    for command in listed - {"demo"}:
+        printed = CliRunner().invoke(in_process, [command, "--help"]).stdout
         for parameter in parameters():
             option = f"--{parameter.name.replace('_', '-')}"
             assert (option in printed) == parameter.supported

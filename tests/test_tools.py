@@ -1,0 +1,979 @@
+"""What the command line tells of what is stored: ls, stats, inspect, gc, and the ACL for it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from servers import FOREIGN, ROOT, Server, valkey_server, wait_until
+
+from ray_valkey_spill import cleanup, preflight, rendering
+from ray_valkey_spill import cli as commands
+from ray_valkey_spill.config import Config, parameters
+from ray_valkey_spill.errors import ConfigError, OverflowUnavailableError, SpillError
+from ray_valkey_spill.format import Chunk, Codec, Header
+from ray_valkey_spill.gcs import RunningSession
+from ray_valkey_spill.inspection import parse_target
+from ray_valkey_spill.inventory import Figures, Inventory, NodeFigures, age, percent, total
+from ray_valkey_spill.keys import Entry, Keyspace, ObjectName
+from ray_valkey_spill.ledger import Ledger, Owner
+from ray_valkey_spill.objects import ObjectStore, SourceObject, problems
+from ray_valkey_spill.tiers import Stat
+from ray_valkey_spill.wire import Link
+
+SESSIONS = ("session_2025-11-24_15-00-00_123456_4242", "session_2025-11-25_08-30-00_654321_1234567")
+NODES = ("ab" * 28, "cd" * 28)
+CHUNK = 10_000
+KEYS = Keyspace(ROOT)
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def tool(*args: str, color: bool = False, **env: str) -> Result:
+    """Run a command in this process. Raises what it raises."""
+    runner = CliRunner(env={"COLUMNS": "80", **env})
+    result = runner.invoke(commands.cli, args, color=color)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def printed(*args: str, **env: str) -> Any:
+    result = tool(*args, "--json", **env)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def object_id(number: int) -> str:
+    return f"{number:048x}01000000"
+
+
+@dataclass
+class Stock:
+    """What several nodes have stored, in Valkey and in an overflow."""
+
+    server: Server
+    overflow: Path
+    urls: list[str] = field(default_factory=list)
+
+    @property
+    def options(self) -> list[str]:
+        return ["--url", self.server.url, "--overflow-uri", str(self.overflow)]
+
+    def config(self, **params: Any) -> Config:
+        given = {"url": self.server.url, "chunk_size": CHUNK, "retry_timeout": 5}
+        return Config.load({**given, "overflow_uri": str(self.overflow), **params}, {})
+
+    @contextlib.contextmanager
+    def store(self, session: str, node: str, **params: Any) -> Iterator[ObjectStore]:
+        with contextlib.closing(ObjectStore(self.config(**params), session, node)) as store:
+            yield store
+
+    @contextlib.contextmanager
+    def books(self) -> Iterator[tuple[Ledger, Link]]:
+        """The books, and a connection for the requests that they give."""
+        with contextlib.closing(Link(self.config())) as link:
+            yield Ledger(link, KEYS), link
+
+    def put(self, session: str, node: str, *numbers: int, **params: Any) -> list[str]:
+        """Put an object for each number, which is as many kilobytes long, as a living node does."""
+        with self.store(session, node, **params) as store:
+            store.renew_lease("", lambda: False)
+            store.join_overflow()
+            urls, failure = store.put([source(number) for number in numbers])
+        assert failure is None
+        self.urls += urls
+        return urls
+
+    def destroy(self) -> None:
+        for session in SESSIONS:
+            for node in NODES:
+                with self.store(session, node) as store:
+                    store.destroy(lambda pid: False)
+
+
+def source(number: int) -> SourceObject:
+    data = np.arange(number * 125, dtype=np.int64).tobytes()
+    return SourceObject(object_id(number), b"PYTHON", b"\x00owner", memoryview(data))
+
+
+@pytest.fixture
+def stock(server: Server, tmp_path: Path) -> Iterator[Stock]:
+    stock = Stock(server, tmp_path / "overflow")
+    yield stock
+    stock.destroy()
+
+
+@pytest.fixture
+def full(stock: Stock) -> Stock:
+    """Two sessions, the first of two nodes, one of which has overflowed."""
+    stock.put(SESSIONS[0], NODES[0], 1, 95)
+    stock.put(SESSIONS[0], NODES[1], 2)
+    stock.put(SESSIONS[0], NODES[1], 96, 3, max_bytes=1)
+    stock.put(SESSIONS[1], NODES[0], 4)
+    return stock
+
+
+def calls(server: Server) -> dict[str, int]:
+    """How often each command has been carried out since the last `forget_calls`."""
+    stats = server.client.info("commandstats")
+    named = {name.removeprefix("cmdstat_"): values["calls"] for name, values in stats.items()}
+    return {name: n for name, n in named.items() if name not in ("info", "config|resetstat")}
+
+
+def assert_fits(text: str) -> None:
+    """All lines fit 80 columns but those of keys and URLs, and none has a style."""
+    lines = [line for line in text.splitlines() if not line.startswith(("key ", "url ", "file "))]
+    assert max(map(len, lines)) <= 80
+    assert "\x1b" not in text
+
+
+# --- figures and text ---
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.98 KiB"),
+        (KIB, "1.00 KiB"),
+        (9.996 * KIB, "10.0 KiB"),
+        (99.96 * KIB, "100 KiB"),
+        (999.4 * KIB, "999 KiB"),
+        (999.5 * KIB, "0.98 MiB"),
+        (1.5 * MIB, "1.50 MiB"),
+        (20 << 30, "20.0 GiB"),
+        (5000 << 60, "5,000 EiB"),
+    ],
+)
+def test_a_size_has_three_digits_and_a_unit(size: float, text: str) -> None:
+    assert rendering.size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (0.0, "0s"),
+        (119.9, "119s"),
+        (120, "2m"),
+        (7199, "119m"),
+        (7200, "2h"),
+        (172_800, "2d"),
+        (9e7, "1041d"),
+    ],
+)
+def test_an_age_is_in_the_largest_unit_of_which_there_are_two(
+    seconds: float | None, text: str
+) -> None:
+    assert rendering.age_text(seconds) == text
+
+
+def test_ratios_and_percentages_of_nothing_are_none() -> None:
+    assert Figures(1, 10, 4).ratio == 2.5
+    assert Figures().ratio is None
+    assert rendering.ratio_text(None) == "-"
+    assert [rendering.ratio_text(ratio) for ratio in (2.5, 254.1, 1234.5)] == [
+        "2.50",
+        "254.10",
+        "1,234",
+    ]
+    assert percent(1, 4) == 25
+    assert percent(1, None) is None
+    assert percent(1, 0) is None
+
+
+def test_clocks_that_do_not_agree_make_nothing_younger_than_new() -> None:
+    assert age(100.0, 130.0) == 30
+    assert age(130.0, 100.0) == 0
+
+
+def test_figures_add_up_and_keep_the_oldest() -> None:
+    def entry(ms: int) -> Entry:
+        return Entry(ObjectName("s", "n", "ab", f"{ms:011x}" + 16 * "0", 0), 10, 4)
+
+    old, new = Figures.of([entry(1000), entry(2000)], half_written=1), Figures.of([entry(3000)])
+    assert old == Figures(2, 20, 8, 1.0, 1)
+    assert new + Figures() == new
+    both = old + new
+    assert both == Figures(3, 30, 12, 1.0, 1)
+    assert both.as_dict(now=61.0) == {
+        "objects": 3,
+        "logical_bytes": 30,
+        "stored_bytes": 12,
+        "ratio": 2.5,
+        "oldest_age_seconds": 60.0,
+        "half_written": 1,
+    }
+    nodes = [NodeFigures(Owner("s", "a"), old, new), NodeFigures(Owner("s", "b"), new)]
+    assert total(nodes) == (both, new)
+
+
+@pytest.mark.parametrize(
+    ("renewed", "fresh"), [(None, False), (0.0, True), (cleanup.LEASE, True), (60.1, False)]
+)
+def test_a_lease_is_fresh_until_it_has_run_out(renewed: float | None, fresh: bool) -> None:
+    assert NodeFigures(Owner("s", "n"), lease_age=renewed).has_fresh_lease is fresh
+
+
+def test_a_table_aligns_what_is_styled_too_and_closes_up_where_it_is_wide() -> None:
+    red = click.style("12", fg="red")
+    rows = [["a", red, "x"], "across", ["bcd", "3", ""]]
+    lines = [click.unstyle(line) for line in rendering.table(["l", ">right", "end"], rows, 80)]
+    assert lines == [
+        "l    right  end",
+        "a       12  x",
+        "across",
+        "bcd      3",
+    ]
+    narrow = [click.unstyle(line) for line in rendering.table(["l", ">right", "end"], rows, 14)]
+    assert narrow[0] == "l   right end"
+
+
+def test_of_many_chunks_the_first_and_last_and_the_one_asked_for_are_shown() -> None:
+    assert rendering.shown_chunks(3, None) == [0, 1, 2]
+    assert rendering.shown_chunks(100, None) == [0, 1, 2, 3, 4, 97, 98, 99]
+    assert rendering.shown_chunks(100, 50) == [0, 1, 2, 3, 4, 50, 97, 98, 99]
+    assert rendering.shown_chunks(0, None) == []
+
+
+# --- ls ---
+
+
+def test_ls_tells_all_that_is_stored_in_both_tiers(full: Stock) -> None:
+    rows = printed("ls", *full.options)
+    assert {row["url"] for row in rows} == set(full.urls)
+    assert sorted(row["object"] for row in rows) == [object_id(n) for n in (1, 2, 3, 4, 95, 96)]
+    for row in rows:
+        assert row["logical_bytes"] == int(row["object"][:48], 16) * 1000
+        assert 0 <= row["age_seconds"] < 300
+        assert row["name"].startswith(f"{row['session']}:{row['node']}:{row['object']}.")
+        if row["tier"] == "valkey":
+            assert full.server.client.exists(row["key"])
+            assert row["path"] is None
+        else:
+            assert row["key"] is None
+            assert Path(row["path"]).stat().st_size == row["stored_bytes"]
+    assert [row["tier"] for row in rows].count("overflow") == 2
+    with full.books() as (ledger, _):
+        counted = sum(usage.stored for usage in ledger.usages().values())
+    assert counted == sum(row["stored_bytes"] for row in rows if row["tier"] == "valkey")
+    # Without the overflow, what is in Valkey.
+    assert len(printed("ls", "--url", full.server.url)) == 4
+
+
+def test_ls_filters_by_how_sessions_and_nodes_begin(full: Stock) -> None:
+    def listed(*args: str) -> list[int]:
+        return [int(row["object"][:48], 16) for row in printed("ls", *full.options, *args)]
+
+    assert listed("--session", SESSIONS[1]) == [4]
+    assert listed("--session", "session_2025-11-24", "--node", "ab") == [1, 95]
+    assert listed("--node", "cd") == [2, 3, 96]
+    assert listed("--node", "ef") == []
+    assert tool("ls", *full.options, "--node", "ef").stdout == "Nothing is stored.\n"
+
+
+def test_ls_is_readable_at_eighty_columns(full: Stock) -> None:
+    result = tool("ls", *full.options)
+    assert_fits(result.stdout)
+    header, *lines, end = result.stdout.splitlines()
+    assert header.split() == ["object", "data", "stored", "age"]
+    assert lines[0] == f"{SESSIONS[0]}, node abababababab, Valkey"
+    # Whole, so that it can be given to `inspect`.
+    assert lines[1].split()[0] == object_id(1)
+    assert re.search(" 1000 B| 0.98 KiB", lines[1])
+    assert f"{SESSIONS[0]}, node cdcdcdcdcdcd, overflow" in lines
+    assert end.startswith("6 objects of 196 KiB, stored in ")
+
+
+def test_ls_has_a_page_of_the_index_at_a_time(server: Server) -> None:
+    node = f"{SESSIONS[0]}:{NODES[0]}"
+    entries = [f"{node}:{object_id(i)}.{i:027x}.0.10.20" for i in range(1700)]
+    server.client.zadd(KEYS.index, dict.fromkeys(entries, 0))
+    try:
+        with contextlib.closing(Inventory(Config.load({"url": server.url}, {}))) as inventory:
+            server.client.config_resetstat()
+            items = inventory.items()
+            lines = rendering.listing(items, inventory.time())
+            assert len(list(zip(range(3), lines))) == 3
+            first = calls(server)["zrangebylex"]
+            assert len(list(lines)) == 1700
+            assert calls(server)["zrangebylex"] == first + 4
+        rows = printed("ls", "--url", server.url)
+        assert [row["object"] for row in rows] == [object_id(i) for i in range(1700)]
+    finally:
+        server.client.delete(KEYS.index)
+
+
+# --- stats ---
+
+
+def test_stats_adds_up_by_session_node_and_tier(full: Stock) -> None:
+    report = printed("stats", *full.options, "--max-bytes", "1000000")
+    rows = printed("ls", *full.options)
+
+    def check(figures: dict[str, Any], tier: str, **of: str) -> None:
+        wanted = [r for r in rows if r["tier"] == tier and all(r[k] == of[k] for k in of)]
+        assert figures["objects"] == len(wanted)
+        for sizes in ("logical_bytes", "stored_bytes"):
+            assert figures[sizes] == sum(row[sizes] for row in wanted)
+        if wanted:
+            assert figures["ratio"] == figures["logical_bytes"] / figures["stored_bytes"]
+            assert figures["oldest_age_seconds"] <= max(row["age_seconds"] for row in wanted)
+
+    assert [each["session"] for each in report["sessions"]] == list(SESSIONS)
+    for tier in ("valkey", "overflow"):
+        check(report[tier], tier)
+        for session in report["sessions"]:
+            check(session[tier], tier, session=session["session"])
+            for node in session["nodes"]:
+                check(node[tier], tier, session=session["session"], node=node["node"])
+                assert node["has_fresh_lease"]
+                assert 0 <= node["lease_age_seconds"] < 60
+    assert report["overflow"]["objects"] == 2
+    assert report["budget"] == {
+        "max_bytes": 1_000_000,
+        "used_bytes": report["valkey"]["stored_bytes"],
+        "used_percent": report["valkey"]["stored_bytes"] / 10_000,
+    }
+    assert report["grants"] == {"writers": 0, "granted_bytes": 0, "written_bytes": 0}
+    assert report["root"] == ROOT
+
+
+def test_stats_tells_the_servers_memory(server: Server) -> None:
+    server.client.config_set("maxmemory", 512 * MIB)
+    server.client.config_set("maxmemory-policy", "volatile-lru")
+    found = printed("stats", "--url", server.url)["server"]
+    assert found["maxmemory_bytes"] == 512 * MIB
+    assert found["maxmemory_policy"] == "volatile-lru"
+    assert found["used_percent"] == 100 * found["used_bytes"] / (512 * MIB)
+    text = tool("stats", "--url", server.url).stdout
+    assert re.search(r"memory +[0-9.]+ MiB of 512 MiB used \([0-9]+ %\), volatile-lru", text)
+    assert "Nothing is stored, and no node has a lease." in text
+    server.client.config_set("maxmemory", 0)
+    assert printed("stats", "--url", server.url)["server"]["maxmemory_bytes"] is None
+    assert "used, without a maxmemory, volatile-lru" in tool("stats", "--url", server.url).stdout
+
+
+def test_stats_tells_grants_half_written_objects_and_leases_that_ran_out(full: Stock) -> None:
+    owner = Owner(SESSIONS[0], NODES[0])
+    name = ObjectName(*owner, object_id(7), "0" * 27, 3)
+    file = full.overflow / ROOT.rstrip(":") / owner.session / owner.node
+    file.mkdir(parents=True)
+    (file / f"{object_id(8)}.{'0' * 27}.3.30000.part").write_bytes(b"x")
+    with full.books() as (ledger, link):
+        link.execute(*ledger.registrations([name]))
+        before = ledger.time()
+        full.server.client.hset(KEYS.grants, f"{owner}:1-ab", "5000 3000")
+        full.server.client.zadd(KEYS.leases, {f"{owner}:": before - 100_000})
+        found = printed("stats", *full.options)
+        text = tool("stats", *full.options, "--max-bytes", "100000").stdout
+        ledger.release([f"{owner}:1-ab"])
+    assert {row["url"] for row in printed("ls", *full.options)} == set(full.urls)
+    for number, tier in ((7, "valkey"), (8, "overflow")):
+        report = damaged(full, object_id(number))
+        assert (report["tier"], report["state"]) == (tier, "half-written")
+        assert report["problems"] == ["it is being written, or its writer was killed at that"]
+    node = found["sessions"][0]["nodes"][0]
+    assert (node["valkey"]["half_written"], node["overflow"]["half_written"]) == (1, 1)
+    assert not node["has_fresh_lease"]
+    assert 100 <= node["lease_age_seconds"] < 200
+    assert found["grants"] == {"writers": 1, "granted_bytes": 5000, "written_bytes": 3000}
+    assert found["budget"]["used_bytes"] == found["valkey"]["stored_bytes"] + 5000
+    assert "4.88 KiB to 1 writer, of which 2.93 KiB are written" in text
+    assert re.search("half-written +2\n", text)
+    assert re.search(r"abababababab +Valkey .* out 1[0-9][0-9]s\n", text)
+
+
+def test_stats_is_readable_at_eighty_columns(full: Stock) -> None:
+    text = tool("stats", *full.options, "--max-bytes", "1000000").stdout
+    assert_fits(text)
+    lines = text.splitlines()
+    assert lines[0].startswith("server        Valkey 9")
+    assert f"keys          {ROOT}*" in lines
+    assert re.search(r"budget +[0-9.]+ KiB of 977 KiB used \([0-9]+ %\)", text)
+    table = lines[lines.index("") + 1 :]
+    assert table[0].split() == [
+        *("node", "tier", "objects", "data", "stored", "ratio", "oldest", "lease")
+    ]
+    assert table[1] == SESSIONS[0]
+    assert any(re.match("  2 nodes +Valkey +3 ", line) for line in table)
+    assert any(re.match("2 sessions +Valkey +4 ", line) for line in table)
+    assert re.match(" +overflow +2 ", table[-1])
+
+
+def test_a_second_look_reads_only_what_has_changed(full: Stock) -> None:
+    server = full.server
+    with contextlib.closing(Inventory(full.config())) as inventory:
+        costs = []
+        found = []
+        for step in range(4):
+            if step == 2:
+                full.put(SESSIONS[0], NODES[0], 9)
+            server.client.config_resetstat()
+            found.append(inventory.statistics())
+            costs.append(calls(server)["zrangebylex"])
+    again = [[node.valkey for node in each.nodes] for each in found]
+    assert again[0] == again[1]
+    assert again[2][0].objects == again[0][0].objects + 1
+    assert again[2][1:] == again[0][1:]
+    whole, unchanged, one_changed, unchanged_again = costs
+    pages_of_an_owner = 2  # the second is empty
+    assert whole == unchanged + 3 * pages_of_an_owner
+    assert one_changed == unchanged + pages_of_an_owner
+    assert unchanged_again == unchanged
+
+
+@contextlib.contextmanager
+def watching(server: Server, **popen: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """`stats --watch` in a process of its own, as from a shell."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray_valkey_spill", "stats", "--url", server.url, "--watch", "0.1"],
+        stdin=subprocess.DEVNULL,
+        **popen,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def read_until(fd: int, is_enough: Callable[[bytes], bool]) -> bytes:
+    text = b""
+
+    def enough() -> bool:
+        nonlocal text
+        if select.select([fd], [], [], 0)[0]:
+            text += os.read(fd, 1 << 16)
+        return is_enough(text)
+
+    wait_until(enough)
+    return text
+
+
+def test_stats_watched_without_a_terminal_prints_again_until_interrupted(server: Server) -> None:
+    with watching(server, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        text = read_until(process.stdout.fileno(), lambda text: text.count(b"budget ") >= 3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+        process.stdout.close()
+    assert b"\x1b" not in text
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_stats_watched_on_a_terminal_is_redrawn_in_place(stock: Stock, no_color: str) -> None:
+    stock.put(SESSIONS[0], NODES[0], 1)
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 8, 80, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    try:
+        with watching(
+            stock.server, stdout=end, env={**environment, "NO_COLOR": no_color}
+        ) as process:
+            text = read_until(terminal, lambda text: text.count(b"\x1b[H") >= 4)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+    finally:
+        os.close(terminal)
+        os.close(end)
+    _, *frames, _ = text.split(b"\x1b[H")
+    for frame in frames[1:]:
+        # No line more than the terminal has, or it would scroll; and each replaces what was there.
+        assert frame.count(b"\n") == 7
+        assert frame.count(b"\x1b[K") == 7
+        assert frame.endswith(b"\x1b[J")
+        assert b"stored" in frame
+        assert (b"\x1b[1m" in frame) == (not no_color)
+
+
+def test_stats_watched_as_json_is_a_line_for_each_look(server: Server) -> None:
+    args = ("stats", "--url", server.url, "--watch", "0.1", "--json")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray_valkey_spill", *args], stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        text = read_until(process.stdout.fileno(), lambda text: text.count(b"\n") >= 2)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert [json.loads(line)["root"] for line in text.splitlines()[:2]] == [ROOT, ROOT]
+
+
+# --- inspect ---
+
+
+def test_inspect_finds_an_object_by_any_of_its_names(full: Stock) -> None:
+    (row,) = (row for row in printed("ls", *full.options) if row["object"] == object_id(95))
+    key = row["key"]
+    found = [
+        printed("inspect", *full.options, name)
+        for name in (key, f"{key}:9", row["name"], row["url"], row["object"], row["object"].upper())
+    ]
+    for each in found:
+        del each[0]["age_seconds"]
+    assert all(each == found[0] for each in found)
+    (report,) = found[0]
+    assert report["is_whole"]
+    assert report["problems"] == []
+    assert (report["key"], report["url"]) == (key, row["url"])
+    assert report["state"] == "stored"
+    assert report["writer"] == os.getpid()
+    assert report["counted_bytes"] == row["stored_bytes"]
+    header = report["header"]
+    assert header["version"] == 1
+    assert header["ray_metadata"] == "PYTHON"
+    assert bytes.fromhex(header["owner_address"]) == b"\x00owner"
+    assert (header["logical_bytes"], header["chunk_bytes"]) == (95_000, CHUNK)
+    assert header["codecs"] == {"lz4": 10}
+    assert [chunk["number"] for chunk in header["chunks"]] == list(range(10))
+    for number, chunk in enumerate(header["chunks"]):
+        size = full.server.client.strlen(f"{key}:{number}")
+        assert chunk["stored_bytes"] == chunk["found_bytes"] == size
+    assert header["stored_bytes"] == sum(chunk["stored_bytes"] for chunk in header["chunks"])
+    assert header["ratio"] == 95_000 / header["stored_bytes"]
+
+
+def test_inspect_finds_what_is_in_the_overflow(full: Stock) -> None:
+    (row,) = (row for row in printed("ls", *full.options) if row["object"] == object_id(96))
+    for name in (row["url"], row["url"].partition("?")[0], row["name"], row["object"]):
+        (report,) = printed("inspect", *full.options, name)
+        assert report["is_whole"]
+        assert (report["tier"], report["path"]) == ("overflow", row["path"])
+        assert report["header"]["logical_bytes"] == 96_000
+        assert report["header"]["chunks"][0]["found_bytes"] is None
+    text = tool("inspect", *full.options, row["url"]).stdout
+    assert_fits(text)
+    assert f"file          {row['path']}\n" in text
+    assert "on the server" not in text
+    with pytest.raises(OverflowUnavailableError, match="Give overflow_uri"):
+        tool("inspect", "--url", full.server.url, row["url"])
+    with pytest.raises(SpillError, match="If there is an overflow, give overflow_uri"):
+        tool("inspect", "--url", full.server.url, row["name"])
+    os.truncate(row["path"], 100)
+    assert damaged(full, row["url"])["problems"] == ["its header is cut off (0 bytes)"]
+
+
+def test_inspect_of_what_is_in_valkey_needs_no_overflow(full: Stock, tmp_path: Path) -> None:
+    (tmp_path / ROOT.rstrip(":")).touch()  # which can be no directory then
+    options = ("--url", full.server.url, "--overflow-uri", str(tmp_path))
+    assert printed("inspect", *options, full.urls[0])
+    with pytest.raises(OverflowUnavailableError):
+        tool("inspect", *options, object_id(1))
+
+
+def test_inspect_shows_every_attempt_of_an_object(stock: Stock) -> None:
+    stock.put(SESSIONS[0], NODES[0], 5)
+    stock.put(SESSIONS[0], NODES[0], 5)
+    stock.put(SESSIONS[1], NODES[1], 5)
+    stock.put(SESSIONS[1], NODES[1], 5, max_bytes=1)
+    stock.put(SESSIONS[1], NODES[1], 6)
+    found = printed("inspect", *stock.options, object_id(5))
+    assert {each["url"] for each in found} == set(stock.urls[:4])
+    text = tool("inspect", *stock.options, object_id(5)).stdout
+    assert text.count(f"object        {object_id(5)}\n") == 4
+
+
+def test_inspect_is_readable_at_eighty_columns(full: Stock) -> None:
+    (url,) = (url for url in full.urls if object_id(95) in url)
+    key = url.partition("?")[0]
+    text = tool("inspect", *full.options, url).stdout
+    assert_fits(text)
+    assert f"key           {key}\n" in text
+    assert f"url           {url}\n" in text
+    assert "format        version 1\n" in text
+    assert "owner address 006f776e6572\n" in text
+    assert "chunks        10 of 9.77 KiB each: 10 lz4\n" in text
+    table = text[text.index("chunk ") :].splitlines()[1:]
+    assert [line.split()[0] for line in table] == ["0", "1", "2", "3", "4", "…", "7", "8", "9"]
+    assert table[0].split()[1] == "10,000"
+    assert all(line.endswith("  there") for line in table if line != "…")
+    asked = tool("inspect", *full.options, f"{key}:5").stdout
+    assert re.search(r"\n +5  10,000 ", asked)
+
+
+def damaged(stock: Stock, name: str) -> dict[str, Any]:
+    """What `inspect` tells of an object that is not whole, after it has told that it is not."""
+    runner = CliRunner(env={"COLUMNS": "80"})
+    result = runner.invoke(commands.cli, ["inspect", *stock.options, name, "--json"])
+    assert isinstance(result.exception, SpillError)
+    (report,) = json.loads(result.stdout)
+    assert not report["is_whole"]
+    assert report["problems"][0] in str(result.exception)
+    shown = runner.invoke(commands.cli, ["inspect", *stock.options, name])
+    assert_fits(shown.stdout)
+    assert f"problem       {report['problems'][0][:40]}" in shown.stdout
+    return report
+
+
+def test_inspect_tells_what_is_missing_or_wrong(stock: Stock) -> None:
+    client = stock.server.client
+    (url,) = stock.put(SESSIONS[0], NODES[0], 95)
+    key = url.partition("?")[0]
+    chunk = client.get(f"{key}:3")
+    client.delete(f"{key}:3")
+    client.append(f"{key}:4", b"x")
+    client.delete(f"{key}:5")
+    client.lpush(f"{key}:5", "another type")
+    report = damaged(stock, url)
+    size = len(client.get(f"{key}:4"))
+    assert report["problems"] == [
+        "chunk 3 of 10 is gone from the server",
+        f"chunk 4 has {size} bytes, not {size - 1}",
+        "chunk 5 of 10 is gone from the server",
+    ]
+    found = [each["found_bytes"] for each in report["header"]["chunks"]]
+    assert (found[2] > 0, found[3:6]) == (True, [0, size, 0])
+    client.set(f"{key}:3", chunk)
+
+    assert "bytes, not 7" in damaged(stock, url.replace("size=95000", "size=7"))["problems"][0]
+    client.setrange(key, 10, b"\xff")
+    assert damaged(stock, url)["problems"] == ["its header is damaged (wrong checksum)"]
+    client.delete(key)
+    report = damaged(stock, url)
+    assert report["problems"] == ["its header is gone from the server"]
+    assert (report["header"], report["state"]) == (None, "stored")
+
+
+def test_inspect_checks_what_lies_beside_its_header(stock: Stock) -> None:
+    (url,) = stock.put(SESSIONS[0], NODES[0], 2)
+    (report,) = printed("inspect", *stock.options, url)
+    assert report["header"]["inline"]
+    assert report["header"]["chunks"][0]["found_bytes"] is None
+    text = tool("inspect", *stock.options, url).stdout
+    assert "chunks        1 beside the header, in its key: 1 lz4\n" in text
+    key = url.partition("?")[0]
+    client = stock.server.client
+    client.setrange(key, client.strlen(key) - 30, b"\xff\xff\xff")
+    assert damaged(stock, url)["problems"] == ["its data are damaged (wrong checksum)"]
+
+
+def test_inspect_knows_what_is_half_written_and_what_is_in_no_book(stock: Stock) -> None:
+    (url,) = stock.put(SESSIONS[0], NODES[0], 95)
+    key = url.partition("?")[0]
+    (row,) = printed("ls", *stock.options)
+    owner = Owner(SESSIONS[0], NODES[0])
+    with stock.books() as (ledger, link):
+        name = ObjectName.parse(row["name"])
+        link.execute(*ledger.forget([name]))
+        (report,) = printed("inspect", *stock.options, key)
+        assert (report["state"], report["is_whole"]) == ("not in the books", True)
+        link.execute(*ledger.registrations([name]))
+        report = damaged(stock, key)
+        assert report["state"] == "half-written"
+        assert report["header"]["logical_bytes"] == 95_000
+        assert damaged(stock, object_id(95))["name"] == row["name"]
+        link.execute(*ledger.settlements(owner, [Entry(name, 95_000, 5)]))
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    name = ObjectName("s", "n", "ab", "0" * 27, 3)
+    header = Header("cd", b"", b"", 20, 10, [Chunk(10, Codec.RAW, 0), Chunk(10, Codec.RAW, 0)])
+    told = [*problems(name, header, memoryview(b""), Stat(b"", [10, 9]), [20, 21])]
+    assert told == [
+        "its header is that of object cd",
+        "its header tells of 20 bytes, not 21",
+        "its header tells of 2 chunks, not 3",
+        "chunk 1 has 9 bytes, not 10",
+    ]
+    told = [*problems(name, header, memoryview(b""), Stat(b"", [], payload=19), [])]
+    assert told[-1] == "its file has 19 bytes of chunks, not 20"
+
+
+NAME = f"s:n:ab.{'0' * 27}.3"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(key.decode() for key in FOREIGN),
+        f"ray:spill:other:{NAME}",
+        f"ray:spill:other:{NAME}?offset=0&size=1",
+        f"overflow:ray:spill:other:{NAME}?offset=0&size=1",
+        f"{ROOT}index",
+        f"{ROOT}{NAME}:3",
+        f"{ROOT}{NAME}:-1",
+        f"{ROOT}{NAME}:x",
+        f"{ROOT}{NAME}?offset=1&size=1",
+        "",
+        "*",
+    ],
+)
+def test_what_names_no_object_of_the_namespace_is_refused_and_not_looked_up(
+    server: Server, text: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"Give a key below {ROOT} "):
+        parse_target(text, KEYS)
+    server.client.config_resetstat()
+    with pytest.raises(ConfigError):
+        tool("inspect", "--url", server.url, "--", text)
+    assert calls(server) == {}
+
+
+def test_inspect_of_what_is_not_there_says_so(server: Server) -> None:
+    with pytest.raises(SpillError, match=f"nothing of object abcd is below {ROOT}"):
+        tool("inspect", "--url", server.url, "abcd")
+    # However many chunks a name tells of.
+    server.client.config_resetstat()
+    with pytest.raises(SpillError, match="nothing of s:n:ab"):
+        tool("inspect", "--url", server.url, f"s:n:ab.{'0' * 27}.999999999999")
+    assert calls(server)["strlen"] == 1
+
+
+# --- gc ---
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases run out at once, and one look shows that."""
+    for name, seconds in {"LEASE": 0.0, "_CONFIRMATION": 0.0, "_BETWEEN_LOOKS": 0.01}.items():
+        monkeypatch.setattr(cleanup, name, seconds)
+
+
+@pytest.mark.usefixtures("quick")
+def test_gc_lists_first_and_then_removes_what_the_dead_have_left(full: Stock) -> None:
+    stored = full.server.spilled_keys()
+    rows = printed("ls", *full.options)
+    listed = printed("gc", *full.options, "--dry-run")
+    assert listed["dry_run"]
+    assert [(each["session"], each["node"]) for each in listed["remains"]] == [
+        (SESSIONS[0], NODES[0]),
+        (SESSIONS[0], NODES[1]),
+        (SESSIONS[1], NODES[0]),
+    ]
+    assert all(each["session_is_dead"] for each in listed["remains"])
+    assert sum(each["objects"] for each in listed["remains"]) == 4
+    assert listed["remains"][1]["files"] == 2
+    in_files = sum(row["stored_bytes"] for row in rows if row["tier"] == "overflow")
+    assert listed["remains"][1]["file_bytes"] == in_files
+    assert any(note.startswith("Watching 3 nodes' leases") for note in listed["notes"])
+
+    text = tool("gc", *full.options, "--dry-run").stdout
+    assert_fits(text)
+    assert f"{SESSIONS[0]} is dead\n" in text
+    assert re.search(r"\n  cdcdcdcdcdcd +1 .* 2 ", text)
+    told = r"Would remove 4 objects \(.* KiB\), 0 half-written and 2 files \(.*\) of 3 nodes\.$"
+    assert re.search(told, " ".join(text.split()))
+    assert full.server.spilled_keys() == stored
+    assert printed("ls", *full.options) != []
+
+    text = tool("gc", *full.options).stdout
+    assert "Watching 3 nodes' leases" in text
+    assert re.search(r" Removed 4 objects .* of 3 nodes\.$", " ".join(text.split()))
+    assert full.server.our_keys() == []
+    assert not list(full.overflow.rglob("*.*"))
+    assert tool("gc", *full.options).stdout == "Nothing to remove.\n"
+    assert printed("gc", *full.options) == {"dry_run": False, "remains": [], "notes": []}
+
+
+@pytest.mark.usefixtures("quick")
+def test_gc_removes_of_a_running_session_only_what_is_half_written_of_the_dead(
+    stock: Stock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (url,) = stock.put(SESSIONS[0], NODES[0], 1)
+    owner = Owner(SESSIONS[0], NODES[0])
+    running = RunningSession(SESSIONS[0], frozenset({NODES[1]}))
+    monkeypatch.setattr(commands, "running_at", {"gcs:1": running}.get)
+    with stock.books() as (ledger, link):
+        link.execute(*ledger.registrations([ObjectName(*owner, object_id(7), "0" * 27, 3)]))
+        ledger.renew(owner, "gcs:1", new=True)
+        ledger.renew(Owner(SESSIONS[0], NODES[1]), "gcs:1", new=True)
+    text = tool("gc", *stock.options).stdout
+    assert f"{SESSIONS[0]} runs, and has lost nodes\n" in text
+    assert re.search(r"\n  abababababab +0 +0 B +1 ", text)
+    kept = f"Kept: {SESSIONS[0]}:cdcdcdcdcdcd, which lives, as its GCS says"
+    assert kept in " ".join(text.split())
+    assert "Removed 0 objects (0 B), 1 half-written and 0 files (0 B) of 1 node.\n" in text
+    assert_fits(text)
+    (row,) = printed("ls", *stock.options)
+    assert row["url"] == url
+    assert printed("stats", *stock.options)["valkey"]["half_written"] == 0
+    assert tool("gc", *stock.options).stdout.endswith("\nNothing to remove.\n")
+
+
+def test_gc_takes_every_parameter_that_a_spilling_config_may_have(server: Server) -> None:
+    # As the head start passes them: also those that have to have their default in this version.
+    values = {p.name: p.default for p in parameters() if p.default is not None}
+    values |= {"url": server.url, "max_bytes": 10, "allow_eviction": True, "retry_timeout": 1.5}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    result = tool("gc", *options)
+    assert (result.exit_code, result.stdout) == (0, "Nothing to remove.\n")
+    with pytest.raises(ConfigError, match="min_replicas is not supported yet"):
+        tool("gc", "--min-replicas=1")
+
+
+# --- the ACL ---
+
+PASSWORD = "correct-horse"
+
+
+def acl_lines(*args: str) -> tuple[str, str]:
+    """What is printed for valkey-cli, and for an aclfile, with the password in its place."""
+    lines = tool("config", "--acl", *args).stdout.splitlines()
+    (command,) = (line for line in lines if line.startswith("ACL SETUSER "))
+    (line,) = (line for line in lines if line.startswith("user "))
+    digest = hashlib.sha256(PASSWORD.encode()).hexdigest()
+    return command.replace("PASSWORD", PASSWORD), line.replace("SHA256", digest)
+
+
+def as_user(url: str, user: str) -> Config:
+    params = {"url": url, "username": user, "retry_timeout": 5}
+    return Config.load(params, {"RAY_VALKEY_SPILL_PASSWORD": PASSWORD})
+
+
+@pytest.mark.parametrize("user", ["ray", "spiller"])
+@pytest.mark.parametrize("db", [0, 1])
+def test_the_acl_for_valkey_cli_gives_a_user_all_it_needs_and_no_more(
+    server: Server, user: str, db: int
+) -> None:
+    url = server.url.replace("/0", f"/{db}")
+    # What it was allowed before does not stay.
+    server.client.execute_command("ACL", "SETUSER", user, "on", "nopass", "~*", "&*", "+@all")
+    options = () if user == "ray" else ("--username", user)
+    command, _ = acl_lines("--url", url, *options)
+    try:
+        server.client.execute_command(*shlex.split(command))
+        preflight.run_all(as_user(url, user))
+        allowed = server.client.acl_getuser(user)
+    finally:
+        server.client.acl_deluser(user)
+    assert allowed["keys"] == [f"~{ROOT}*"]
+    assert allowed["channels"] == []
+    assert "nopass" not in allowed["flags"]
+    assert ("+select" in allowed["commands"]) == (db == 1)
+
+
+def test_the_acl_for_a_file_is_taken_by_a_server(tmp_path: Path) -> None:
+    _, line = acl_lines()
+    file = tmp_path / "users.acl"
+    file.write_text(f"{line}\n")
+    with valkey_server(aclfile=file) as server:
+        preflight.run_all(as_user(server.url, "ray"))
+        assert server.client.acl_getuser("ray")["keys"] == [f"~{ROOT}*"]
+
+
+def test_the_acl_is_of_the_namespace_that_is_given() -> None:
+    assert "~ray:x:a:* +get" in acl_lines("--namespace", "a", "--key-prefix", "ray:x:")[0]
+    env = {"RAY_VALKEY_SPILL_NAMESPACE": "b"}
+    document = printed("config", "--acl", **env)
+    assert document["acl"]["rules"].startswith("~ray:spill:b:* +get ")
+    assert document["acl"]["user"] == "ray"
+    assert document["acl"]["command"].startswith("ACL SETUSER ray reset on >PASSWORD ~")
+    assert document["acl"]["aclfile"].startswith("user ray reset on #SHA256 ~")
+    assert "object_spilling_config" in document
+    assert "acl" not in printed("config")
+    text = tool("config", "--acl").stdout
+    assert "the password in the place of PASSWORD" in text
+    assert "RAY_VALKEY_SPILL_PASSWORD" in text
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_tool_works_with_no_more_than_the_acl(full: Stock) -> None:
+    client = full.server.client
+    command, _ = acl_lines()
+    client.execute_command(*shlex.split(command))
+    options = (*full.options, "--username", "ray")
+    env = {"RAY_VALKEY_SPILL_PASSWORD": PASSWORD}
+    try:
+        client.acl_log_reset()
+        assert len(printed("ls", *options, **env)) == 6
+        assert printed("stats", *options, **env)["valkey"]["objects"] == 4
+        for url in full.urls:
+            assert printed("inspect", *options, url, **env)
+            assert printed("inspect", *options, object_id(95), **env)
+        assert len(printed("gc", *options, **env)["remains"]) == 3
+        assert full.server.our_keys() == []
+        assert client.acl_log() == []
+    finally:
+        client.acl_deluser("ray")
+
+
+# --- how it looks, and how it fails ---
+
+
+def test_colour_is_for_terminals_and_not_for_those_who_want_none(full: Stock) -> None:
+    for command in ("ls", "stats"):
+        assert "\x1b[" in tool(command, *full.options, color=True).stdout
+        assert "\x1b" not in tool(command, *full.options, color=True, NO_COLOR="1").stdout
+        assert "\x1b" not in tool(command, *full.options).stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (("inspect", "vllm:kv:x"), 2, "names no spilled object of this namespace"),
+        (("inspect", "abcd"), 1, "nothing of object abcd is below ray:spill:default:"),
+        (("stats", "--max-bytes", "many"), 2, "max_bytes must be"),
+        (("ls", "--url", "valkey://127.0.0.1:1", "--retry-timeout", "0"), 1, "cannot be reached"),
+    ],
+)
+def test_a_failure_is_one_line_and_an_exit_code(
+    server: Server, args: tuple[str, ...], code: int, says: str
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "ray_valkey_spill", *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_VALKEY_SPILL_URL": server.url},
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (code, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert says in line
+
+
+# --- beside a million foreign keys ---
+
+FOREIGN_KEYS = 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_the_tools_work_does_not_grow_with_a_million_foreign_keys(tmp_path: Path) -> None:
+    with valkey_server(enable_debug_command="yes", save="") as server:
+        stock = Stock(server, tmp_path)
+
+        def use_the_tools() -> dict[str, int]:
+            stock.put(SESSIONS[0], NODES[0], 1, 95)
+            (url, *_) = stock.put(SESSIONS[1], NODES[1], 50)
+            server.client.config_resetstat()
+            assert len(printed("ls", *stock.options)) == 3
+            assert printed("stats", *stock.options)["valkey"]["objects"] == 3
+            assert printed("inspect", *stock.options, url)
+            assert printed("inspect", *stock.options, object_id(95))
+            assert len(printed("gc", *stock.options, "--dry-run")["remains"]) == 2
+            assert len(printed("gc", *stock.options)["remains"]) == 2
+            return calls(server)
+
+        alone = use_the_tools()
+        server.client.execute_command("DEBUG", "POPULATE", FOREIGN_KEYS, "vllm:kv:layer0", 16)
+        assert server.client.dbsize() == FOREIGN_KEYS
+        beside_them = use_the_tools()
+        assert server.client.dbsize() == FOREIGN_KEYS
+    assert beside_them == alone
+    searching = {"scan", "keys", "randomkey", "dbsize", "sscan", "hscan", "zscan", "sort"}
+    assert not searching & beside_them.keys()
