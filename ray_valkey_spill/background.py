@@ -12,7 +12,8 @@ __all__ = ["Background"]
 
 logger = logging.getLogger("ray_valkey_spill")
 
-_AFTER_FAILURE = 60.0
+# Less than a lease lasts: see `cleanup`.
+_AFTER_FAILURE = 15.0
 
 
 class Background:
@@ -22,7 +23,7 @@ class Background:
 
     Args:
         work: returns after how many seconds, or somewhat more, it is to be done again. If it
-            raises, that is logged, and it is done again after a minute.
+            raises, that is logged, and it is done again soon.
     """
 
     def __init__(self, work: Callable[[], float]) -> None:

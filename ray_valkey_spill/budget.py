@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from ray_valkey_spill.config import MIB
+from ray_valkey_spill.config import KIB, MIB
 from ray_valkey_spill.errors import ServerFullError
 from ray_valkey_spill.ledger import Grant, Ledger
 from ray_valkey_spill.wire import Link, MemoryInfo
@@ -20,11 +20,14 @@ __all__ = ["Budget", "cost", "margin", "member_cost"]
 # beside a member of a sorted set: skip list node, slot, and the sorted set of what is pending.
 # Measured with Redis 7.0 on jemalloc; Valkey 9.1 needs some tens of bytes less.
 _PER_KEY = 112
-_PER_MEMBER = 120
+_PER_MEMBER = 144
 _VALUE_HEADER = 16
 
-_GRANTED_AT_ONCE = 8 * MIB
+# What is asked for at once, if that much is expected to be written; and however little is, for many
+# small objects take more than their data.
+_GRANTED_AT_ONCE, _LEAST_GRANTED = 8 * MIB, 64 * KIB
 _BETWEEN_LOOKS = 1.0
+_USUAL_CHUNK = 512 * KIB
 # Of a server's maxmemory this share stays to others, within these bounds: what they write while
 # the server takes ours in, and its buffers for that.
 _MARGIN = 1 / 20
@@ -67,7 +70,8 @@ class Budget:
     ) -> None:
         self._link = link
         self._ledger = ledger
-        self._writer = writer
+        self._writer = self._name = writer
+        self._abandoned = 0
         self._max_bytes = max_bytes
         self._advice = advice
         self._grant = Grant(0, 0)
@@ -88,7 +92,8 @@ class Budget:
         """
         left = self._grant.granted - self._grant.written
         if left < size and time.monotonic() > self._unlimited_until:
-            most = max(size, min(_GRANTED_AT_ONCE, self._expected - self._grant.written))
+            expected = max(_LEAST_GRANTED, self._expected - self._grant.written)
+            most = max(size, min(_GRANTED_AT_ONCE, expected))
             self._enlarge(size - left, most - left)
 
     def take(self, size: int) -> None:
@@ -98,14 +103,22 @@ class Budget:
 
     def release(self) -> None:
         """Give back what is granted, once what was written is settled or removed."""
-        self.forget()
+        self._grant = Grant(0, 0)
         if self._has_asked:
-            self._ledger.release([self._writer])
+            self._ledger.release([self._name])
             self._has_asked = False
 
-    def forget(self) -> None:
-        """As `release`, where the server cannot be told: it is with the next grant or release."""
-        self._grant = Grant(0, 0)
+    def abandon(self) -> list[str]:
+        """Begin anew, and let the grant stand: what was written of it may still be on the server.
+
+        Returns:
+            The names of the grants that stand, to be released once that is removed; one, or none.
+        """
+        standing = [self._name] if self._has_asked else []
+        self._grant, self._has_asked = Grant(0, 0), False
+        self._abandoned += len(standing)
+        self._name = f"{self._writer}-{self._abandoned}"
+        return standing
 
     def close(self) -> None:
         self._link.close()
@@ -118,7 +131,7 @@ class Budget:
         room = self._room(memory) if memory.maxmemory else None
         self._has_asked = True
         granted, used = self._ledger.reserve(
-            self._writer, self._grant, least, most, self._max_bytes, room
+            self._name, self._grant, least, most, self._max_bytes, room
         )
         if not granted:
             raise self._refusal(memory, least, used)
@@ -128,13 +141,15 @@ class Budget:
         """Bytes that may be written without the writes of others failing for that.
 
         Under `volatile-*` the server makes room by evicting keys that have a TTL, of which ours
-        have none. How much that can be is estimated: the keys of others are taken to be alike.
+        have none. How much that can be is estimated: the keys of others are taken to be alike, and
+        our chunks to have the usual size.
         """
         room = memory.maxmemory - memory.used - margin(memory.maxmemory)
         if memory.evicts_volatile and memory.volatile:
             usages = self._ledger.usages().values()
             ours = sum(usage.stored for usage in usages)
-            of_others = max(memory.volatile, memory.keys - sum(usage.objects for usage in usages))
+            keys = sum(usage.objects + usage.size // _USUAL_CHUNK for usage in usages)
+            of_others = max(memory.volatile, memory.keys - keys)
             room += max(0, memory.used - ours) * memory.volatile // of_others
         return max(0, room)
 

@@ -7,19 +7,25 @@ server cannot be reached nobody can renew, so the watch begins again after that.
 
 IO workers may also be stopped, or be gone, while their node lives. So for whoever has no lease its
 session's GCS is asked too: a session is dead only if nobody answers for it there, and a node of a
-running session only if the GCS says so.
+running session only if the GCS says so. Where it cannot be asked, because its host does not answer
+or because no lease tells where it is, all of the session may be cut off from here, or stopped with
+its machines, and then it is dead only after ten times as long.
+
+A session of which any lease has changed since it was judged is not touched, or no further. What
+makes its remains be found goes last: if a clean-up is killed, the next one finds the rest.
 """
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.gcs import UNKNOWN, RunningSession
+from ray_valkey_spill.gcs import UNKNOWN, UNREACHABLE, RunningSession
 from ray_valkey_spill.keys import Keyspace
-from ray_valkey_spill.ledger import Owner, Usage
+from ray_valkey_spill.ledger import Lease, Owner, Usage
 from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.tiers import ValkeyTier
 from ray_valkey_spill.wire import Link
@@ -30,6 +36,8 @@ __all__ = ["LEASE", "RENEWAL", "CleanUp", "Remains"]
 RENEWAL, LEASE = 10.0, 60.0
 # Seconds to watch a lease that by the server's clock has run out: some renewals, however late.
 _CONFIRMATION = 3.5 * RENEWAL
+# How many times as long a lease lasts where nobody can be asked.
+_UNASKED = 10
 _BETWEEN_LOOKS = 1.0
 # If more passes between two looks, this process stood still, and perhaps others with it.
 _LONGEST_BLINK = 5.0
@@ -76,6 +84,8 @@ class CleanUp:
         self._ledger = self._tier.ledger
         self._overflow = OverflowTier.of(config)
         self._running_at = running_at
+        # What leases the dead sessions had when they were judged.
+        self._dead: dict[str, set[Lease]] = {}
 
     def close(self) -> None:
         self._link.close()
@@ -90,34 +100,58 @@ class CleanUp:
         Args:
             tell: is given lines on what is waited for, and on what is kept and why.
         """
+        places = self._ledger.places()
         owners = self._owners()
-        leases = self._ledger.leases()
-        silent = self._watch(owners, tell)
+        # What a session has agreed on may be all that is left of it.
+        owners |= {Owner(session, "") for session in places.keys() - {o.session for o in owners}}
+        before = self._leases()
+        silent = self._watch(owners, LEASE, tell)
+        running = {
+            session: self._running(session, {lease.gcs_address for lease in before[session]})
+            for session in sorted({owner.session for owner in silent})
+        }
+        unasked = {owner for owner in silent if running[owner.session] is UNREACHABLE}
+        silent -= unasked - self._watch(unasked, _UNASKED * LEASE, tell)
+        after = self._leases()
         usages = self._ledger.usages()
+        self._dead = {}
         remains = []
         for session in sorted({owner.session for owner in silent}):
-            addresses = {lease.gcs_address for lease in leases if lease.owner.session == session}
-            running = self._running(session, addresses)
             nodes = {owner for owner in silent if owner.session == session}
-            if running is not None:
-                nodes = self._dead_nodes(running, nodes, tell)
-            elif any(owner.session == session for owner in owners - silent):
+            answer = running[session]
+            if answer is not None and answer is not UNREACHABLE:
+                nodes = self._dead_nodes(answer, nodes, tell)
+            elif before[session] != after[session]:
                 tell(f"Kept: {session}, some of whose nodes live, though its GCS does not answer")
                 continue
+            else:
+                self._dead[session] = after[session]
             remains += [
-                self._remains(owner, running is None, usages.get(owner, Usage()))
+                self._remains(owner, session in self._dead, usages.get(owner, Usage()))
                 for owner in sorted(nodes)
+                if owner.node
             ]
         return remains
+
+    def _leases(self) -> defaultdict[str, set[Lease]]:
+        """Those of each session."""
+        leases = defaultdict[str, set[Lease]](set)
+        for lease in self._ledger.leases():
+            leases[lease.owner.session].add(lease)
+        return leases
 
     def _owners(self) -> set[Owner]:
         return {*self._ledger.owners(), *(self._overflow.owners() if self._overflow else ())}
 
     def _running(self, session: str, addresses: Iterable[str]) -> RunningSession | None:
-        """The session, if it runs; `UNKNOWN` if that cannot be told."""
+        """As `gcs.running_at`, for all the addresses that a session's GCS may have."""
         found = [self._running_at(address) for address in sorted(addresses) if address]
-        exact = [running for running in found if running is not None and running.name == session]
-        return exact[0] if exact else UNKNOWN if UNKNOWN in found else None
+        for running in found:
+            if running is not None and running.name == session:
+                return running
+        if UNKNOWN in found:
+            return UNKNOWN
+        return UNREACHABLE if UNREACHABLE in found or not found else None
 
     def _dead_nodes(
         self, running: RunningSession, silent: Collection[Owner], tell: Callable[[str], None]
@@ -132,11 +166,13 @@ class CleanUp:
             tell(f"Kept: {owner}, which lives, as its GCS says")
         return {*silent} - living
 
-    def _watch(self, owners: Iterable[Owner], tell: Callable[[str], None]) -> set[Owner]:
-        """Those of `owners` whose leases run out while they are looked at."""
+    def _watch(
+        self, owners: Iterable[Owner], lease: float, tell: Callable[[str], None]
+    ) -> set[Owner]:
+        """Those of `owners` whose leases, of `lease` seconds, run out while they are looked at."""
         undecided, dead = set(owners), set[Owner]()
-        first, deadlines = self._deadlines(undecided)
         breaks, looked = self._link.breaks, time.monotonic()
+        first, deadlines = self._deadlines(undecided, lease)
         if undecided:
             longest = max(deadlines.values()) - looked
             tell(f"Watching {len(undecided)} nodes' leases for up to {longest:.0f} s")
@@ -146,8 +182,8 @@ class CleanUp:
             now = time.monotonic()
             undecided -= {owner for owner in undecided if renewed.get(owner) != first.get(owner)}
             if self._link.breaks != breaks or now - looked > _LONGEST_BLINK:
-                first, deadlines = self._deadlines(undecided)
-                breaks = self._link.breaks
+                breaks, now = self._link.breaks, time.monotonic()
+                first, deadlines = self._deadlines(undecided, lease)
             out = {owner for owner in undecided if now >= deadlines[owner]}
             dead |= out
             undecided -= out
@@ -159,13 +195,15 @@ class CleanUp:
         leases = sorted(self._ledger.leases(), key=lambda lease: lease.renewed)
         return {lease.owner: lease.renewed for lease in leases}
 
-    def _deadlines(self, owners: set[Owner]) -> tuple[dict[Owner, int], dict[Owner, float]]:
+    def _deadlines(
+        self, owners: set[Owner], lease: float
+    ) -> tuple[dict[Owner, int], dict[Owner, float]]:
         """When each lease was renewed, and when it has run out if it is not renewed again."""
         renewed, server_time, now = self._renewed(), self._ledger.time(), time.monotonic()
         deadlines = {}
         for owner in owners:
             ago = (server_time - renewed.get(owner, server_time)) / 1000
-            left = LEASE - ago if ago >= 0 else LEASE
+            left = lease - ago if ago >= 0 else lease
             deadlines[owner] = now + max(left, _CONFIRMATION)
         return renewed, deadlines
 
@@ -181,27 +219,51 @@ class CleanUp:
             file_bytes=sum(file.entry.stored for file in nobodys),
         )
 
-    def remove(self, remains: Iterable[Remains]) -> None:
-        """Remove what `find` has found, and what sessions that left nothing else have agreed on."""
-        dead_sessions = set()
-        for each in remains:
-            for names in self._ledger.pending(each.owner):
-                self._tier.remove(names)
-            if each.session_is_dead:
-                self._tier.remove_stored(each.owner)
-                self._ledger.close_account(each.owner)
-                dead_sessions.add(each.owner.session)
-            else:
-                self._ledger.release_all(each.owner)
+    def remove(self, remains: Iterable[Remains]) -> list[Remains]:
+        """Remove what the latest `find` has found, and what dead sessions had agreed on.
+
+        Returns:
+            What of it was removed. What has come to life since is kept.
+        """
+        remains = list(remains)
+        removed = [each for each in remains if not each.session_is_dead]
+        for each in removed:
+            self._remove_half_written(each.owner)
+        for session in self._dead:
+            of_session = [each for each in remains if each.owner.session == session]
+            if all(self._remove_all(each.owner) for each in of_session) and self._is_dead(session):
                 if self._overflow is not None:
-                    self._overflow.remove_parts(each.owner, lambda pid: False)
-        for session, place in self._ledger.places().items():
-            # Not if a node of it came to life meanwhile.
-            if self._ledger.forget_place(session) and self._overflow is not None:
-                self._overflow.unsign(session, place)
+                    self._overflow.destroy_session(session)
+                for each in of_session:
+                    self._ledger.close_account(each.owner)
+                place = self._ledger.places().get(session)
+                if place is not None and self._ledger.forget_place(session) and self._overflow:
+                    self._overflow.unsign(session, place)
+                removed += of_session
+        return removed
+
+    def _remove_half_written(self, owner: Owner) -> None:
+        for names in self._ledger.pending(owner):
+            self._tier.remove(names)
+        self._ledger.release_all(owner)
         if self._overflow is not None:
-            for session in dead_sessions:
-                self._overflow.destroy_session(session)
+            self._overflow.remove_parts(owner, lambda pid: False)
+
+    def _remove_all(self, owner: Owner) -> bool:
+        """Remove what a dead session has in Valkey, while it is dead; returns whether that is."""
+        for names in self._ledger.pending(owner):
+            if not self._is_dead(owner.session):
+                return False
+            self._tier.remove(names)
+        for entries in self._ledger.stored(owner):
+            if not self._is_dead(owner.session):
+                return False
+            self._tier.remove(entry.name for entry in entries)
+        return True
+
+    def _is_dead(self, session: str) -> bool:
+        """Whether nothing has changed since the session was judged to be dead."""
+        return self._leases()[session] == self._dead[session]
 
     def recount(self) -> None:
         """Correct what the books say of everybody's use of the server."""

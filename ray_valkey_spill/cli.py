@@ -300,7 +300,7 @@ def gc(dry_run: bool, as_json: bool, **options: str | None) -> None:
     with contextlib.closing(look):
         found = look.find(tell)
         if not dry_run:
-            look.remove(found)
+            found = look.remove(found)
             look.recount()
     remains = [each for each in found if not each.is_empty]
     if as_json:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-__all__ = ["UNKNOWN", "RunningSession", "running_at"]
+__all__ = ["UNKNOWN", "UNREACHABLE", "RunningSession", "running_at"]
 
 _CONNECT_TIMEOUT = 3.0
 _ANSWER_TIMEOUT = 20.0
@@ -22,19 +22,23 @@ class RunningSession(NamedTuple):
 
 
 # Something runs there that does not tell: it may be another Ray's, with another token.
-UNKNOWN = RunningSession("", frozenset())
+UNKNOWN = RunningSession("?", frozenset())
+# The host does not answer, or is not known: it may be gone, or stopped, or not for us to reach.
+UNREACHABLE = RunningSession("", frozenset())
 
 
 def running_at(address: str) -> RunningSession | None:
-    """The session whose GCS is at `address` (host:port); None if nothing takes connections there.
+    """The session whose GCS is at `address` (host:port); None if its host says that there is none.
 
-    `UNKNOWN` if what is there does not tell.
+    `UNKNOWN` if what is there does not tell, and `UNREACHABLE` if the host does not answer.
     """
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT).close()
-    except (OSError, ValueError, OverflowError):
+    except ConnectionRefusedError:
         return None
+    except (OSError, ValueError, OverflowError):
+        return UNREACHABLE
     # In a process of its own, because Ray's client ends the process where it cannot connect.
     try:
         answer = subprocess.run(  # noqa: S603 (our own module, and an address)

@@ -6,7 +6,8 @@ run on a full server too (`allow-oom`): they write a few bytes where data has ma
 
     index    sorted set   entries of stored objects                 (see `keys`)
     pending  sorted set   names of objects that are being written   (see `keys`)
-    usage    hash         <session>:<node> → "<objects> <size> <stored> <changes>"; sizes in bytes
+    usage    hash         <session>:<node> → "<objects> <size> <stored> <changes>"; sizes in bytes,
+                          and changes counted on from when this began, in µs: none comes twice
     grants   hash         <session>:<node>:<writer> → "<granted> <written>", in bytes
     leases   sorted set   <session>:<node>:<GCS address>, by when it was last renewed, in ms
     places   hash         <session> → which overflow it has
@@ -14,6 +15,7 @@ run on a full server too (`allow-oom`): they write a few bytes where data has ma
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -79,7 +81,11 @@ end
 
 _CHANGE = """
 local function change(owner, objects, size, stored)
-    local was = redis.call('HGET', KEYS[3], owner) or '0 0 0 0'
+    local was = redis.call('HGET', KEYS[3], owner)
+    if not was then
+        local now = redis.call('TIME')
+        was = string.format('0 0 0 %.0f', now[1] * 1000000 + now[2])
+    end
     local o, z, s, c = was:match('^(%S+) (%S+) (%S+) (%S+)$')
     if o + objects <= 0 then
         redis.call('HDEL', KEYS[3], owner)
@@ -157,11 +163,14 @@ local used, unwritten = 0, 0
 for _, value in ipairs(redis.call('HVALS', KEYS[1])) do
     used = used + value:match('^%S+ %S+ (%S+)')
 end
+-- Its own may not be there yet: a writer asks for nothing while there are no limits.
+used, unwritten = used + ARGV[2], ARGV[2] - ARGV[3]
 local grants = redis.call('HGETALL', KEYS[2])
 for i = 1, #grants, 2 do
     local granted, written = grants[i + 1]:match('^(%S+) (%S+)$')
-    if grants[i] == ARGV[1] then granted, written = ARGV[2], ARGV[3] end
-    used, unwritten = used + granted, unwritten + granted - written
+    if grants[i] ~= ARGV[1] then
+        used, unwritten = used + granted, unwritten + granted - written
+    end
 end
 local budget, room = tonumber(ARGV[6]), tonumber(ARGV[7])
 local most = tonumber(ARGV[5])
@@ -316,11 +325,14 @@ class Ledger:
                 objects += len(page)
                 size += sum(entry.size for entry in page)
                 stored += sum(entry.stored for entry in page)
-            counted = f"{objects} {size} {stored} {_usage(text).changes + 1}" if objects else ""
             if _usage(text)[:3] == (objects, size, stored):
-                counted = text
+                return True
+            counted = f"{objects} {size} {stored} {_usage(text).changes + 1}" if objects else ""
+            if not text:
+                # Counted anew: that something came and went meanwhile would not show in nothing.
+                counted = f"0 0 0 {time.time_ns() // 1000}"
             request = self._eval(_CORRECT, [self._keys.usage], str(owner), text, counted)
-            if self._link.execute(request) == [1]:
+            if self._link.execute(request) == [1] and text:
                 return True
         return False
 

@@ -155,6 +155,7 @@ class ObjectStore:
         # What put() could not remove, for recover(). Bounded, for an outage can be long; the rest
         # is in the index, and goes with the session.
         self._abandoned: deque[ObjectName] = deque(maxlen=_ABANDONED)
+        self._abandoned_grants: deque[str] = deque(maxlen=_ABANDONED)
         self._chunks_ahead = max(1, min(2 * _THREADS, _BYTES_AHEAD // config.chunk_size))
 
     def _new_budget(self, config: Config) -> Budget:
@@ -169,6 +170,7 @@ class ObjectStore:
         """Drop the connections and the threads; the next operation gets new ones."""
         self._tier.close()
         self._budget.close()
+        self._recovery.close()
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
@@ -194,7 +196,7 @@ class ObjectStore:
             rest = sources[len(stored) :]
             stored, failure = self._put_in_overflow(rest)
             places += [Place(entry.name, entry.size, overflow=True) for entry in stored]
-        return [self.keys.url(place) for place in places], failure
+        return [self.keys.url(place) for place in places], _without_frames(failure)
 
     def _put_in_valkey(
         self, sources: Sequence[SourceObject]
@@ -216,8 +218,7 @@ class ObjectStore:
                         stored.append(entry)
             failure = values.failure
         except ServerUnavailableError as error:
-            self._abandoned += names
-            self._budget.forget()
+            self._abandon(names)
             return [], error
         except SpillError as error:
             failure = error
@@ -233,13 +234,18 @@ class ObjectStore:
             try:
                 self._tier.remove(names)
             except SpillError:
-                self._abandoned += names
+                self._abandon(names)
             return [], failure or error
         finally:
             # What stays granted by mistake is corrected with the next grant or release.
             with contextlib.suppress(SpillError):
                 self._budget.release()
         return stored, failure
+
+    def _abandon(self, names: Sequence[ObjectName]) -> None:
+        """Leave objects to `recover`, and what was granted for them."""
+        self._abandoned += names
+        self._abandoned_grants += self._budget.abandon()
 
     def _put_in_overflow(
         self, sources: Sequence[SourceObject]
@@ -602,9 +608,11 @@ class ObjectStore:
         Raises:
             ServerError: what could not be removed is left for the next time.
         """
-        left = [self._abandoned.popleft() for _ in range(len(self._abandoned))]
+        left, grants = _all_of(self._abandoned), {*_all_of(self._abandoned_grants)}
         removed = False
         try:
+            # Before a look at what is pending, for a grant stands for what its writer has written.
+            grants |= self._grants_of_the_dead(is_alive)
             dead = self._pending_of_the_dead(is_alive)
             left_or_deleted = [*map(_in_valkey, left), *self._places(deleted)[0]]
             if dead or left_or_deleted:
@@ -615,7 +623,7 @@ class ObjectStore:
                 # first the writer may have died between that and this.
                 dead &= self._pending_of_the_dead(is_alive)
             self._remove(self._recovery, [*left_or_deleted, *map(_in_valkey, dead)])
-            self._release_grants_of_the_dead(is_alive)
+            self._recovery.ledger.release([*grants])
             if self._overflow is not None and not self._looked_for_parts:
                 # Whose writer dies from now on, another process will be started in its place.
                 self._overflow.remove_parts(self._owner, is_alive)
@@ -627,6 +635,7 @@ class ObjectStore:
         finally:
             if not removed:
                 self._abandoned.extendleft(left)
+                self._abandoned_grants.extendleft(grants)
             self._recovery.close()
         return len(left_or_deleted) + len(dead)
 
@@ -634,15 +643,13 @@ class ObjectStore:
         pages = self._recovery.ledger.pending(self._owner)
         return {name for page in pages for name in page if not is_alive(name.writer)}
 
-    def _release_grants_of_the_dead(self, is_alive: Callable[[int], bool]) -> None:
+    def _grants_of_the_dead(self, is_alive: Callable[[int], bool]) -> set[str]:
         writers = [writer.rpartition(":") for writer in self._recovery.ledger.grants()]
-        self._recovery.ledger.release(
-            [
-                f"{owner}:{process}"
-                for owner, _, process in writers
-                if owner == str(self._owner) and not is_alive(int(process.partition("-")[0]))
-            ]
-        )
+        return {
+            f"{owner}:{process}"
+            for owner, _, process in writers
+            if owner == str(self._owner) and not is_alive(int(process.partition("-")[0]))
+        }
 
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
         """Remove every object of this store's node and session.
@@ -746,6 +753,24 @@ def problems(
         yield f"its file has {stat.payload} bytes of chunks, not {header.stored_size}"
     if header.inline and checksum(payload) != header.chunks[0].checksum:
         yield "its data are damaged (wrong checksum)"
+
+
+def _without_frames(failure: SpillError | None) -> SpillError | None:
+    """`failure`, and what led to it, without the frames that were left by it.
+
+    These refer to the caller's memory, and to the failure in turn, so that plasma would have its
+    buffers back only at the next garbage collection.
+    """
+    error: BaseException | None = failure
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+    return failure
+
+
+def _all_of(items: deque[_T]) -> list[_T]:
+    """Take all there is, while another thread may add to it."""
+    return [items.popleft() for _ in range(len(items))]
 
 
 def _lookahead(items: Iterable[_T], count: int, ahead: deque[_T]) -> Iterator[_T]:

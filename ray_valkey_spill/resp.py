@@ -18,7 +18,8 @@ __all__ = ["ReplyReader", "Request", "TransientError", "command", "fetch", "stor
 # What of a value comes together with its first line has to be copied: no more than this.
 _READ_SIZE = 8 << 10
 _LARGEST = 512 << 20
-_MOST_DIGITS = 18
+_LARGEST_INTEGER = 2**63
+_MOST_DIGITS = 19
 
 # Error replies that mean "not now": a server that restarts, fails over or reshards gives them.
 _TRANSIENT = {"LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "BUSY"}
@@ -121,7 +122,7 @@ class ReplyReader:
         if kind == b"$":
             return self._bulk(_number(rest), into)
         if kind == b":":
-            return _number(rest)
+            return _number(rest, most=_LARGEST_INTEGER)
         if kind == b"+":
             return rest
         if kind == b"-":
@@ -177,10 +178,10 @@ class ReplyReader:
         return count
 
 
-def _number(text: bytes) -> int:
-    """A length or an integer reply; no value is longer than 512 MiB (`proto-max-bulk-len`)."""
+def _number(text: bytes, most: int = _LARGEST) -> int:
+    """A length, of which none is above 512 MiB (`proto-max-bulk-len`), or an integer reply."""
     digits = text.removeprefix(b"-")
-    if not digits.isdigit() or len(digits) > _MOST_DIGITS or int(digits) > _LARGEST:
+    if not digits.isdigit() or len(digits) > _MOST_DIGITS or int(digits) > most:
         raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is no Valkey")
     return int(text)
 

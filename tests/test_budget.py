@@ -1,0 +1,571 @@
+"""The budget: what is stored never exceeds it, as the server tells it, and all of it is usable."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import valkey
+from faults import Rig
+from servers import Server, redis_server, valkey_server, wait_until
+
+from ray_valkey_spill import budget as budget_module
+from ray_valkey_spill.budget import Budget, cost, margin, member_cost
+from ray_valkey_spill.config import MIB, Config
+from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
+from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.ledger import Grant, Ledger, Owner, Usage
+from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.wire import Link
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+KINDS = ["valkey", *(["redis"] if shutil.which("redis-server") else [])]
+SESSION, NODE = "session_1", "ab" * 28
+CHUNK = 10_000
+GIB = 1 << 30
+
+# All data keys of a namespace and the lengths of their values, at one moment.
+_LENGTHS = """
+local found = {}
+for _, key in ipairs(redis.call('KEYS', ARGV[1] .. '*:*:*')) do
+    table.insert(found, key)
+    table.insert(found, redis.call('STRLEN', key))
+end
+return found
+"""
+
+
+class Tenant:
+    """Stores of a namespace with a budget, and what is really there."""
+
+    def __init__(self, server: Server, **params: Any) -> None:
+        self.params = {"url": server.url, "chunk_size": CHUNK, "retry_timeout": 5, **params}
+        self.config = Config.load(self.params, {})
+        self.client = server.client
+        self.keys = Keyspace.of(self.config)
+        self._stores: list[ObjectStore] = []
+        self._link = Link(self.config)
+        self.ledger = Ledger(self._link, self.keys)
+
+    def store(self, node: str = NODE, **params: Any) -> ObjectStore:
+        config = Config.load({**self.params, **params}, {})
+        self._stores.append(ObjectStore(config, SESSION, node))
+        return self._stores[-1]
+
+    def budget(self, writer: str = f"{SESSION}:{NODE}:1-x", max_bytes: int | None = None) -> Budget:
+        return Budget(self._link, self.ledger, writer, max_bytes, "or do without")
+
+    def taken(self) -> int:
+        """Bytes that the keys on the server take, and that the index takes of what is whole."""
+        found = self.client.eval(_LENGTHS, 0, self.keys.root)
+        lengths = {key.decode(): size for key, size in zip(found[::2], found[1::2])}
+        headers = [key for key in lengths if key.count(":") == self.keys.root.count(":") + 2]
+        members = sum(member_cost(len(key.removeprefix(self.keys.root))) for key in headers)
+        return members + sum(cost(len(key), size) for key, size in lengths.items())
+
+    def counted(self) -> int:
+        return sum(usage.stored for usage in self.ledger.usages().values())
+
+    def data_keys(self) -> list[bytes]:
+        return sorted(self.client.keys(f"{self.keys.root}*:*:*"))
+
+    def close(self) -> None:
+        for store in self._stores:
+            store.destroy(lambda pid: False)
+            store.close()
+        self._link.close()
+
+
+@pytest.fixture
+def tenants(server: Server) -> Iterator[list[Tenant]]:
+    made: list[Tenant] = []
+    yield made
+    server.client.config_set("maxmemory", 0)
+    for tenant in made:
+        tenant.close()
+
+
+@pytest.fixture
+def tenant(server: Server, tenants: list[Tenant]) -> Any:
+    def make(**params: Any) -> Tenant:
+        tenants.append(Tenant(server, **params))
+        return tenants[-1]
+
+    return make
+
+
+def source(data: bytes, number: int = 0) -> SourceObject:
+    return SourceObject(f"{number:056x}", b"PYTHON", b"\x00owner", memoryview(data))
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
+
+
+def fill(store: ObjectStore, size: int) -> tuple[list[str], ServerFullError]:
+    """Put objects of `size` bytes until one is refused."""
+    urls: list[str] = []
+    while True:
+        more, failure = store.put([source(noise(size, len(urls)))])
+        urls += more
+        if failure is not None:
+            assert isinstance(failure, ServerFullError), failure
+            return urls, failure
+
+
+# --- what a key costs ---
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A client of a server that nobody else uses."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "redis":
+            url = stack.enter_context(redis_server(tmp_path_factory.mktemp("server")))
+        else:
+            url = stack.enter_context(valkey_server()).url
+        yield stack.enter_context(contextlib.closing(valkey.from_url(url)))
+
+
+def used(client: valkey.Valkey) -> int:
+    """The server's memory, without what connections have for large commands."""
+    client.connection_pool.disconnect()
+    wait_until(lambda: client.info("clients")["connected_clients"] == 1)
+    return int(client.info("memory")["used_memory"])
+
+
+@pytest.mark.parametrize(
+    "size",
+    [1, 44, 45, 100, 500, 1000, 4000, 10_000, 100_000, 2**17, 2**19 - 128, 2**19, 10**6, 2**23],
+)
+def test_a_key_is_counted_as_what_it_takes_or_up_to_a_quarter_more(
+    fresh: valkey.Valkey, size: int
+) -> None:
+    """The quarter is jemalloc's, which not every server has."""
+    count = max(6, min(3000, 16 * MIB // size))
+    keys = [f"ray:spill:default:{SESSION}:{NODE}:{'c' * 56}.{i:027x}.1:0" for i in range(count)]
+    fresh.execute_command("FLUSHALL", "SYNC")
+    before = used(fresh)
+    value = noise(size)
+    for start in range(0, count, 500):
+        with fresh.pipeline(transaction=False) as pipeline:
+            for key in keys[start : start + 500]:
+                pipeline.set(key, value)
+            pipeline.execute()
+    took = (used(fresh) - before) / count
+    assert 0.99 * took <= cost(len(keys[0]), size) <= 1.26 * took
+
+
+def test_an_entry_is_counted_as_what_it_takes_or_somewhat_more(fresh: valkey.Valkey) -> None:
+    names = [f"{SESSION}:{NODE}:{'c' * 56}.{i:027x}.{i}.{i}.{i}" for i in range(5000)]
+    fresh.execute_command("FLUSHALL", "SYNC")
+    before = used(fresh)
+    for start in range(0, len(names), 500):
+        fresh.zadd("index", dict.fromkeys(names[start : start + 500], 0))
+    took = (used(fresh) - before) / len(names)
+    assert took <= sum(member_cost(len(name)) for name in names) / len(names) <= 1.4 * took
+
+
+@pytest.mark.parametrize(
+    ("maxmemory", "left"),
+    [
+        (1, 0),
+        (4 * MIB, MIB),
+        (64 * MIB, 16 * MIB),
+        (256 * MIB, 16 * MIB),
+        (GIB, GIB // 20),
+        (100 * GIB, 5 * GIB),
+    ],
+)
+def test_a_twentieth_of_the_server_is_left_to_others_but_not_too_little(
+    maxmemory: int, left: int
+) -> None:
+    assert margin(maxmemory) == left
+
+
+# --- max_bytes ---
+
+
+@pytest.mark.parametrize("size", [3000, 85_000])
+def test_what_is_stored_is_counted_exactly_and_stays_within_max_bytes(
+    tenant: Any, size: int
+) -> None:
+    ours = tenant(max_bytes=MIB)
+    store = ours.store()
+    urls, failure = fill(store, size)
+    assert ours.counted() == ours.taken() <= MIB
+    # Another one would not have fitted.
+    assert ours.taken() * (len(urls) + 1) / len(urls) > MIB
+    assert "max_bytes" in str(failure)
+    assert "1.0 MiB" in str(failure)
+    assert "overflow_uri" in str(failure)
+
+
+def test_what_is_refused_leaves_nothing_and_what_was_deleted_makes_room(tenant: Any) -> None:
+    ours = tenant(max_bytes=MIB)
+    store = ours.store()
+    urls, _ = fill(store, 85_000)
+    there = ours.data_keys()
+    for size in (85_000, 300_000, 2 * MIB):
+        assert store.put([source(noise(size))])[0] == []
+        assert ours.data_keys() == there
+        assert ours.ledger.grants() == {}
+        assert list(ours.ledger.pending(Owner(SESSION, NODE))) == []
+    for _ in range(3):
+        store.delete(urls)
+        assert ours.counted() == 0
+        again, _ = fill(store, 85_000)
+        assert len(again) == len(urls)
+        urls = again
+
+
+def test_of_several_objects_the_first_that_fit_are_stored(tenant: Any) -> None:
+    ours = tenant(max_bytes=MIB)
+    urls, failure = ours.store().put([source(noise(150_000, i), i) for i in range(20)])
+    assert isinstance(failure, ServerFullError)
+    assert len(urls) == 6
+    assert ours.counted() == ours.taken() <= MIB
+
+
+@pytest.mark.parametrize("max_bytes", [0, 1, 300, CHUNK // 2, 5 * CHUNK])
+@pytest.mark.parametrize("size", [0, 9000, 85_000])
+def test_what_is_larger_than_all_of_the_budget_is_refused(
+    tenant: Any, max_bytes: int, size: int
+) -> None:
+    if size + 1000 < max_bytes:
+        size += max_bytes
+    ours = tenant(max_bytes=max_bytes)
+    urls, failure = ours.store().put([source(noise(size))])
+    if not urls:
+        assert isinstance(failure, ServerFullError)
+        assert ours.data_keys() == []
+    assert ours.counted() == ours.taken() <= max_bytes
+
+
+def test_compressible_data_count_as_what_is_left_of_them(tenant: Any) -> None:
+    ours = tenant(max_bytes=MIB)
+    urls, failure = ours.store().put([source(bytes(20 * MIB))])
+    assert len(urls) == 1 and failure is None
+    assert ours.counted() == ours.taken() <= MIB
+
+
+@pytest.mark.parametrize("compression", ["auto", "lz4"])
+def test_data_that_look_more_compressible_than_they_are_stay_within_the_budget(
+    tenant: Any, compression: str
+) -> None:
+    ours = tenant(max_bytes=MIB, compression=compression)
+    data = bytearray(noise(4 * MIB))
+    for start in np.linspace(0, len(data) - 100_000, 8).astype(int):
+        data[start : start + 100_000] = bytes(100_000)
+    _, failure = ours.store().put([source(bytes(data))])
+    assert isinstance(failure, ServerFullError)
+    assert ours.data_keys() == []
+    assert ours.counted() == 0
+
+
+def test_2000_small_objects_are_put_with_few_questions(
+    tenant: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = tenant(max_bytes=8 * MIB)
+    asked = []
+    reserve = Ledger.reserve
+
+    def counted(self: Ledger, *args: Any) -> tuple[int, int]:
+        asked.append(args)
+        return reserve(self, *args)
+
+    monkeypatch.setattr(Ledger, "reserve", counted)
+    urls, failure = ours.store().put([source(noise(30, i), i) for i in range(2000)])
+    assert len(urls) == 2000 and failure is None
+    assert ours.counted() == ours.taken()
+    assert len(asked) < 50
+
+
+def test_namespaces_of_one_server_have_budgets_of_their_own(tenant: Any) -> None:
+    one, other = tenant(max_bytes=MIB), tenant(max_bytes=2 * MIB, namespace="other-1")
+    (first, _), (second, _) = fill(one.store(), 85_000), fill(other.store(), 85_000)
+    assert one.counted() == one.taken() <= MIB < other.counted() == other.taken() <= 2 * MIB
+    assert len(second) >= 2 * len(first)
+
+
+def test_nodes_of_a_namespace_share_its_budget(tenant: Any) -> None:
+    ours = tenant(max_bytes=MIB)
+    first, second = ours.store("aa"), ours.store("bb")
+    urls, _ = fill(first, 85_000)
+    assert fill(second, 85_000)[0] == []
+    first.delete(urls[:3])
+    assert len(fill(second, 85_000)[0]) == 3
+
+
+def test_after_the_server_lost_its_books_all_of_the_budget_is_there_again(
+    tenant: Any, server: Server
+) -> None:
+    ours = tenant(max_bytes=MIB)
+    store = ours.store()
+    before, _ = fill(store, 85_000)
+    server.settle_foreign()
+    after, _ = fill(store, 85_000)
+    assert len(after) == len(before)
+    assert store.delete(before) == []
+    assert ours.counted() == ours.taken() <= MIB
+
+
+def test_books_lost_in_the_middle_of_a_put_are_begun_anew(
+    tenant: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = tenant(max_bytes=MIB)
+    store = ours.store()
+    take = Budget.take
+    takes = iter(range(100))
+
+    def lost_at_the_fifth(self: Budget, size: int) -> None:
+        if next(takes) == 5:
+            server.settle_foreign()
+        take(self, size)
+
+    monkeypatch.setattr(Budget, "take", lost_at_the_fifth)
+    urls, failure = store.put([source(noise(300_000))])
+    assert urls == [] and failure is not None
+    monkeypatch.undo()
+    assert ours.taken() == ours.counted() == 0
+    fill(store, 85_000)
+    assert ours.counted() == ours.taken() <= MIB
+
+
+@pytest.mark.parametrize("drift", [f"1 1 {GIB} 1", "1 1 1 1"])
+def test_drift_is_corrected_when_a_node_recovers(tenant: Any, drift: str) -> None:
+    ours = tenant(max_bytes=MIB)
+    store = ours.store()
+    urls, _ = fill(store, 85_000)
+    ours.client.hset(ours.keys.usage, f"{SESSION}:{NODE}", drift)
+    store.recover(lambda pid: True)
+    assert ours.counted() == ours.taken()
+    assert ours.ledger.usages()[Owner(SESSION, NODE)].objects == len(urls)
+
+
+def test_what_a_killed_writer_may_have_written_counts_until_it_is_removed(tenant: Any) -> None:
+    ours = tenant(max_bytes=MIB)
+    ours.budget(f"{SESSION}:{NODE}:4711-x", MIB).take(900_000)
+    store = ours.store()
+    store.recover(lambda pid: True)
+    assert store.put([source(noise(200_000))])[0] == []
+    store.recover(lambda pid: pid != 4711)
+    assert ours.ledger.grants() == {}
+    assert len(store.put([source(noise(200_000))])[0]) == 1
+
+
+def test_an_abandoned_grant_stands_until_it_is_released(tenant: Any) -> None:
+    ours = tenant()
+    ours.ledger.reserve("w", Grant(0, 0), 5, 5, None, None)  # somebody else's stays
+    budget = ours.budget(max_bytes=MIB)
+    budget.take(500_000)
+    (standing,) = budget.abandon()
+    assert budget.abandon() == []
+    with pytest.raises(ServerFullError):
+        budget.take(600_000)
+    budget.take(400_000)
+    budget.release()
+    ours.ledger.release([standing])
+    budget.take(600_000)
+    budget.release()
+    assert ours.ledger.grants() == {"w": Grant(5, 0)}
+    ours.ledger.release(["w"])
+
+
+def test_what_a_broken_put_left_counts_until_it_is_removed(tmp_path: Path) -> None:
+    with contextlib.closing(Rig(tmp_path / "data")) as rig:
+        server = Server(rig.proxy.url, rig.proxy.port, rig.client, None)
+        ours = Tenant(server, max_bytes=10 * MIB, retry_timeout=0.5, chunk_size=100_000)
+        with contextlib.closing(ours):
+            store = ours.store()
+            rig.proxy.to_server.refuse_after = 6 * MIB
+            urls, failure = store.put([source(noise(8 * MIB))])
+            assert urls == []
+            assert isinstance(failure, ServerUnavailableError)
+            rig.proxy.refusing = False
+            left = ours.taken()
+            assert left > 4 * MIB
+            urls, failure = store.put([source(noise(8 * MIB))])
+            assert urls == []
+            assert isinstance(failure, ServerFullError)
+            assert ours.taken() == left
+            assert store.recover(lambda pid: True) == 1
+            assert ours.ledger.grants() == {}
+            assert len(store.put([source(noise(8 * MIB))])[0]) == 1
+
+
+# --- without max_bytes ---
+
+
+def test_spilling_stops_short_of_the_servers_memory_by_the_margin(
+    tenant: Any, server: Server
+) -> None:
+    ours = tenant(chunk_size=100_000)
+    limit = 64 * MIB
+    server.client.config_set("maxmemory", limit)
+    _, failure = fill(ours.store(), 4 * MIB)
+    assert ours.taken() > limit - margin(limit) - 8 * MIB
+    assert server.client.info("memory")["used_memory"] < limit - margin(limit) + MIB
+    assert "64.0 MiB" in str(failure) and "maxmemory" in str(failure)
+    server.client.set("emb:new", bytes(8 * MIB))
+    server.client.delete("emb:new")
+
+
+def test_limits_may_come_and_go_while_a_writer_writes(
+    tenant: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = tenant()
+    budget = ours.budget()
+    monkeypatch.setattr(budget_module, "_BETWEEN_LOOKS", -1)
+    budget.take(100 * MIB)
+    assert ours.ledger.grants() == {}
+    server.client.config_set("maxmemory", 64 * MIB)
+    budget.take(MIB)
+    # What it wrote without being asked is with it: the server tells of that too.
+    (grant,) = ours.ledger.grants().values()
+    assert grant.granted >= 101 * MIB
+    with pytest.raises(ServerFullError, match="maxmemory"):
+        budget.take(64 * MIB)
+    server.client.config_set("maxmemory", 0)
+    budget.take(64 * MIB)
+    budget.release()
+    assert ours.ledger.grants() == {}
+
+
+@pytest.mark.parametrize("policy", ["volatile-lru", "volatile-ttl", "volatile-random"])
+def test_what_the_server_may_evict_of_others_counts_as_room(
+    tenant: Any, server: Server, policy: str
+) -> None:
+    ours = tenant(chunk_size=500_000, compression="none")
+    store = ours.store()
+    caches = [f"vllm:kv:{i}" for i in range(200)]
+    kept = [f"session:{i}" for i in range(100)]
+    assert store.put([source(bytes(10 * MIB), i) for i in range(2)])[1] is None
+    for key in caches:
+        server.client.set(key, bytes(200_000), ex=3600)
+    for key in kept:
+        server.client.set(key, bytes(200_000))
+    used = server.client.info("memory")["used_memory"]
+    server.client.config_set("maxmemory", used)
+    budget = ours.budget()
+    with pytest.raises(ServerFullError):
+        budget.take(MIB)
+    server.client.config_set("maxmemory-policy", policy)
+    evictable = 200 * 200_000 - margin(used)
+    budget.require(int(0.8 * evictable))
+    with pytest.raises(ServerFullError):
+        budget.require(int(1.2 * evictable))
+    budget.release()
+    server.client.config_set("maxmemory", 0)
+    server.client.delete(*caches, *kept)
+
+
+# --- many writers ---
+
+_WRITER = """
+import json, random, sys
+import numpy as np
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.objects import ObjectStore, SourceObject
+
+params, node, seed = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+chance = random.Random(seed)
+store = ObjectStore(Config.load(params, {}), "session_1", node)
+random_data = np.random.default_rng(seed).bytes(1 << 20)
+urls = []
+while True:
+    sources = []
+    for i in range(chance.randrange(1, 12)):
+        size = chance.choice([0, 300, 9_000, 60_000, 200_000, 400_000])
+        data = random_data[:size] if chance.random() < 0.8 else bytes(size)
+        sources.append(SourceObject(f"{i:056x}", b"", b"", memoryview(data)))
+    more, failure = store.put(sources)
+    urls += more
+    if failure is not None or chance.random() < 0.2:
+        chance.shuffle(urls)
+        store.delete(urls[: len(urls) // 2])
+        del urls[: len(urls) // 2]
+    print("refused" if failure else "put", flush=True)
+"""
+
+
+class Writer:
+    """A process that puts and deletes until it is killed, and tells what came of each put."""
+
+    def __init__(self, params: dict[str, Any], node: str, seed: int, log: Path) -> None:
+        self.node = node
+        self._log = log
+        with log.open("wb") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _WRITER, json.dumps(params), node, str(seed)], stdout=out
+            )
+
+    def has_met_the_limit(self) -> bool:
+        assert self._process.poll() is None
+        told = self._log.read_text().split()
+        return told.count("put") > 5 and told.count("refused") > 2
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.mark.slow
+def test_many_writers_that_are_killed_at_random_never_exceed_the_budget(
+    tenant: Any, tmp_path: Path
+) -> None:
+    limit = 3 * MIB
+    ours = tenant(max_bytes=limit)
+    chance = random.Random(5)
+    seeds = iter(range(100))
+    looks: list[int] = []
+
+    def start(node: str) -> Writer:
+        seed = next(seeds)
+        return Writer(ours.params, node, seed, tmp_path / str(seed))
+
+    def looked_until_all_have_met_the_limit(writers: Sequence[Writer]) -> bool:
+        looks.extend(ours.taken() for _ in range(50))
+        return all(writer.has_met_the_limit() for writer in writers)
+
+    with contextlib.ExitStack() as stack:
+        writers = [start(node) for node in ("aa", "aa", "bb")]
+        stack.callback(lambda: [writer.kill() for writer in writers])
+        stores = {node: ours.store(node) for node in ("aa", "bb")}
+        for _ in range(3):
+            wait_until(lambda: looked_until_all_have_met_the_limit(writers), timeout=60)
+            victim = chance.randrange(len(writers))
+            writers[victim].kill()
+            writers[victim] = start(writers[victim].node)
+            stores[writers[victim].node].recover(is_running)
+        wait_until(lambda: looked_until_all_have_met_the_limit(writers), timeout=60)
+    assert max(looks) <= limit
+    assert max(looks) > limit / 2
+    for store in stores.values():
+        store.recover(is_running)
+    assert ours.ledger.grants() == {}
+    assert ours.counted() == ours.taken()
+    assert {*ours.ledger.usages().values()} != {Usage()}
+    for store in stores.values():
+        store.destroy(is_running)
+    assert ours.data_keys() == []
+    assert ours.counted() == 0
+    assert ours.store().put([source(noise(int(0.9 * limit)))])[1] is None
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
