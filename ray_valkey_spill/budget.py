@@ -128,7 +128,8 @@ class Budget:
         if not memory.maxmemory and self._max_bytes is None:
             self._unlimited_until = time.monotonic() + _BETWEEN_LOOKS
             return
-        room = self._room(memory) if memory.maxmemory else None
+        # Where everything may be evicted, a server is always full, and has room nevertheless.
+        room = self._room(memory) if memory.maxmemory and not memory.evicts_all else None
         self._has_asked = True
         granted, used = self._ledger.reserve(
             self._name, self._grant, least, most, self._max_bytes, room

@@ -92,7 +92,7 @@ class CleanUp:
 
     def sessions(self) -> set[str]:
         """All that have anything here."""
-        return {*self._ledger.places(), *(owner.session for owner in self._owners())}
+        return {owner.session for owner in self._owners()}
 
     def find(self, tell: Callable[[str], None] = lambda text: None) -> list[Remains]:
         """Watch for about as long as a lease lasts; returns what the dead have left.
@@ -100,10 +100,7 @@ class CleanUp:
         Args:
             tell: is given lines on what is waited for, and on what is kept and why.
         """
-        places = self._ledger.places()
         owners = self._owners()
-        # What a session has agreed on may be all that is left of it.
-        owners |= {Owner(session, "") for session in places.keys() - {o.session for o in owners}}
         before = self._leases()
         silent = self._watch(owners, LEASE, tell)
         running = {
@@ -141,7 +138,12 @@ class CleanUp:
         return leases
 
     def _owners(self) -> set[Owner]:
-        return {*self._ledger.owners(), *(self._overflow.owners() if self._overflow else ())}
+        owners, sessions = self._ledger.owners(), {*self._ledger.places()}
+        if self._overflow is not None:
+            owners |= self._overflow.owners()
+            sessions |= self._overflow.sessions()
+        # What a session has agreed on may be all that is left of it, and is no node's.
+        return owners | {Owner(session, "") for session in sessions - {o.session for o in owners}}
 
     def _running(self, session: str, addresses: Iterable[str]) -> RunningSession | None:
         """As `gcs.running_at`, for all the addresses that a session's GCS may have."""

@@ -43,7 +43,7 @@ MAX_CHUNK_SIZE = 8 * MIB
 # separators; a namespace moreover must not contain the ":" that ends it.
 _PREFIX_PATTERN = re.compile(r"ray:[A-Za-z0-9_.:@-]*")
 _NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_.@-]{1,128}")
-_OVERFLOW_PATTERN = re.compile(r"(file://)?/\S*|(s3|gs|gcs|abfss?|hdfs|viewfs)://\S+")
+_OVERFLOW_PATTERN = re.compile(r"/[^\x00-\x1f]*|file:///\S*|(s3|gs|gcs|abfss?|hdfs|viewfs)://\S+")
 _PLAIN_SCHEMES = ("valkey", "redis", "unix")
 _TLS_SCHEMES = ("valkeys", "rediss")
 
@@ -351,7 +351,7 @@ def _refuse_credentials(overflow_uri: Any) -> None:
     parts = str(overflow_uri or "").partition("://")[2]
     authority, _, rest = parts.partition("/")
     if ":" in authority.rpartition("@")[0] or re.search(
-        "[?&][^=&]*(key|secret|token)[^=&]*=", rest, re.IGNORECASE
+        "[?&]([^=&]*(key|secret|token)[^=&]*|sig)=", rest, re.IGNORECASE
     ):
         raise ConfigError(
             "credentials in overflow_uri are refused, because the spilling config is on the "

@@ -582,9 +582,11 @@ class ObjectStore:
             overflow.sign(session, token)
         # A server that has lost its data is told again.
         agreed = ledger.place(session, token)
-        if known is None and agreed != token:
+        is_here = agreed == self._place or overflow.is_signed(session, agreed)
+        if agreed != token and (is_here or known is None):
+            # Others were faster, and nobody will look for this one.
             overflow.unsign(session, token)
-        if agreed != self._place and not overflow.is_signed(session, agreed):
+        if not is_here:
             raise OverflowUnavailableError(
                 f"the overflow at {overflow} is not the one that the session's other nodes have: "
                 "what they leave there is not here",

@@ -604,6 +604,15 @@ def test_the_place_that_a_session_agreed_on_is_removed_if_nothing_else_is_left(
     namespace.expect_nothing()
 
 
+def test_a_place_that_the_server_has_forgotten_is_removed(namespace: Namespace) -> None:
+    store = namespace.store(DEAD)
+    store.join_overflow()
+    namespace.client.delete(namespace.keys.places)
+    assert namespace.look().sessions() == {DEAD}
+    assert namespace.gc() == []
+    namespace.expect_nothing()
+
+
 def test_a_place_is_kept_if_its_session_gets_a_lease(namespace: Namespace) -> None:
     store = namespace.store(LIVING)
     store.join_overflow()

@@ -199,7 +199,37 @@ def test_their_defaults_are_accepted() -> None:
     load(max_bytes=None, min_replicas=0, overflow_uri=None)
 
 
+@pytest.mark.parametrize(
+    "uri", ["/mnt/spill", "/mnt/with space", "file:///mnt/spill", "s3://bucket/path?region=eu"]
+)
+def test_an_overflow_is_a_directory_or_a_uri(uri: str) -> None:
+    assert load(overflow_uri=uri).overflow_uri == uri
+
+
+@pytest.mark.parametrize("uri", ["mnt/spill", "file://mnt", "http://host/x", "s3://", "", "/a\nb"])
+def test_an_overflow_that_means_nothing_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="overflow_uri must be an absolute path, or a URI"):
+        load(overflow_uri=uri)
+
+
 # --- secrets ---
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"s3://key:{SECRET}@bucket/path",
+        f"s3://bucket/path?access_key=x&secret_key={SECRET}",
+        f"s3://bucket/path?region=eu&session_token={SECRET}",
+        f"abfs://container/path?sig={SECRET}",
+        f"nonsense://key:{SECRET}@bucket",
+    ],
+)
+def test_credentials_of_the_overflow_are_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(ConfigError, match="credentials in overflow_uri are refused") as caught:
+        load(overflow_uri=uri)
+    assert SECRET not in str(caught.value)
+    assert "AWS_ACCESS_KEY_ID" in caught.value.mend
 
 
 @pytest.mark.parametrize(

