@@ -11,11 +11,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory_pressure, scaling, wire
+from benchmarks import memory_pressure, neighbours, scaling, wire
 from benchmarks.common import note, table
 from benchmarks.memory_pressure import Job
 
-BENCHMARKS = {"wire": wire, "memory_pressure": memory_pressure, "scaling": scaling}
+BENCHMARKS = {
+    "wire": wire,
+    "memory_pressure": memory_pressure,
+    "scaling": scaling,
+    "neighbours": neighbours,
+}
 
 _PREFACE = """
 Written by `python -m benchmarks.report`. Contenders run in turn, after a warm-up, and figures are
@@ -76,6 +81,18 @@ def _targets(results: dict[str, Any]) -> Iterator[list[str]]:
         destroy = results["scaling"]["live_objects"]["destroy"]
         what = f"destroy {destroy['objects']:,} objects beside {destroy['foreign_keys']:,} keys"
         yield _target(f"{what}: commands over 10 ms", destroy["commands_over_10_ms"], at_most=0)
+    if "neighbours" in results:
+        yield from _neighbour_targets(results["neighbours"]["settings"])
+
+
+def _neighbour_targets(settings: list[dict[str, Any]]) -> Iterator[list[str]]:
+    default = neighbours.Setting()
+    for found in settings:
+        if (found["chunk_size"], found["window"]) == (default.chunk_size, default.window):
+            for way in ("spill", "restore"):
+                what = f"a neighbour's 1 KiB GET beside {found['writers']} writers, {way}"
+                times = found[way]["of_idle_p99"]
+                yield _target(f"{what}: p99, of that beside nobody", times, at_most=3)
 
 
 def _wire_targets(cases: dict[str, Any]) -> Iterator[list[str]]:

@@ -542,7 +542,18 @@ class ObjectStore:
             is_destroyed: whether the node's data were destroyed: there is to be no lease then. That
                 must be so before they are. A server may also have lost a lease with all its data.
         """
-        ledger = self._recovery.ledger
+        self._renew_lease(self._recovery.ledger, gcs_address, is_destroyed)
+
+    def begin_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
+        """As `renew_lease`, before the first `put` and in its thread: nobody may know of the node
+        yet, nor where its GCS is.
+        """
+        if not self._has_lease:
+            self._renew_lease(self._tier.ledger, gcs_address, is_destroyed)
+
+    def _renew_lease(
+        self, ledger: Ledger, gcs_address: str, is_destroyed: Callable[[], bool]
+    ) -> None:
         if self._has_lease and ledger.renew(self._owner, gcs_address, new=False):
             return
         self._has_lease = not is_destroyed() and ledger.renew(self._owner, gcs_address, new=True)

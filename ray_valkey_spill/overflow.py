@@ -49,8 +49,8 @@ _SIGNATURE = "place."
 _FILE = re.compile(r"([^/]+)\.([0-9]+)(\.part)?")
 # Seconds that a head waits for an overflow to answer; a head start has to fail within five.
 _SIGN_TIMEOUT = 4.0
-# Of removing a directory that others are just writing to or removing from.
-_DELETE_ATTEMPTS = 10
+# Of removing a directory: files may come and go that somebody was at when it still had its name.
+_DELETE_ATTEMPTS = 5
 # Google's client would retry for a quarter of an hour, without a word.
 _GCS_RETRY_SECONDS = 10
 
@@ -319,7 +319,9 @@ class OverflowTier:
 
     def _list(self, directory: str, kind: Any = fs.FileType.File) -> list[tuple[str, int]]:
         """The paths and lengths of what is in a directory; nothing if it is not there."""
-        with self._errors():
+        found: list[Any] = []
+        # `allow_not_found` does not help where it was not there, and then another made it.
+        with self._errors(), contextlib.suppress(FileNotFoundError):
             found = self._fs.get_file_info(fs.FileSelector(directory, allow_not_found=True))
         return [(info.path, info.size or 0) for info in found if info.type == kind]
 
@@ -339,16 +341,23 @@ class OverflowTier:
     def _delete_directory(self, path: str) -> None:
         """Remove a directory and all in it, whatever others write or remove there meanwhile."""
         with self._errors():
+            if self._has_directories:
+                # Under a name that nobody else writes to. If this is killed, a clean-up takes it
+                # for that of a node, or of a session, which is dead.
+                path, known = f"{path}.{os.urandom(4).hex()}", path
+                try:
+                    self._fs.move(known, path)
+                except FileNotFoundError:
+                    return
             for attempts_left in reversed(range(_DELETE_ATTEMPTS)):
                 try:
                     self._fs.delete_dir(path)
+                    return
                 except OSError:
                     if self._fs.get_file_info(path).type == fs.FileType.NotFound:
                         return
                     if not attempts_left:
                         raise
-                else:
-                    return
 
     def _remove_if_empty(self, *paths: str) -> None:
         """Remove directories that have nothing in them."""

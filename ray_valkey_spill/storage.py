@@ -132,6 +132,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._recovery.start()
         try:
             sources = self._sources(object_refs, owner_addresses)
+            self._store.begin_lease(_gcs_address(), self._is_destroyed)
             urls, failure = self._store.put(sources)
         except SpillError as error:
             urls, failure = [], error

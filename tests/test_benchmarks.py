@@ -50,6 +50,30 @@ def test_scaling_destroys_its_objects_and_nothing_else() -> None:
         assert server["524160"]["memory"] < 1.02
 
 
+def test_neighbours_are_measured_beside_nobody_and_beside_spilling() -> None:
+    found = quick("neighbours")
+    (setting,) = found["settings"]
+    assert setting["spill"]["mb_per_s"] > 0
+    assert setting["restore"]["mb_per_s"] > 0
+    for run in found["tenants"].values():
+        assert all(tally["operations"] > 0 for tally in run["tenants"].values())
+        assert run["tenants"]["session:"]["wrong"] == 0
+
+
+def test_a_working_set_many_times_the_servers_memory_comes_back_from_the_overflow() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.overflow", "--gib=0.6", "--json"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        timeout=300,
+        check=False,
+    )
+    (run,) = json.loads(result.stdout)["runs"]
+    assert run["failures"] == []
+    assert result.returncode == 0
+    assert run["peaks"]["overflow_bytes"] > run["peaks"]["valkey_bytes"]
+
+
 @pytest.mark.timeout(900)
 def test_two_minutes_of_faults_lose_and_wedge_and_leave_nothing() -> None:
     seed = random.getrandbits(32)
