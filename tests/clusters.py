@@ -50,6 +50,7 @@ def local_ray(
         yield
     finally:
         shut_down()
+        _end_clean_ups()
 
 
 @contextlib.contextmanager
@@ -72,6 +73,7 @@ def cluster_with(system_config: dict[str, Any], nodes: int) -> Iterator[Cluster]
     finally:
         ray.shutdown()
         cluster.shutdown()
+        _end_clean_ups()
 
 
 def add_node(cluster: Cluster, number: int, **options: Any) -> None:
@@ -113,6 +115,17 @@ def expect_no_keys(server: Server) -> None:
     """All references are gone, so all keys must go; the neighbours' stay as they are."""
     wait_until(lambda: server.spilled_keys() == [])
     server.assert_foreign_untouched()
+
+
+def clean_ups() -> list[psutil.Process]:
+    """The clean-ups of dead sessions that head starts of this process have begun."""
+    return [child for child in psutil.Process().children() if "ray_valkey_spill gc" in title(child)]
+
+
+def _end_clean_ups() -> None:
+    """They would watch for a minute."""
+    for process in clean_ups():
+        kill(process.pid)
 
 
 def io_workers() -> list[psutil.Process]:

@@ -15,6 +15,7 @@ import ray
 from clusters import (
     MIB,
     OBJECT_STORE,
+    clean_ups,
     cluster,
     expect_no_keys,
     io_workers,
@@ -164,11 +165,6 @@ def test_a_head_that_was_killed_and_started_again_removes_what_is_left_of_its_pa
         assert [int(ray.get(ref)[0]) for ref in refs] == list(range(30))
         wait_until(lambda: not clean_ups())
     assert spilling.our_keys() == []
-
-
-def clean_ups() -> list[psutil.Process]:
-    """The clean-ups that head starts of this process have begun."""
-    return [child for child in psutil.Process().children() if " gc" in title(child)]
 
 
 def test_removing_a_node_leaves_the_objects_of_the_others(spilling: Server) -> None:
