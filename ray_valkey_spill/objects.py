@@ -424,7 +424,7 @@ class ObjectStore:
 
         Raises:
             LostObjectError: if a chunk is missing or damaged, also when fetched a second time.
-            ServerError: as `wire.Link.run`.
+            ServerError, OverflowUnavailableError: as `wire.Link.run`, and as the overflow tells.
         """
         header = found.header
         if header.inline:
@@ -503,7 +503,7 @@ class ObjectStore:
             The URLs that are none of ours.
 
         Raises:
-            ServerError: some may be left.
+            ServerError, OverflowUnavailableError: some may be left.
         """
         places, foreign = self._places(urls)
         self._remove(self._tier, places)
@@ -619,7 +619,8 @@ class ObjectStore:
             How many objects were removed.
 
         Raises:
-            ServerError: what could not be removed is left for the next time.
+            ServerError, OverflowUnavailableError: what could not be removed is left for the next
+                time.
         """
         left, grants = _all_of(self._abandoned), {*_all_of(self._abandoned_grants)}
         removed = False

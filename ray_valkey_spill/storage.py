@@ -130,21 +130,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         if not object_refs:
             return []
         self._recovery.start()
-        try:
-            sources = self._sources(object_refs, owner_addresses)
-            self._store.begin_lease(_gcs_address(), self._is_destroyed)
-            urls, failure = self._store.put(sources)
-        except SpillError as error:
-            urls, failure = [], error
-        if failure is not None:
-            self._outage.failed("objects cannot be spilled", failure)
-            if self._store.has_left_some:
-                self._recovery.wake()
+        urls = self._spill(object_refs, owner_addresses)
         if not urls:
             self._outage.pause()
-            return []
-        if failure is None:
-            self._outage.over()
         return [url.encode() for url in urls]
 
     def restore_spilled_objects(
@@ -239,6 +227,25 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return directory and directory / f"{self._shared}.destroyed"
 
     # --- spill ---
+
+    def _spill(self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]) -> list[str]:
+        """The URLs of what could be stored. Holds nothing of plasma's once it is over."""
+        try:
+            self._store.begin_lease(_gcs_address(), self._is_destroyed)
+            urls, failure = self._store.put(self._sources(refs, owner_addresses))
+        except SpillError as error:
+            self._cannot_spill(error)
+            return []
+        if failure is None:
+            self._outage.over()
+        else:
+            self._cannot_spill(failure)
+        return urls
+
+    def _cannot_spill(self, error: SpillError) -> None:
+        self._outage.failed("objects cannot be spilled", error)
+        if self._store.has_left_some:
+            self._recovery.wake()
 
     def _sources(
         self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]
