@@ -196,7 +196,7 @@ class ObjectStore:
             rest = sources[len(stored) :]
             stored, failure = self._put_in_overflow(rest)
             places += [Place(entry.name, entry.size, overflow=True) for entry in stored]
-        return [self.keys.url(place) for place in places], _without_frames(failure)
+        return [self.keys.url(place) for place in places], failure
 
     def _put_in_valkey(
         self, sources: Sequence[SourceObject]
@@ -219,7 +219,7 @@ class ObjectStore:
             failure = values.failure
         except ServerUnavailableError as error:
             self._abandon(names)
-            return [], error
+            return [], _without_frames(error)
         except SpillError as error:
             failure = error
         try:
@@ -235,12 +235,12 @@ class ObjectStore:
                 self._tier.remove(names)
             except SpillError:
                 self._abandon(names)
-            return [], failure or error
+            return [], _without_frames(failure or error)
         finally:
             # What stays granted by mistake is corrected with the next grant or release.
             with contextlib.suppress(SpillError):
                 self._budget.release()
-        return stored, failure
+        return stored, _without_frames(failure)
 
     def _abandon(self, names: Sequence[ObjectName]) -> None:
         """Leave objects to `recover`, and what was granted for them."""
@@ -257,7 +257,7 @@ class ObjectStore:
                 for entry in self._reachable_overflow().write(values):
                     stored.append(entry)
         except SpillError as error:
-            return stored, error
+            return stored, _without_frames(error)
         return stored, None
 
     def _new_name(self, source: SourceObject) -> ObjectName:

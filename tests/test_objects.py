@@ -530,19 +530,24 @@ def test_a_full_server_keeps_the_prefix_and_nothing_of_the_rest(full_server: Ser
     store.close()
 
 
-def test_a_put_that_was_refused_holds_no_memory_of_the_caller(full_server: Server) -> None:
+@pytest.mark.parametrize("overflow", [None, "overflow"])
+def test_a_put_that_was_refused_holds_no_memory_of_the_caller(
+    full_server: Server, tmp_path: Path, overflow: str | None
+) -> None:
     """A buffer of plasma's that is still held is neither freed nor used again."""
-    store = Backend(full_server.url, full_server.client).store()
+    uri = overflow and str(tmp_path / overflow)
+    store = Backend(full_server.url, full_server.client).store(overflow_uri=uri)
     data = np.frombuffer(noise(12 << 20), np.uint8).copy()
     held = weakref.ref(data)
     gc.disable()  # what only a collection frees can be held for minutes
     try:
-        _, failure = store.put([SourceObject("0" * 56, b"", b"", memoryview(data))])
-        assert isinstance(failure, ServerFullError)
+        urls, failure = store.put([SourceObject("0" * 56, b"", b"", memoryview(data))])
+        assert isinstance(failure, ServerFullError) == (not urls) == (overflow is None)
         del data, failure
         assert held() is None
     finally:
         gc.enable()
+    destroy(store)
     store.close()
 
 
