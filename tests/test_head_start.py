@@ -20,7 +20,7 @@ import ray
 import valkey
 from clusters import run_driver, system_config
 from proxy import proxy_to
-from servers import Server, valkey_server, wait_until
+from servers import Server, free_port, valkey_server, wait_until
 
 from ray_valkey_spill import ValkeyStorage, preflight, storage
 from ray_valkey_spill.config import Config
@@ -82,7 +82,7 @@ def test_a_second_storage_with_another_server_is_checked_as_well(server: Server)
 
 def test_a_cluster_is_refused_as_not_supported_yet() -> None:
     with (
-        valkey_server(cluster_enabled=True) as server,
+        valkey_server(cluster_enabled=True, cluster_port=free_port()) as server,
         pytest.raises(ConfigError, match=r"cluster.*not supported yet"),
     ):
         preflight.run_all(load(server))
