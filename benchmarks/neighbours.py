@@ -42,20 +42,27 @@ RATE = 1000  # of the neighbour's reads, a second
 VALUE = KIB
 OBJECT = 64 * MIB
 MOST_WRITERS = 4
+_MOST_YIELDING = 19
 _DEFAULT_BATCH = wire._BATCH
 WAYS = ("idle", "spill", "restore")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is swept: bytes, bytes, and how many processes spill or restore."""
+    """What is swept: bytes, bytes, and how many processes spill or restore.
+
+    Those that yield leave the processors to the server and the neighbour whenever these want one,
+    which is as near as two cores come to a machine with one to spare for these.
+    """
 
     chunk_size: int = Config.load({}, {}).chunk_size
     window: int = wire._SMALLEST_WINDOW
     writers: int = 1
+    yielding: bool = False
 
     def __str__(self) -> str:
         writers = "1 writer" if self.writers == 1 else f"{self.writers} writers"
+        writers += " that yield" if self.yielding else ""
         chunk, window = (_size(size) for size in (self.chunk_size, self.window))
         return f"{chunk}, {window} under way, {writers}"
 
@@ -67,10 +74,12 @@ def _settings(quick: bool) -> list[Setting]:
     windows = [256 * KIB, 512 * KIB, 8 * MIB]
     pairs = [(chunk, MIB) for chunk in chunks] + [(512 * KIB, window) for window in windows]
     pairs += [(64 * KIB, 256 * KIB), (128 * KIB, 256 * KIB), (256 * KIB, 512 * KIB)]
+    yielding = [(512 * KIB, MIB), (256 * KIB, 512 * KIB), (64 * KIB, 256 * KIB)]
     return [
-        Setting(chunk - 128, window, writers)
+        Setting(chunk - 128, window, writers, yields)
+        for yields, these in ((False, pairs), (True, yielding))
         for writers in (1, MOST_WRITERS)
-        for chunk, window in dict.fromkeys(pairs)
+        for chunk, window in dict.fromkeys(these)
     ]
 
 
@@ -117,6 +126,8 @@ def writer(pipe: Any, url: str, number: int, stop: Any) -> None:
     target = memoryview(bytearray(OBJECT))
     while (job := pipe.recv()) is not None:
         way, setting = job
+        if setting.yielding:
+            os.nice(_MOST_YIELDING)
         wire._SMALLEST_WINDOW = wire._LARGEST_WINDOW = setting.window
         wire._BATCH = min(_DEFAULT_BATCH, setting.window // 2)
         config = Config.load({"url": url, "chunk_size": setting.chunk_size}, {})
@@ -353,11 +364,18 @@ def four_tenants(seconds: float) -> dict[str, Any]:
 def measure(quick: bool) -> dict[str, Any]:
     rounds, seconds = (1, 0.5) if quick else (3, 1.5)
     before = os.getloadavg()
+    # In processes of their own, for who has begun to yield goes on with that.
+    by_yielding = [
+        [setting for setting in _settings(quick) if setting.yielding == yielding]
+        for yielding in (False, True)
+    ]
     return {
         "load_before": before,
         "rounds": rounds,
         "seconds": seconds,
-        "settings": sweep(_settings(quick), rounds, seconds),
+        "settings": [
+            found for each in by_yielding if each for found in sweep(each, rounds, seconds)
+        ],
         "server": server_side(4 * seconds),
         "tenants": four_tenants(6 * seconds),
         "load_after": os.getloadavg(),
@@ -383,7 +401,9 @@ def _sweep_table(settings: list[dict[str, Any]]) -> str:
     for way in WAYS[1:]:
         rows[0] += [f"{way} p50, p99, p99.9 ms", "of idle p99", "cycle µs", "MB/s"]
     for found in settings:
-        row = [_size(found["chunk_size"]), _size(found["window"]), str(found["writers"])]
+        yielding = ", yielding" if found["yielding"] else ""
+        writers = f"{found['writers']}{yielding}"
+        row = [_size(found["chunk_size"]), _size(found["window"]), writers]
         for way in WAYS:
             figures = found[way]
             row.append(", ".join(f"{figures[p]:.2f}" for p in ("p50_ms", "p99_ms", "p999_ms")))
@@ -420,7 +440,7 @@ def pictures(results: dict[str, Any], directory: Path) -> list[Path]:
     path = directory / "neighbours.png"
     series: dict[str, dict[float, float]] = {}
     for found in results["settings"]:
-        if found["window"] == Setting().window:
+        if found["window"] == Setting().window and not found["yielding"]:
             for way in WAYS[1:]:
                 line = series.setdefault(f"{way}, {found['writers']} writers", {})
                 line[found["chunk_size"] / KIB] = found[way]["of_idle_p99"]

@@ -89,8 +89,9 @@ def _neighbour_targets(settings: list[dict[str, Any]]) -> Iterator[list[str]]:
     default = neighbours.Setting()
     for found in settings:
         if (found["chunk_size"], found["window"]) == (default.chunk_size, default.window):
+            yielding = ", and yield" if found["yielding"] else ""
             for way in ("spill", "restore"):
-                what = f"a neighbour's 1 KiB GET beside {found['writers']} writers, {way}"
+                what = f"a neighbour's GET beside {found['writers']} that {way}{yielding}"
                 times = found[way]["of_idle_p99"]
                 yield _target(f"{what}: p99, of that beside nobody", times, at_most=3)
 

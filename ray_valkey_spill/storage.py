@@ -76,10 +76,11 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         ConfigError: a parameter is wrong. Not in an IO worker, where the environment of its node
             can be at fault: one that does not come up is started again without end, and nobody is
             told. It fails every operation instead, and drivers are told.
-        ServerError: the server cannot be used, as found by `preflight.run_all`. Only outside of IO
-            workers, and there only the first time for a session: that one is Ray's validation and
-            must stop the head. An IO worker comes up without the server and retries, and
-            `ray.shutdown()` must not fail because the server went first.
+        ServerError, OverflowUnavailableError: the server cannot be used, as found by
+            `preflight.run_all`, or the overflow. Only outside of IO workers, and there only the
+            first time for a session: that one is Ray's validation and must stop the head. An IO
+            worker comes up without either and retries, and `ray.shutdown()` must not fail because
+            the server went first.
     """
 
     def __init__(self, node_id: str, session_name: str, **params: Any) -> None:
