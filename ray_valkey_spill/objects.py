@@ -279,32 +279,32 @@ class ObjectStore:
         """
         ahead: deque[_Piece] = deque()
         chunks: list[Chunk] = []
-        taken = 0
+        key, taken = "", 0
 
-        def take(piece: _Piece, number: int | None, parts: Sequence[Buffer]) -> Value:
+        def take(piece: _Piece, key: str, parts: Sequence[Buffer]) -> Value:
             nonlocal taken
-            value = Value(piece.name, len(piece.source.data), number, parts)
-            size = cost(len(value.key(self.keys)), sum(map(len, parts)))
+            size = cost(len(key), sum(map(len, parts)))
             if budget is not None:
                 budget.take(size)
             taken += size
-            return value
+            return Value(key, piece.name, len(piece.source.data), parts)
 
         try:
             for piece in _lookahead(self._pieces(named), self._chunks_ahead, ahead):
                 name = piece.name
                 if piece.index == 0:
-                    chunks, taken = [], member_cost(len(str(name)))
+                    key = self.keys.header(name)
+                    chunks, taken = [], member_cost(len(key) - len(self.keys.root))
                     if budget is not None:
                         # What does not fit is better known before half of it is there.
                         budget.require(int(len(piece.source.data) * piece.ratio))
                         budget.take(taken)
                 chunk, stored = piece.job.result() if piece.job else (None, piece.data)
                 if name.chunks:
-                    yield take(piece, piece.index, [stored])
+                    yield take(piece, f"{key}:{piece.index}", [stored])
                 chunks.append(chunk or Chunk(len(stored), Codec.RAW, checksum(stored)))
                 if piece.index + 1 >= name.chunks:
-                    value = take(piece, None, self._header(piece, chunks, stored))
+                    value = take(piece, key, self._header(piece, chunks, stored))
                     yield value._replace(completes=Entry(name, value.size, taken))
         finally:
             # The caller may take its memory back once this is over.

@@ -27,20 +27,16 @@ _NAMES_PER_PAGE = 500
 
 
 class Value(NamedTuple):
-    """A chunk of an object, or its header (`number` None): buffers, one after the other.
+    """What is stored under a key, a chunk of an object or its header: buffers, one after the other.
 
     `size` is the length of the object's data; `completes` tells that this is the object's last.
     """
 
+    key: str
     name: ObjectName
     size: int
-    number: int | None
     parts: Sequence[Buffer]
     completes: Entry | None = None
-
-    def key(self, keys: Keyspace) -> str:
-        header = keys.header(self.name)
-        return header if self.number is None else f"{header}:{self.number}"
 
 
 class Stat(NamedTuple):
@@ -78,7 +74,7 @@ class ValkeyTier:
         def requests() -> Iterator[Request]:
             for value in values:
                 under_way.append(value)
-                yield store(value.key(self._keys), value.parts)
+                yield store(value.key, value.parts)
 
         for request in self._run_to_failure(requests()):
             request.result()
@@ -104,7 +100,7 @@ class ValkeyTier:
         """
         entries = [value.completes for value in values if value.completes]
         settlements = list(self.ledger.settlements(owner, entries))
-        stores = [store(value.key(self._keys), value.parts) for value in values]
+        stores = [store(value.key, value.parts) for value in values]
         names = [entry.name for entry in entries]
         self._drain([*self.ledger.registrations(names), *stores, *settlements])
         _require_settled(settlements, entries)

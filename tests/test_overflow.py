@@ -146,8 +146,8 @@ def new_name(number: int = 0, chunks: int = 3, owner: Owner = OWNER) -> ObjectNa
 def values(name: ObjectName, header: bytes = b"header") -> list[Value]:
     """An object as values: as many chunks as its name tells, and a header, which is not one."""
     size = CHUNK * name.chunks
-    chunks = [Value(name, size, i, [noise(CHUNK, i)]) for i in range(name.chunks)]
-    return [*chunks, Value(name, size, None, [header], completes=Entry(name, size, 0))]
+    chunks = [Value(f"{name}:{i}", name, size, [noise(CHUNK, i)]) for i in range(name.chunks)]
+    return [*chunks, Value(str(name), name, size, [header], completes=Entry(name, size, 0))]
 
 
 def write(tier: OverflowTier, *names: ObjectName) -> list[Entry]:
@@ -379,9 +379,9 @@ def test_an_upload_holds_no_more_than_a_part_of_an_object(bucket: Bucket) -> Non
     def large() -> Iterator[Value]:
         nonlocal grown
         for number in range(150):
-            yield Value(name, 150 * MIB, number, [data])
+            yield Value(f"{name}:{number}", name, 150 * MIB, [data])
             grown = max(grown, psutil.Process().memory_info().rss - before)
-        yield Value(name, 150 * MIB, None, [b""], completes=Entry(name, 150 * MIB, 0))
+        yield Value(str(name), name, 150 * MIB, [b""], completes=Entry(name, 150 * MIB, 0))
 
     assert len(list(tier.write(large()))) == 1
     assert grown < 48 * MIB
@@ -401,7 +401,7 @@ name = ObjectName(session, node, "a" * 56, new_attempt(), 400)
 
 def values():
     for number in range(int(sent)):
-        yield Value(name, 40_000_000, number, [bytes(100_000)])
+        yield Value(f"{name}:{number}", name, 40_000_000, [bytes(100_000)])
     print("now", flush=True)
     sys.stdin.read()
 
