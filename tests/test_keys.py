@@ -52,7 +52,7 @@ def test_a_url_is_read_back_as_it_was_written(name: ObjectName, size: int, overf
     [
         "",
         "ray:spill:default:",
-        "ray:spill:default:index",
+        "ray:spill:default:{default}:index",
         KEYS.header(NAME),
         f"{KEYS.header(NAME)}?size=3&offset=0",
         f"{KEYS.header(NAME)}?offset=7&size=3",

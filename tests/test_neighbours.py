@@ -15,7 +15,7 @@ import ray
 import valkey
 from clusters import OBJECT_STORE, local_ray, run_driver, spill
 from ray.exceptions import ObjectLostError
-from servers import BOOKS, FOREIGN, ROOT, Server, valkey_server, wait_until
+from servers import BOOKS, FOREIGN, INDEX, Server, valkey_server, wait_until
 from tenants import MIB, Embeddings, KVCache, Neighbour, Sessions, Spills, at_work
 from valkey.exceptions import NoPermissionError
 
@@ -250,11 +250,11 @@ def test_ray_spills_at_full_speed_and_touches_nothing_of_the_neighbours(
             refs = [ray.put(data + i) for i in range(count)]
             for i, ref in enumerate(refs):
                 assert (ray.get(ref, timeout=60) == data + i).all()
-            assert server.client.zcard(f"{ROOT}index") > count // 3
+            assert server.client.zcard(INDEX) > count // 3
             clients = server.client.client_list()
             assert {c["user"] for c in clients if c["lib-name"] != "valkey-py"} == {"ray"}
             del refs, ref
-            wait_until(lambda: server.client.zcard(f"{ROOT}index") == 0)
+            wait_until(lambda: server.client.zcard(INDEX) == 0)
         assert_only_our_own_was_touched(server)
         assert_nothing_lost(*others)
         assert server.our_keys() == []

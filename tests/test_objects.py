@@ -480,7 +480,9 @@ def test_destroy_finds_more_than_one_page_of_objects(backend: Backend) -> None:
 
 
 def test_a_store_touches_no_key_of_others_and_never_scans(backend: Backend) -> None:
-    backend.client.mset({"vllm:kv:a": "1", "ray:actor:x": "2", "ray:spill:other:index": "3"})
+    backend.client.mset(
+        {"vllm:kv:a": "1", "ray:actor:x": "2", "ray:spill:other:{other}:index": "3"}
+    )
     before = {key: backend.client.get(key) for key in backend.all_keys()}
     backend.client.config_resetstat()
     store = backend.store()

@@ -29,7 +29,7 @@ from clusters import (
     title,
 )
 from ray.cluster_utils import Cluster
-from servers import BOOKS, ROOT, Server, valkey_server, wait_until
+from servers import BOOKS, INDEX, ROOT, Server, valkey_server, wait_until
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ class Owner:
 
 
 def nodes_of(server: Server) -> set[str]:
-    members = server.client.zrange("ray:spill:default:index", 0, -1)
+    members = server.client.zrange(INDEX, 0, -1)
     return {member.decode().split(":")[1] for member in members}
 
 
@@ -179,13 +179,13 @@ def test_shutdown_takes_all_of_this_session_and_nothing_of_another(spilling: Ser
     neighbour = b"ray:spill:default:session_x:node_y:00ff.0000000000000000000000000a.0"
     spilling.client.set(neighbour, b"header")
     entry = neighbour.removeprefix(b"ray:spill:default:") + b".1.100"
-    spilling.client.zadd("ray:spill:default:index", {entry: 0})
+    spilling.client.zadd(INDEX, {entry: 0})
     with local_ray(spilling.url):
         refs = [ray.put(np.full(MIB, i)) for i in range(30)]
         assert spilling.spilled_ids() > {"00ff"}
         del refs[:5]
     assert spilling.spilled_ids() == {"00ff"}
-    assert spilling.our_keys() == [b"ray:spill:default:index", neighbour]
+    assert spilling.our_keys() == [INDEX.encode(), neighbour]
 
 
 def test_references_dropped_while_spilling_and_restoring(spilling: Server) -> None:
@@ -273,7 +273,7 @@ ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False
 refs = [ray.put(np.full(1 << 20, i)) for i in range(30)]
 assert all((ray.get(ref) == i).all() for i, ref in enumerate(refs))
 import valkey, sys
-print(valkey.Valkey(port=int(sys.argv[1])).zcard("ray:spill:elsewhere:index"))
+print(valkey.Valkey(port=int(sys.argv[1])).zcard("ray:spill:elsewhere:{elsewhere}:index"))
 ray.shutdown()
 """
     config = {"type": "valkey", "params": {"namespace": "elsewhere"}}

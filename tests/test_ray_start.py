@@ -29,7 +29,7 @@ def make(i):
 refs = [make.remote(i) for i in range(30)] + [ray.put(np.full(1 << 20, i)) for i in range(30)]
 assert [int(ray.get(ref)[0]) for ref in refs] == 2 * list(range(30))
 import valkey
-members = valkey.Valkey(port=int(sys.argv[2])).zrange("ray:spill:default:index", 0, -1)
+members = valkey.Valkey(port=int(sys.argv[2])).zrange("ray:spill:default:{default}:index", 0, -1)
 print(len({member.split(b":")[1] for member in members}), "nodes have spilled")
 """
 

@@ -25,7 +25,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from servers import FOREIGN, ROOT, Server, valkey_server, wait_until
+from servers import FOREIGN, INDEX, ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill import cleanup, preflight, rendering
 from ray_valkey_spill import cli as commands
@@ -713,7 +713,7 @@ NAME = f"s:n:ab.{'0' * 27}.3"
         f"ray:spill:other:{NAME}",
         f"ray:spill:other:{NAME}?offset=0&size=1",
         f"overflow:ray:spill:other:{NAME}?offset=0&size=1",
-        f"{ROOT}index",
+        INDEX,
         f"{ROOT}{NAME}:3",
         f"{ROOT}{NAME}:-1",
         f"{ROOT}{NAME}:x",
