@@ -8,11 +8,13 @@ nothing is asked but, once a second, whether there are limits now.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from ray_valkey_spill.config import KIB, MIB
 from ray_valkey_spill.errors import ServerFullError
 from ray_valkey_spill.ledger import Grant, Ledger
-from ray_valkey_spill.wire import Link, MemoryInfo
+from ray_valkey_spill.server_info import MemoryInfo
+from ray_valkey_spill.wire import Link
 
 __all__ = ["Budget", "cost", "margin", "member_cost"]
 
@@ -124,22 +126,24 @@ class Budget:
         self._link.close()
 
     def _enlarge(self, least: int, most: int) -> None:
-        memory = self._link.memory()
-        if not memory.maxmemory and self._max_bytes is None:
+        memories = self._link.memories()
+        if self._max_bytes is None and not any(memory.maxmemory for memory in memories):
             self._unlimited_until = time.monotonic() + _BETWEEN_LOOKS
             return
-        # Where everything may be evicted, a server is always full, and has room nevertheless.
-        room = self._room(memory) if memory.maxmemory and not memory.evicts_all else None
+        # What is written is spread over a cluster's shards, until one is full.
+        shards = len(memories)
+        rooms = [self._room(memory, shards) for memory in memories if _is_bounded(memory)]
+        room = shards * min(rooms) if rooms else None
         self._has_asked = True
         granted, used = self._ledger.reserve(
             self._name, self._grant, least, most, self._max_bytes, room
         )
         if not granted:
-            raise self._refusal(memory, least, used)
+            raise self._refusal(memories, least, used)
         self._grant = Grant(self._grant.granted + granted, self._grant.written)
 
-    def _room(self, memory: MemoryInfo) -> int:
-        """Bytes that may be written without the writes of others failing for that.
+    def _room(self, memory: MemoryInfo, shards: int) -> int:
+        """Bytes that may be written to one of `shards` without writes of others failing for that.
 
         Under `volatile-*` the server makes room by evicting keys that have a TTL, of which ours
         have none. How much that can be is estimated: the keys of others are taken to be alike, and
@@ -148,13 +152,13 @@ class Budget:
         room = memory.maxmemory - memory.used - margin(memory.maxmemory)
         if memory.evicts_volatile and memory.volatile:
             usages = self._ledger.usages().values()
-            ours = sum(usage.stored for usage in usages)
+            ours = sum(usage.stored for usage in usages) // shards
             keys = sum(usage.objects + usage.size // _USUAL_CHUNK for usage in usages)
-            of_others = max(memory.volatile, memory.keys - keys)
+            of_others = max(memory.volatile, memory.keys - keys // shards)
             room += max(0, memory.used - ours) * memory.volatile // of_others
         return max(0, room)
 
-    def _refusal(self, memory: MemoryInfo, wanted: int, used: int) -> Exception:
+    def _refusal(self, memories: Sequence[MemoryInfo], wanted: int, used: int) -> Exception:
         budget = self._max_bytes
         if budget is not None and used + wanted > budget:
             return ServerFullError(
@@ -162,6 +166,8 @@ class Budget:
                 f"MiB) are taken, and {wanted / MIB:.1f} MiB are wanted",
                 f"Raise max_bytes, {self._advice}",
             )
+        shards = len(memories)
+        memory = min(filter(_is_bounded, memories), key=lambda each: self._room(each, shards))
         return ServerFullError(
             f"Valkey at {self._link.address} is full (OOM) but for what is left to others: "
             f"{memory.used / MIB:.1f} MiB of maxmemory {memory.maxmemory / MIB:.1f} MiB are used, "
@@ -169,3 +175,8 @@ class Budget:
             "wanted",
             f"Raise the server's maxmemory, remove what else is in it, {self._advice}",
         )
+
+
+def _is_bounded(memory: MemoryInfo) -> bool:
+    """Whether a server can be full: where everything may be evicted it always is, and has room."""
+    return memory.maxmemory > 0 and not memory.evicts_all

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import operator
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from importlib import metadata
 from typing import Any
 
@@ -21,7 +23,8 @@ from ray_valkey_spill.objects import ObjectStore, SourceObject
 from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.registration import require_compatible
 from ray_valkey_spill.resp import command
-from ray_valkey_spill.wire import Link, ServerInfo
+from ray_valkey_spill.server_info import MemoryInfo
+from ray_valkey_spill.wire import Link
 
 __all__ = ["FAILED", "OK", "WARNING", "Finding", "run"]
 
@@ -122,31 +125,45 @@ def _overridden() -> Iterator[Finding]:
 def _server(config: Config, link: Link) -> Iterator[Finding]:
     keys = Keyspace.of(config)
     try:
-        info = preflight.check_reachable(link, keys)
+        infos = preflight.check_reachable(link, config)
     except SpillError as error:
         yield Finding(FAILED, "server", error.what, error.mend)
         return
+    info = next(iter(infos.values()))
+    memory = reduce(operator.add, [each.memory for each in infos.values()])
     yield Finding(OK, "server", f"{info.product} {info.version} at {config.address}")
 
     def topology() -> str:
-        preflight.check_topology(link, info)
-        preflight.check_serving(link, keys)
-        return "a standalone primary that serves"
+        preflight.check_topology(config, infos)
+        preflight.check_serving(link, config)
+        if info.mode == "cluster":
+            return f"a cluster of {len(infos)} shards that serve"
+        by_sentinels = (
+            f", as Sentinels say of {config.sentinel_service!r}" if config.sentinel_service else ""
+        )
+        return f"a primary that serves{by_sentinels}"
+
+    def replicas() -> str:
+        preflight.check_replicas(config, infos)
+        counts = ", ".join(f"{each.replicas} of {where}" for where, each in infos.items())
+        return f"in step: {counts}; a spill waits for {config.min_replicas}" + (
+            ", and for append-only files" if config.wait_aof else ""
+        )
 
     def policy() -> str:
-        preflight.check_policy(link, info, allow_eviction=config.allow_eviction)
-        accepted = (
-            ", accepted by allow_eviction" if info.memory.evicts_all else ": spilled objects stay"
-        )
-        return f"maxmemory-policy {info.memory.policy}{accepted}"
+        preflight.check_policy(config, infos)
+        accepted = ", accepted by allow_eviction" if memory.evicts_all else ": spilled objects stay"
+        return f"maxmemory-policy {memory.policy}{accepted}"
 
     def permissions() -> str:
-        preflight.check_permissions(link, keys)
+        preflight.check_permissions(link, config, infos)
         return f"every command that spilling needs, tried on keys below {keys.root}"
 
     yield (serves := _attempt("topology", topology))
+    if config.min_replicas or config.wait_aof:
+        yield _attempt("replicas", replicas)
     yield _attempt("policy", policy)
-    yield _memory(config, info)
+    yield _memory(config, memory)
     if serves.status == FAILED:
         return
     yield (allowed := _attempt("permissions", permissions))
@@ -154,11 +171,10 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
         if config.overflow_uri is not None:
             yield _attempt("overflow", lambda: _overflow(config))
         yield _attempt("latency", lambda: _latency(link, keys))
-        yield _attempt("throughput", lambda: _throughput(config, info))
+        yield _attempt("throughput", lambda: _throughput(config, memory))
 
 
-def _memory(config: Config, info: ServerInfo) -> Finding:
-    memory = info.memory
+def _memory(config: Config, memory: MemoryInfo) -> Finding:
     budget = (
         "no budget (max_bytes)"
         if config.max_bytes is None
@@ -200,10 +216,9 @@ def _overflow(config: Config) -> str:
     return f"{overflow} can be written, read and removed from; every node has to reach it"
 
 
-def _throughput(config: Config, info: ServerInfo) -> str:
+def _throughput(config: Config, memory: MemoryInfo) -> str:
     """Spill and restore incompressible data, no more than the server has room for."""
     size = _PROBE_SIZE
-    memory = info.memory
     if memory.maxmemory:
         size = min(size, max(0, memory.maxmemory - memory.used - margin(memory.maxmemory)) // 4)
     if config.max_bytes is not None:

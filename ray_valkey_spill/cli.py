@@ -29,7 +29,6 @@ from ray_valkey_spill.errors import ConfigError, SpillError
 from ray_valkey_spill.gcs import running_at
 from ray_valkey_spill.inspection import Inspector, parse_target
 from ray_valkey_spill.inventory import Inventory
-from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.preflight import acl_rules
 
 __all__ = ["main"]
@@ -67,17 +66,12 @@ workerGroupSpecs:
 
 
 def _parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for each parameter; those given are passed on by name.
-
-    Those that this version does not support are hidden: they are refused like any wrong value, and
-    taken where a spilling config has their default.
-    """
+    """An option for each parameter; those given are passed on by name."""
     for parameter in reversed(parameters()):
         command = click.option(
             f"--{parameter.name.replace('_', '-')}",
             parameter.name,
             metavar="VALUE",
-            hidden=not parameter.supported,
             help=f"{parameter.meaning}  [${ENV_PREFIX}{parameter.name.upper()}]",
         )(command)
     return command
@@ -325,7 +319,7 @@ def _config(options: Mapping[str, str | None]) -> Config:
 def _acl(config: Config) -> dict[str, str]:
     """The least that a user may have, as text for each place that it can be given in."""
     user = config.address.username or _USER
-    rules = acl_rules(Keyspace.of(config), config.address)
+    rules = acl_rules(config)
     return {
         "user": user,
         "rules": rules,

@@ -15,8 +15,8 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from ray_valkey_spill._startup import STORAGE_TYPE
 from ray_valkey_spill.errors import ConfigError
@@ -25,6 +25,7 @@ __all__ = [
     "ENV_PREFIX",
     "Address",
     "Config",
+    "Endpoint",
     "Parameter",
     "parameters",
     "spilling_config",
@@ -44,8 +45,9 @@ MAX_CHUNK_SIZE = 8 * MIB
 _PREFIX_PATTERN = re.compile(r"ray:[A-Za-z0-9_.:@-]*")
 _NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_.@-]{1,128}")
 _OVERFLOW_PATTERN = re.compile(r"/[^\x00-\x1f]*|file:///\S*|(s3|gs|gcs|abfss?|hdfs|viewfs)://\S+")
-_PLAIN_SCHEMES = ("valkey", "redis", "unix")
+_PORT, _SENTINEL_PORT = 6379, 26379
 _TLS_SCHEMES = ("valkeys", "rediss")
+_SCHEMES = ("valkey", "redis", *_TLS_SCHEMES, "unix")
 
 
 # --- kinds of parameters: what a value must be, from JSON or from an environment variable ---
@@ -128,27 +130,19 @@ _COUNT = _Kind("a whole number, 0 or more", _integer(0, math.inf), int)
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What there is to know of a parameter.
-
-    `supported` is False for one whose feature this version does not have: it is checked, and then
-    refused rather than ignored.
-    """
+    """What there is to know of a parameter."""
 
     name: str
     default: Any
     meaning: str
-    supported: bool
     kind: _Kind
 
     def check(self, value: Any, called: str) -> Any:
         """`value` as the config takes it; `called` is what the user knows the parameter as."""
         try:
-            checked = self.kind.check(value)
+            return self.kind.check(value)
         except ValueError:
             raise ConfigError(_ill_typed(called, self.kind, value)) from None
-        if not self.supported and checked != self.default:
-            raise ConfigError(f"{called} is not supported yet by this version", "Remove it")
-        return checked
 
     def from_text(self, text: str, called: str = "") -> Any:
         """The value that `text`, from the environment or a command line, stands for."""
@@ -158,27 +152,40 @@ class Parameter:
             raise ConfigError(_ill_typed(called or self.name, self.kind, text)) from None
 
 
-def _parameter(default: Any, kind: _Kind, meaning: str, *, supported: bool = True) -> Any:
-    metadata = {"kind": kind, "meaning": meaning, "supported": supported}
-    return field(default=default, metadata=metadata)
+def _parameter(default: Any, kind: _Kind, meaning: str) -> Any:
+    return field(default=default, metadata={"kind": kind, "meaning": meaning})
+
+
+class Endpoint(NamedTuple):
+    """Where one server listens: `host` and `port`, or the `path` of a unix socket."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return self.path
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the server is: `host` and `port`, or the `path` of a unix socket."""
+    """What `url` tells: servers, a cluster's nodes or Sentinels, and how to talk to them."""
 
-    host: str = ""
-    port: int = 6379
-    path: str = ""
+    endpoints: tuple[Endpoint, ...] = (Endpoint("127.0.0.1", _PORT),)
+    tls: bool = False
     db: int = 0
     username: str | None = None
     password: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        if self.path:
-            return f"unix://{self.path}" + (f"?db={self.db}" if self.db else "")
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"valkey://{host}:{self.port}/{self.db}"
+        first = self.endpoints[0]
+        if first.path:
+            return f"unix://{first.path}" + (f"?db={self.db}" if self.db else "")
+        hosts = ",".join(map(str, self.endpoints))
+        return f"valkey{'s' if self.tls else ''}://{hosts}/{self.db}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,13 +198,13 @@ class Config:
     url: str = _parameter(
         "valkey://127.0.0.1:6379/0",
         _STRING,
-        "the server: valkey://host:port/db, redis://host:port/db or unix:///path?db=N",
+        "valkey://host:port/db, valkeys://… (TLS) or unix:///path?db=N; "
+        "several host:port, with commas, for a cluster or Sentinels",
     )
     sentinel_service: str | None = _parameter(
         None,
         _STRING,
         "the hosts in url are Sentinels; ask them for this service's primary",
-        supported=False,
     )
     namespace: str = _parameter(
         "default",
@@ -242,24 +249,31 @@ class Config:
         False, _BOOLEAN, "accept a server whose policy may evict spilled chunks"
     )
     min_replicas: int = _parameter(
-        0, _COUNT, "replicas that must have a spill before it is reported as done", supported=False
+        0, _COUNT, "replicas that must have a spill before it is reported as done (WAIT)"
+    )
+    wait_aof: bool = _parameter(
+        False,
+        _BOOLEAN,
+        "the primary and min_replicas must have it in their append-only files too (WAITAOF)",
     )
     retry_timeout: float = _parameter(
         30.0,
         _Kind("a number of seconds, 0 or more", _seconds, float),
         "seconds for which a broken connection or a loading server is retried",
     )
-    tls_ca_file: str | None = _parameter(None, _STRING, "TLS: own CA", supported=False)
+    tls_ca_file: str | None = _parameter(
+        None, _STRING, "TLS: a file with the CA that signed the server's certificate"
+    )
     tls_cert_file: str | None = _parameter(
-        None, _STRING, "TLS: client certificate", supported=False
+        None, _STRING, "TLS: a file with the client's certificate"
     )
     tls_key_file: str | None = _parameter(
-        None, _STRING, "TLS: key of the client certificate", supported=False
+        None, _STRING, "TLS: a file with the key of the client's certificate"
     )
     username: str | None = _parameter(None, _STRING, "ACL user")
     password_file: str | None = _parameter(None, _STRING, "a file with the ACL user's password")
     encryption_key_file: str | None = _parameter(
-        None, _STRING, "seals every chunk (AES-256-GCM)", supported=False
+        None, _STRING, "a file with keys that seal all that is spilled (AES-256-GCM)"
     )
     address: Address = field(default_factory=Address)
 
@@ -283,12 +297,15 @@ class Config:
         # The url is parsed before anything else is checked, so that no later message can be the
         # first to meet, and repeat, a url with a password in it.
         address = _parse_url(
-            values.get("url", _PARAMETERS["url"].default), from_config=params.get("url") is not None
+            values.get("url", _PARAMETERS["url"].default),
+            from_config=params.get("url") is not None,
+            port=_SENTINEL_PORT if values.get("sentinel_service") else _PORT,
         )
         _refuse_credentials(values.get("overflow_uri"))
         checked = {
             name: _PARAMETERS[name].check(value, sources[name]) for name, value in values.items()
         }
+        _require_fitting(address, checked)
         username = checked.get("username")
         if username and address.username and username != address.username:
             raise ConfigError(
@@ -376,14 +393,13 @@ def _ill_typed(name: str, kind: _Kind, value: Any) -> str:
     return f"{name} must be {kind.expected}, not {type(value).__name__} {shown}"
 
 
-def _parse_url(url: Any, *, from_config: bool) -> Address:
+def _parse_url(url: Any, *, from_config: bool, port: int) -> Address:
     """Parse `url`; its text never appears in an error, since it may hold a password."""
     if not isinstance(url, str) or not url:
         raise ConfigError(_ill_typed("url", _STRING, type(url)))
     try:
         parts = urlsplit(url)
         has_password = parts.password is not None
-        hosts = parts.netloc.rpartition("@")[2]
     except ValueError:
         # The error quotes the url, and that may hold a password.
         raise ConfigError(
@@ -397,17 +413,12 @@ def _parse_url(url: Any, *, from_config: bool) -> Address:
             "url has an '@' behind its host", "Percent-encode what user name and password hold"
         )
     scheme = parts.scheme
-    if scheme in _TLS_SCHEMES:
-        raise ConfigError(f"url: TLS ({scheme}://) is not supported yet by this version")
-    if scheme not in _PLAIN_SCHEMES:
+    if scheme not in _SCHEMES:
+        allowed = "url must begin with valkey://, valkeys://, redis://, rediss:// or unix://"
         raise ConfigError(
-            f"url must begin with valkey://, redis:// or unix://, not with {scheme + '://'!r}"
+            f"{allowed}, not with {scheme + '://'!r}"
             if "://" in url
-            else "url must begin with valkey://, redis:// or unix://, as in valkey://host:6379/0"
-        )
-    if "," in hosts:
-        raise ConfigError(
-            "url names several hosts: clusters and Sentinels are not supported yet by this version"
+            else f"{allowed}, as in valkey://host:6379/0"
         )
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     unknown = set(query) - ({"db"} if scheme == "unix" else set())
@@ -416,26 +427,52 @@ def _parse_url(url: Any, *, from_config: bool) -> Address:
             f"url has options behind {'?' if unknown else '#'}, which mean nothing here: they are "
             f"parameters of their own ({', '.join(_PARAMETERS)})"
         )
-    username = unquote(parts.username) if parts.username else None
-    password = unquote(parts.password) if parts.password else None
-    if scheme == "unix":
-        # unix://name/... would silently lose its first component to the host part.
-        if hosts or not parts.path:
-            raise ConfigError(
-                "url of a unix socket needs an absolute path: unix:///run/valkey.sock"
-            )
-        db = _database(query.get("db", "0"))
-        return Address(path=unquote(parts.path), db=db, username=username, password=password)
-    try:
-        port = parts.port
-    except ValueError:
-        raise ConfigError("url: the port must be a number from 1 to 65535") from None
-    if not parts.hostname or port == 0:
-        raise ConfigError("url must name a host and a port, as in valkey://host:6379/0")
-    db = _database(parts.path.strip("/") or "0")
     return Address(
-        host=parts.hostname, port=port or 6379, db=db, username=username, password=password
+        endpoints=(_socket(parts),) if scheme == "unix" else _endpoints(parts, port),
+        tls=scheme in _TLS_SCHEMES,
+        db=_database(query.get("db", "0") if scheme == "unix" else parts.path.strip("/") or "0"),
+        username=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password else None,
     )
+
+
+def _socket(parts: SplitResult) -> Endpoint:
+    # unix://name/... would silently lose its first component to the host part.
+    if parts.netloc.rpartition("@")[2] or not parts.path:
+        raise ConfigError("url of a unix socket needs an absolute path: unix:///run/valkey.sock")
+    return Endpoint(path=unquote(parts.path))
+
+
+def _endpoints(parts: SplitResult, default_port: int) -> tuple[Endpoint, ...]:
+    endpoints = []
+    for text in parts.netloc.rpartition("@")[2].split(","):
+        try:
+            one = urlsplit(f"//{text}")
+            host, port = one.hostname, one.port
+        except ValueError:
+            raise ConfigError("url: a port must be a number from 1 to 65535") from None
+        if not host or port == 0:
+            raise ConfigError(
+                "url must name a host and a port, as in valkey://host:6379/0, or several, with "
+                "commas between them, of a cluster or of Sentinels"
+            )
+        endpoints.append(Endpoint(host, port or default_port))
+    return tuple(endpoints)
+
+
+def _require_fitting(address: Address, values: Mapping[str, Any]) -> None:
+    """Refuse parameters that contradict one another."""
+    given = [name for name in values if name.startswith("tls_")]
+    if given and not address.tls:
+        raise ConfigError(f"{given[0]} is given, but url is not for TLS", "Use valkeys:// in url")
+    for name, other in (("tls_cert_file", "tls_key_file"), ("tls_key_file", "tls_cert_file")):
+        if name in values and other not in values:
+            raise ConfigError(f"{name} is given without {other}", "Give both or none")
+    if values.get("sentinel_service") and address.endpoints[0].path:
+        raise ConfigError(
+            "sentinel_service is given, but url names a unix socket",
+            "Give the Sentinels' hosts, as in valkey://host1:26379,host2:26379/0",
+        )
 
 
 def _database(text: str) -> int:

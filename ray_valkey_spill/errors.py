@@ -1,12 +1,13 @@
 """Every error this package raises.
 
     SpillError
-    ├── ConfigError                 a parameter is unknown, ill-typed, unsafe or not supported yet
+    ├── ConfigError                 a parameter, or a file that it names, is wrong
     ├── IncompatibleRayError        Ray's internals are not the ones this version knows
     ├── LostObjectError             what was spilled is gone or damaged; retrying cannot help
     ├── OverflowUnavailableError    the overflow cannot be used from here; retrying may help
     └── ServerError
         ├── ServerUnavailableError  no answer, broken connection, loading: retrying may help
+        │   └── UnconfirmedError    what the server had acknowledged may be lost again
         ├── ServerFullError         the server has no memory left for us (OOM)
         ├── ServerRefusedError      wrong password, missing permission, read-only, forbidden
         └── NotValkeyError          something answers there, but not in the Valkey protocol
@@ -28,6 +29,7 @@ __all__ = [
     "ServerRefusedError",
     "ServerUnavailableError",
     "SpillError",
+    "UnconfirmedError",
 ]
 
 
@@ -71,6 +73,10 @@ class ServerError(SpillError):
 
 class ServerUnavailableError(ServerError):
     """The server cannot be reached or does not serve yet; it was retried for as long as allowed."""
+
+
+class UnconfirmedError(ServerUnavailableError):
+    """A connection broke, and what was acknowledged over it is not there, or not on replicas."""
 
 
 class ServerFullError(ServerError):

@@ -10,8 +10,13 @@ and the sizes in bytes. It has one row a chunk: the stored size in bytes, the co
 of the stored bytes. For an inline payload these are metadata too, and it has no rows and no
 columns: that takes a third of the time.
 
-The trailer is little-endian: magic "RVSP", version (u16), zero (u16), length of the stream (u32),
+The trailer is little-endian: magic "RVSP", version (u16), flags (u16), length of the stream (u32),
 XXH3-64 of the stream (u64). It is checked before Arrow sees a byte.
+
+Where objects are sealed (flags are 1, else 0), stream, payload and chunks are each stored as
+`sealing` made them, and `pyarrow` alone reads none of them. Sizes in the trailer and in the header
+are those of what is stored; a chunk has a tag then, and its checksum is 0. The last field of the
+trailer is the id of the key; the rest of it is sealed with the stream.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from ray_valkey_spill.errors import LostObjectError
+from ray_valkey_spill.errors import ConfigError, LostObjectError
+from ray_valkey_spill.sealing import TAG_SIZE, KeyRing, Seal
 
 __all__ = [
     "FORMAT_VERSION",
@@ -39,10 +45,12 @@ __all__ = [
     "checksum",
     "chunk_count",
     "compress",
+    "copy_into",
     "decode_header",
     "decompress_into",
     "encode_header",
     "expected_ratio",
+    "format_version",
     "header_size",
     "scratch",
 ]
@@ -54,6 +62,8 @@ Buffer = bytes | bytearray | memoryview
 _MAGIC = b"RVSP"
 _TRAILER = struct.Struct("<4sHHIQ")
 TRAILER_SIZE = _TRAILER.size
+_SEALED = 1
+_BOUND = 12  # bytes of the trailer: all but what tells which key to try
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _NO_COLUMNS = pa.schema([])
 _CHUNKS = pa.schema(
@@ -79,7 +89,7 @@ class Codec(IntEnum):
 
 
 class Chunk(NamedTuple):
-    """What the header tells of one chunk."""
+    """What the header tells of one chunk; the checksum of a sealed one is 0."""
 
     stored_size: int
     codec: Codec
@@ -98,6 +108,7 @@ class Header:
         chunk_size: bytes of data in each chunk but the last.
         chunks: one entry a chunk; one for an inline payload.
         inline: whether the payload lies in the header's own key.
+        seal: what seals it and its chunks, or None.
     """
 
     object_id: str
@@ -107,6 +118,7 @@ class Header:
     chunk_size: int
     chunks: Sequence[Chunk] = field(default=())
     inline: bool = False
+    seal: Seal | None = field(default=None, compare=False)
 
     @property
     def stored_size(self) -> int:
@@ -132,7 +144,10 @@ def checksum(data: Buffer) -> int:
 
 
 def encode_header(header: Header, payload: Sequence[Buffer] = ()) -> list[Buffer]:
-    """The header's value as buffers to be sent one after the other; `payload` is not copied."""
+    """The header's value as buffers to be sent one after the other; `payload` is not copied.
+
+    It is sealed if the header has a seal; `payload` has to be by then.
+    """
     metadata = {
         "version": str(FORMAT_VERSION),
         "object_id": header.object_id,
@@ -154,8 +169,13 @@ def encode_header(header: Header, payload: Sequence[Buffer] = ()) -> list[Buffer
         ]
         batch = pa.RecordBatch.from_arrays(columns, schema=schema)
         stream = b"".join((schema.serialize(), batch.serialize(), _END_OF_STREAM))
-    trailer = _TRAILER.pack(_MAGIC, FORMAT_VERSION, 0, len(stream), checksum(stream))
-    return [stream, *payload, trailer]
+    seal = header.seal
+    if seal is None:
+        trailer = _TRAILER.pack(_MAGIC, FORMAT_VERSION, 0, len(stream), checksum(stream))
+        return [stream, *payload, trailer]
+    size = len(stream) + TAG_SIZE
+    trailer = _TRAILER.pack(_MAGIC, FORMAT_VERSION, _SEALED, size, seal.key_id)
+    return [seal.seal_header(stream, trailer[:_BOUND]), *payload, trailer]
 
 
 def _column(code: str, kind: pa.DataType, values: list[int]) -> pa.Array:
@@ -164,32 +184,69 @@ def _column(code: str, kind: pa.DataType, values: list[int]) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [None, data])
 
 
-def decode_header(value: Buffer) -> tuple[Header, memoryview]:
+def decode_header(
+    value: Buffer, name: str = "", keys: KeyRing | None = None
+) -> tuple[Header, memoryview]:
     """The header in `value`, and the payload beside it (empty unless the object is inline).
 
-    Everything in it has been checked against everything else; the payload's checksum has not.
+    Everything in it has been checked against everything else; the payload's checksum has not. A
+    sealed payload has been opened.
+
+    Args:
+        value: what is stored.
+        name: of the key that it is stored under.
+        keys: if they are given, only what is sealed is read.
 
     Raises:
-        LostObjectError: if `value` is damaged or was written by a newer version.
+        LostObjectError: if `value` is damaged, was written by a newer version, or is not sealed
+            where it has to be.
+        ConfigError: if it is sealed with a key that is not in `keys`, or there are none.
     """
     view = memoryview(value)
     if len(view) < _TRAILER.size:
         raise LostObjectError(f"its header is cut off ({len(view)} bytes)")
-    magic, version, _, stream_size, expected = _TRAILER.unpack(view[-_TRAILER.size :])
+    trailer = view[-_TRAILER.size :]
+    magic, version, flags, stream_size, last = _TRAILER.unpack(trailer)
     if magic != _MAGIC:
         raise LostObjectError("its header is damaged (no trailer)")
     if version > FORMAT_VERSION:
         raise LostObjectError(_too_new(version))
     payload_end = len(view) - _TRAILER.size
-    if stream_size > payload_end or checksum(view[:stream_size]) != expected:
+    if stream_size > payload_end or flags not in (0, _SEALED):
+        raise LostObjectError("its header is damaged (wrong trailer)")
+    stream, payload = view[:stream_size], view[stream_size:payload_end]
+    is_plain = checksum(stream) == last
+    seal = None
+    if flags == _SEALED and keys is not None:
+        seal, opened = keys.open_header(name, last, stream, trailer[:_BOUND])
+        stream = memoryview(opened)
+    elif flags == _SEALED and not is_plain:
+        raise ConfigError(
+            f"it is sealed with key {last:016x}, and no encryption_key_file is given here",
+            "Give every node encryption_key_file, with that key in the file",
+        )
+    elif flags == _SEALED or not is_plain:
         raise LostObjectError("its header is damaged (wrong checksum)")
+    elif keys is not None:
+        raise LostObjectError(
+            "it is not sealed, and encryption_key_file is given: somebody without a key wrote it"
+        )
     try:
-        header = _parse_stream(view[:stream_size])
+        header = _parse_stream(stream)
     except (pa.ArrowException, KeyError, ValueError, StopIteration) as error:
         raise LostObjectError(f"its header is damaged ({error})") from error
-    payload = view[stream_size:payload_end]
+    header.seal = seal
     _check_consistency(header, len(payload))
+    if seal is not None and header.inline:
+        payload, sealed = scratch(len(payload) - TAG_SIZE), payload
+        seal.open_chunk(0, sealed, payload)
     return header, payload
+
+
+def format_version(value: Buffer) -> int:
+    """The format's version of a header that can be decoded."""
+    _, version, _, _, _ = _TRAILER.unpack(value[-TRAILER_SIZE:])
+    return int(version)
 
 
 def header_size(trailer: Buffer) -> int:
@@ -240,7 +297,7 @@ def _check_consistency(header: Header, payload_size: int) -> None:
         raise LostObjectError(f"its header has {payload_size} bytes beside it")
     for index, chunk in enumerate(header.chunks):
         span = slice(0, header.size) if header.inline else header.span(index)
-        size = span.stop - span.start
+        size = span.stop - span.start + (0 if header.seal is None else TAG_SIZE)
         if chunk.stored_size > size or (chunk.codec is Codec.RAW and chunk.stored_size != size):
             raise LostObjectError(f"its header gives chunk {index} a wrong size")
 
@@ -282,7 +339,7 @@ def compress(data: memoryview) -> tuple[Codec, Buffer]:
 
 
 def scratch(size: int) -> memoryview:
-    """Memory for a compressed chunk, of undefined content, from Arrow's pool."""
+    """Memory for a chunk, of undefined content, from Arrow's pool."""
     return memoryview(pa.allocate_buffer(size)).cast("B")
 
 
@@ -300,5 +357,10 @@ def decompress_into(packed: Buffer, target: memoryview) -> None:
     # come last in the data too (https://github.com/lz4/lz4/blob/dev/doc/lz4_Block_format.md).
     if data[-_LAST_LITERALS:] != memoryview(packed)[-_LAST_LITERALS:][-len(data) :]:
         raise LostObjectError(f"a chunk has less than {len(target)} bytes")
-    # Unlike a memoryview, numpy copies without the GIL.
+    copy_into(data, target)
+
+
+def copy_into(data: Buffer, target: memoryview) -> None:
+    """Copy `data` to memory of the same size, which is not empty. Releases the GIL."""
+    # A memoryview would not.
     np.frombuffer(target, np.uint8)[:] = np.frombuffer(data, np.uint8)

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
@@ -19,13 +17,14 @@ from ray_valkey_spill.errors import (
     OverflowUnavailableError,
     SpillError,
 )
-from ray_valkey_spill.format import Buffer, Codec, Header, decode_header
+from ray_valkey_spill.format import Codec, Header, decode_header, format_version
 from ray_valkey_spill.inventory import age, tier_name
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place
 from ray_valkey_spill.ledger import Owner
 from ray_valkey_spill.objects import problems
 from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.resp import command
+from ray_valkey_spill.sealing import KeyRing
 from ray_valkey_spill.tiers import Stat, ValkeyTier
 from ray_valkey_spill.wire import Link
 
@@ -170,6 +169,7 @@ class Inspection:
                 "stored_bytes": header.stored_size,
                 "ratio": self.ratio,
                 "chunk_bytes": header.chunk_size,
+                "sealed_with_key": header.seal and f"{header.seal.key_id:016x}",
                 "inline": header.inline,
                 "codecs": self.codecs(),
                 "chunks": [
@@ -177,7 +177,7 @@ class Inspection:
                         "number": number,
                         "stored_bytes": chunk.stored_size,
                         "codec": chunk.codec.name.lower(),
-                        "xxh3_64": f"{chunk.checksum:016x}",
+                        "xxh3_64": None if header.seal else f"{chunk.checksum:016x}",
                         "found_bytes": self.found[number] if number < len(self.found) else None,
                     }
                     for number, chunk in enumerate(header.chunks)
@@ -189,7 +189,8 @@ class Inspection:
 class Inspector:
     """Finds objects and looks at them.
 
-    Errors are those of `wire.Link.run`, and OverflowUnavailableError.
+    Errors are those of `wire.Link.run`, and OverflowUnavailableError; to begin with, ConfigError if
+    the keys that open objects cannot be read.
     """
 
     def __init__(self, config: Config) -> None:
@@ -198,6 +199,9 @@ class Inspector:
         self._tier = ValkeyTier(self._link, self.keys)
         self._ledger = self._tier.ledger
         self._overflow = OverflowTier.of(config)
+        self._key_ring = KeyRing.of(config)
+        if self._key_ring is not None:
+            self._key_ring.current()  # or else what is wrong with the file, once
 
     def close(self) -> None:
         self._link.close()
@@ -264,7 +268,7 @@ class Inspector:
         self, name: ObjectName, entry: Entry | None, state: str, size: int | None
     ) -> Inspection:
         (stat,) = self._tier.stat([(name, 0)])
-        return _inspection(name, self.keys.header(name), False, state, entry, stat, size)
+        return self._inspection(name, self.keys.header(name), False, state, entry, stat, size)
 
     def _in_overflow(self, overflow: OverflowTier, target: Target) -> Iterator[Inspection]:
         owners = overflow.owners()
@@ -278,37 +282,33 @@ class Inspector:
                 state = STORED if is_whole else HALF_WRITTEN
                 place = Place(name, entry.size, overflow=True)
                 stat = overflow.stat(place) if is_whole else Stat(None, [])
-                yield _inspection(name, path, True, state, entry, stat, target.size)
+                yield self._inspection(name, path, True, state, entry, stat, target.size)
 
-
-def _inspection(
-    name: ObjectName,
-    location: str,
-    overflow: bool,
-    state: str,
-    entry: Entry | None,
-    stat: Stat,
-    size: int | None,
-) -> Inspection:
-    """What is made of `stat`; `size` is what a URL tells of the length of the data."""
-    header, version, wrong = None, None, []
-    if state == HALF_WRITTEN:
-        wrong.append("it is being written, or its writer was killed at that")
-    elif stat.header is None:
-        wrong.append(f"its header is gone from the {'overflow' if overflow else 'server'}")
-    if stat.header is not None:
-        try:
-            header, payload = decode_header(stat.header)
-            version = _version(stat.header)
-            sizes = {s for s in (size, entry and entry.size) if s is not None}
-            wrong += problems(name, header, payload, stat, sizes)
-        except LostObjectError as error:
-            wrong.append(str(error))
-    return Inspection(
-        name, location, overflow, state, entry, version, header, stat.chunk_sizes, wrong
-    )
-
-
-def _version(header: Buffer) -> int:
-    """The format's version, as a header that can be decoded has it."""
-    return int(pa.ipc.read_schema(pa.ipc.read_message(header)).metadata[b"version"])
+    def _inspection(
+        self,
+        name: ObjectName,
+        location: str,
+        overflow: bool,
+        state: str,
+        entry: Entry | None,
+        stat: Stat,
+        size: int | None,
+    ) -> Inspection:
+        """What is made of `stat`; `size` is what a URL tells of the length of the data."""
+        header, version, wrong = None, None, []
+        if state == HALF_WRITTEN:
+            wrong.append("it is being written, or its writer was killed at that")
+        elif stat.header is None:
+            wrong.append(f"its header is gone from the {'overflow' if overflow else 'server'}")
+        if stat.header is not None:
+            try:
+                key = self.keys.header(name)
+                header, payload = decode_header(stat.header, key, self._key_ring)
+                version = format_version(stat.header)
+                sizes = {s for s in (size, entry and entry.size) if s is not None}
+                wrong += problems(name, header, payload, stat, sizes)
+            except (LostObjectError, ConfigError) as error:
+                wrong.append(str(error))
+        return Inspection(
+            name, location, overflow, state, entry, version, header, stat.chunk_sizes, wrong
+        )

@@ -6,8 +6,10 @@ on what others have beside it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -16,8 +18,9 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.keys import Entry, Keyspace, Place
 from ray_valkey_spill.ledger import Grant, Owner, Usage
 from ray_valkey_spill.overflow import OverflowTier, StoredFile
+from ray_valkey_spill.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.tiers import ValkeyTier
-from ray_valkey_spill.wire import Link, ServerInfo
+from ray_valkey_spill.wire import Link
 
 __all__ = [
     "Figures",
@@ -150,6 +153,7 @@ class Statistics:
 
     Attributes:
         now: the server's time, in seconds since the epoch.
+        servers: the server, or all that have keys in a cluster.
         root: what every key begins with.
         nodes: those that anything is known of, in order.
         max_bytes: the budget, if the config gives one.
@@ -160,7 +164,7 @@ class Statistics:
     now: float
     address: str
     root: str
-    server: ServerInfo
+    servers: Sequence[ServerInfo]
     nodes: Sequence[NodeFigures]
     max_bytes: int | None
     charged: int
@@ -170,6 +174,11 @@ class Statistics:
     def sessions(self) -> list[tuple[str, list[NodeFigures]]]:
         grouped = groupby(self.nodes, key=lambda node: node.owner.session)
         return [(session, list(nodes)) for session, nodes in grouped]
+
+    @property
+    def memory(self) -> MemoryInfo:
+        """That of all servers together."""
+        return reduce(operator.add, [server.memory for server in self.servers])
 
     @property
     def granted(self) -> int:
@@ -182,12 +191,13 @@ class Statistics:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; sizes in bytes, ages in seconds."""
-        memory = self.server.memory
+        memory = self.memory
         return {
             "server": {
                 "address": self.address,
-                "product": self.server.product,
-                "version": self.server.version,
+                "product": self.servers[0].product,
+                "version": self.servers[0].version,
+                "shards": len(self.servers),
                 "used_bytes": memory.used,
                 "maxmemory_bytes": memory.maxmemory or None,
                 "used_percent": percent(memory.used, memory.maxmemory),
@@ -308,7 +318,7 @@ class Inventory:
             now=now / 1000,
             address=str(self._config.address),
             root=self.keys.root,
-            server=self._link.info(),
+            servers=list(self._link.infos().values()),
             nodes=nodes,
             max_bytes=self._config.max_bytes,
             charged=sum(usage.stored for usage in usages.values())

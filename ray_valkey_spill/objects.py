@@ -4,6 +4,9 @@ An object of up to `INLINE_LIMIT` bytes (and one chunk) lies beside its header i
 one is cut into chunks of `chunk_size` bytes, each a key. Data are never buffered whole: raw chunks
 go between the caller's memory and the socket without a copy, and LZ4 runs in threads, in order and
 a bounded number of chunks ahead of the network. What Valkey has no room for goes to the overflow.
+
+With an `encryption_key_file` all is sealed, in the same threads, and opened in memory of our own:
+nothing gets into the caller's that has not been found to be what was put.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from ray_valkey_spill.errors import (
     ServerFullError,
     ServerUnavailableError,
     SpillError,
+    UnconfirmedError,
 )
 from ray_valkey_spill.format import (
     Buffer,
@@ -36,6 +40,7 @@ from ray_valkey_spill.format import (
     checksum,
     chunk_count,
     compress,
+    copy_into,
     decode_header,
     decompress_into,
     encode_header,
@@ -45,6 +50,7 @@ from ray_valkey_spill.format import (
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attempt
 from ray_valkey_spill.ledger import Ledger, Owner
 from ray_valkey_spill.overflow import OverflowTier
+from ray_valkey_spill.sealing import TAG_SIZE, KeyRing, Seal
 from ray_valkey_spill.tiers import Stat, ValkeyTier, Value
 from ray_valkey_spill.wire import Link
 
@@ -106,11 +112,13 @@ _Job = Future[_T] | _Done[_T]
 class _Piece:
     """One chunk's worth of an object on its way into the store, or all of an inline object.
 
-    `job` compresses and checksums it, if that is to be; `ratio` is what that is expected to leave.
+    `job` compresses and checksums it, if that is to be, or seals it with `seal`; `ratio` is what
+    that is expected to leave.
     """
 
     source: SourceObject
     name: ObjectName
+    seal: Seal | None
     index: int
     data: memoryview
     ratio: float
@@ -142,6 +150,7 @@ class ObjectStore:
         self._owner = Owner(_component(session), _component(node))
         self._chunk_size = config.chunk_size
         self._compression = config.compression
+        self._key_ring = KeyRing.of(config)
         self._tier = ValkeyTier(Link(config), self.keys)
         self._overflow = OverflowTier.of(config)
         self._place: str | None = None  # the overflow that the session agreed on, once it is ours
@@ -191,6 +200,8 @@ class ObjectStore:
             server that cannot be reached cannot be cleaned up.
         """
         stored, failure = self._put_in_valkey(sources)
+        if isinstance(failure, UnconfirmedError):
+            stored, failure = self._put_in_valkey(sources)
         places = [Place(entry.name, entry.size) for entry in stored]
         if self._overflow is not None and isinstance(failure, ServerFullError):
             rest = sources[len(stored) :]
@@ -230,6 +241,7 @@ class ObjectStore:
             self._tier.remove(names[len(stored) :])
             if size > INLINE_LIMIT:
                 self._tier.settle(self._owner, stored)
+            self._tier.confirm(stored, breaks)
         except SpillError as error:
             try:
                 self._tier.remove(names)
@@ -273,9 +285,10 @@ class ObjectStore:
     ) -> Generator[Value]:
         """The chunks and then the header of each object, as far as `budget` has room for them.
 
-        What is to be compressed is compressed and checksummed in threads, a bounded number of
-        chunks ahead. What is not is checksummed here, each chunk just after it was sent, when it is
-        in this core's cache: a core reads memory no faster than the wire takes it.
+        What is to be compressed is compressed and checksummed in threads, and what is to be sealed
+        is sealed there, a bounded number of chunks ahead. What is neither is checksummed here, each
+        chunk just after it was sent, when it is in this core's cache: a core reads memory no faster
+        than the wire takes it.
         """
         ahead: deque[_Piece] = deque()
         chunks: list[Chunk] = []
@@ -321,19 +334,26 @@ class ObjectStore:
             chunk_size=self._chunk_size,
             chunks=chunks,
             inline=inline,
+            seal=piece.seal,
         )
         return encode_header(header, [stored] if inline else [])
 
     def _pieces(self, named: Iterable[tuple[SourceObject, ObjectName]]) -> Iterator[_Piece]:
-        """All objects cut to pieces; drawing one starts its compression."""
+        """All objects cut to pieces; drawing one starts its compression and its sealing."""
+        key = self._key_ring.current()[0] if self._key_ring is not None else None
         for source, name in named:
             size = len(source.data)
             ratio = self._ratio(source.data)
             pays = size > 0 and (ratio < 1 or self._compression == "lz4")
+            seal = key.seal(self.keys.header(name)) if key is not None else None
             for index, start in enumerate(range(0, max(1, size), self._chunk_size)):
                 data = source.data[start : start + self._chunk_size]
-                job = self._start(len(data), _compressed, data) if pays else None
-                yield _Piece(source, name, index, data, ratio, job)
+                job: _Job[tuple[Chunk, Buffer]] | None = None
+                if seal is not None:
+                    job = self._start(len(data), _sealed, data, pays, seal, index)
+                elif pays:
+                    job = self._start(len(data), _compressed, data)
+                yield _Piece(source, name, seal, index, data, ratio, job)
 
     def _ratio(self, data: memoryview) -> float:
         """What storing `data` is expected to take of its length; 1 if it is stored raw."""
@@ -353,7 +373,9 @@ class ObjectStore:
         """Look an object up, and check all that can be checked without reading its chunks.
 
         Raises:
-            LostObjectError: if it is gone, damaged, of a newer format, or not the one meant.
+            LostObjectError: if it is gone, damaged, of a newer format, or not the one meant; or not
+                sealed, where all has to be.
+            ConfigError: if it is sealed with a key that this node does not have (yet).
         """
         (found,) = self.find_all([(url, object_id)])
         if isinstance(found, LostObjectError):
@@ -409,7 +431,8 @@ class ObjectStore:
         try:
             if stat.header is None:
                 raise LostObjectError("its header is gone")
-            header, payload = decode_header(stat.header)
+            key = self.keys.header(place.name)
+            header, payload = decode_header(stat.header, key, self._key_ring)
             name = place.name._replace(object_id=object_id)
             for problem in problems(name, header, payload, stat, [place.size]):
                 raise LostObjectError(problem)
@@ -436,7 +459,8 @@ class ObjectStore:
             damaged = damaged and self._fill(found, target, damaged)
             if damaged:
                 raise LostObjectError(
-                    f"chunk {damaged[0]} of {len(header.chunks)} is damaged (wrong checksum)"
+                    f"chunk {damaged[0]} of {len(header.chunks)} is damaged "
+                    f"({'wrong checksum' if header.seal is None else 'broken seal'})"
                 )
         except LostObjectError as error:
             raise self._lost(found.place, error) from error
@@ -444,10 +468,11 @@ class ObjectStore:
     def _fill(
         self, found: StoredObject, target: memoryview, numbers: Sequence[int]
     ) -> Sequence[int]:
-        """Receive some chunks into their places; returns those whose checksums are wrong.
+        """Receive some chunks into their places; returns those that are damaged.
 
         Raw chunks are received in place, and checked at once, while they are in this core's cache.
-        Others are checked and decompressed in threads, some at a time.
+        Others are checked and decompressed in threads, some at a time; sealed ones are opened there
+        before their places see anything of them.
         """
         header = found.header
         asked: deque[_Part] = deque()
@@ -455,18 +480,20 @@ class ObjectStore:
         decoding: deque[_Job[list[int]]] = deque()
         damaged: list[int] = []
 
+        def in_place(chunk: Chunk) -> bool:
+            return chunk.codec is Codec.RAW and header.seal is None
+
         def wanted() -> Iterator[tuple[int, memoryview]]:
             for number in numbers:
                 chunk, slot = header.chunks[number], target[header.span(number)]
-                raw = chunk.codec is Codec.RAW
-                stored = slot if raw else scratch(chunk.stored_size)
+                stored = slot if in_place(chunk) else scratch(chunk.stored_size)
                 asked.append(_Part(number, chunk, stored, slot))
                 yield number, stored
 
         def decode(leave: int) -> None:
             if together:
                 size = sum(len(part.slot) for part in together)
-                decoding.append(self._start(size, _decode, together.copy()))
+                decoding.append(self._start(size, _decode, together.copy(), header.seal))
                 together.clear()
             while len(decoding) > leave:
                 damaged.extend(decoding.popleft().result())
@@ -474,7 +501,7 @@ class ObjectStore:
         try:
             for _ in self._read(found, wanted()):
                 part = asked.popleft()
-                if part.chunk.codec is not Codec.RAW:
+                if not in_place(part.chunk):
                     together.append(part)
                     if len(together) * header.chunk_size >= _DECODED_TOGETHER:
                         decode(leave=self._chunks_ahead)
@@ -747,7 +774,7 @@ def problems(
     Args:
         name: that of the attempt, and of the object that is meant.
         header: as decoded.
-        payload: of an inline object, else empty.
+        payload: of an inline object, else empty; it has been opened if it was sealed.
         stat: what is there beside the header.
         sizes: what the length of its data is elsewhere said to be.
     """
@@ -765,7 +792,8 @@ def problems(
             yield f"chunk {number} has {found} bytes, not {chunk.stored_size}"
     if stat.payload not in (None, 0 if header.inline else header.stored_size):
         yield f"its file has {stat.payload} bytes of chunks, not {header.stored_size}"
-    if header.inline and checksum(payload) != header.chunks[0].checksum:
+    sealed = header.seal is not None
+    if header.inline and not sealed and checksum(payload) != header.chunks[0].checksum:
         yield "its data are damaged (wrong checksum)"
 
 
@@ -803,15 +831,35 @@ def _compressed(data: memoryview) -> tuple[Chunk, Buffer]:
     return Chunk(len(stored), codec, checksum(stored)), stored
 
 
-def _decode(parts: Sequence[_Part]) -> list[int]:
+def _sealed(data: memoryview, pays: bool, seal: Seal, number: int) -> tuple[Chunk, Buffer]:
+    """As `_compressed`, if compression pays, and sealed. The tag is a better checksum."""
+    codec, packed = compress(data) if pays else (Codec.RAW, data)
+    stored = scratch(len(packed) + TAG_SIZE)
+    seal.seal_chunk(number, packed, stored)
+    return Chunk(len(stored), codec, 0), stored
+
+
+def _decode(parts: Sequence[_Part], seal: Seal | None) -> list[int]:
     """Put the data of chunks into their slots; returns those that are damaged."""
     damaged = []
     for number, chunk, stored, slot in parts:
-        if checksum(stored) == chunk.checksum:
-            _unpack(chunk, stored, slot)
-        else:
+        if seal is not None:
+            try:
+                stored = _opened(seal, number, stored)
+            except LostObjectError:
+                damaged.append(number)
+                continue
+        elif checksum(stored) != chunk.checksum:
             damaged.append(number)
+            continue
+        _unpack(chunk, stored, slot)
     return damaged
+
+
+def _opened(seal: Seal, number: int, stored: memoryview) -> memoryview:
+    data = scratch(len(stored) - TAG_SIZE)
+    seal.open_chunk(number, stored, data)
+    return data
 
 
 def _is_in_valkey(place: Place | LostObjectError) -> TypeGuard[Place]:
@@ -828,10 +876,10 @@ def _in_valkey(name: ObjectName) -> Place:
 
 
 def _unpack(chunk: Chunk, stored: memoryview, target: memoryview) -> None:
-    if chunk.codec is Codec.RAW:
-        target[:] = stored
-    else:
+    if chunk.codec is not Codec.RAW:
         decompress_into(stored, target)
+    elif target:
+        copy_into(stored, target)
 
 
 def _component(text: str) -> str:

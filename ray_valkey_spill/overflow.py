@@ -270,6 +270,14 @@ class OverflowTier:
         return _has_directories(self._fs)
 
     def _below(self, root: str, *components: str) -> str:
+        # Names of sessions and tokens come from the server, which others may write to.
+        for component in components:
+            if "/" in component or component in ("", ".", ".."):
+                raise OverflowUnavailableError(
+                    f"{component!r} cannot be a name in the overflow at {self}, and nothing of the "
+                    "kind is touched there",
+                    "Look for who else writes to the server's keys",
+                )
         return "/".join((root, self._root, *components))
 
     def _directory(self, *components: str) -> str:

@@ -6,7 +6,9 @@ all and stops at the first; `ray-valkey-spill check` reports each.
 
 from __future__ import annotations
 
-from ray_valkey_spill.config import Address, Config
+from collections.abc import Iterator, Mapping
+
+from ray_valkey_spill.config import Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
@@ -17,7 +19,8 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.keys import Keyspace, new_attempt
 from ray_valkey_spill.resp import command
-from ray_valkey_spill.wire import Link, ServerInfo
+from ray_valkey_spill.server_info import ServerInfo
+from ray_valkey_spill.wire import Link
 
 __all__ = [
     "COMMANDS",
@@ -26,6 +29,7 @@ __all__ = [
     "check_permissions",
     "check_policy",
     "check_reachable",
+    "check_replicas",
     "check_serving",
     "check_topology",
     "run_all",
@@ -35,59 +39,73 @@ __all__ = [
 # take, and with the import of Ray, that keeps a failing `ray start --head` under five seconds.
 HEAD_START_PATIENCE = 1.5
 
-# Every command that this package sends, but those that any user may run.
+# Every command that this package sends to any server, but those that any user may run.
 COMMANDS = (
     *("GET", "INFO", "SET", "STRLEN", "UNLINK", "EVAL", "TIME"),
     *("ZADD", "ZRANGE", "ZRANGEBYLEX", "ZREM", "ZSCORE"),
     *("HDEL", "HGET", "HGETALL", "HSET", "HSETNX", "HVALS"),
 )
+# And to the nodes of a cluster.
+_CLUSTER_COMMANDS = ("CLUSTER|SLOTS", "ASKING")
 
 
-def acl_rules(keys: Keyspace, address: Address) -> str:
-    """What `ACL SETUSER` has to give a user: the least with which everything works."""
-    commands = (*COMMANDS, "SELECT") if address.db else COMMANDS
-    return f"~{keys.root}* {' '.join(f'+{name.lower()}' for name in commands)}"
+def acl_rules(config: Config) -> str:
+    """What `ACL SETUSER` has to give a user: the least with which everything works.
+
+    A cluster is found out by asking; those of its commands tell nothing to a user of one server.
+    """
+    commands = [*COMMANDS, *_CLUSTER_COMMANDS]
+    if config.address.db:
+        commands.append("SELECT")
+    if config.wait_aof or config.min_replicas:
+        commands.append("WAITAOF" if config.wait_aof else "WAIT")
+    return f"~{Keyspace.of(config).root}* {' '.join(f'+{name.lower()}' for name in commands)}"
 
 
 def run_all(config: Config) -> ServerInfo:
-    """Check the server as Ray's head start does.
+    """Check the server, or each of a cluster, as Ray's head start does.
 
     Takes at most a few seconds, or `retry_timeout` if the server answers that it is loading.
+
+    Returns:
+        What the server tells of itself; of a cluster, the one that has the books.
 
     Raises:
         ConfigError, ServerError: the first thing that is wrong.
     """
     link = Link(config, unreachable_timeout=min(HEAD_START_PATIENCE, config.retry_timeout))
-    keys = Keyspace.of(config)
     try:
-        info = check_reachable(link, keys)
-        check_topology(link, info)
-        check_serving(link, keys)
-        check_policy(link, info, allow_eviction=config.allow_eviction)
-        check_permissions(link, keys)
-        return info
+        infos = check_reachable(link, config)
+        check_topology(config, infos)
+        check_serving(link, config)
+        check_replicas(config, infos)
+        check_policy(config, infos)
+        check_permissions(link, config, infos)
+        return next(iter(infos.values()))
     finally:
         link.close()
 
 
-def check_reachable(link: Link, keys: Keyspace) -> ServerInfo:
-    """The server answers in the Valkey protocol, and may be asked what it is.
+def check_reachable(link: Link, config: Config) -> dict[Endpoint, ServerInfo]:
+    """All servers that have keys answer in the Valkey protocol, and may be asked what they are.
 
     Raises:
         ServerError, ConfigError
     """
     try:
-        return link.info()
+        return link.infos()
     except ServerUnavailableError as error:
         raise _unavailable(error) from None
     except ServerRefusedError as error:
-        if error.what.startswith("NOPERM"):
-            raise _not_permitted(link, keys, ["INFO"]) from None
+        if "cluster|slots" in error.what:
+            raise _not_permitted(config, ["CLUSTER SLOTS"]) from None
         if "'select'" in error.what:
-            raise _not_permitted(link, keys, ["SELECT"]) from None
+            raise _not_permitted(config, ["SELECT"]) from None
+        if error.what.startswith("NOPERM"):
+            raise _not_permitted(config, ["INFO"]) from None
         if error.what.startswith("NOAUTH"):
             raise ServerRefusedError(
-                f"Valkey at {link.address} asks for a password",
+                f"Valkey at {config.address} asks for a password",
                 "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as it has them",
             ) from None
         raise
@@ -95,65 +113,80 @@ def check_reachable(link: Link, keys: Keyspace) -> ServerInfo:
         if isinstance(error, NotValkeyError):
             raise
         raise ServerError(
-            f"Valkey at {link.address} fails INFO: {error}", "Let it run INFO"
+            f"Valkey at {config.address} fails INFO: {error}", "Let it run INFO"
         ) from None
 
 
-def check_serving(link: Link, keys: Keyspace) -> None:
+def check_serving(link: Link, config: Config) -> None:
     """The server has its data loaded; it may answer INFO before. Permissions are looked at later.
 
     Raises:
         ServerUnavailableError
     """
     try:
-        list(link.run([command("GET", f"{keys.root}preflight")]))
+        list(link.run([command("GET", f"{Keyspace.of(config).root}preflight")]))
     except ServerUnavailableError as error:
         raise _unavailable(error) from None
 
 
-def check_topology(link: Link, info: ServerInfo) -> None:
-    """The server is a primary, and not part of a cluster.
+def check_topology(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
+    """What answers takes writes.
 
     Raises:
         ConfigError
     """
-    if info.mode == "sentinel":
-        raise ConfigError(
-            f"what answers at {link.address} is a Sentinel, and Sentinels are not supported yet by "
-            "this version",
-            "Give the url of the primary",
-        )
-    if info.cluster:
-        raise ConfigError(
-            f"Valkey at {link.address} is part of a cluster, and clusters are not supported yet by "
-            "this version",
-            "Give the url of a server with cluster-enabled no",
-        )
-    if info.role != "master":
-        raise ConfigError(
-            f"Valkey at {link.address} is a replica, which takes no writes",
-            "Give the url of its primary",
-        )
+    for info in infos.values():
+        if info.mode == "sentinel":
+            raise ConfigError(
+                f"what answers at {config.address} is a Sentinel",
+                "Give the name of what it watches as sentinel_service, or the url of the primary",
+            )
+        if info.role != "master" and info.mode != "cluster":
+            raise ConfigError(
+                f"Valkey at {config.address} is a replica, which takes no writes",
+                "Give the url of its primary, or of Sentinels and their sentinel_service",
+            )
 
 
-def check_policy(link: Link, info: ServerInfo, *, allow_eviction: bool) -> None:
-    """The server does not evict keys without a TTL, or may.
+def check_replicas(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
+    """There is what `min_replicas` and `wait_aof` wait for.
 
     Raises:
         ConfigError
     """
-    if info.memory.evicts_all and not allow_eviction:
-        raise ConfigError(
-            f"Valkey at {link.address} has maxmemory-policy {info.memory.policy}, which evicts "
-            "spilled objects first, since they are read least",
-            "Set maxmemory-policy volatile-lru and give the caches beside it TTLs (spilled objects "
-            "have none, so they are never evicted then), or accept lost objects with "
-            "allow_eviction=true",
-        )
+    for endpoint, info in infos.items():
+        if info.replicas < config.min_replicas:
+            raise ConfigError(
+                f"Valkey at {endpoint} has {info.replicas} replicas, and min_replicas is "
+                f"{config.min_replicas}: no spill could ever be done",
+                "Give it as many, or lower min_replicas",
+            )
+        if config.wait_aof and not info.aof:
+            raise ConfigError(
+                f"Valkey at {endpoint} has no append-only file, and wait_aof waits for it",
+                "Set appendonly yes on it and its replicas, or wait_aof to false",
+            )
 
 
-def check_permissions(link: Link, keys: Keyspace) -> None:
-    """The server runs every command that spilling needs, on keys below our prefix.
+def check_policy(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
+    """No server evicts keys without a TTL, or all may.
+
+    Raises:
+        ConfigError
+    """
+    for endpoint, info in infos.items():
+        if info.memory.evicts_all and not config.allow_eviction:
+            raise ConfigError(
+                f"Valkey at {endpoint} has maxmemory-policy {info.memory.policy}, which evicts "
+                "spilled objects first, since they are read least",
+                "Set maxmemory-policy volatile-lru and give the caches beside it TTLs (spilled "
+                "objects have none, so they are never evicted then), or accept lost objects with "
+                "allow_eviction=true",
+            )
+
+
+def check_permissions(link: Link, config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
+    """Each server runs every command that spilling needs, on keys below our prefix.
 
     Tries them on keys of its own and leaves nothing behind. A server that is full passes: that is
     for a spill to find, and may be over by then.
@@ -161,7 +194,19 @@ def check_permissions(link: Link, keys: Keyspace) -> None:
     Raises:
         ServerRefusedError
     """
-    base = f"{keys.root}preflight:{new_attempt()}"
+    for endpoint, info in infos.items():
+        # The part in braces alone decides which server of a cluster has a key.
+        bases = (f"{Keyspace.of(config).root}preflight:{{{token}}}" for token in _tokens())
+        base = next(base for base in bases if link.owner(base) == endpoint)
+        _try_commands(link, config, base, is_cluster=info.mode == "cluster")
+
+
+def _tokens() -> Iterator[str]:
+    while True:
+        yield new_attempt()
+
+
+def _try_commands(link: Link, config: Config, base: str, *, is_cluster: bool) -> None:
     value, index, table = (f"{base}:{kind}" for kind in ("value", "index", "table"))
     unlink = command("UNLINK", value, index, table)
     # What removes comes first: without it nothing may be written.
@@ -180,6 +225,14 @@ def check_permissions(link: Link, keys: Keyspace) -> None:
         "TIME": command("TIME"),
         "EVAL": command("EVAL", "return 1", 1, value),
     }
+    if is_cluster:
+        harmless["ASKING"] = command("ASKING")
+    if config.wait_aof:
+        harmless["WAITAOF"] = command("WAITAOF", 0, 0, 1)
+    elif config.min_replicas:
+        harmless["WAIT"] = command("WAIT", 0, 1)
+    for request in harmless.values():
+        request.target = link.owner(base)
     writing = {
         "ZADD": command("ZADD", index, 0, "x"),
         "HSET": command("HSET", table, "x", "x"),
@@ -194,33 +247,34 @@ def check_permissions(link: Link, keys: Keyspace) -> None:
         name for name, trial in trials.items() if isinstance(trial.error, ServerRefusedError)
     ]
     if refused:
-        raise _not_permitted(link, keys, refused)
+        raise _not_permitted(config, refused)
     for name, trial in trials.items():
         if trial.error is not None and not isinstance(trial.error, ServerFullError):
             raise ServerRefusedError(
-                f"Valkey at {link.address} fails {name}: {trial.error}",
+                f"Valkey at {config.address} fails {name}: {trial.error}",
                 f"Let it run {', '.join(COMMANDS)}, as they are named here",
             )
 
 
-def _not_permitted(link: Link, keys: Keyspace, refused: list[str]) -> ServerRefusedError:
+def _not_permitted(config: Config, refused: list[str]) -> ServerRefusedError:
+    username = config.address.username
+    user = f"user {username!r}" if username else "the default user"
     return ServerRefusedError(
-        f"Valkey at {link.address} does not let {_user(link)} run {', '.join(refused)} on keys "
-        f"below {keys.root}",
-        f"Grant it {acl_rules(keys, link.address)}",
+        f"Valkey at {config.address} does not let {user} run {', '.join(refused)} on keys below "
+        f"{Keyspace.of(config).root}",
+        f"Grant it {acl_rules(config)}",
     )
-
-
-def _user(link: Link) -> str:
-    return f"user {link.address.username!r}" if link.address.username else "the default user"
 
 
 def _unavailable(error: ServerUnavailableError) -> ServerUnavailableError:
     mend = (
         "Wait until it has loaded its data, or raise retry_timeout"
         if "LOADING" in error.what
+        else "Bring its failed nodes back, or give their slots to others (CLUSTER INFO tells)"
+        if "CLUSTERDOWN" in error.what
         else "Raise its maxclients"
         if "max number of clients" in error.what
-        else "Start it, or correct url; every node of the Ray cluster must reach it, without TLS"
+        else "Start it, or correct url (valkeys:// if it wants TLS, valkey:// if not); every node of "
+        "the Ray cluster must reach it"
     )
     return ServerUnavailableError(f"Valkey at {error.what}", mend)

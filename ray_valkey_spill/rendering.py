@@ -174,7 +174,7 @@ def listing(items: Iterable[Item], now: float) -> Iterator[str]:
 
 
 def statistics(found: Statistics) -> Iterator[str]:
-    memory, server = found.server.memory, found.server
+    memory, server = found.memory, found.servers[0]
     yield _field("server", f"{server.product} {server.version} at {found.address}")
     yield _field("keys", f"{found.root}*")
     bound = f" of {size_text(memory.maxmemory)}" if memory.maxmemory else ""
@@ -266,7 +266,8 @@ def inspection(found: Inspection, keys: Keyspace, now: float, chunk: int | None)
     counted = "" if found.entry is None else f"; {size_text(found.entry.stored)} are counted for it"
     yield _field("in the books", f"{found.state}{'' if found.overflow else counted}")
     if header is not None:
-        yield _field("format", f"version {found.version}")
+        sealed = f", sealed with key {header.seal.key_id:016x}" if header.seal else ""
+        yield _field("format", f"version {found.version}{sealed}")
         yield _field("Ray metadata", header.ray_metadata.decode(errors="backslashreplace") or _NONE)
         # In pieces, for it is longer than a line, and none that anybody would copy.
         pieces = textwrap.wrap(header.owner_address.hex(), 64)
@@ -325,7 +326,7 @@ def _chunk_table(found: Inspection, chunk: int | None) -> Iterator[str]:
             f"{span.stop - span.start:,}",
             f"{stored:,}",
             codec.name.lower(),
-            f"{digest:016x}",
+            _NONE if found.header.seal else f"{digest:016x}",
             _presence(found, number, stored),
         ]
         rows.append(cells[: len(columns)])

@@ -13,7 +13,15 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.format import Buffer
 
-__all__ = ["ReplyReader", "Request", "TransientError", "command", "fetch", "store"]
+__all__ = [
+    "RedirectError",
+    "ReplyReader",
+    "Request",
+    "TransientError",
+    "command",
+    "fetch",
+    "store",
+]
 
 # What of a value comes together with its first line has to be copied: no more than this.
 _READ_SIZE = 8 << 10
@@ -32,7 +40,24 @@ class TransientError(Exception):
     """A failure that another attempt may cure: its text tells the user what it was."""
 
 
+class RedirectError(ServerError):
+    """A node of a cluster says who has the key: from now on, or (`ask`) this once.
+
+    `host` is empty if it is the same as the node's that says so.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        code, _, address = text.split(" ")[:3]
+        self.ask = code == "ASK"
+        self.host, _, port = address.rpartition(":")
+        self.port = int(port)
+
+
 # --- requests ---
+
+# Commands that are about no key; of others, but EVAL, the first argument is one.
+_KEYLESS = {"ASKING", "CLUSTER", "HELLO", "INFO", "PING", "SENTINEL", "TIME", "WAIT", "WAITAOF"}
 
 
 class Request:
@@ -40,6 +65,12 @@ class Request:
 
     Attributes:
         parts: the command as it goes over the wire.
+        key: one that it is about, and in a cluster all are in the same slot; or None.
+        fenced: whether it must not be carried out before all requests before it are.
+        target: the server that it is for, where it is about no key.
+        connection: the one that it was given to.
+        redirects: how many times it was sent to another node of a cluster.
+        done: whether the reply is there.
         into: where the reply's value is to be received, if it has exactly that size.
         reply: as the server sent it: bytes for a status, bytearray for a value, int, list or None.
             The length of `into`, if that was filled.
@@ -47,12 +78,25 @@ class Request:
         weight: bytes that it has under way: its own and `expected` ones of the reply.
     """
 
-    __slots__ = ("error", "into", "parts", "reply", "weight")
+    __slots__ = (
+        *("connection", "done", "error", "fenced", "into", "key", "parts", "redirects", "reply"),
+        *("target", "weight"),
+    )
 
     def __init__(
-        self, parts: list[Buffer], *, into: memoryview | None = None, expected: int = 0
+        self,
+        parts: list[Buffer],
+        key: bytes | None,
+        *,
+        into: memoryview | None = None,
+        expected: int = 0,
     ) -> None:
         self.parts = parts
+        self.key = key
+        self.fenced = self.done = False
+        self.redirects = 0
+        self.target: Any = None
+        self.connection: Any = None
         self.into = into
         self.reply: Any = None
         self.error: ServerError | None = None
@@ -65,12 +109,14 @@ class Request:
         return self.reply
 
 
-def command(*args: str | bytes | int) -> Request:
-    """A small command."""
-    encoded = [a if isinstance(a, bytes) else str(a).encode() for a in args]
+def command(name: str, *args: str | bytes | int) -> Request:
+    """A small command; for EVAL all keys must be in one slot, and there must be some."""
+    encoded = [name.encode(), *(a if isinstance(a, bytes) else str(a).encode() for a in args)]
     pieces = [b"*%d\r\n" % len(encoded)]
     pieces += [b"$%d\r\n%b\r\n" % (len(a), a) for a in encoded]
-    return Request([b"".join(pieces)])
+    place = 3 if name == "EVAL" else 1
+    key = None if name in _KEYLESS or place >= len(encoded) else encoded[place]
+    return Request([b"".join(pieces)], key)
 
 
 def store(key: str, value: Sequence[Buffer]) -> Request:
@@ -78,7 +124,7 @@ def store(key: str, value: Sequence[Buffer]) -> Request:
     name = key.encode()
     size = sum(map(len, value))
     head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, size)
-    return Request([head, *value, b"\r\n"])
+    return Request([head, *value, b"\r\n"], name)
 
 
 def fetch(key: str, *, into: memoryview | None = None, expected: int = 0) -> Request:
@@ -88,7 +134,7 @@ def fetch(key: str, *, into: memoryview | None = None, expected: int = 0) -> Req
     """
     name = key.encode()
     parts: list[Buffer] = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)]
-    return Request(parts, into=into, expected=expected)
+    return Request(parts, name, into=into, expected=expected)
 
 
 # --- replies ---
@@ -191,6 +237,8 @@ def _reply_error(text: str) -> ServerError:
     code = text.partition(" ")[0]
     if code in _TRANSIENT:
         raise TransientError(text)
+    if code in ("MOVED", "ASK"):
+        return RedirectError(text)
     if code == "OOM":
         return ServerFullError(text, "Raise the server's maxmemory, or remove what else is in it")
     if code in ("NOPERM", "NOAUTH", "WRONGPASS", "DENIED"):

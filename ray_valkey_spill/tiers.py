@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ray_valkey_spill.errors import LostObjectError, ServerError
+from ray_valkey_spill.errors import LostObjectError, ServerError, UnconfirmedError
 from ray_valkey_spill.format import Buffer
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName
 from ray_valkey_spill.ledger import Ledger, Owner, pages
@@ -20,9 +20,6 @@ from ray_valkey_spill.wire import Link
 
 __all__ = ["Stat", "Value", "ValkeyTier"]
 
-# The server frees a string at once, also for UNLINK, and large ones cost it some 50 us each, while
-# everybody else waits; so one command frees few of them.
-_KEYS_PER_UNLINK = 8
 _NAMES_PER_PAGE = 500
 
 
@@ -93,7 +90,9 @@ class ValkeyTier:
         _require_settled(settlements, entries)
 
     def write_at_once(self, owner: Owner, values: Sequence[Value]) -> list[Entry]:
-        """Register, write and settle objects in one round trip. All their values are in memory.
+        """Register, write and settle objects: in one round trip, or three to a cluster.
+
+        All their values are in memory.
 
         Raises:
             LostObjectError: as `settle`.
@@ -102,9 +101,28 @@ class ValkeyTier:
         settlements = list(self.ledger.settlements(owner, entries))
         stores = [store(value.key, value.parts) for value in values]
         names = [entry.name for entry in entries]
-        self._drain([*self.ledger.registrations(names), *stores, *settlements])
+        self._drain([*self.ledger.registrations(names), *_fenced(stores), *_fenced(settlements)])
         _require_settled(settlements, entries)
         return entries
+
+    def confirm(self, entries: Sequence[Entry], breaks: int) -> None:
+        """Make sure that objects that were written are there, and on as many replicas as wanted.
+
+        A server that is restarted or fails over may lose what it has acknowledged.
+
+        Args:
+            entries: which.
+            breaks: what `self.breaks` was before they were written.
+
+        Raises:
+            UnconfirmedError: they are not.
+            ServerUnavailableError: replicas have not confirmed them in time.
+        """
+        self._link.await_replicas(breaks)
+        if self._link.breaks != breaks:
+            for stat in self.stat([(entry.name, 0) for entry in entries]):
+                if stat.header is None or not all(stat.chunk_sizes):
+                    raise UnconfirmedError("the server lost what had just been written to it")
 
     def stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         """Headers and sizes of chunks of objects, given about how long each header is."""
@@ -157,9 +175,11 @@ class ValkeyTier:
         keys = (
             key for name in names for key in (self._keys.header(name), *self._keys.chunks(name))
         )
-        for page in pages(keys, _KEYS_PER_UNLINK):
-            yield command("UNLINK", *page)
-        yield from self.ledger.forget(names)
+        # One at a time: a cluster takes no others, and to free a large string takes some 50 us,
+        # while everybody else waits.
+        for key in keys:
+            yield command("UNLINK", key)
+        yield from _fenced(self.ledger.forget(names))
 
     def _drain(self, requests: Iterable[Request]) -> None:
         for request in self._run_to_failure(requests):
@@ -186,6 +206,13 @@ class ValkeyTier:
                 failed = request
         if failed is not None:
             yield failed
+
+
+def _fenced(requests: Iterable[Request]) -> Iterator[Request]:
+    """`requests`, the first of which is carried out only after all before it."""
+    for number, request in enumerate(requests):
+        request.fenced = number == 0
+        yield request
 
 
 def _require_settled(settlements: Iterable[Request], entries: Sequence[Entry]) -> None:

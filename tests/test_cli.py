@@ -46,8 +46,7 @@ def test_help_and_version() -> None:
     for command in listed - {"demo"}:
         printed = CliRunner().invoke(in_process, [command, "--help"]).stdout
         for parameter in parameters():
-            option = f"--{parameter.name.replace('_', '-')}"
-            assert (option in printed) == parameter.supported
+            assert f"--{parameter.name.replace('_', '-')}" in printed
 
 
 # --- config ---

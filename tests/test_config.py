@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ray_valkey_spill import spilling_config, system_config
-from ray_valkey_spill.config import Config, parameters
+from ray_valkey_spill.config import Config, Endpoint, parameters
 from ray_valkey_spill.errors import ConfigError
 
 SECRET = "hunter2-secret"
@@ -37,6 +37,9 @@ def test_defaults_are_those_of_the_documentation() -> None:
         ("unix:///run/valkey.sock", "unix:///run/valkey.sock"),
         ("unix:///run/valkey.sock?db=2", "unix:///run/valkey.sock?db=2"),
         ("valkey://user@host:1", "valkey://host:1/0"),
+        ("valkeys://host", "valkeys://host:6379/0"),
+        ("rediss://user@[::1]:1/2", "valkeys://[::1]:1/2"),
+        ("valkey://a:1,b,[::1]:3/0", "valkey://a:1,b:6379,[::1]:3/0"),
     ],
 )
 def test_url_names_the_server(url: str, address: str) -> None:
@@ -54,9 +57,8 @@ def test_url_names_the_server(url: str, address: str) -> None:
         ("valkey://host:6379/zero", "number"),
         ("valkey://host:6379?timeout=3", "?"),
         ("valkey://host#x", "#"),
-        ("valkey://a:1,b:2", "not supported yet"),
-        ("valkeys://host", "not supported yet"),
-        ("rediss://host", "not supported yet"),
+        ("valkey://a:1,b:x", "port"),
+        ("valkey://a:1,,b:2", "host"),
         ("unix://relative/path", "absolute"),
         ("unix://", "absolute"),
         ("", "url"),
@@ -83,7 +85,7 @@ def test_every_parameter_can_come_from_the_environment() -> None:
         "RAY_VALKEY_SPILL_PASSWORD_FILE": "/run/secret",
     }
     config = load(environ)
-    assert (config.address.host, config.address.port, config.address.db) == ("elsewhere", 7777, 1)
+    assert (config.address.endpoints, config.address.db) == ((Endpoint("elsewhere", 7777),), 1)
     assert (config.namespace, config.key_prefix) == ("team-a", "ray:x:")
     assert (config.chunk_size, config.compression) == (65536, "none")
     assert (config.allow_eviction, config.retry_timeout) == (True, 2.5)
@@ -177,22 +179,34 @@ def test_variables_that_are_no_parameters_are_known() -> None:
     load({"RAY_VALKEY_SPILL_DISABLE": "0", "RAY_VALKEY_SPILL_PASSWORD": SECRET, "OTHER": "x"})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("sentinel_service", "primary"),
-        ("min_replicas", 1),
-        ("tls_ca_file", "/ca.pem"),
-        ("tls_cert_file", "/cert.pem"),
-        ("tls_key_file", "/key.pem"),
-        ("encryption_key_file", "/key"),
-    ],
-)
-def test_what_a_later_version_brings_is_refused_and_not_ignored(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is not supported yet"):
-        load(**{name: value})
-    with pytest.raises(ConfigError, match=f"{name.upper()} is not supported yet"):
-        load({f"RAY_VALKEY_SPILL_{name.upper()}": str(value)})
+CONTRADICTIONS = {
+    "a CA without TLS": ({"tls_ca_file": "/ca.pem"}, "tls_ca_file.*valkeys://"),
+    "half a certificate": (
+        {"url": "valkeys://h", "tls_cert_file": "/cert.pem"},
+        "tls_cert_file is given without tls_key_file",
+    ),
+    "only a key": (
+        {"url": "valkeys://h", "tls_key_file": "/key.pem"},
+        "tls_key_file is given without tls_cert_file",
+    ),
+    "Sentinels at a socket": (
+        {"url": "unix:///s", "sentinel_service": "primary"},
+        "sentinel_service.*unix socket",
+    ),
+}
+
+
+@pytest.mark.parametrize(("params", "says"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_parameters_that_contradict_one_another_are_refused(
+    params: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(**params)
+
+
+def test_sentinels_have_a_port_of_their_own() -> None:
+    config = load(url="valkey://a,b:7000", sentinel_service="primary")
+    assert str(config.address) == "valkey://a:26379,b:7000/0"
 
 
 def test_their_defaults_are_accepted() -> None:

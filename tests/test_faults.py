@@ -34,7 +34,7 @@ from faults import (
 )
 from servers import wait_until
 
-from ray_valkey_spill import wire
+from ray_valkey_spill import connection
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     LostObjectError,
@@ -149,7 +149,7 @@ def test_what_passes_goes_unnoticed(case: Struck, fault: Fault) -> None:
 def test_a_server_that_stalls_is_noticed_by_a_timeout(
     case: Struck, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "_STALL_TIMEOUT", 0.2)
+    monkeypatch.setattr(connection, "_STALL_TIMEOUT", 0.2)
     url = case.put(case.for_a_while(fault))
     assert isinstance(url, str), url
     assert case.rig.proxy.connections > 2

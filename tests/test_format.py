@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -8,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_valkey_spill.errors import LostObjectError
+from ray_valkey_spill.errors import ConfigError, LostObjectError
 from ray_valkey_spill.format import (
     FORMAT_VERSION,
+    TRAILER_SIZE,
     Chunk,
     Codec,
     Header,
@@ -21,7 +23,10 @@ from ray_valkey_spill.format import (
     decompress_into,
     encode_header,
     expected_ratio,
+    format_version,
+    header_size,
 )
+from ray_valkey_spill.sealing import TAG_SIZE, KeyRing
 
 
 def header(
@@ -88,14 +93,58 @@ def test_any_flipped_bit_of_a_header_is_noticed(data: st.DataObject) -> None:
     bit = data.draw(st.integers(0, len(good) * 8 - 1))
     bad = bytearray(good)
     bad[bit // 8] ^= 1 << bit % 8
-    try:
-        got, payload = decode_header(bytes(bad))
-    except LostObjectError:
-        return
-    # The trailer has two bytes that say nothing yet, and are zero.
-    assert got == header(2500)
+    with pytest.raises(LostObjectError):
+        decode_header(bytes(bad))
+
+
+NAME = "ray:spill:default:s:n:ab.0.3"
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> KeyRing:
+    (tmp_path / "keys").write_text("ab" * 32)
+    return KeyRing(str(tmp_path / "keys"))
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1_000_000])
+def test_a_sealed_header_is_read_back_with_its_key_and_name_alone(size: int, keys: KeyRing) -> None:
+    seal = keys.current()[0].seal(NAME)
+    sealed = replace(header(size), seal=seal)
+    sealed.chunks = [
+        chunk._replace(stored_size=chunk.stored_size + TAG_SIZE) for chunk in sealed.chunks
+    ]
+    value = encoded(sealed)
+    got, payload = decode_header(value, NAME, keys)
+    assert got == sealed
+    assert got.seal is not None
     assert payload == b""
-    assert bit // 8 in (len(good) - 14, len(good) - 13)
+    assert header_size(value[-TRAILER_SIZE:]) == len(value)
+    assert format_version(value) == FORMAT_VERSION
+    with pytest.raises(LostObjectError, match="seal is broken"):
+        decode_header(value, f"{NAME}0", keys)
+    with pytest.raises(ConfigError, match="no encryption_key_file is given"):
+        decode_header(value)
+    with pytest.raises(LostObjectError, match="not sealed"):
+        decode_header(encoded(header(size)), NAME, keys)
+    # Sizes that do without the tags are not those of sealed chunks.
+    with pytest.raises(LostObjectError, match="wrong size"):
+        decode_header(encoded(replace(header(size), seal=seal)), NAME, keys)
+
+
+def test_a_sealed_payload_is_opened_with_its_header(keys: KeyRing) -> None:
+    data = b"payload" * 10
+    seal = keys.current()[0].seal(NAME)
+    stored = memoryview(bytearray(len(data) + TAG_SIZE))
+    seal.seal_chunk(0, data, stored)
+    chunks = [Chunk(len(stored), Codec.RAW, 0)]
+    inline = replace(header(len(data), chunks=chunks, inline=True), seal=seal)
+    value = encoded(inline, bytes(stored))
+    got, payload = decode_header(value, NAME, keys)
+    assert (got, payload) == (inline, data)
+    bad = bytearray(value)
+    bad[-TRAILER_SIZE - 1] ^= 1
+    with pytest.raises(LostObjectError, match="seal is broken"):
+        decode_header(bytes(bad), NAME, keys)
 
 
 @given(st.integers(0, 1500))
@@ -108,8 +157,9 @@ def test_a_header_that_is_cut_off_is_noticed(length: int) -> None:
 
 @given(st.binary(max_size=300))
 def test_garbage_is_no_header(value: bytes) -> None:
-    with pytest.raises(LostObjectError):
-        decode_header(value)
+    for garbage in (value, value + encoded(header())[-TRAILER_SIZE:]):
+        with pytest.raises(LostObjectError):
+            decode_header(garbage)
 
 
 def test_a_newer_format_is_refused_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def shared_server(**config: Any) -> Iterator[Server]:
     with valkey_server(enable_debug_command="yes", acllog_max_len=10_000, **config) as server:
         server.settle_foreign()
         advised = config_of(server)
-        rules = preflight.acl_rules(Keyspace.of(advised), advised.address)
+        rules = preflight.acl_rules(advised)
         server.client.execute_command("ACL", "SETUSER", "ray", "on", f">{PASSWORD}", *rules.split())
         server.client.execute_command("ACL", "LOG", "RESET")
         server.client.config_resetstat()

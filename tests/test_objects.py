@@ -1,20 +1,27 @@
-"""The object store, the same suite on every kind of server, and where it can be in the overflow."""
+"""The object store, the same suite on every kind of server, and where it can be in the overflow.
+
+A kind of server is a context manager in `STARTED_BY`, under a name that `KINDS` has.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
+import secrets
 import shutil
 import subprocess
 import sys
 import tracemalloc
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import valkey
 from hypothesis import HealthCheck, given, settings
@@ -34,15 +41,92 @@ from ray_valkey_spill.format import FORMAT_VERSION
 from ray_valkey_spill.keys import Entry
 from ray_valkey_spill.ledger import Owner
 from ray_valkey_spill.objects import INLINE_LIMIT, ObjectStore, SourceObject, StoredObject
+from ray_valkey_spill.sealing import TAG_SIZE
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 SESSION, NODE = "session_1", "ab" * 28
 CHUNK = 10_000
 BOOKS = 2  # keys: the index and the usage
-KINDS = ["tcp", "unix socket", *(["redis"] if shutil.which("redis-server") else [])]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that has been started.
+
+    Attributes:
+        url: of the server.
+        client: past the store.
+        params: what a store has to be given beside the url.
+        overflow: a directory that takes everything in the server's place.
+    """
+
+    url: str
+    client: Any
+    params: dict[str, Any] = field(default_factory=dict)
+    overflow: Path | None = None
+
+
+@contextlib.contextmanager
+def at(url: str) -> Iterator[Running]:
+    with valkey.from_url(url) as client:
+        yield Running(url, client)
+
+
+@contextlib.contextmanager
+def tcp(directory: Path) -> Iterator[Running]:
+    with valkey_server() as server, at(server.url) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def unix_socket(directory: Path) -> Iterator[Running]:
+    with unix_socket_server(directory) as url, at(url) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def redis(directory: Path) -> Iterator[Running]:
+    with redis_server(directory) as url, at(url) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def sealed(directory: Path) -> Iterator[Running]:
+    file = directory / "keys"
+    file.write_text(secrets.token_hex(32))
+    with tcp(directory) as running:
+        yield replace(running, params={"encryption_key_file": str(file)})
+
+
+@contextlib.contextmanager
+def overflow(directory: Path) -> Iterator[Running]:
+    with tcp(directory) as running:
+        yield replace(running, overflow=directory / "overflow")
+
+
+@contextlib.contextmanager
+def sealed_overflow(directory: Path) -> Iterator[Running]:
+    with sealed(directory) as running:
+        yield replace(running, overflow=directory / "overflow")
+
+
+STARTED_BY: dict[str, Callable[[Path], AbstractContextManager[Running]]] = {
+    "tcp": tcp,
+    "unix socket": unix_socket,
+    "redis": redis,
+    "sealed": sealed,
+    "overflow": overflow,
+    "sealed overflow": sealed_overflow,
+}
+PLAIN_KINDS = ["tcp", "unix socket", *(["redis"] if shutil.which("redis-server") else [])]
+KINDS = [*PLAIN_KINDS, "sealed"]
 # For what looks at objects, and not at how they lie on a server.
-everywhere = pytest.mark.parametrize("running", [*KINDS, "overflow"], indirect=True, scope="module")
+everywhere = pytest.mark.parametrize(
+    "running", [*KINDS, "overflow", "sealed overflow"], indirect=True, scope="module"
+)
+# For what looks at what is stored.
+unsealed = pytest.mark.parametrize("running", PLAIN_KINDS, indirect=True, scope="module")
 
 
 @dataclass
@@ -50,14 +134,20 @@ class Backend:
     """A server and, past the store, what is on it; or a directory that takes everything instead."""
 
     url: str
-    client: valkey.Valkey
+    client: Any
+    params: dict[str, Any] = field(default_factory=dict)
     overflow: Path | None = None
     stores: list[ObjectStore] = field(default_factory=list)
+
+    @property
+    def tag_size(self) -> int:
+        """What sealing adds to a chunk."""
+        return TAG_SIZE if "encryption_key_file" in self.params else 0
 
     def store(self, node: str = NODE, session: str = SESSION, **params: Any) -> ObjectStore:
         if self.overflow is not None:
             params = {"overflow_uri": str(self.overflow), "max_bytes": 0, **params}
-        params = {"url": self.url, "chunk_size": CHUNK, "retry_timeout": 5, **params}
+        params = {"url": self.url, "chunk_size": CHUNK, "retry_timeout": 5, **self.params, **params}
         self.stores.append(ObjectStore(Config.load(params, {}), session, node))
         return self.stores[-1]
 
@@ -87,22 +177,17 @@ class Backend:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     directory = tmp_path_factory.mktemp("server")
-    with contextlib.ExitStack() as stack:
-        if request.param in ("tcp", "overflow"):
-            url = stack.enter_context(valkey_server()).url
-        elif request.param == "redis":
-            url = stack.enter_context(redis_server(directory))
-        else:
-            url = stack.enter_context(unix_socket_server(directory))
-        client = stack.enter_context(contextlib.closing(valkey.from_url(url)))
-        yield url, client, directory / "overflow" if request.param == "overflow" else None
+    with STARTED_BY[request.param](directory) as running:
+        yield running
 
 
 @pytest.fixture
-def backend(running: tuple[str, valkey.Valkey, Path | None]) -> Iterator[Backend]:
-    backend = Backend(*running)
+def backend(running: Running) -> Iterator[Backend]:
+    backend = Backend(running.url, running.client, running.params, running.overflow)
     backend.clear()
     yield backend
     for store in backend.stores:
@@ -187,17 +272,12 @@ def test_any_batch_with_any_chunk_size_and_compression_comes_back(
         chunk_size=data.draw(st.integers(1024, 5000)),
         compression=data.draw(st.sampled_from(["auto", "lz4", "none"])),
     )
-    values = data.draw(
+    shapes = data.draw(
         st.lists(
-            st.builds(
-                lambda size, seed, repeat: (noise(size, seed) * repeat)[:30_000],
-                st.integers(0, 12_000),
-                st.integers(0, 9),
-                st.integers(1, 8),
-            ),
-            max_size=8,
+            st.tuples(st.integers(0, 12_000), st.integers(0, 9), st.integers(1, 8)), max_size=8
         )
     )
+    values = [(noise(size, seed) * repeat)[:30_000] for size, seed, repeat in shapes]
     urls = put_all(store, [source(value, i) for i, value in enumerate(values)])
     assert [get(store, url, i) for i, url in enumerate(urls)] == values
     store.delete(urls)
@@ -281,6 +361,7 @@ def test_odd_names_of_session_and_node_do_not_leave_their_place(backend: Backend
 # --- how it is stored ---
 
 
+@unsealed
 def test_incompressible_chunks_are_stored_as_they_are(backend: Backend) -> None:
     put(backend.store(), noise(3 * CHUNK))
     assert [backend.client.get(key) for key in backend.chunk_keys()] == [
@@ -295,14 +376,16 @@ def test_compressible_chunks_are_stored_small(backend: Backend) -> None:
 
 def test_compression_none_compresses_nothing(backend: Backend) -> None:
     put(backend.store(compression="none"), bytes(3 * CHUNK))
-    assert [backend.client.strlen(key) for key in backend.chunk_keys()] == [CHUNK] * 3
+    assert [backend.client.strlen(key) for key in backend.chunk_keys()] == [
+        CHUNK + backend.tag_size
+    ] * 3
 
 
 def test_an_object_half_of_which_compresses_is_stored_chunk_by_chunk(backend: Backend) -> None:
     data = noise(10 * CHUNK) + bytes(10 * CHUNK)
     url = put(backend.store(), data)
     sizes = [backend.client.strlen(key) for key in backend.chunk_keys()]
-    assert sizes[:10] == [CHUNK] * 10
+    assert sizes[:10] == [CHUNK + backend.tag_size] * 10
     assert max(sizes[10:]) < CHUNK // 10
     assert get(backend.store(), url) == data
 
@@ -623,13 +706,14 @@ KILL_POINTS = {
 }
 
 DYING_WRITER = """
+import json
 import sys
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.keys import ObjectName
 from ray_valkey_spill.objects import ObjectStore, SourceObject
 
-url, session, node, kill_point = sys.argv[1:]
-store = ObjectStore(Config.load({"url": url, "chunk_size": 10000}, {}), session, node)
+params, session, node, kill_point = sys.argv[1:]
+store = ObjectStore(Config.load({"chunk_size": 10000, **json.loads(params)}, {}), session, node)
 tier, values = store._tier, store._values
 
 def stop(*args):
@@ -653,13 +737,18 @@ store.put([SourceObject(f"{i:056x}", b"", b"", memoryview(bytes(30000))) for i i
 """
 
 
+def writer(backend: Backend) -> list[str]:
+    params = json.dumps({"url": backend.url, **backend.params})
+    return [sys.executable, "-c", DYING_WRITER, params, SESSION, NODE]
+
+
 @pytest.mark.parametrize("kill_point", KILL_POINTS.values(), ids=KILL_POINTS)
 def test_what_a_killed_writer_left_is_found_and_nothing_else(
     backend: Backend, kill_point: str
 ) -> None:
     kept = put(backend.store(), noise(3 * CHUNK))
     dying = subprocess.Popen(
-        [sys.executable, "-c", DYING_WRITER, backend.url, SESSION, NODE, kill_point],
+        [*writer(backend), kill_point],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -685,7 +774,7 @@ def test_destroy_waits_for_a_living_writer_and_leaves_what_is_unfinished(
 ) -> None:
     done = put(backend.store(), noise(3 * CHUNK))
     writing = subprocess.Popen(
-        [sys.executable, "-c", DYING_WRITER, backend.url, SESSION, NODE, "tier.settle = stop_once"],
+        [*writer(backend), "tier.settle = stop_once"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -844,13 +933,19 @@ def test_memory_stays_bounded_whatever_the_size(backend: Backend, make: Any) -> 
     target = bytearray(len(data))
     put(store, make(8 << 20))
     tracemalloc.start()
+    pool = pa.default_memory_pool()
+    counted = pa.proxy_memory_pool(pool)
+    pa.set_memory_pool(counted)
     try:
         url = put(store, data)
         found = store.find(url, f"{0:056x}")
         store.fill(found, memoryview(target))
         _, peak = tracemalloc.get_traced_memory()
     finally:
+        pa.set_memory_pool(pool)
         tracemalloc.stop()
     assert target == data
-    # Raw chunks are never copied; of compressed ones a few are held at a time.
-    assert peak < (1 << 20 if make is noise else 24 << 20)
+    # Raw chunks are never copied; of compressed and of sealed ones a few are held at a time.
+    raw = make is noise
+    assert peak < (1 << 20 if raw else 24 << 20)
+    assert counted.max_memory() < (1 << 20 if raw and not backend.tag_size else 24 << 20)

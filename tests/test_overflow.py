@@ -331,6 +331,33 @@ def test_foreign_files_are_told_from_ours_and_stay(tmp_path: Path) -> None:
     assert place.files() == {"others/file.txt": 1}
 
 
+@pytest.mark.parametrize("name", ["../../../victim", "..", ".", "", "/etc", "x/../../../../victim"])
+def test_no_name_from_the_server_leads_out_of_its_place(tmp_path: Path, name: str) -> None:
+    """Who writes to the server could else have a clean-up remove any directory."""
+    (tmp_path / "victim").mkdir()
+    tier = tier_at(str(tmp_path / "some" / "overflow"))
+    tier.sign(SESSION, "signed")
+    before = {*tmp_path.rglob("*")}
+    owner, place = Owner(name, "n"), Place(ObjectName(name, "n", "ab", "0" * 27, 0), 1, True)
+    uses: list[Callable[[], object]] = [
+        lambda: tier.destroy_session(name),
+        lambda: tier.destroy(owner),
+        lambda: tier.destroy(Owner(SESSION, name)),
+        lambda: tier.remove_parts(owner, lambda pid: False),
+        lambda: tier.remove(place),
+        lambda: tier.stat(place),
+        lambda: tier.sign(name, "token"),
+        lambda: tier.unsign(name, "token"),
+    ]
+    for use in uses:
+        with pytest.raises(OverflowUnavailableError, match="cannot be a name in the overflow"):
+            use()
+    if "/" in name:
+        with pytest.raises(OverflowUnavailableError, match="cannot be a name in the overflow"):
+            tier.unsign(SESSION, f"../{name}")
+    assert {*tmp_path.rglob("*")} == before
+
+
 @pytest.mark.slow
 def test_more_objects_than_a_store_lists_at_once_are_all_found(bucket: Bucket) -> None:
     tier = tier_at(bucket.uri)

@@ -185,7 +185,7 @@ def test_shutdown_takes_all_of_this_session_and_nothing_of_another(spilling: Ser
         assert spilling.spilled_ids() > {"00ff"}
         del refs[:5]
     assert spilling.spilled_ids() == {"00ff"}
-    assert spilling.our_keys() == [INDEX.encode(), neighbour]
+    assert spilling.our_keys() == [neighbour, INDEX.encode()]
 
 
 def test_references_dropped_while_spilling_and_restoring(spilling: Server) -> None:

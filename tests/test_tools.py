@@ -815,14 +815,12 @@ def test_gc_removes_of_a_running_session_only_what_is_half_written_of_the_dead(
 
 
 def test_gc_takes_every_parameter_that_a_spilling_config_may_have(server: Server) -> None:
-    # As the head start passes them: also those that have to have their default in this version.
+    # As the head start passes them.
     values = {p.name: p.default for p in parameters() if p.default is not None}
     values |= {"url": server.url, "max_bytes": 10, "allow_eviction": True, "retry_timeout": 1.5}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     result = tool("gc", *options)
     assert (result.exit_code, result.stdout) == (0, "Nothing to remove.\n")
-    with pytest.raises(ConfigError, match="min_replicas is not supported yet"):
-        tool("gc", "--min-replicas=1")
 
 
 # --- the ACL ---

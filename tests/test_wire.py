@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proxy import Proxy, proxy_to
+from proxy import Proxy, answering, proxy_to
 from servers import Server, unix_socket_server, valkey_server
 
 from ray_valkey_spill.config import Config
@@ -20,7 +20,8 @@ from ray_valkey_spill.errors import (
     ServerUnavailableError,
 )
 from ray_valkey_spill.resp import ReplyReader, Request, command, fetch, store
-from ray_valkey_spill.wire import Link, ServerInfo
+from ray_valkey_spill.server_info import ServerInfo
+from ray_valkey_spill.wire import Link
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -286,40 +287,22 @@ def test_a_full_server_is_told_from_other_errors() -> None:
         link.close()
 
 
-def answering(reply: bytes) -> Iterator[str]:
-    """The url of a listener that answers whatever comes with `reply`, and closes."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                with connection:
-                    connection.recv(65536)
-                    connection.sendall(reply)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        yield f"valkey://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join()
-
-
 @pytest.fixture
 def web_server() -> Iterator[str]:
-    yield from answering(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as url:
+        yield url
 
 
 @pytest.fixture
 def mute_server() -> Iterator[str]:
-    yield from answering(b"")
+    with answering(b"") as url:
+        yield url
 
 
 @pytest.fixture
 def loading_server() -> Iterator[str]:
-    yield from answering(b"-LOADING Valkey is loading the dataset in memory\r\n" * 4)
+    with answering(b"-LOADING Valkey is loading the dataset in memory\r\n" * 4) as url:
+        yield url
 
 
 def test_what_is_not_a_valkey_is_said_to_be_none(web_server: str) -> None:
@@ -353,10 +336,12 @@ def test_loading_is_waited_for_even_where_the_unreachable_is_not(loading_server:
 def test_server_info_of_valkey_and_redis() -> None:
     valkey = ServerInfo.parse(
         "# Server\r\nredis_version:7.2.4\r\nvalkey_version:9.1.0\r\nrole:master\r\n"
-        "maxmemory:1024\r\nmaxmemory_policy:allkeys-lru\r\nused_memory:512\r\ncluster_enabled:1\r\n"
+        "maxmemory:1024\r\nmaxmemory_policy:allkeys-lru\r\nused_memory:512\r\nredis_mode:cluster\r\n"
+        "aof_enabled:1\r\nslave0:ip=::1,port=1,state=online,offset=1\r\nslave1:state=wait_bgsave\r\n"
         "db0:keys=7,expires=3,avg_ttl=0\r\ndb2:keys=5,expires=1,avg_ttl=0\r\n"
     )
-    assert (valkey.product, valkey.version, valkey.cluster) == ("Valkey", "9.1.0", True)
+    assert (valkey.product, valkey.version, valkey.mode) == ("Valkey", "9.1.0", "cluster")
+    assert (valkey.role, valkey.replicas, valkey.aof) == ("master", 1, True)
     memory = valkey.memory
     assert (memory.maxmemory, memory.used, memory.keys, memory.volatile) == (1024, 512, 12, 4)
     assert (memory.evicts_all, memory.evicts_volatile) == (True, False)

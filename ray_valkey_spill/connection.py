@@ -1,0 +1,324 @@
+"""One connection to one server. valkey-py opens it; from then on this moves bytes itself.
+
+valkey-py's own command path copies every value at least once and waits for each reply, which costs
+most of the wire's speed. Here requests go out scatter-gather from the buffers they are given, many
+ahead of their replies, and values are received right where they are wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import valkey.connection as client
+import valkey.exceptions as client_errors
+
+from ray_valkey_spill import __version__, tls
+from ray_valkey_spill.config import KIB, MIB, Config, Endpoint
+from ray_valkey_spill.errors import ConfigError, NotValkeyError, ServerError, ServerRefusedError
+from ray_valkey_spill.format import Buffer
+from ray_valkey_spill.resp import ReplyReader, Request, TransientError, command
+
+__all__ = ["Connection"]
+
+# Bytes under way before replies are waited for: enough to fill the wire until a reply comes, and
+# within that no more than two chunks, because what is between two processes of a machine should fit
+# their cores' caches, and because whoever else uses the server waits for it. What is asked for and
+# not yet read lies in the server's memory, outside its maxmemory, so this also bounds what one IO
+# worker costs the server.
+_CHUNKS_UNDER_WAY = 2
+_SMALLEST_WINDOW, _SMALL_WINDOW = 256 * KIB, 1 * MIB
+_LARGEST_WINDOW = 8 * MIB
+_FASTEST_WIRE = 4e9  # bytes per second
+# Requests are gathered into one system call up to this many bytes, less than a chunk of the default
+# size, and this many buffers, which is below Linux's IOV_MAX.
+_BATCH = 448 * KIB
+_MAX_PARTS = 1000
+# `tcpi_rtt`, microseconds, in Linux's `struct tcp_info` (linux/tcp.h).
+_TCP_RTT = slice(68, 72)
+_MAX_REQUESTS = 300
+# Seconds without a single byte moving after which a server counts as stalled.
+_STALL_TIMEOUT = 10.0
+_CONNECT_TIMEOUT = 5.0
+_SHORTEST_TIMEOUT = 1.0
+
+
+class Connection:
+    """An open connection, and the requests that were given to it and have no reply yet.
+
+    For one thread at a time. After any error it is closed.
+
+    Args:
+        config: credentials, TLS, and how long chunks are.
+        endpoint: the server.
+        patience: seconds after which a server that does not answer may be given up.
+        sentinel: whether it is a Sentinel, which has no databases, and may know no users.
+
+    Attributes:
+        waiting: in the order in which their replies will come.
+        mode: "standalone", "cluster" or "sentinel".
+        is_replica: whether it was a replica when the connection was opened.
+
+    Raises:
+        OSError, TransientError: another attempt may cure it.
+        ServerRefusedError, NotValkeyError, ConfigError: it will not.
+    """
+
+    def __init__(
+        self, config: Config, endpoint: Endpoint, patience: float, *, sentinel: bool = False
+    ) -> None:
+        self.endpoint = endpoint
+        self.closed = False
+        self.waiting: deque[Request] = deque()
+        self._unsent: list[Request] = []
+        self._unsent_weight = self._weight = 0
+        timeout = min(_STALL_TIMEOUT, max(_SHORTEST_TIMEOUT, patience))
+        self._client = _opened(config, endpoint, timeout, sentinel)
+        self._sock: Any = self._client._sock
+        self._stream: Any = self._sock
+        if config.address.tls:
+            self._stream = tls.TlsSocket(self._sock)
+        else:
+            _have_kernel_time_out(self._sock, timeout)
+        self._window = _window(self._sock, config.chunk_size)
+        self._batch = min(_BATCH, self._window // 2)
+        self._replies = ReplyReader(self._stream)
+        try:
+            self.mode, self.is_replica = self._hello()
+        except OSError as error:
+            # With TLS 1.3 a server tells only now what it thinks of a client's certificate.
+            if (refusal := tls.refusal(error, endpoint)) is None:
+                raise
+            raise refusal from error
+
+    def _hello(self) -> tuple[str, bool]:
+        request = command("HELLO", 2)
+        self.add(request)
+        self.read()
+        # A proxy may not know it, and what has one before it looks like a single server.
+        reply = request.reply if isinstance(request.reply, list) else []
+        told = dict(zip(map(_text, reply[::2]), map(_text, reply[1::2])))
+        return told.get("mode", "standalone"), told.get("role", "master") != "master"
+
+    def has_room(self, depth: int = 1) -> bool:
+        """Whether more may be sent ahead of the replies to what is under way.
+
+        With `depth`, that may be so many times as much as keeps the wire busy.
+        """
+        if self._unsent or len(self.waiting) < _CHUNKS_UNDER_WAY:
+            return True
+        weight, requests = self._weight + self._batch, len(self.waiting)
+        return weight <= depth * self._window and requests <= _MAX_REQUESTS // 2
+
+    def add(self, request: Request) -> None:
+        """Take `request`, which is sent now, or together with those that follow.
+
+        Raises:
+            OSError: the connection broke.
+        """
+        self.waiting.append(request)
+        self._unsent.append(request)
+        self._weight += request.weight
+        self._unsent_weight += request.weight
+        if self._unsent_weight >= self._batch or len(self._unsent) >= _MAX_REQUESTS // 2:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send all that was taken. Errors as `add`."""
+        if self._unsent:
+            parts = [part for request in self._unsent for part in request.parts]
+            self._unsent, self._unsent_weight = [], 0
+            try:
+                self._send(parts)
+            except BaseException:
+                self.close()
+                raise
+
+    def read(self) -> Request:
+        """Fill in the reply of the first request that waits, and return it.
+
+        Raises:
+            OSError: the connection broke.
+            TransientError: the server cannot serve now.
+            NotValkeyError: what it sends is no reply.
+        """
+        self.flush()
+        request = self.waiting[0]
+        try:
+            self._replies.read(request)
+        except BaseException:
+            self.close()
+            raise
+        self.waiting.popleft()
+        self._weight -= request.weight
+        return request
+
+    def close(self) -> None:
+        """What has not left this machine yet is dropped too (by SO_LINGER), or it could be carried
+        out after whatever is sent next.
+        """
+        if not self.closed:
+            self.closed = True
+            self.waiting.clear()
+            self._unsent = []
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._client.disconnect()
+
+    def _send(self, parts: list[Buffer]) -> None:
+        while parts:
+            try:
+                sent = self._stream.sendmsg(parts[:_MAX_PARTS])
+            except BlockingIOError:
+                raise TimeoutError("it takes no more bytes") from None
+            done = 0
+            while done < len(parts) and sent >= len(parts[done]):
+                sent -= len(parts[done])
+                done += 1
+            del parts[:done]
+            if sent:
+                parts[0] = memoryview(parts[0])[sent:]
+
+
+# --- opening one ---
+
+
+class _TlsConnection(client.Connection):
+    """valkey-py's connection, over TLS with a context of ours, whose errors we can tell apart."""
+
+    def __init__(self, config: Config, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self._context = tls.context(config)
+
+    def _connect(self) -> socket.socket:
+        sock = super()._connect()  # type: ignore[no-untyped-call]
+        try:
+            return self._context.wrap_socket(sock, server_hostname=self.host)
+        except TimeoutError:
+            sock.close()
+            # valkey-py would not tell this from a host that does not answer.
+            raise OSError("It does not answer the TLS handshake") from None
+        except BaseException as error:
+            sock.close()
+            if (refusal := tls.refusal(error, Endpoint(self.host, self.port))) is None:
+                raise
+            raise refusal from error
+
+
+def _opened(config: Config, endpoint: Endpoint, timeout: float, sentinel: bool) -> Any:
+    """A connection of valkey-py's that is open and authenticated; errors as `Connection`."""
+    password = _password(config)
+    try:
+        return _connected(config, endpoint, timeout, password, sentinel)
+    except client_errors.AuthenticationError as error:
+        if sentinel:
+            # Sentinels have users of their own, and often none.
+            with contextlib.suppress(client_errors.ValkeyError):
+                return _connected(config, endpoint, timeout, None, sentinel)
+        if _password(config) != password:
+            raise TransientError(f"{endpoint} has a new password") from error
+        raise _refused(config, endpoint, error) from error
+    except client_errors.ValkeyError as error:
+        raise tls.refusal(error, endpoint) or _translated(config, endpoint, error) from error
+
+
+def _connected(
+    config: Config, endpoint: Endpoint, timeout: float, password: str | None, sentinel: bool
+) -> Any:
+    username = config.address.username if password or not sentinel else None
+    options: dict[str, Any] = {
+        "db": 0 if sentinel else config.address.db,
+        "username": username,
+        "password": password,
+        "socket_timeout": timeout,
+        "socket_connect_timeout": min(_CONNECT_TIMEOUT, timeout),
+        # Shown by CLIENT LIST. A user with few permissions may not tell it, and the server would
+        # note that in its ACL LOG each time.
+        "lib_name": None if username else "ray-valkey-spill",
+        "lib_version": None if username else __version__,
+    }
+    connection: Any
+    if endpoint.path:
+        connection = client.UnixDomainSocketConnection(path=endpoint.path, **options)
+    else:
+        options |= {"host": endpoint.host, "port": endpoint.port, "socket_keepalive": True}
+        connection = (
+            _TlsConnection(config, **options)
+            if config.address.tls
+            else client.Connection(**options)
+        )
+    try:
+        connection.connect()
+    except BaseException:
+        connection.disconnect()
+        raise
+    return connection
+
+
+def _password(config: Config) -> str | None:
+    """Read anew for each connection, so that a rotated password is found."""
+    path = config.password_file
+    if path is None or config.address.password is not None:
+        return config.address.password
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"password_file {path!r} cannot be read: {error}") from error
+
+
+def _have_kernel_time_out(sock: Any, seconds: float) -> None:
+    """Give `sock` a timeout that costs nothing: Python's own costs a `poll` for every transfer."""
+    interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    sock.settimeout(None)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+
+
+def _window(sock: Any, chunk_size: int) -> int:
+    """Bytes under way that keep the fastest wire busy for a round trip to `sock`'s peer."""
+    least = min(max(_SMALLEST_WINDOW, _CHUNKS_UNDER_WAY * chunk_size), _SMALL_WINDOW)
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_RTT.stop)
+    except OSError:  # no TCP
+        return least
+    round_trip = int.from_bytes(info[_TCP_RTT], sys.byteorder) / 1e6
+    return int(min(max(least, round_trip * _FASTEST_WIRE), _LARGEST_WINDOW))
+
+
+def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyError) -> Exception:
+    """What valkey-py failed to connect with, in our terms."""
+    if isinstance(error, client_errors.BusyLoadingError):
+        return TransientError(f"LOADING {error}")
+    if isinstance(error, client_errors.AuthorizationError):
+        return _refused(config, endpoint, error)
+    if isinstance(error, client_errors.InvalidResponse):
+        return NotValkeyError(
+            f"what answers at {endpoint} does not speak the Valkey protocol ({error})",
+            "Correct url: it must name a Valkey or Redis server",
+        )
+    if isinstance(error, client_errors.ConnectionError | client_errors.TimeoutError):
+        # Met after connecting, in the first exchange: also what a TLS port or a web server gives.
+        silent = "closed by server" in str(error) or "reading from" in str(error)
+        prefix = "it takes connections, but does not answer as a Valkey does: " if silent else ""
+        return ConnectionError(f"{prefix}{error}".rstrip("."))
+    mend = ""
+    if "DB index" in str(error) or "SELECT" in str(error):
+        mend = "Give a database that it has; most clusters have 0 alone"
+    return ServerRefusedError(f"{endpoint} refuses the connection: {error}", mend)
+
+
+def _refused(config: Config, endpoint: Endpoint, error: Exception) -> ServerError:
+    username = config.address.username
+    return ServerRefusedError(
+        f"{endpoint} refuses {f'user {username!r}' if username else 'the default user'}: {error}",
+        "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has them",
+    )
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes | bytearray) else str(value)

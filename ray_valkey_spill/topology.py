@@ -1,0 +1,122 @@
+"""Which server has what: one server, the primary that Sentinels tell of, or a cluster's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from valkey.crc import VALKEY_CLUSTER_HASH_SLOTS, key_slot
+
+from ray_valkey_spill.config import Endpoint
+from ray_valkey_spill.connection import Connection
+from ray_valkey_spill.errors import ServerError, ServerRefusedError
+from ray_valkey_spill.resp import TransientError, command
+
+__all__ = ["Cluster", "Single", "Topology", "cluster_at", "primary_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """One server has all keys."""
+
+    endpoint: Endpoint
+
+    def owner(self, key: bytes) -> Endpoint:
+        return self.endpoint
+
+    @property
+    def primaries(self) -> tuple[Endpoint, ...]:
+        return (self.endpoint,)
+
+
+class Cluster:
+    """Each of a cluster's primaries has the keys of some slots.
+
+    Args:
+        slots: the reply to CLUSTER SLOTS.
+        asked: the node that gave it, which may not know by what name it is reached.
+    """
+
+    def __init__(self, slots: Sequence[Any], asked: Endpoint) -> None:
+        self._owners: list[Endpoint | None] = [None] * VALKEY_CLUSTER_HASH_SLOTS
+        self.nodes: set[Endpoint] = set()
+        for first, last, *nodes in slots:
+            endpoints = [_node(node, asked) for node in nodes]
+            self.nodes |= {*endpoints}
+            self._owners[first : last + 1] = [endpoints[0]] * (last + 1 - first)
+
+    def owner(self, key: bytes) -> Endpoint:
+        """Raises TransientError while nobody serves the key's slot."""
+        endpoint = self._owners[key_slot(key)]
+        if endpoint is None:
+            raise TransientError(f"CLUSTERDOWN nobody serves slot {key_slot(key)}")
+        return endpoint
+
+    def move(self, key: bytes, endpoint: Endpoint) -> None:
+        """Note that the slot of `key` is served elsewhere."""
+        self._owners[key_slot(key)] = endpoint
+        self.nodes.add(endpoint)
+
+    @property
+    def primaries(self) -> tuple[Endpoint, ...]:
+        return tuple(sorted({owner for owner in self._owners if owner is not None}))
+
+
+Topology = Single | Cluster
+
+
+def cluster_at(node: Connection) -> Cluster:
+    """What a node says of its cluster. Errors as `Connection.read`, and of the command."""
+    request = command("CLUSTER", "SLOTS")
+    node.add(request)
+    while node.read() is not request:
+        pass
+    return Cluster(request.result(), node.endpoint)
+
+
+def primary_of(
+    service: str, sentinels: Iterable[Endpoint], connect: Callable[[Endpoint], Connection]
+) -> Endpoint:
+    """The primary of `service`, by the first of `sentinels` that tells of one.
+
+    Whether it is one has to be asked of itself (https://valkey.io/topics/sentinel-clients).
+
+    Args:
+        service: as in `sentinel monitor`.
+        sentinels: who may know.
+        connect: opens a connection to one.
+
+    Raises:
+        OSError, TransientError: none can be asked.
+        ServerRefusedError: those that can be asked know of no such service.
+    """
+    failure: Exception | None = None
+    refused = ""
+    for sentinel in sentinels:
+        try:
+            connection = connect(sentinel)
+        except (OSError, TransientError) as error:
+            failure = error
+            continue
+        try:
+            request = command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+            connection.add(request)
+            connection.read()
+            if isinstance(found := request.result(), list):
+                return Endpoint(found[0].decode(), int(found[1]))
+            refused = f"the Sentinel at {sentinel} knows no service {service!r}"
+        except (OSError, TransientError) as error:
+            failure = error
+        except ServerError as error:
+            refused = f"what answers at {sentinel} is no Sentinel ({error})"
+        finally:
+            connection.close()
+    if refused:
+        raise ServerRefusedError(refused, "Correct url and sentinel_service (SENTINEL MASTERS)")
+    raise failure or ConnectionError("there are no Sentinels")
+
+
+def _node(told: Sequence[Any], asked: Endpoint) -> Endpoint:
+    named = told[0] not in (None, b"", b"?")
+    return Endpoint(told[0].decode() if named else asked.host, told[1])
