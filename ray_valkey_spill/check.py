@@ -23,6 +23,7 @@ from ray_valkey_spill.objects import ObjectStore, SourceObject
 from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.registration import require_compatible
 from ray_valkey_spill.resp import command
+from ray_valkey_spill.sealing import KeyRing
 from ray_valkey_spill.server_info import MemoryInfo
 from ray_valkey_spill.wire import Link
 
@@ -63,6 +64,8 @@ def run(params: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(FAILED, "parameters", error.what, error.mend)
         return
     yield Finding(OK, "parameters", f"url {config.address}, keys below {Keyspace.of(config).root}")
+    if (ring := KeyRing.of(config)) is not None:
+        yield _attempt("sealing", lambda: _sealing(ring))
     link = Link(config, unreachable_timeout=preflight.HEAD_START_PATIENCE)
     try:
         yield from _server(config, link)
@@ -117,6 +120,11 @@ def _overridden() -> Iterator[Finding]:
             "RAY_object_spilling_directory is set, and Ray prefers it to any spilling config",
             "Unset it",
         )
+
+
+def _sealing(ring: KeyRing) -> str:
+    first, *others = (f"{key.id:016x}" for key in ring.current())
+    return f"key {first} seals" + (f", and {', '.join(others)} open too" if others else "")
 
 
 # --- the server ---

@@ -46,6 +46,8 @@ _MAX_REQUESTS = 300
 _STALL_TIMEOUT = 10.0
 _CONNECT_TIMEOUT = 5.0
 _SHORTEST_TIMEOUT = 1.0
+# There are other Sentinels to ask, and what they do takes no time.
+_SENTINEL_TIMEOUT = 0.5
 
 
 class Connection:
@@ -61,6 +63,7 @@ class Connection:
 
     Attributes:
         waiting: in the order in which their replies will come.
+        weight: bytes that these have under way.
         mode: "standalone", "cluster" or "sentinel".
         is_replica: whether it was a replica when the connection was opened.
 
@@ -76,8 +79,10 @@ class Connection:
         self.closed = False
         self.waiting: deque[Request] = deque()
         self._unsent: list[Request] = []
-        self._unsent_weight = self._weight = 0
-        timeout = min(_STALL_TIMEOUT, max(_SHORTEST_TIMEOUT, patience))
+        self._unsent_weight = self.weight = 0
+        timeout = (
+            _SENTINEL_TIMEOUT if sentinel else min(_STALL_TIMEOUT, max(_SHORTEST_TIMEOUT, patience))
+        )
         self._client = _opened(config, endpoint, timeout, sentinel)
         self._sock: Any = self._client._sock
         self._stream: Any = self._sock
@@ -112,7 +117,7 @@ class Connection:
         """
         if self._unsent or len(self.waiting) < _CHUNKS_UNDER_WAY:
             return True
-        weight, requests = self._weight + self._batch, len(self.waiting)
+        weight, requests = self.weight + self._batch, len(self.waiting)
         return weight <= depth * self._window and requests <= _MAX_REQUESTS // 2
 
     def add(self, request: Request) -> None:
@@ -123,7 +128,7 @@ class Connection:
         """
         self.waiting.append(request)
         self._unsent.append(request)
-        self._weight += request.weight
+        self.weight += request.weight
         self._unsent_weight += request.weight
         if self._unsent_weight >= self._batch or len(self._unsent) >= _MAX_REQUESTS // 2:
             self.flush()
@@ -155,7 +160,7 @@ class Connection:
             self.close()
             raise
         self.waiting.popleft()
-        self._weight -= request.weight
+        self.weight -= request.weight
         return request
 
     def close(self) -> None:
@@ -165,6 +170,7 @@ class Connection:
         if not self.closed:
             self.closed = True
             self.waiting.clear()
+            self.weight = 0
             self._unsent = []
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
 import os
 import re
 import secrets
@@ -190,11 +189,15 @@ def _ray(url: str, directory: Path) -> Iterator[str]:
 
 
 def shut_down() -> None:
-    """`ray.shutdown()` that, where Ray can, returns only once its processes are gone."""
+    """`ray.shutdown()` that returns only once the processes that `ray.init` started are gone."""
     import ray
 
-    can_wait = "wait_for_processes" in inspect.signature(ray.shutdown).parameters
-    ray.shutdown(**({"wait_for_processes": True} if can_wait else {}))
+    # Older Rays cannot be asked to wait, and forget what they have told to end.
+    node = ray._private.worker._global_node
+    started = [] if node is None else [process for _, process in node.live_processes()]
+    ray.shutdown()
+    for process in started:
+        process.wait()
 
 
 def _exercise(

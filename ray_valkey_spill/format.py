@@ -52,6 +52,7 @@ __all__ = [
     "expected_ratio",
     "format_version",
     "header_size",
+    "key_id",
     "scratch",
 ]
 
@@ -241,6 +242,14 @@ def decode_header(
         payload, sealed = scratch(len(payload) - TAG_SIZE), payload
         seal.open_chunk(0, sealed, payload)
     return header, payload
+
+
+def key_id(value: Buffer) -> int | None:
+    """The id of the key that a header's value says it is sealed with; None if it says of none."""
+    if len(value) < TRAILER_SIZE:
+        return None
+    magic, _, flags, _, last = _TRAILER.unpack(memoryview(value)[-TRAILER_SIZE:])
+    return int(last) if magic == _MAGIC and flags == _SEALED else None
 
 
 def format_version(value: Buffer) -> int:

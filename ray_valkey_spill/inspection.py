@@ -133,7 +133,11 @@ class Inspection:
 
     def url(self, keys: Keyspace) -> str | None:
         """What Ray keeps for it."""
-        return None if self.size is None else keys.url(Place(self.name, self.size, self.overflow))
+        seal = self.header.seal if self.header is not None else None
+        key_id = None if seal is None else seal.key_id
+        if self.size is None:
+            return None
+        return keys.url(Place(self.name, self.size, self.overflow, key_id))
 
     def codecs(self) -> dict[str, int]:
         """How many chunks are stored in which way."""

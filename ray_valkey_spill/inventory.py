@@ -53,7 +53,10 @@ class Item(NamedTuple):
         return self.path is not None
 
     def as_dict(self, keys: Keyspace, now: float) -> dict[str, Any]:
-        """For JSON; sizes in bytes, age in seconds at `now`, in seconds since the epoch."""
+        """For JSON; sizes in bytes, age in seconds at `now`, in seconds since the epoch.
+
+        What Ray keeps for a sealed object is the URL and the id of its key.
+        """
         name, size, stored = self.entry
         return {
             "session": name.session,

@@ -32,7 +32,7 @@ __all__ = ["Entry", "Keyspace", "ObjectName", "Place", "new_attempt"]
 
 _NAME = re.compile(r"([^:?&#]+):([^:?&#]+):([^:.?&#]+)\.([0-9a-f]{27})\.([0-9]+)")
 _ENTRY = re.compile(r"(.+)\.([0-9]+)\.([0-9]+)")
-_URL = re.compile(r"(overflow:)?([^?]+)\?offset=0&size=([0-9]+)")
+_URL = re.compile(r"(overflow:)?([^?]+)\?offset=0&size=([0-9]+)(?:&sealed=([0-9a-f]{16}))?")
 
 
 def new_attempt() -> str:
@@ -92,11 +92,15 @@ class Entry(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a URL tells: which object, its data's length in bytes, and in which tier."""
+    """What a URL tells: which object, its data's length in bytes, in which tier, sealed with what.
+
+    Nobody who can only write to the server or the overflow can change what Ray has of that.
+    """
 
     name: ObjectName
     size: int
     overflow: bool = False
+    key_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +151,8 @@ class Keyspace:
     def url(self, place: Place) -> str:
         """What Ray keeps for the object."""
         tier = "overflow:" if place.overflow else ""
-        return f"{tier}{self.root}{place.name}?offset=0&size={place.size}"
+        sealed = "" if place.key_id is None else f"&sealed={place.key_id:016x}"
+        return f"{tier}{self.root}{place.name}?offset=0&size={place.size}{sealed}"
 
     def parse_url(self, url: str) -> Place:
         """Where the object of `url` is.
@@ -159,7 +164,8 @@ class Keyspace:
         if match and match[2].startswith(self.root):
             try:
                 name = ObjectName.parse(match[2][len(self.root) :])
-                return Place(name, int(match[3]), overflow=match[1] is not None)
+                key_id = int(match[4], 16) if match[4] else None
+                return Place(name, int(match[3]), match[1] is not None, key_id)
             except ValueError:
                 pass
         raise LostObjectError(f"{url!r} is not the URL of an object spilled below {self.root!r}")

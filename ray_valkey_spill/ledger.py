@@ -15,6 +15,7 @@ run on a full server too (`allow-oom`): they write a few bytes where data has ma
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -30,6 +31,8 @@ __all__ = ["Grant", "Lease", "Ledger", "Owner", "Usage", "pages"]
 _NAMES_PER_SCRIPT = 100
 _MEMBERS_PER_PAGE = 500
 _RECOUNTS = 5
+
+_LEASE = re.compile("([A-Za-z0-9_-]+):([A-Za-z0-9_-]+):([!-~]*)")
 
 _T = TypeVar("_T")
 
@@ -384,11 +387,13 @@ class Ledger:
 
     def leases(self) -> list[Lease]:
         (found,) = self._link.execute(command("ZRANGE", self._keys.leases, 0, -1, "WITHSCORES"))
-        leases = []
-        for member, score in zip(found[::2], found[1::2]):
-            session, node, address = member.decode().split(":", 2)
-            leases.append(Lease(Owner(session, node), address, int(float(score))))
-        return leases
+        members = [member.decode(errors="replace") for member in found[::2]]
+        return [
+            Lease(Owner(match[1], match[2]), match[3], int(float(score)))
+            for member, score in zip(members, found[1::2])
+            # Whoever may write here could else lead a clean-up elsewhere.
+            if (match := _LEASE.fullmatch(member))
+        ]
 
     def close_account(self, owner: Owner) -> None:
         """Forget everything of an owner that has nothing stored any more."""

@@ -25,6 +25,7 @@ from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 from ray_valkey_spill.budget import Budget, cost, member_cost
 from ray_valkey_spill.config import KIB, MIB, Config
 from ray_valkey_spill.errors import (
+    ConfigError,
     LostObjectError,
     OverflowUnavailableError,
     ServerFullError,
@@ -45,12 +46,13 @@ from ray_valkey_spill.format import (
     decompress_into,
     encode_header,
     expected_ratio,
+    key_id,
     scratch,
 )
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attempt
 from ray_valkey_spill.ledger import Ledger, Owner
 from ray_valkey_spill.overflow import OverflowTier
-from ray_valkey_spill.sealing import TAG_SIZE, KeyRing, Seal
+from ray_valkey_spill.sealing import TAG_SIZE, Key, KeyRing, Seal
 from ray_valkey_spill.tiers import Stat, ValkeyTier, Value
 from ray_valkey_spill.wire import Link
 
@@ -199,22 +201,27 @@ class ObjectStore:
             rest from it, or None. Nothing is left of the rest, or `recover` will remove it: a
             server that cannot be reached cannot be cleaned up.
         """
-        stored, failure = self._put_in_valkey(sources)
+        try:
+            key = self._key_ring.current()[0] if self._key_ring is not None else None
+        except ConfigError as error:
+            return [], _without_frames(error)
+        sealed = None if key is None else key.id
+        stored, failure = self._put_in_valkey(sources, key)
         if isinstance(failure, UnconfirmedError):
-            stored, failure = self._put_in_valkey(sources)
-        places = [Place(entry.name, entry.size) for entry in stored]
+            stored, failure = self._put_in_valkey(sources, key)
+        places = [Place(entry.name, entry.size, False, sealed) for entry in stored]
         if self._overflow is not None and isinstance(failure, ServerFullError):
             rest = sources[len(stored) :]
-            stored, failure = self._put_in_overflow(rest)
-            places += [Place(entry.name, entry.size, overflow=True) for entry in stored]
+            stored, failure = self._put_in_overflow(rest, key)
+            places += [Place(entry.name, entry.size, True, sealed) for entry in stored]
         return [self.keys.url(place) for place in places], failure
 
     def _put_in_valkey(
-        self, sources: Sequence[SourceObject]
+        self, sources: Sequence[SourceObject], key: Key | None
     ) -> tuple[list[Entry], SpillError | None]:
         names = [self._new_name(source) for source in sources]
         size = sum(len(source.data) for source in sources)
-        values = _Values(self._values(zip(sources, names), self._budget))
+        values = _Values(self._values(zip(sources, names), key, self._budget))
         stored: list[Entry] = []
         failure: SpillError | None = None
         breaks = self._tier.breaks
@@ -260,12 +267,12 @@ class ObjectStore:
         self._abandoned_grants += self._budget.abandon()
 
     def _put_in_overflow(
-        self, sources: Sequence[SourceObject]
+        self, sources: Sequence[SourceObject], key: Key | None
     ) -> tuple[list[Entry], SpillError | None]:
         names = [self._new_name(source) for source in sources]
         stored: list[Entry] = []
         try:
-            with contextlib.closing(self._values(zip(sources, names))) as values:
+            with contextlib.closing(self._values(zip(sources, names), key)) as values:
                 for entry in self._reachable_overflow().write(values):
                     stored.append(entry)
         except SpillError as error:
@@ -281,7 +288,10 @@ class ObjectStore:
         return size <= min(INLINE_LIMIT, self._chunk_size)
 
     def _values(
-        self, named: Iterable[tuple[SourceObject, ObjectName]], budget: Budget | None = None
+        self,
+        named: Iterable[tuple[SourceObject, ObjectName]],
+        sealing: Key | None,
+        budget: Budget | None = None,
     ) -> Generator[Value]:
         """The chunks and then the header of each object, as far as `budget` has room for them.
 
@@ -303,7 +313,7 @@ class ObjectStore:
             return Value(key, piece.name, len(piece.source.data), parts)
 
         try:
-            for piece in _lookahead(self._pieces(named), self._chunks_ahead, ahead):
+            for piece in _lookahead(self._pieces(named, sealing), self._chunks_ahead, ahead):
                 name = piece.name
                 if piece.index == 0:
                     key = self.keys.header(name)
@@ -338,9 +348,10 @@ class ObjectStore:
         )
         return encode_header(header, [stored] if inline else [])
 
-    def _pieces(self, named: Iterable[tuple[SourceObject, ObjectName]]) -> Iterator[_Piece]:
+    def _pieces(
+        self, named: Iterable[tuple[SourceObject, ObjectName]], key: Key | None
+    ) -> Iterator[_Piece]:
         """All objects cut to pieces; drawing one starts its compression and its sealing."""
-        key = self._key_ring.current()[0] if self._key_ring is not None else None
         for source, name in named:
             size = len(source.data)
             ratio = self._ratio(source.data)
@@ -431,6 +442,8 @@ class ObjectStore:
         try:
             if stat.header is None:
                 raise LostObjectError("its header is gone")
+            if key_id(stat.header) != place.key_id:
+                raise LostObjectError("its header is not sealed with the key that it was put with")
             key = self.keys.header(place.name)
             header, payload = decode_header(stat.header, key, self._key_ring)
             name = place.name._replace(object_id=object_id)

@@ -19,6 +19,7 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.keys import Keyspace, new_attempt
 from ray_valkey_spill.resp import command
+from ray_valkey_spill.sealing import KeyRing
 from ray_valkey_spill.server_info import ServerInfo
 from ray_valkey_spill.wire import Link
 
@@ -74,6 +75,8 @@ def run_all(config: Config) -> ServerInfo:
         ConfigError, ServerError: the first thing that is wrong.
     """
     link = Link(config, unreachable_timeout=min(HEAD_START_PATIENCE, config.retry_timeout))
+    if (keys := KeyRing.of(config)) is not None:
+        keys.current()
     try:
         infos = check_reachable(link, config)
         check_topology(config, infos)
@@ -274,7 +277,7 @@ def _unavailable(error: ServerUnavailableError) -> ServerUnavailableError:
         if "CLUSTERDOWN" in error.what
         else "Raise its maxclients"
         if "max number of clients" in error.what
-        else "Start it, or correct url (valkeys:// if it wants TLS, valkey:// if not); every node of "
-        "the Ray cluster must reach it"
+        else "Start it, or correct url (valkeys:// if it wants TLS, valkey:// if not); every node "
+        "of the Ray cluster must reach it"
     )
     return ServerUnavailableError(f"Valkey at {error.what}", mend)

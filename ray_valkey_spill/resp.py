@@ -30,7 +30,13 @@ _LARGEST_INTEGER = 2**63
 _MOST_DIGITS = 19
 
 # Error replies that mean "not now": a server that restarts, fails over or reshards gives them.
-_TRANSIENT = {"LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "BUSY"}
+_TRANSIENT = {
+    *("LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "BUSY"),
+    # A primary that became a replica, while WAIT waited there.
+    "UNBLOCKED",
+}
+# And what such a one answers to WAIT and WAITAOF from then on.
+_NO_PRIMARY = "cannot be used with replica instances"
 
 # What Valkey, and Redis, answer if a script does what its user may not do.
 _REFUSED_IN_A_SCRIPT = ("ACL failure in script", "The user executing the script can't")
@@ -43,14 +49,15 @@ class TransientError(Exception):
 class RedirectError(ServerError):
     """A node of a cluster says who has the key: from now on, or (`ask`) this once.
 
-    `host` is empty if it is the same as the node's that says so.
+    `host` is empty if it is the same as the node's that says so, or if that does not know it.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         code, _, address = text.split(" ")[:3]
         self.ask = code == "ASK"
-        self.host, _, port = address.rpartition(":")
+        host, _, port = address.rpartition(":")
+        self.host = "" if host == "?" else host
         self.port = int(port)
 
 
@@ -235,7 +242,7 @@ def _number(text: bytes, most: int = _LARGEST) -> int:
 def _reply_error(text: str) -> ServerError:
     """The error for an error reply. Raises `TransientError` for those that mean "not now"."""
     code = text.partition(" ")[0]
-    if code in _TRANSIENT:
+    if code in _TRANSIENT or _NO_PRIMARY in text:
         raise TransientError(text)
     if code in ("MOVED", "ASK"):
         return RedirectError(text)

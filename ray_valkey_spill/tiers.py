@@ -46,6 +46,11 @@ class Stat(NamedTuple):
     chunk_sizes: list[int]
     payload: int | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing."""
+        return self.header is not None and all(self.chunk_sizes)
+
 
 class ValkeyTier:
     """Objects' values in one Valkey. Errors are those of `wire.Link.run` and of the commands."""
@@ -119,14 +124,32 @@ class ValkeyTier:
             ServerUnavailableError: replicas have not confirmed them in time.
         """
         self._link.await_replicas(breaks)
-        if self._link.breaks != breaks:
-            for stat in self.stat([(entry.name, 0) for entry in entries]):
-                if stat.header is None or not all(stat.chunk_sizes):
-                    raise UnconfirmedError("the server lost what had just been written to it")
+        breaks, before = self._link.breaks, breaks
+        if breaks == before or not entries:
+            return
+        stats = list(self.stat([(entry.name, 0) for entry in entries]))
+        are_there = all(s.header is not None and all(s.chunk_sizes) for s in stats)
+        # What fell back to being pending would be removed once this process has ended.
+        owner = Owner(*entries[0].name[:2])
+        settlements = list(self._link.run(self.ledger.settlements(owner, entries)))
+        settled = sum(request.result() for request in settlements)
+        if not are_there or settled != len(entries) or self._link.breaks != breaks:
+            raise UnconfirmedError("the server lost what had just been written to it")
 
     def stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
-        """Headers and sizes of chunks of objects, given about how long each header is."""
+        """Headers and sizes of chunks of objects, given about how long each header is.
 
+        Before anything is said to be missing it is looked for again over new connections: a primary
+        that was followed while it stood still does not know that yet, and serves what it had.
+        """
+        for number, stat in enumerate(self._stat(wanted)):
+            if not stat.is_whole:
+                self._link.close()
+                yield from self._stat(wanted[number:])
+                return
+            yield stat
+
+    def _stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         def requests() -> Iterator[Request]:
             for name, expected in wanted:
                 yield fetch(self._keys.header(name), expected=expected)
@@ -154,7 +177,11 @@ class ValkeyTier:
     def remove(self, names: Iterable[ObjectName]) -> None:
         """Remove objects, their values first; what is not there is no error."""
         for page in pages(names, _NAMES_PER_PAGE):
+            breaks = self._link.breaks
             self._drain(self._removals(page))
+            if self._link.breaks != breaks:
+                # A server that fails over may lose again what it has acknowledged.
+                self._drain(self._removals(page))
 
     def remove_stored(self, owner: Owner) -> int:
         """Remove all stored objects of a node of a session; returns how many that were."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray_valkey_spill.connection import Connection
 from ray_valkey_spill.errors import ServerError, ServerRefusedError
 from ray_valkey_spill.resp import TransientError, command
 
-__all__ = ["Cluster", "Single", "Topology", "cluster_at", "primary_of"]
+__all__ = ["Cluster", "Single", "Topology", "cluster_at", "primaries_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +76,13 @@ def cluster_at(node: Connection) -> Cluster:
     return Cluster(request.result(), node.endpoint)
 
 
-def primary_of(
+def primaries_of(
     service: str, sentinels: Iterable[Endpoint], connect: Callable[[Endpoint], Connection]
-) -> Endpoint:
-    """The primary of `service`, by the first of `sentinels` that tells of one.
+) -> Iterator[tuple[Endpoint, Endpoint]]:
+    """Each of `sentinels` that knows `service`, and whom it names as the primary.
 
-    Whether it is one has to be asked of itself (https://valkey.io/topics/sentinel-clients).
+    Whether that is one has to be asked of itself (https://valkey.io/topics/sentinel-clients). A
+    Sentinel that was cut off from the others may still name the one before.
 
     Args:
         service: as in `sentinel monitor`.
@@ -89,32 +91,36 @@ def primary_of(
 
     Raises:
         OSError, TransientError: none can be asked.
-        ServerRefusedError: those that can be asked know of no such service.
+        ServerRefusedError: those that can be asked know of no such service, or refuse.
     """
     failure: Exception | None = None
     refused = ""
+    is_known = False
     for sentinel in sentinels:
         try:
-            connection = connect(sentinel)
+            with contextlib.closing(connect(sentinel)) as connection:
+                request = command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+                connection.add(request)
+                connection.read()
+                found = request.result()
         except (OSError, TransientError) as error:
-            failure = error
-            continue
-        try:
-            request = command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
-            connection.add(request)
-            connection.read()
-            if isinstance(found := request.result(), list):
-                return Endpoint(found[0].decode(), int(found[1]))
-            refused = f"the Sentinel at {sentinel} knows no service {service!r}"
-        except (OSError, TransientError) as error:
-            failure = error
+            failure = failure or error
+        except ServerRefusedError as error:
+            refused = f"the Sentinel at {sentinel} refuses: {error.what}"
         except ServerError as error:
-            refused = f"what answers at {sentinel} is no Sentinel ({error})"
-        finally:
-            connection.close()
+            refused = f"what answers at {sentinel} is no Sentinel ({error.what})"
+        else:
+            if isinstance(found, list):
+                is_known = True
+                yield sentinel, Endpoint(found[0].decode(), int(found[1]))
+            else:
+                refused = f"the Sentinel at {sentinel} knows no service {service!r}"
+    if is_known:
+        return
     if refused:
         raise ServerRefusedError(refused, "Correct url and sentinel_service (SENTINEL MASTERS)")
-    raise failure or ConnectionError("there are no Sentinels")
+    assert failure is not None
+    raise failure
 
 
 def _node(told: Sequence[Any], asked: Endpoint) -> Endpoint:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ray_valkey_spill.config import Address, Config, Endpoint
+from ray_valkey_spill.config import MIB, Address, Config, Endpoint
 from ray_valkey_spill.connection import Connection
 from ray_valkey_spill.errors import (
     ConfigError,
@@ -26,7 +26,7 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.resp import RedirectError, Request, TransientError, command
 from ray_valkey_spill.server_info import MemoryInfo, ServerInfo, fields_of
-from ray_valkey_spill.topology import Cluster, Single, Topology, cluster_at, primary_of
+from ray_valkey_spill.topology import Cluster, Single, Topology, cluster_at, primaries_of
 
 __all__ = ["Link"]
 
@@ -36,6 +36,8 @@ _LONGEST_PAUSE = 2.0
 # Chunks fall on a cluster's shards at random, so each may have more under way than one server, lest
 # all wait for the one that had some in a row.
 _DEPTH_IN_CLUSTER = 2
+# Bytes, however many shards there are: what is compressed or sealed lies in this process's memory.
+_MOST_IN_CLUSTER = 16 * MIB
 # Of one request; nodes that send it back and forth do not agree yet on who has its key.
 _REDIRECTS = 8
 # How long a server waits for its replicas before it tells how many have confirmed, in ms.
@@ -91,7 +93,8 @@ class Link:
             `retry_timeout` unless given: Ray's head start has to fail sooner than a spill.
 
     Attributes:
-        breaks: how many times a connection broke or could not be had, or a server was not ready.
+        breaks: how many times a connection broke or could not be had, or a server was not ready,
+            or was found to be no primary any more: each may cost what it had acknowledged.
     """
 
     def __init__(self, config: Config, *, unreachable_timeout: float | None = None) -> None:
@@ -104,6 +107,8 @@ class Link:
         self._topology: Topology | None = None
         self._is_outdated = self._has_served = False
         self._nodes: set[Endpoint] = set()
+        self._sentinels = [*config.address.endpoints] if config.sentinel_service else []
+        self._primaries: frozenset[Endpoint] = frozenset()
         self._connections: dict[Endpoint, Connection] = {}
         self.breaks = 0
         # What the latest run waits for replies to.
@@ -114,10 +119,11 @@ class Link:
         return self._config.address
 
     def close(self) -> None:
-        """Drop the connections; the next request opens new ones."""
+        """Drop the connections; the next request finds out anew who has what, and opens others."""
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
+        self._topology = None
 
     def owner(self, key: str) -> Endpoint:
         """Who has `key`, as far as is known since the latest run."""
@@ -221,7 +227,7 @@ class Link:
         before it goes on, costs the connections that have replies under way.
 
         Requests may be carried out in any order where they go to several servers, but a fenced one
-        only after all before it.
+        only after all before it; the run ends there if one of these was seen to fail.
 
         Raises:
             ServerUnavailableError: after `retry_timeout` seconds without any reply, through all
@@ -231,18 +237,21 @@ class Link:
         source = iter(requests)
         in_flight: deque[Request] = deque()
         held: Request | None = None
-        exhausted = False
+        exhausted = failed = False
         patience = _Patience(self.address, self._config.retry_timeout, self._unreachable_timeout)
-        if self._is_outdated:
-            self._topology = None
         try:
             while True:
                 if held is None and not exhausted and self._may_have_room(in_flight):
                     held = next(source, None)
                     exhausted = held is None
-                if held is None and not in_flight:
+                if held is not None and held.fenced and failed:
+                    held, exhausted = None, True
+                if held is None and not in_flight and not self._is_outdated:
                     return
                 try:
+                    if self._is_outdated and not in_flight:
+                        self._discover()
+                        continue
                     self._take_over(in_flight)
                     if held is not None and self._give(held, in_flight):
                         in_flight.append(held)
@@ -262,7 +271,9 @@ class Link:
                     continue
                 patience.renew()
                 self._has_served = True
-                yield in_flight.popleft()
+                request = in_flight.popleft()
+                failed = failed or request.error is not None
+                yield request
         finally:
             if self._running is in_flight:
                 self._drop_waiting()
@@ -291,9 +302,13 @@ class Link:
         """Give a request to its connection, unless it has to wait; returns whether."""
         connection = self._route(request)
         if in_flight and isinstance(self._topology, Cluster):
+            under_way = sum(each.weight for each in self._connections.values())
             if request.fenced or not connection.has_room(_DEPTH_IN_CLUSTER):
                 return False
-        elif in_flight and not connection.has_room():
+            if under_way + request.weight > _MOST_IN_CLUSTER:
+                return False
+        elif in_flight and (_is_lost(in_flight[0]) or not connection.has_room()):
+            # What is lost goes again first: one server carries requests out in their order.
             return False
         request.connection = connection
         connection.add(request)
@@ -303,7 +318,7 @@ class Link:
         """Receive replies until there is one for the first request."""
         first = in_flight[0]
         while not first.done:
-            if first.connection is None or first.connection.closed:
+            if _is_lost(first):
                 self._give_again(in_flight)
             for connection in self._connections.values():
                 connection.flush()
@@ -311,8 +326,7 @@ class Link:
 
     def _give_again(self, in_flight: deque[Request]) -> None:
         for request in in_flight:
-            lost = request.connection is None or request.connection.closed
-            if lost and not request.done:
+            if _is_lost(request) and not request.done:
                 connection = self._route(request)
                 request.connection = connection
                 connection.add(request)
@@ -321,16 +335,17 @@ class Link:
         """Receive the next reply, and go where it sends its request."""
         request = connection.read()
         error = request.error
-        if not isinstance(error, RedirectError) or not isinstance(self._topology, Cluster):
+        if not isinstance(error, RedirectError) or request.key is None:
             request.done = True
             return
         request.error = request.connection = None
         request.redirects += 1
         if request.redirects > _REDIRECTS:
+            request.redirects = 0
             raise TransientError(error.what)
         endpoint = Endpoint(error.host or connection.endpoint.host, error.port)
-        if not error.ask:
-            assert request.key is not None
+        # What is known may just have been dropped, for another connection that broke.
+        if not error.ask and isinstance(self._topology, Cluster):
             self._topology.move(request.key, endpoint)
             self._is_outdated = True
         target = self._connect(endpoint)
@@ -353,33 +368,53 @@ class Link:
             connection = self._connections[endpoint] = self._open(endpoint)
         return connection
 
-    def _open(self, endpoint: Endpoint, *, sentinel: bool = False) -> Connection:
-        return Connection(self._config, endpoint, self._unreachable_timeout, sentinel=sentinel)
+    def _open(self, endpoint: Endpoint) -> Connection:
+        return Connection(self._config, endpoint, self._unreachable_timeout)
 
     def _discover(self) -> Topology:
         """Find out who has what now. Errors as `Connection`."""
         topology = self._ask_sentinels() if self._config.sentinel_service else self._ask_nodes()
-        for endpoint in {*self._connections} - {*topology.primaries}:
+        others = {*self._connections} - {*topology.primaries}
+        for endpoint in others:
             self._connections.pop(endpoint).close()
+        # Whoever follows a primary may not have got all that it had acknowledged.
+        self.breaks += len(others & self._primaries)
+        self._primaries = frozenset(topology.primaries)
         self._topology, self._is_outdated = topology, False
         return topology
 
     def _ask_sentinels(self) -> Topology:
         service = self._config.sentinel_service
         assert service is not None
-        endpoint = primary_of(
-            service, self.address.endpoints, lambda sentinel: self._open(sentinel, sentinel=True)
-        )
-        connection = self._connect(endpoint)
-        if connection.is_replica:
+        failures: dict[Endpoint, Exception] = {}
+        for sentinel, endpoint in primaries_of(service, self._sentinels, self._open_sentinel):
+            if endpoint in failures:
+                continue
+            try:
+                connection = self._connect(endpoint)
+            except (OSError, TransientError) as error:
+                failures[endpoint] = error
+                continue
+            if not connection.is_replica:
+                # The first to be asked the next time: to find others dead takes its time.
+                self._sentinels.sort(key=sentinel.__ne__)
+                return Single(endpoint)
             connection.close()
-            raise TransientError(f"READONLY {endpoint} is a replica, though the Sentinels name it")
-        return Single(endpoint)
+            failures[endpoint] = TransientError(
+                f"READONLY {endpoint} is a replica, though a Sentinel names it as the primary"
+            )
+        raise next(iter(failures.values()))
+
+    def _open_sentinel(self, endpoint: Endpoint) -> Connection:
+        return Connection(self._config, endpoint, self._unreachable_timeout, sentinel=True)
 
     def _ask_nodes(self) -> Topology:
         failure: Exception | None = None
         endpoints = self.address.endpoints
-        for endpoint in dict.fromkeys((*endpoints, *sorted(self._nodes))):
+        nodes = deque(dict.fromkeys((*endpoints, *sorted(self._nodes))))
+        # Another one each time: a node that the others have lost does not know better.
+        nodes.rotate(-self.breaks)
+        for endpoint in nodes:
             try:
                 topology = self._ask_node(endpoint)
             except (OSError, TransientError) as error:
@@ -408,3 +443,8 @@ class Link:
         finally:
             if is_busy:
                 node.close()
+
+
+def _is_lost(request: Request) -> bool:
+    """Whether no reply can come to a request that was given to a connection."""
+    return request.connection is None or request.connection.closed

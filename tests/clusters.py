@@ -27,13 +27,13 @@ OBJECT_STORE = 100 * MIB
 _EVERYTHING_IN_PLASMA = {"max_direct_call_object_size": 0}
 
 
-def system_config(url: str, **params: Any) -> dict[str, Any]:
+def system_config(url: str | None, **params: Any) -> dict[str, Any]:
     return {**ray_valkey_spill.system_config(url=url, **params), **_EVERYTHING_IN_PLASMA}
 
 
 @contextlib.contextmanager
 def local_ray(
-    url: str, object_store: int = OBJECT_STORE, num_cpus: int = 2, **params: Any
+    url: str | None, object_store: int = OBJECT_STORE, num_cpus: int = 2, **params: Any
 ) -> Iterator[None]:
     """`ray.init` with a small object store that spills to `url`."""
     try:
@@ -66,13 +66,19 @@ def cluster_with(system_config: dict[str, Any], nodes: int) -> Iterator[Cluster]
     cluster = Cluster()
     try:
         add_node(cluster, 0, _system_config=system_config)
+        # Before there are others: older Rays connect to any node of the machine.
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         for i in range(1, nodes):
             add_node(cluster, i)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
     finally:
+        started = [
+            process for node in cluster.list_all_nodes() for _, process in node.live_processes()
+        ]
         ray.shutdown()
         cluster.shutdown()
+        for process in started:
+            process.wait()
         _end_clean_ups()
 
 

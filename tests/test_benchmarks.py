@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SHARDS = ["1 shard", "2 shards", "3 shards"]
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +49,16 @@ def test_scaling_destroys_its_objects_and_nothing_else() -> None:
     for server in found["chunk_sizes"].values():
         # The allocator's next size class costs a quarter, and the default stays below it.
         assert server["524160"]["memory"] < 1.02
+
+
+def test_every_kind_of_server_moves_the_same_data() -> None:
+    found = quick("kinds")
+    assert {"plain", "sealed"} <= set(found["protection"]["random floats"])
+    assert list(found["shards"]["random floats"]) == ["no cluster", *SHARDS]
+    for cases in (found["protection"], found["shards"]):
+        for kinds in cases.values():
+            for figures in kinds.values():
+                assert all(figures[way]["gb_per_s"] > 0 for way in ("spill", "restore"))
 
 
 def test_neighbours_are_measured_beside_nobody_and_beside_spilling() -> None:

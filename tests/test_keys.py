@@ -36,9 +36,11 @@ def test_keys_tell_session_node_and_object() -> None:
     assert KEYS.chunks(NAME) == [f"{header}:0", f"{header}:1", f"{header}:2"]
 
 
-@given(names, st.integers(0, 2**63), st.booleans())
-def test_a_url_is_read_back_as_it_was_written(name: ObjectName, size: int, overflow: bool) -> None:
-    place = Place(name, size, overflow)
+@given(names, st.integers(0, 2**63), st.booleans(), st.none() | st.integers(0, 2**64 - 1))
+def test_a_url_is_read_back_as_it_was_written(
+    name: ObjectName, size: int, overflow: bool, key_id: int | None
+) -> None:
+    place = Place(name, size, overflow, key_id)
     url = KEYS.url(place)
     assert KEYS.parse_url(url) == place
     # The raylet splits at the first "?", takes tokens with "=" apart, and chokes on the rest.
@@ -57,6 +59,7 @@ def test_a_url_is_read_back_as_it_was_written(name: ObjectName, size: int, overf
         f"{KEYS.header(NAME)}?size=3&offset=0",
         f"{KEYS.header(NAME)}?offset=7&size=3",
         f"{KEYS.header(NAME)}?offset=0&size=-3",
+        f"{KEYS.header(NAME)}?offset=0&size=3&sealed=ab",
         f"{KEYS.header(NAME)}:0?offset=0&size=3",
         f"tape:{KEYS.header(NAME)}?offset=0&size=3",
         "ray:spill:other:s:n:o.0.1?offset=0&size=3",

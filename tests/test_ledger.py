@@ -456,6 +456,13 @@ def test_a_lease_is_dated_by_the_server_and_renewed_only_where_there_is_one(book
     assert lease.renewed >= before
 
 
+def test_what_is_no_lease_of_ours_is_passed_over(books: Books) -> None:
+    books.ledger.renew(OWNER, GCS, new=True)
+    forged = [b"\xff", b"session", b"a:b", b"../../victim:n:", b"s:..:x", b"s:n:a b", b"s:n:\n"]
+    books.client.zadd(books.keys.leases, dict.fromkeys(forged, 1))
+    assert [lease.owner for lease in books.ledger.leases()] == [OWNER]
+
+
 def test_an_account_is_closed_with_every_lease_and_grant_of_it_and_nothing_of_others(
     books: Books,
 ) -> None:

@@ -15,8 +15,14 @@ from valkey.crc import key_slot
 
 SLOTS = 16384
 
-# Replicas get their copy at once, and not after the five seconds in which others might join them.
-_REPLICATION = {"repl_diskless_sync_delay": 0}
+_REPLICATION = {
+    # Replicas get their copy at once, not after five seconds in which others might join them.
+    "repl_diskless_sync_delay": 0,
+    # A node that is started again has what it saved itself, and not the copy it once was sent.
+    "rdb_del_sync_files": True,
+    # What is not written to tells only with this that it is in sync.
+    "repl_ping_replica_period": 1,
+}
 
 
 # --- clusters ---
@@ -171,10 +177,16 @@ def _me(node: Node) -> dict[str, Any]:
 
 
 def _is_whole(nodes: list[Node]) -> bool:
-    return (
+    if not (
         all(node.client.cluster("INFO")["cluster_state"] == "ok" for node in nodes)
         and _agree(nodes)
-        and all(_in_sync(node) for node in nodes if not _me(node)["slots"])
+    ):
+        return False
+    by_identity = {_identity(node): node for node in nodes}
+    followed = {node: by_identity.get(_me(node)["master_id"]) for node in nodes}
+    return all(
+        _in_sync(node, primary) if primary else _is_primary(node)
+        for node, primary in followed.items()
     )
 
 
@@ -231,13 +243,15 @@ class SentinelGroup(Contents):
 
     def primary(self) -> Node:
         """The one that all Sentinels name; waits until they name the same."""
+        named: set[int] = set()
 
-        def named() -> set[int]:
-            return {self._named_by(sentinel) for sentinel in _alive(self.sentinels)}
+        def one_is_named() -> bool:
+            named.clear()
+            named.update(self._named_by(sentinel) for sentinel in _alive(self.sentinels))
+            return len(named) == 1
 
-        wait_until(lambda: len(named()) == 1)
-        (port,) = named()
-        return next(node for node in self.nodes if node.port == port)
+        wait_until(one_is_named)
+        return next(node for node in self.nodes if node.port in named)
 
     def replicas(self) -> list[Node]:
         """Those that live and are not the primary."""
@@ -274,7 +288,7 @@ class SentinelGroup(Contents):
         primary, replicas = self.primary(), self.replicas()
         return (
             _is_primary(primary)
-            and all(_in_sync(node) and _follows(node, primary) for node in replicas)
+            and all(_in_sync(node, primary) for node in replicas)
             and all(self._knows(sentinel, replicas) for sentinel in _alive(self.sentinels))
         )
 
@@ -303,46 +317,52 @@ def sentinel_servers(
     ports = free_ports(1 + replicas + sentinels)
     common = {**_REPLICATION, **config}
     nodes = [Node(directory / str(port), port, common) for port in ports[: 1 + replicas]]
-    watch = {
-        f"sentinel monitor {service} 127.0.0.1 {nodes[0].port}": min(2, sentinels),
-        f"sentinel down-after-milliseconds {service}": 1000,
-        f"sentinel failover-timeout {service}": 3000,
-    }
     watchers = [
-        Node(directory / str(port), port, watch, arguments=["--sentinel"])
-        for port in ports[1 + replicas :]
+        Node(
+            directory / str(port), port, _watch(i, service, nodes[0].port), arguments=["--sentinel"]
+        )
+        for i, port in enumerate(ports[1 + replicas :])
     ]
     with _running(nodes), _running(watchers):
         for node in nodes[1:]:
             node.client.replicaof("127.0.0.1", nodes[0].port)
         group = SentinelGroup(service, nodes, watchers)
-        with _introductions(watchers):
-            group.wait_until_whole()
+        for sentinel in watchers:
+            _quicken(sentinel)
+        group.wait_until_whole()
         yield group
 
 
-@contextlib.contextmanager
-def _introductions(sentinels: list[Node]) -> Iterator[None]:
-    """Let Sentinels get to know each other, and the replicas, in less than seconds."""
-    for sentinel in sentinels:
-        # One that a busy machine keeps waiting would not act for half a minute.
-        _tune(sentinel, tilt_trigger=60_000, publish_period=100, info_period=100)
-    yield
-    for sentinel in sentinels:
-        _tune(sentinel, publish_period=2_000, info_period=10_000)
+def _watch(number: int, service: str, primary: int) -> dict[str, int]:
+    """The configuration of a Sentinel.
+
+    One after the other finds that a server is down. If all did so at once each would vote for
+    itself, and the next election would be six seconds later.
+    """
+    return {
+        f"sentinel monitor {service} 127.0.0.1 {primary}": 2,
+        f"sentinel down-after-milliseconds {service}": 1000 + 300 * number,
+        f"sentinel failover-timeout {service}": 3000,
+    }
 
 
-def _tune(sentinel: Node, **periods: int) -> None:
-    arguments = [word for name, ms in periods.items() for word in (name.replace("_", "-"), ms)]
+def _quicken(sentinel: Node) -> None:
+    """Have a Sentinel look around more often than every one, two and ten seconds.
+
+    Else the group needs seconds to get acquainted, and takes a server that it has to connect to
+    again for one that is down.
+    """
+    periods = {
+        "ping-period": 200,
+        "ask-period": 200,
+        "info-period": 200,
+        "publish-period": 200,
+        "min-link-reconnect-period": 100,
+        # One that a busy machine kept waiting for two seconds would not act for half a minute.
+        "tilt-trigger": 60_000,
+    }
+    arguments = [word for name, ms in periods.items() for word in (name, ms)]
     sentinel.client.execute_command("SENTINEL DEBUG", *arguments)
-
-
-def _is_primary(node: Node) -> bool:
-    return node.alive and node.client.info("replication")["role"] == "master"
-
-
-def _follows(node: Node, primary: Node) -> bool:
-    return bool(node.client.info("replication").get("master_port") == primary.port)
 
 
 # --- both ---
@@ -363,8 +383,27 @@ def _alive(nodes: Iterable[Node]) -> list[Node]:
     return [node for node in nodes if node.alive]
 
 
-def _in_sync(node: Node) -> bool:
-    return node.client.info("replication").get("master_link_status") == "up"
+def _is_primary(node: Node) -> bool:
+    return node.alive and _replication(node)["role"] == "master"
+
+
+def _in_sync(node: Node, primary: Node) -> bool:
+    """Whether `node` has what `primary` has, and is sent what it will get."""
+    mine, theirs = _replication(node), _replication(primary)
+    seen = (value for name, value in theirs.items() if name.startswith("slave"))
+    return (
+        mine.get("master_port") == primary.port
+        and mine["master_link_status"] == "up"
+        # Servers before 8.0 send nothing until a replica has acknowledged its copy.
+        and any(
+            isinstance(one, dict) and one["port"] == node.port and one["offset"] for one in seen
+        )
+    )
+
+
+def _replication(node: Node) -> dict[str, Any]:
+    found: dict[str, Any] = node.client.info("replication")
+    return found
 
 
 def _url(nodes: Iterable[Node]) -> str:

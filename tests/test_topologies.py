@@ -1,0 +1,179 @@
+"""The tests' own clusters, Sentinels and TLS servers do what the tests count on."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import valkey
+from proxy import proxy_to
+from servers import Server, acl_user
+from tls import TLSServer, tls_binary, tls_front, tls_server
+from topologies import Cluster, SentinelGroup, cluster_servers, sentinel_servers
+from valkey.crc import key_slot
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+KEYS = [b"{tag}:%d" % i for i in range(20)]
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster_servers(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelGroup]:
+    with sentinel_servers(tmp_path_factory.mktemp("group")) as group:
+        yield group
+
+
+def test_a_slot_half_way_answers_with_ask_for_what_has_gone(cluster: Cluster) -> None:
+    cluster.flush()
+    for key in KEYS:
+        cluster.client.set(key, key)
+    old = cluster.primary_of(KEYS[0])
+    new = next(node for node in cluster.primaries() if node is not old)
+    migration = cluster.migration(key_slot(KEYS[0]), new, step=5)
+    assert [next(migration) for _ in range(3)] == [0, 5, 10]
+    gone = [key for key in KEYS if not old.client.keys(key)]
+    assert len(gone) == 10
+    with pytest.raises(valkey.ResponseError, match=rf"ASK {key_slot(gone[0])} .*:{new.port}"):
+        old.client.get(gone[0])
+    assert list(migration) == [15, 20]
+    with pytest.raises(valkey.ResponseError, match=rf"MOVED .*:{new.port}"):
+        old.client.get(gone[0])
+    assert cluster.primary_of(gone[0]) is new
+    assert cluster.keys("{tag}:*") == sorted(KEYS)
+
+
+@pytest.mark.slow
+def test_a_killed_primary_of_a_cluster_is_followed_and_comes_back_as_a_replica(
+    cluster: Cluster,
+) -> None:
+    cluster.wait_until_whole()
+    cluster.settle_foreign()
+    old = cluster.primary_of("emb:sha256:abc123")
+    (replica,) = cluster.replicas_of(old)
+    assert old.client.wait(1, 10_000) == 1
+    cluster.kill(old)
+    assert cluster.primary_of("emb:sha256:abc123") is replica
+    cluster.wait_until_whole()
+    cluster.assert_foreign_untouched()
+    cluster.restart(old)
+    cluster.wait_until_whole()
+    assert cluster.replicas_of(replica) == [old]
+    cluster.failover(old)
+    assert cluster.primary_of("emb:sha256:abc123") is old
+    cluster.assert_foreign_untouched()
+
+
+@pytest.mark.slow
+def test_a_killed_primary_of_sentinels_is_followed_and_comes_back_as_a_replica(
+    group: SentinelGroup,
+) -> None:
+    group.settle_foreign()
+    (replica,) = group.replicas()
+    assert group.client.wait(1, 10_000) == 1
+    old = group.kill_primary()
+    group.wait_until_followed(old)
+    assert group.primary() is replica
+    group.restart(old)
+    group.wait_until_whole()
+    assert group.replicas() == [old]
+    group.assert_foreign_untouched()
+
+
+def test_a_paused_replica_acknowledges_nothing(group: SentinelGroup) -> None:
+    group.wait_until_whole()
+    primary, (replica,) = group.primary(), group.replicas()
+    with replica.paused():
+        primary.client.set("key", "value")
+        assert primary.client.wait(1, 100) == 0
+    assert primary.client.wait(1, 10_000) == 1
+
+
+@pytest.fixture(params=["front", *(["server"] if tls_binary() else [])])
+def tls(request: pytest.FixtureRequest, tmp_path: Path, server: Server) -> Iterator[TLSServer]:
+    with contextlib.ExitStack() as stack:
+        options = getattr(request.cls, "options", {})
+        if request.param == "front":
+            yield stack.enter_context(tls_front(tmp_path, server.port, **options))
+        else:
+            yield stack.enter_context(tls_server(tmp_path, **options))
+
+
+def connect(tls: TLSServer, port: int | None = None, **options: object) -> valkey.Valkey:
+    """As a careful client does that has no certificate."""
+    return valkey.Valkey(
+        port=port or tls.port,
+        ssl=True,
+        ssl_ca_certs=str(tls.certificates.ca),
+        ssl_check_hostname=True,
+        **options,
+    )
+
+
+class TestTLS:
+    def test_carries_large_values_both_ways(self, tls: TLSServer) -> None:
+        value = bytes(range(256)) * (MIB // 64)
+        with connect(tls) as client:
+            client.set("key", value)
+            assert client.get("key") == value
+            client.delete("key")
+
+    def test_is_all_that_is_spoken(self, tls: TLSServer) -> None:
+        with (
+            valkey.Valkey(port=tls.port, socket_timeout=10) as client,
+            pytest.raises(valkey.ConnectionError),
+        ):
+            client.ping()
+
+    def test_can_be_cut_in_the_middle(self, tls: TLSServer) -> None:
+        with proxy_to(tls.port) as proxy, connect(tls, proxy.port) as client:
+            assert client.ping()
+            proxy.to_client.reset_after = 10
+            with pytest.raises((valkey.ConnectionError, OSError)):
+                client.info()
+            assert client.ping()
+
+    def test_closes_what_its_client_has_closed(self, tls: TLSServer) -> None:
+        with connect(tls) as client:
+            client.client_setname("short-lived")
+        with socket.create_connection(("127.0.0.1", tls.port)):
+            pass
+        assert tls.client.ping()
+
+
+class TestTLSWithRequiredCertificates:
+    options = {"client_certificate_required": True}  # noqa: RUF012
+
+    def test_wants_one(self, tls: TLSServer) -> None:
+        with connect(tls) as client, pytest.raises(valkey.ConnectionError):
+            client.ping()
+        pair = tls.certificates.client
+        with connect(tls, ssl_certfile=pair.certificate, ssl_keyfile=pair.key) as client:
+            assert client.ping()
+
+
+class TestTLSWithAnotherName:
+    options = {"names": ["elsewhere.example"]}  # noqa: RUF012
+
+    def test_is_not_trusted(self, tls: TLSServer) -> None:
+        with connect(tls) as client, pytest.raises(valkey.ConnectionError, match="mismatch"):
+            client.ping()
+        assert tls.client.ping()
+
+
+def test_a_user_may_do_what_its_rules_allow(server: Server) -> None:
+    with acl_user([server.client], "~ours:* +get"):
+        with valkey.Valkey(port=server.port, username="ray", password="secret") as client:
+            assert client.get("ours:key") is None
+            with pytest.raises(valkey.exceptions.NoPermissionError):
+                client.get("theirs")
+    assert "ray" not in server.client.acl_users()
