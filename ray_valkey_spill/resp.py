@@ -248,7 +248,11 @@ def _reply_error(text: str) -> ServerError:
         return RedirectError(text)
     if code == "OOM":
         return ServerFullError(text, "Raise the server's maxmemory, or remove what else is in it")
-    if code in ("NOPERM", "NOAUTH", "WRONGPASS", "DENIED"):
+    if code in ("NOAUTH", "WRONGPASS"):
+        return ServerRefusedError(
+            text, "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has"
+        )
+    if code in ("NOPERM", "DENIED"):
         return ServerRefusedError(text, "`ray-valkey-spill check` tells what the user may not do")
     if code == "ERR" and any(phrase in text for phrase in _REFUSED_IN_A_SCRIPT):
         return ServerRefusedError(text, "`ray-valkey-spill check` tells what the user may not do")

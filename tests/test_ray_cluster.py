@@ -28,6 +28,7 @@ from clusters import (
     talks_to,
     title,
 )
+from packaging.version import Version
 from ray.cluster_utils import Cluster
 from servers import BOOKS, INDEX, ROOT, Server, valkey_server, wait_until
 
@@ -103,8 +104,10 @@ def test_spilled_on_one_node_and_read_on_the_other(spilling: Server) -> None:
 def kill_raylet(cluster: Cluster, number: int) -> None:
     """Kill the raylet alone; what it started ends by itself."""
     node = cluster.list_all_nodes()[number]
-    started = psutil.Process(node.all_processes["raylet"][0].process.pid).children()
+    raylet = node.all_processes["raylet"][0].process
+    started = psutil.Process(raylet.pid).children()
     node.kill_raylet(check_alive=False)
+    raylet.wait()  # not every Ray does, and for its workers a zombie is alive
     assert psutil.wait_procs(started, timeout=60)[1] == []
     kill_node(cluster, number)
 
@@ -253,17 +256,26 @@ if sys.argv[2] == "die":
 """
 
 
+# Ray 2.50 deletes nothing of a driver's once that has left, not even its own files of the
+# filesystem storage: there it goes with the node.
+DELETES_AFTER_DRIVERS = Version(ray.__version__) >= Version("2.51")
+
+
 def test_a_driver_that_connects_spills_and_leaves_nothing(spilling: Server) -> None:
     with cluster(spilling.url, nodes=1) as nodes:
         assert "spilled" in run_driver(DRIVER, nodes.address, "leave")
-        expect_no_keys(spilling)
+        if DELETES_AFTER_DRIVERS:
+            expect_no_keys(spilling)
+    expect_no_keys(spilling)
 
 
 def test_a_killed_driver_leaves_nothing(spilling: Server) -> None:
     with cluster(spilling.url, nodes=1) as nodes:
         with pytest.raises(AssertionError, match="spilled"):
             run_driver(DRIVER, nodes.address, "die")
-        expect_no_keys(spilling)
+        if DELETES_AFTER_DRIVERS:
+            expect_no_keys(spilling)
+    expect_no_keys(spilling)
 
 
 def test_the_spilling_config_may_come_from_the_environment(spilling: Server) -> None:

@@ -16,6 +16,7 @@ from clusters import kill, run_driver
 from servers import valkey_server, wait_until
 
 import ray_valkey_spill
+from ray_valkey_spill.gcs import running_at
 
 DRIVER = """
 import sys, time, numpy as np, ray
@@ -88,4 +89,8 @@ def test_two_nodes_started_by_hand_and_a_driver(short_dir: Path) -> None:
             printed = run_driver(DRIVER, address, str(server.port))
             assert "2 nodes have spilled" in printed
             wait_until(lambda: server.spilled_keys() == [])
+            session = running_at(address)
+            assert session is not None
+            assert session.name == (short_dir / "session_latest").resolve().name
+            assert len(session.nodes) == 2
         server.assert_foreign_untouched()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import socket
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import valkey
 from proxy import proxy_to
-from servers import Server, acl_user
+from servers import Server, acl_user, wait_until
 from tls import TLSServer, tls_binary, tls_front, tls_server
 from topologies import Cluster, SentinelGroup, cluster_servers, sentinel_servers
 from valkey.crc import key_slot
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 KEYS = [b"{tag}:%d" % i for i in range(20)]
 MIB = 1 << 20
+
+Serve = Callable[..., AbstractContextManager[TLSServer]]
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +102,10 @@ def test_a_paused_replica_acknowledges_nothing(group: SentinelGroup) -> None:
 
 
 @pytest.fixture(params=["front", *(["server"] if tls_binary() else [])])
-def tls(request: pytest.FixtureRequest, tmp_path: Path, server: Server) -> Iterator[TLSServer]:
-    with contextlib.ExitStack() as stack:
-        options = getattr(request.cls, "options", {})
-        if request.param == "front":
-            yield stack.enter_context(tls_front(tmp_path, server.port, **options))
-        else:
-            yield stack.enter_context(tls_server(tmp_path, **options))
+def serve(request: pytest.FixtureRequest, tmp_path: Path, server: Server) -> Serve:
+    if request.param == "server":
+        return functools.partial(tls_server, tmp_path)
+    return functools.partial(tls_front, tmp_path, server.port)
 
 
 def connect(tls: TLSServer, port: int | None = None, **options: object) -> valkey.Valkey:
@@ -119,41 +119,54 @@ def connect(tls: TLSServer, port: int | None = None, **options: object) -> valke
     )
 
 
-class TestTLS:
-    def test_carries_large_values_both_ways(self, tls: TLSServer) -> None:
-        value = bytes(range(256)) * (MIB // 64)
+def test_tls_carries_large_values_both_ways(serve: Serve) -> None:
+    value = bytes(range(256)) * (MIB // 64)
+    with serve() as tls, connect(tls) as client:
+        client.set("key", value)
+        assert client.get("key") == value
+
+
+def test_tls_is_all_that_is_spoken(serve: Serve) -> None:
+    with (
+        serve() as tls,
+        valkey.Valkey(port=tls.port, socket_timeout=10) as client,
+        pytest.raises(valkey.ConnectionError),
+    ):
+        client.ping()
+
+
+def test_tls_can_be_cut_in_the_middle(serve: Serve) -> None:
+    with serve() as tls, proxy_to(tls.port) as proxy, connect(tls, proxy.port) as client:
+        assert client.ping()
+        proxy.to_client.reset_after = 10
+        with pytest.raises((valkey.ConnectionError, OSError)):
+            client.info()
+        assert client.ping()
+
+
+def test_tls_ends_for_both_sides(serve: Serve) -> None:
+    def names() -> set[str]:
+        return {client["name"] for client in tls.client.client_list()}
+
+    with serve() as tls:
         with connect(tls) as client:
-            client.set("key", value)
-            assert client.get("key") == value
-            client.delete("key")
-
-    def test_is_all_that_is_spoken(self, tls: TLSServer) -> None:
-        with (
-            valkey.Valkey(port=tls.port, socket_timeout=10) as client,
-            pytest.raises(valkey.ConnectionError),
-        ):
-            client.ping()
-
-    def test_can_be_cut_in_the_middle(self, tls: TLSServer) -> None:
-        with proxy_to(tls.port) as proxy, connect(tls, proxy.port) as client:
-            assert client.ping()
-            proxy.to_client.reset_after = 10
-            with pytest.raises((valkey.ConnectionError, OSError)):
-                client.info()
-            assert client.ping()
-
-    def test_closes_what_its_client_has_closed(self, tls: TLSServer) -> None:
+            client.client_setname("leaves")
+            assert "leaves" in names()
+        wait_until(lambda: "leaves" not in names())
         with connect(tls) as client:
-            client.client_setname("short-lived")
-        with socket.create_connection(("127.0.0.1", tls.port)):
-            pass
-        assert tls.client.ping()
+            number = client.client_id()
+            tls.client.client_kill_filter(_id=number)
+            wait_until(lambda: is_new(client, number))
 
 
-class TestTLSWithRequiredCertificates:
-    options = {"client_certificate_required": True}  # noqa: RUF012
+def is_new(client: valkey.Valkey, number: int) -> bool:
+    with contextlib.suppress(valkey.ConnectionError):
+        return client.client_id() != number
+    return False
 
-    def test_wants_one(self, tls: TLSServer) -> None:
+
+def test_tls_wants_a_certificate_where_one_is_required(serve: Serve) -> None:
+    with serve(client_certificate_required=True) as tls:
         with connect(tls) as client, pytest.raises(valkey.ConnectionError):
             client.ping()
         pair = tls.certificates.client
@@ -161,19 +174,19 @@ class TestTLSWithRequiredCertificates:
             assert client.ping()
 
 
-class TestTLSWithAnotherName:
-    options = {"names": ["elsewhere.example"]}  # noqa: RUF012
-
-    def test_is_not_trusted(self, tls: TLSServer) -> None:
+def test_tls_is_not_trusted_under_another_name(serve: Serve) -> None:
+    with serve(names=["elsewhere.example"]) as tls:
         with connect(tls) as client, pytest.raises(valkey.ConnectionError, match="mismatch"):
             client.ping()
         assert tls.client.ping()
 
 
 def test_a_user_may_do_what_its_rules_allow(server: Server) -> None:
-    with acl_user([server.client], "~ours:* +get"):
-        with valkey.Valkey(port=server.port, username="ray", password="secret") as client:
-            assert client.get("ours:key") is None
-            with pytest.raises(valkey.exceptions.NoPermissionError):
-                client.get("theirs")
+    with (
+        acl_user([server.client], "~ours:* +get"),
+        valkey.Valkey(port=server.port, username="ray", password="secret") as client,
+    ):
+        assert client.get("ours:key") is None
+        with pytest.raises(valkey.exceptions.NoPermissionError):
+            client.get("theirs")
     assert "ray" not in server.client.acl_users()

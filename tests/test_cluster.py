@@ -1,0 +1,1019 @@
+"""A real cluster: found by itself, used whole, and survived whatever happens to it meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import valkey
+from click.testing import CliRunner
+from clusters import MIB, expect_no_keys, local_ray
+from servers import (
+    INDEX,
+    ROOT,
+    Node,
+    Server,
+    acl_user,
+    free_port,
+    valkey_server,
+    wait_until,
+)
+from topologies import SLOTS, Cluster, cluster_servers
+from valkey.crc import key_slot
+
+from ray_valkey_spill import budget, check, cleanup, preflight
+from ray_valkey_spill import cli as commands
+from ray_valkey_spill.cleanup import CleanUp
+from ray_valkey_spill.config import Config, Endpoint
+from ray_valkey_spill.errors import (
+    ConfigError,
+    LostObjectError,
+    ServerFullError,
+    ServerRefusedError,
+    ServerUnavailableError,
+    SpillError,
+)
+from ray_valkey_spill.keys import ObjectName, new_attempt
+from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.resp import Request, command, fetch, store
+from ray_valkey_spill.wire import Link
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+CHUNK = 64 << 10
+CHUNKS = 40
+SIZE = CHUNKS * CHUNK
+SESSION, NODE = "session_1", "ab" * 28
+KEY = f"{ROOT}test"
+REACHED_ALL = SLOTS  # more keys than any test has to try until one is where it wants it
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
+
+
+def object_id(number: int) -> str:
+    return f"{number:056x}"
+
+
+def config(url: str, *, password: str | None = None, **params: Any) -> Config:
+    environ = {"RAY_VALKEY_SPILL_PASSWORD": password} if password else {}
+    given = {"url": url, "retry_timeout": 20, "chunk_size": CHUNK, **params}
+    return Config.load(given, environ)
+
+
+@contextlib.contextmanager
+def linked(url: str, **params: Any) -> Iterator[Link]:
+    with contextlib.closing(Link(config(url, **params))) as link:
+        yield link
+
+
+def endpoints(nodes: Iterable[Node]) -> set[Endpoint]:
+    return {Endpoint("127.0.0.1", node.port) for node in nodes}
+
+
+@dataclass
+class Objects:
+    """An object store, what has been put into it, and what may happen in the middle of that."""
+
+    store: ObjectStore
+    data: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    _number: Iterator[int] = field(default_factory=itertools.count)
+
+    def source(self, size: int) -> tuple[SourceObject, bytes]:
+        number = next(self._number)
+        value = noise(size, number)
+        return SourceObject(object_id(number), b"PYTHON", b"owner", memoryview(value)), value
+
+    def put(self, *sizes: int) -> list[str]:
+        urls, failure = self.try_to_put(*sizes)
+        assert failure is None, failure
+        return urls
+
+    def try_to_put(self, *sizes: int) -> tuple[list[str], SpillError | None]:
+        made = [self.source(size) for size in sizes]
+        urls, failure = self.store.put([source for source, _ in made])
+        for url, (source, value) in zip(urls, made):
+            self.data[url] = source.object_id, value
+        return urls, failure
+
+    def get(self, url: str) -> bytes:
+        found = self.store.find(url, self.data[url][0])
+        target = bytearray(found.header.size)
+        self.store.fill(found, memoryview(target))
+        return bytes(target)
+
+    def check(self, *urls: str) -> None:
+        """Those, or all there are, come back as they were put."""
+        for url in urls or [*self.data]:
+            assert self.get(url) == self.data[url][1]
+
+    def delete(self, *urls: str) -> None:
+        self.store.delete(urls)
+        for url in urls:
+            del self.data[url]
+
+    def name(self, url: str) -> ObjectName:
+        return self.store.keys.parse_url(url).name
+
+    @contextlib.contextmanager
+    def struck(self, what: str, number: int, strike: Callable[[], object]) -> Iterator[None]:
+        """Have `strike` come before chunk `number` of a "put" or of a "fill"."""
+        owner, name = {"put": (self.store, "_values"), "fill": (self.store._tier, "read")}[what]
+        method = getattr(owner, name)
+        strikes = [strike]
+
+        def run(*args: Any) -> Iterator[Any]:
+            for i, item in enumerate(method(*args)):
+                if i == number and strikes:
+                    strikes.pop()()
+                yield item
+
+        setattr(owner, name, run)
+        try:
+            yield
+        finally:
+            delattr(owner, name)
+        assert not strikes
+
+
+@contextlib.contextmanager
+def objects_at(url: str, **params: Any) -> Iterator[Objects]:
+    with contextlib.closing(ObjectStore(config(url, **params), SESSION, NODE)) as store:
+        yield Objects(store)
+
+
+@pytest.fixture(scope="module")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster_servers(tmp_path_factory.mktemp("shared")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(_shared: Cluster) -> Iterator[Cluster]:
+    """One whose nodes live on, with foreign keys on it. A test must leave none of ours."""
+    _shared.settle_foreign()
+    yield _shared
+    _shared.wait_until_whole()
+    assert _shared.our_keys() == []
+    _shared.assert_foreign_untouched()
+
+
+@pytest.fixture(scope="module")
+def _mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    directory = tmp_path_factory.mktemp("mortal")
+    # A killed process loses nothing that it has written.
+    with cluster_servers(directory, appendonly=True, appendfsync="no") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def mortal(_mortal: Cluster) -> Iterator[Cluster]:
+    """One whose nodes a test may kill."""
+    _mortal.flush()
+    yield _mortal
+    for node in _mortal.nodes:
+        if not node.alive:
+            _mortal.restart(node)
+    _mortal.wait_until_whole()
+    assert _mortal.our_keys() == []
+
+
+@pytest.fixture
+def link(cluster: Cluster) -> Iterator[Link]:
+    with linked(cluster.url) as link:
+        yield link
+    for key in cluster.our_keys():
+        cluster.client.delete(key)
+
+
+@pytest.fixture
+def objects(cluster: Cluster) -> Iterator[Objects]:
+    with objects_at(cluster.url) as objects:
+        yield objects
+        destroy(objects)
+
+
+def destroy(objects: Objects) -> None:
+    objects.store.destroy(lambda pid: False)
+
+
+@pytest.fixture
+def background() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as pool:
+        yield pool
+
+
+def key_at(cluster: Cluster, node: Node, but: Iterable[str] = ()) -> str:
+    """A key that `node` serves."""
+    keys = (f"{KEY}:{i}" for i in range(REACHED_ALL))
+    return next(key for key in keys if key not in but and cluster.primary_of(key) is node)
+
+
+def keys_in_a_slot(count: int) -> list[str]:
+    return [f"{KEY}:{{slot}}:{i}" for i in range(count)]
+
+
+def another(cluster: Cluster, node: Node) -> Node:
+    return next(other for other in cluster.primaries() if other is not node)
+
+
+# --- which servers it is ---
+
+
+def test_a_cluster_is_recognised_from_any_one_node_of_it(cluster: Cluster) -> None:
+    for node in cluster.nodes:
+        with objects_at(node.url) as objects:
+            assert {*objects.store._tier._link.infos()} == endpoints(cluster.primaries())
+            (url,) = objects.put(SIZE)
+            objects.check()
+            objects.delete(url)
+
+
+def test_dead_and_foreign_nodes_among_several_do_not_matter(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Such as one that was restarted without its files: it serves nothing, and knows nobody."""
+    lonely = Node(tmp_path / "lonely", free_port(), {"cluster_enabled": True})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dead = listener.getsockname()[1]
+    with contextlib.closing(lonely):
+        lonely.start()
+        wait_until(lonely.serves)
+        seeds = [f"127.0.0.1:{port}" for port in (lonely.port, dead, cluster.nodes[4].port)]
+        for order in itertools.permutations(seeds):
+            with linked(f"valkey://{','.join(order)}") as link:
+                assert link.execute(command("GET", KEY)) == [None]
+                assert {*link.infos()} == endpoints(cluster.primaries())
+
+
+def test_several_hosts_that_are_no_cluster_are_refused(server: Server) -> None:
+    with pytest.raises(ConfigError, match=r"several hosts.*no cluster.*sentinel_service"):
+        preflight.run_all(config(f"valkey://127.0.0.1:{server.port},127.0.0.1:1"))
+
+
+def test_another_database_than_a_cluster_has_is_refused(cluster: Cluster) -> None:
+    with pytest.raises(ServerRefusedError, match="most clusters have 0 alone"):
+        preflight.run_all(config(f"{cluster.url[:-1]}3"))
+
+
+@pytest.mark.parametrize(
+    ("preferred", "hostname"),
+    [("hostname", "localhost"), ("hostname", ""), ("unknown-endpoint", "")],
+)
+def test_nodes_may_announce_a_name_or_nothing_at_all(
+    cluster: Cluster, preferred: str, hostname: str
+) -> None:
+    def announce(preferred: str, hostname: str) -> None:
+        for node in cluster.nodes:
+            node.client.config_set("cluster-announce-hostname", hostname)
+            node.client.config_set("cluster-preferred-endpoint-type", preferred)
+        named = {"hostname": hostname.encode() or b"?", "unknown-endpoint": None}.get(preferred)
+        for node in cluster.nodes:
+            wait_until(lambda: preferred == "ip" or {*_announced(node)} == {named})  # noqa: B023
+
+    announce(preferred, hostname)
+    try:
+        with objects_at(f"valkey://localhost:{cluster.nodes[0].port}") as objects:
+            objects.put(SIZE, 100)
+            objects.check()
+            known = objects.store._tier._link
+            assert {node.host for node in known.infos()} == {"localhost"}
+            with moved(cluster, INDEX):
+                objects.check()
+                objects.put(SIZE)
+            destroy(objects)
+    finally:
+        announce("ip", "")
+
+
+def _announced(node: Node) -> Iterator[Any]:
+    for _, _, *nodes in node.client.execute_command("CLUSTER SLOTS"):
+        yield from (told[0] for told in nodes)
+
+
+@contextlib.contextmanager
+def moved(cluster: Cluster, key: str) -> Iterator[None]:
+    """With the slot of `key` half migrated at first, and then as a whole."""
+    home = cluster.primary_of(key)
+    migration = cluster.migration(key_slot(key.encode()), another(cluster, home))
+    next(migration)
+    next(migration, None)
+    for _ in migration:
+        pass
+    yield
+    cluster.migrate_slot(key_slot(key.encode()), home)
+
+
+# --- how it is used ---
+
+
+def test_chunks_lie_on_all_shards_and_the_books_on_one(cluster: Cluster, objects: Objects) -> None:
+    (url,) = objects.put(SIZE)
+    name = objects.name(url)
+    chunks = objects.store.keys.chunks(name)
+    assert len({cluster.primary_of(key).port for key in chunks}) == 3
+    books = cluster.primary_of(INDEX)
+    objects.store.renew_lease("", lambda: False)
+    keys = objects.store.keys
+    for book in (keys.pending, keys.usage, keys.grants, keys.leases, keys.places):
+        assert cluster.primary_of(book) is books
+    assert {*cluster.our_keys()} == {
+        *(key.encode() for key in (*chunks, keys.header(name), INDEX, keys.usage, keys.leases))
+    }
+
+
+def test_nothing_else_is_looked_at(cluster: Cluster, objects: Objects) -> None:
+    for node in cluster.nodes:
+        node.client.config_resetstat()
+    urls = objects.put(SIZE, 100, 5000)
+    objects.check()
+    objects.delete(*urls)
+    objects.store.renew_lease("", lambda: False)
+    objects.store.recover(lambda pid: False)
+    destroy(objects)
+    allowed = {name.lower() for name in preflight.COMMANDS} | {"cluster|slots", "hello"}
+    ours = {"select", "client|setinfo", "config|resetstat", "info", "ping", "publish"}
+    of_replication = {"replconf", "psync", "cluster|setslot", "multi", "exec"}
+    for node in cluster.nodes:
+        ran = {name.removeprefix("cmdstat_") for name in node.client.info("commandstats")}
+        assert ran <= allowed | ours | of_replication
+
+
+def test_all_shards_are_at_work_at_once(
+    cluster: Cluster, background: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one that does nothing, the others have done all that is theirs."""
+    # Else all are asked for their memory.
+    monkeypatch.setattr(budget, "_BETWEEN_LOOKS", 1000)
+    stalled = another(cluster, cluster.primary_of(INDEX))
+    others = [node for node in cluster.primaries() if node is not stalled]
+
+    def of_others(name: ObjectName) -> int:
+        """Of its values, how many."""
+        keys = [objects.store.keys.header(name), *objects.store.keys.chunks(name)]
+        return sum(cluster.client.get_node_from_key(key).port != stalled.port for key in keys)
+
+    # So small that all of a shard's can be under way.
+    with objects_at(cluster.url, chunk_size=CHUNK // 4) as objects, patient(cluster):
+        size = 5 * CHUNK
+        (url,) = objects.put(size)
+        name = objects.name(url)
+        found = objects.store.find(url, objects.data[url][0])
+        for node in others:
+            node.client.config_resetstat()
+        target = bytearray(size)
+        with stalled.paused():
+            filling = background.submit(objects.store.fill, found, memoryview(target))
+            theirs = of_others(name) - of_others(name._replace(chunks=0))
+            wait_until(lambda: sum(_calls(node, "get") for node in others) == theirs)
+            assert not filling.done()
+        filling.result()
+        assert target == objects.data[url][1]
+        objects.delete(url)
+        with stalled.paused():
+            putting = background.submit(objects.put, size)
+            pending = objects.store.keys.pending
+            wait_until(lambda: cluster.client.zcard(pending))
+            (member,) = cluster.client.zrange(pending, 0, -1)
+            theirs = of_others(ObjectName.parse(member.decode()))
+            wait_until(lambda: len(_data_at(cluster, stalled)) == theirs)
+            assert not putting.done()
+        objects.delete(*putting.result())
+
+
+@contextlib.contextmanager
+def patient(cluster: Cluster) -> Iterator[None]:
+    """Have nodes wait for one that stands still."""
+    for node in cluster.nodes:
+        node.client.config_set("cluster-node-timeout", 60_000)
+    yield
+    cluster.wait_until_whole()
+    for node in cluster.nodes:
+        node.client.config_set("cluster-node-timeout", 1_500)
+
+
+def _calls(node: Node, name: str) -> int:
+    return int(node.client.info("commandstats").get(f"cmdstat_{name}", {"calls": 0})["calls"])
+
+
+def test_an_object_is_stored_only_after_its_data_and_forgotten_only_after_them(
+    cluster: Cluster,
+    objects: Objects,
+    background: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budget, "_BETWEEN_LOOKS", 1000)
+    objects.delete(*objects.put(1000))
+    books = cluster.primary_of(INDEX)
+    stalled = another(cluster, books)
+    sizes = [1000] * 40
+    pending = objects.store.keys.pending
+    with patient(cluster):
+        with stalled.paused():
+            putting = background.submit(objects.put, *sizes)
+            wait_until(lambda: books.client.zcard(pending) == len(sizes))
+            wait_until(lambda: _data_at(cluster, stalled))
+            assert not books.client.exists(INDEX)
+        urls = putting.result()
+        assert books.client.zcard(INDEX) == len(sizes)
+        with stalled.paused():
+            deleting = background.submit(objects.store.delete, urls)
+            wait_until(lambda: not _data_at(cluster, stalled))
+            assert books.client.zcard(INDEX) == len(sizes)
+        deleting.result()
+    assert cluster.our_keys() == []
+
+
+def _data_at(cluster: Cluster, but: Node) -> list[bytes]:
+    """The data keys of all primaries but one, that may stand still."""
+    nodes = [node for node in cluster.nodes if node is not but and node.alive]
+    keys = [key for node in nodes if _is_primary(node) for key in node.client.keys(f"{ROOT}*")]
+    return [key for key in keys if b"{" not in key]
+
+
+def _is_primary(node: Node) -> bool:
+    return bool(node.client.info("replication")["role"] == "master")
+
+
+def test_what_could_not_be_removed_stays_in_the_books(cluster: Cluster, objects: Objects) -> None:
+    (url,) = objects.put(SIZE)
+    node = another(cluster, cluster.primary_of(INDEX))
+    node.client.acl_setuser("default", enabled=True, commands=["-unlink"])
+    try:
+        with pytest.raises(ServerRefusedError, match="NOPERM"):
+            objects.store.delete([url])
+        assert cluster.spilled_ids() == {objects.data[url][0]}
+    finally:
+        node.client.acl_setuser("default", enabled=True, commands=["+unlink"])
+    objects.delete(url)
+    assert cluster.our_keys() == []
+
+
+def test_runs_over_several_connections_may_alternate(link: Link) -> None:
+    link.execute(*[store(f"{KEY}:{i}", [b"%d" % i]) for i in range(200)])
+    forth = link.run([fetch(f"{KEY}:{i}") for i in range(200)])
+    back = link.run([fetch(f"{KEY}:{i}") for i in reversed(range(200))])
+    replies = [(int(one.result()), int(other.result())) for one, other in zip(forth, back)]
+    assert replies == [(i, 199 - i) for i in range(200)]
+
+
+def test_a_consumer_that_stops_early_does_not_spoil_what_follows(link: Link) -> None:
+    link.execute(*[store(f"{KEY}:{i}", [b"%d" % i]) for i in range(200)])
+    for stop in range(1, 60, 7):
+        run = link.run([fetch(f"{KEY}:{i}") for i in range(200)])
+        assert [int(request.result()) for request in itertools.islice(run, stop)] == [*range(stop)]
+        values = link.execute(*[fetch(f"{KEY}:{i}") for i in range(100, 200)])
+        assert [int(value) for value in values] == [*range(100, 200)]
+        run.close()
+
+
+def test_objects_are_looked_up_while_others_are_filled(objects: Objects) -> None:
+    urls = objects.put(*[100, SIZE, 3 * CHUNK] * 15)
+    wanted = [(url, objects.data[url][0]) for url in urls]
+    for (url, _), found in zip(wanted, objects.store.find_all(wanted)):
+        assert not isinstance(found, LostObjectError)
+        target = bytearray(found.header.size)
+        objects.store.fill(found, memoryview(target))
+        assert target == objects.data[url][1]
+
+
+# --- what a head start and `check` find ---
+
+
+def findings(wanted: Config) -> dict[str, check.Finding]:
+    params = {"url": str(wanted.address), "min_replicas": wanted.min_replicas, "retry_timeout": 2}
+    return {finding.subject: finding for finding in check.run(params)}
+
+
+def test_check_looks_at_the_whole_cluster(cluster: Cluster) -> None:
+    found = findings(config(cluster.url, min_replicas=1))
+    assert {finding.status for finding in found.values()} <= {check.OK, check.WARNING}
+    assert found["topology"].detail == "a cluster of 3 shards that serve"
+    assert all(f"1 of 127.0.0.1:{n.port}" in found["replicas"].detail for n in cluster.primaries())
+
+
+def test_one_shard_that_evicts_is_found_and_named(cluster: Cluster) -> None:
+    for node in cluster.primaries():
+        node.client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            with pytest.raises(ConfigError, match=f"127.0.0.1:{node.port} has .*allkeys-lru"):
+                preflight.run_all(config(cluster.url))
+            policy = findings(config(cluster.url))["policy"]
+            assert policy.status == check.FAILED
+            assert f"127.0.0.1:{node.port}" in policy.detail
+        finally:
+            node.client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_one_shard_that_lacks_a_permission_is_found(cluster: Cluster) -> None:
+    wanted = config(cluster.url, username="ray", password="secret")
+    with acl_user([node.client for node in cluster.nodes], preflight.acl_rules(wanted)):
+        preflight.run_all(wanted)
+        for node in cluster.primaries():
+            node.client.acl_setuser("ray", enabled=True, commands=["-strlen"])
+            with pytest.raises(ServerRefusedError, match="run STRLEN"):
+                preflight.run_all(wanted)
+            node.client.acl_setuser("ray", enabled=True, commands=["+strlen"])
+
+
+def test_one_shard_with_too_few_replicas_is_found_and_named(tmp_path: Path) -> None:
+    with cluster_servers(tmp_path, primaries=2, replicas=1) as cluster:
+        bare = next(node for node in cluster.primaries() if not cluster.replicas_of(node))
+        wanted = config(cluster.url, min_replicas=1)
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{bare.port} has 0 replicas"):
+            preflight.run_all(wanted)
+        replicas = findings(wanted)["replicas"]
+        assert replicas.status == check.FAILED
+        assert f"127.0.0.1:{bare.port}" in replicas.detail
+
+
+def test_a_user_with_no_more_than_the_permissions_told_can_do_everything(cluster: Cluster) -> None:
+    params = {"username": "ray", "password": "secret", "min_replicas": 1}
+    wanted = config(cluster.url, **params)
+    clients = [node.client for node in cluster.nodes]
+    for client in clients:
+        client.acl_log_reset()
+    with acl_user(clients, preflight.acl_rules(wanted)):
+        preflight.run_all(wanted)
+        with objects_at(cluster.url, **params) as objects:
+            objects.put(SIZE, 100)
+            with moved(cluster, INDEX):
+                objects.put(SIZE, 100)
+                objects.check()
+                objects.delete(*[*objects.data][:2])
+            objects.store.renew_lease("", lambda: False)
+            objects.store.recover(lambda pid: False)
+            destroy(objects)
+        assert [client.acl_log() for client in clients] == [[]] * len(clients)
+
+
+# --- slots that move ---
+
+
+def test_slots_that_moved_between_runs_are_found(cluster: Cluster, link: Link) -> None:
+    keys = keys_in_a_slot(3)
+    link.execute(*[store(key, [key.encode()]) for key in keys])
+    slot, home = key_slot(keys[0].encode()), cluster.primary_of(keys[0])
+    for to in (another(cluster, home), home):
+        cluster.migrate_slot(slot, to)
+        assert link.execute(*map(fetch, keys)) == [key.encode() for key in keys]
+        # What it was told is looked up whole, and noted.
+        assert link.owner(keys[0]) == Endpoint("127.0.0.1", to.port)
+    assert link.breaks == 0
+
+
+def test_slots_that_move_during_a_run_are_followed(cluster: Cluster, link: Link) -> None:
+    keys = [f"{KEY}:{i}" for i in range(100)]
+    link.execute(*[store(key, [key.encode()]) for key in keys])
+    homes = {key: cluster.primary_of(key) for key in keys[40:90:10]}
+
+    def requests() -> Iterator[Request]:
+        for number, key in enumerate(keys):
+            if number == 30:
+                for moving, home in homes.items():
+                    to = another(cluster, home)
+                    cluster.migrate_slot(key_slot(moving.encode()), to)
+            yield fetch(key)
+
+    values = [request.result() for request in link.run(requests())]
+    assert values == [key.encode() for key in keys]
+    assert link.breaks == 0
+    for key, home in homes.items():
+        cluster.migrate_slot(key_slot(key.encode()), home)
+
+
+def test_a_slot_on_its_way_is_served_by_both(cluster: Cluster, link: Link) -> None:
+    keys = keys_in_a_slot(6)
+    old, new = keys[:4], keys[4:]
+    slot, home = key_slot(keys[0].encode()), cluster.primary_of(keys[0])
+    to = another(cluster, home)
+    link.execute(*[store(key, [key.encode()]) for key in old])
+    migration = cluster.migration(slot, to)
+    for _ in migration:
+        assert link.execute(*map(fetch, old)) == [key.encode() for key in old]
+        link.execute(*[store(key, [key.encode()]) for key in new])
+        assert link.execute(*[command("UNLINK", key) for key in new]) == [1, 1]
+        assert link.execute(*map(fetch, new)) == [None, None]
+    assert link.execute(*map(fetch, old)) == [key.encode() for key in old]
+    assert link.breaks == 0
+    cluster.migrate_slot(slot, home)
+
+
+@pytest.mark.parametrize("size", [1000, SIZE])
+def test_books_on_their_way_are_waited_for(
+    cluster: Cluster, objects: Objects, background: ThreadPoolExecutor, size: int
+) -> None:
+    """`TRYAGAIN`: a script's keys are on two shards."""
+    slot, home = key_slot(INDEX.encode()), cluster.primary_of(INDEX)
+    objects.put(size, 100)
+    kept = [*objects.data]
+    (gone,) = objects.put(size)
+    link = objects.store._tier._link
+    migration = cluster.migration(slot, another(cluster, home))
+    assert [next(migration), next(migration)] == [0, 1]
+    putting = background.submit(objects.put, size, 100)
+    before = link.breaks
+    wait_until(lambda: link.breaks > before + 1)
+    assert not putting.done()
+    for _ in migration:
+        pass
+    new = putting.result()
+    migration = cluster.migration(slot, home)
+    assert [next(migration), next(migration)] == [0, 1]
+    deleting = background.submit(objects.delete, gone, *new)
+    before = link.breaks
+    wait_until(lambda: link.breaks > before + 1)
+    assert not deleting.done()
+    for _ in migration:
+        pass
+    deleting.result()
+    objects.check(*kept)
+    assert cluster.spilled_ids() == {objects.data[url][0] for url in kept}
+
+
+def test_nodes_that_send_it_back_and_forth_are_given_up(
+    cluster: Cluster, background: ThreadPoolExecutor
+) -> None:
+    """One gives a slot away, the other knows nothing of that."""
+    slot, home = key_slot(KEY.encode()), cluster.primary_of(KEY)
+    identity = another(cluster, home).client.execute_command("CLUSTER MYID")
+    home.client.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", identity)
+    try:
+        with linked(cluster.url, retry_timeout=0.5) as link:
+            with pytest.raises(ServerUnavailableError, match=r"(MOVED|ASK).*tried for 0.5 s"):
+                link.execute(command("GET", KEY))
+        with linked(cluster.url) as link:
+            getting = background.submit(link.execute, command("GET", KEY))
+            wait_until(lambda: link.breaks > 1)
+            home.client.execute_command("CLUSTER SETSLOT", slot, "STABLE")
+            assert getting.result() == [None]
+    finally:
+        home.client.execute_command("CLUSTER SETSLOT", slot, "STABLE")
+
+
+def test_a_move_is_noticed_while_another_connection_breaks(cluster: Cluster, link: Link) -> None:
+    one, other = cluster.primaries()[:2]
+    moving, cut = key_at(cluster, one), key_at(cluster, other)
+    link.execute(store(moving, [b"moving"]), store(cut, [b"cut"]))
+    cluster.migrate_slot(key_slot(moving.encode()), another(cluster, one))
+    other.client.client_kill_filter(_type="normal", skipme=True)
+    # The first of what is sent there only tells the kernel that nobody listens any more.
+    requests = [fetch(moving), store(cut, [bytes(2 << 20)]), fetch(cut)]
+    value, _, size = link.execute(*requests)
+    assert (value, len(size)) == (b"moving", 2 << 20)
+    assert link.breaks == 1
+    cluster.migrate_slot(key_slot(moving.encode()), one)
+
+
+class Migrator:
+    """Has slots that are in use move between shards, as fast as that goes, until it is stopped."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.moved = 0
+        self._cluster = cluster
+        self._random = random.Random(0)
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            key = self._some_key()
+            home = self._cluster.primary_of(key)
+            to = self._random.choice([n for n in self._cluster.primaries() if n is not home])
+            self._cluster.migrate_slot(key_slot(key), to)
+            self.moved += 1
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _some_key(self) -> bytes:
+        node = self._random.choice(self._cluster.primaries())
+        key = node.client.randomkey()
+        return INDEX.encode() if key is None or self.moved % 5 == 0 else bytes(key)
+
+
+def test_slots_may_move_under_load(
+    cluster: Cluster, objects: Objects, background: ThreadPoolExecutor
+) -> None:
+    migrator = Migrator(cluster)
+    migrating = background.submit(migrator.run)
+    try:
+        for _ in itertools.takewhile(lambda _: migrator.moved < 25, itertools.count()):
+            assert not migrating.done()
+            objects.put(SIZE, 100, 3 * CHUNK)
+            objects.check()
+            objects.delete(*[*objects.data][: len(objects.data) // 2])
+    finally:
+        migrator.stop()
+        migrating.result()
+    objects.check()
+    objects.delete(*objects.data)
+    objects.store.recover(lambda pid: False)
+    assert cluster.our_keys() == []
+
+
+# --- nodes that fail, and are followed ---
+
+
+KILLS = [("put", 0), ("put", 13), ("put", CHUNKS - 1), ("fill", 13)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "number"), KILLS)
+def test_a_primary_killed_in_the_middle_is_followed(
+    mortal: Cluster, what: str, number: int
+) -> None:
+    with objects_at(mortal.url) as objects:
+        (before,) = objects.put(SIZE)
+        wait_until_replicated(mortal)
+        key = objects.store.keys.chunks(objects.name(before))[number]
+        # Of a chunk that is just to be read; and of the books, too.
+        victim = mortal.primary_of(key if what == "fill" or number else INDEX)
+        with objects.struck(what, number, victim.kill):
+            urls = objects.put(SIZE) if what == "put" else []
+            objects.check(before)
+        objects.check(before, *urls)
+        known = objects.store._tier._link
+        assert {*known._connections} <= endpoints(mortal.primaries())
+        objects.delete(*objects.data)
+        objects.store.recover(lambda pid: False)
+
+
+@pytest.mark.parametrize("how", ["", "TAKEOVER"])
+@pytest.mark.parametrize("what", ["put", "fill"])
+def test_a_primary_that_hands_over_in_the_middle_is_followed(
+    cluster: Cluster, objects: Objects, what: str, how: str
+) -> None:
+    (before,) = objects.put(SIZE)
+    wait_until_replicated(cluster)
+    primary = cluster.primary_of(INDEX)
+    (replica,) = cluster.replicas_of(primary)
+    with objects.struck(what, 13, lambda: cluster.failover(replica, how)):
+        urls = objects.put(SIZE) if what == "put" else []
+        objects.check(before)
+    objects.check(before, *urls)
+    assert replica in cluster.primaries()
+
+
+def wait_until_replicated(cluster: Cluster) -> None:
+    for primary in cluster.primaries():
+        for replica in cluster.replicas_of(primary):
+            wait_until(lambda: _offset(replica) == _offset(primary))  # noqa: B023
+
+
+def _offset(node: Node) -> int:
+    found = node.client.info("replication")
+    return int(found.get("slave_repl_offset", found["master_repl_offset"]))
+
+
+@contextlib.contextmanager
+def out_of_step(replica: Node, primary: Node) -> Iterator[None]:
+    """Have `replica` get nothing more of what its primary acknowledges."""
+    with replica.paused():
+        primary.client.client_kill_filter(_type="replica")
+        wait_until(lambda: not primary.client.info("replication")["connected_slaves"])
+        yield
+
+
+class Loss:
+    """Has a shard lose what it has acknowledged since `begin`."""
+
+    def __init__(self, cluster: Cluster, primary: Node) -> None:
+        self._cluster = cluster
+        self._primary = primary
+        (self._replica,) = cluster.replicas_of(primary)
+        self._pause = contextlib.ExitStack()
+
+    def begin(self) -> None:
+        wait_until(lambda: _offset(self._replica) == _offset(self._primary))
+        self._pause.enter_context(out_of_step(self._replica, self._primary))
+
+    def strike(self) -> None:
+        self._primary.kill()
+        self._pause.close()
+        wait_until(lambda: _is_primary(self._replica))
+
+
+@pytest.mark.slow
+def test_what_a_failover_lost_of_a_put_is_put_again(mortal: Cluster) -> None:
+    with objects_at(mortal.url) as objects:
+        tries = _counted(objects.store, "_put_in_valkey")
+        loss = Loss(mortal, another(mortal, mortal.primary_of(INDEX)))
+        with objects.struck("put", 1, loss.begin), objects.struck("put", CHUNKS - 2, loss.strike):
+            (url,) = objects.put(SIZE)
+        assert tries() == 2
+        objects.check(url)
+        objects.delete(url)
+        objects.store.recover(lambda pid: False)
+
+
+def _counted(owner: Any, name: str) -> Callable[[], int]:
+    method, calls = getattr(owner, name), itertools.count()
+
+    def run(*args: Any) -> Any:
+        next(calls)
+        return method(*args)
+
+    setattr(owner, name, run)
+    return lambda: calls.__reduce__()[1][0]
+
+
+@pytest.mark.slow
+def test_what_a_failover_lost_of_the_books_is_noted_again(mortal: Cluster) -> None:
+    """Else a put that was reported would count as half-written once its process has ended."""
+    with objects_at(mortal.url) as objects:
+        tier = objects.store._tier
+        loss = Loss(mortal, mortal.primary_of(INDEX))
+        settle = tier.settle
+
+        def settle_in_vain(*args: Any) -> None:
+            loss.begin()
+            settle(*args)
+            loss.strike()
+            tier.ledger.usages()
+
+        tier.settle = settle_in_vain  # type: ignore[method-assign]
+        (url,) = objects.put(SIZE)
+        assert mortal.spilled_ids() == {objects.data[url][0]}
+        objects.store.recover(lambda pid: False)
+        objects.check(url)
+        objects.delete(url)
+
+
+@pytest.mark.slow
+def test_what_a_takeover_lost_is_put_again_though_no_connection_broke(mortal: Cluster) -> None:
+    with objects_at(mortal.url) as objects:
+        tries = _counted(objects.store, "_put_in_valkey")
+        primary = another(mortal, mortal.primary_of(INDEX))
+        (replica,) = mortal.replicas_of(primary)
+        pause = contextlib.ExitStack()
+
+        def part() -> None:
+            wait_until(lambda: _offset(replica) == _offset(primary))
+            # It may not come back until it has taken over.
+            primary.client.config_set("requirepass", "for a while")
+            pause.callback(primary.client.config_set, "requirepass", "")
+            primary.client.client_kill_filter(_type="replica")
+
+        def take_over() -> None:
+            mortal.failover(replica, "TAKEOVER")
+            pause.close()
+
+        with objects.struck("put", 1, part), objects.struck("put", CHUNKS - 2, take_over):
+            (url,) = objects.put(SIZE)
+        assert tries() == 2
+        objects.check(url)
+        objects.delete(url)
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_down_is_waited_for(
+    mortal: Cluster, background: ThreadPoolExecutor
+) -> None:
+    with objects_at(mortal.url) as objects:
+        (url,) = objects.put(SIZE)
+        primary = another(mortal, mortal.primary_of(INDEX))
+        others = [node for node in mortal.primaries() if node is not primary]
+        for node in (*mortal.replicas_of(primary), primary):
+            mortal.kill(node)
+        wait_until(lambda: all(_state(node) == "fail" for node in others))
+        with linked(mortal.url, retry_timeout=0.5) as link:
+            with pytest.raises(ServerUnavailableError, match=r"CLUSTERDOWN.*tried for 0.5 s"):
+                link.execute(*[command("GET", f"{KEY}:{i}") for i in range(100)])
+        putting = background.submit(objects.put, SIZE)
+        link = objects.store._tier._link
+        before = link.breaks
+        wait_until(lambda: link.breaks > before + 1)
+        mortal.restart(primary)
+        objects.check(url, *putting.result())
+        objects.delete(*objects.data)
+        objects.store.recover(lambda pid: False)
+
+
+def _state(node: Node) -> str:
+    return str(node.client.cluster("INFO")["cluster_state"])
+
+
+# --- how much there is room for ---
+
+
+@contextlib.contextmanager
+def bounded(nodes: Iterable[Node], size: int) -> Iterator[None]:
+    nodes = [*nodes]
+    for node in nodes:
+        node.client.config_set("maxmemory", size)
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.client.config_set("maxmemory", 0)
+
+
+def test_there_is_as_much_room_as_the_fullest_shard_has_times_their_number(
+    cluster: Cluster, objects: Objects, tmp_path: Path
+) -> None:
+    fullest, *others = cluster.primaries()
+    limit = 24 * MIB
+    used = int(fullest.client.info("memory")["used_memory"])
+    room = limit - limit // 4 - used  # a quarter is left to others
+    with bounded([fullest], limit), bounded(others, 1000 * MIB):
+        (url,) = objects.put(2 * room)
+        objects.delete(url)
+        urls, failure = objects.try_to_put(1000, 3 * room + 3 * MIB)
+        assert (len(urls), type(failure)) == (1, ServerFullError)
+        objects.check(*urls)
+        assert objects.store.recover(lambda pid: False) == 0
+        assert cluster.spilled_ids() == {objects.data[url][0] for url in urls}
+        with objects_at(cluster.url, overflow_uri=str(tmp_path)) as overflowing:
+            overflowing.store.renew_lease("", lambda: False)
+            urls = overflowing.put(1000, 3 * room + 3 * MIB)
+            assert [url.startswith("overflow:") for url in urls] == [False, True]
+            overflowing.check()
+            destroy(overflowing)
+
+
+def test_a_shard_that_fills_up_meanwhile_fails_the_put_and_nothing_is_left(
+    cluster: Cluster, objects: Objects
+) -> None:
+    full = another(cluster, cluster.primary_of(INDEX))
+    with contextlib.ExitStack() as stack:
+        with objects.struck("put", 13, lambda: stack.enter_context(bounded([full], 1))):
+            urls, failure = objects.try_to_put(SIZE)
+    assert (urls, type(failure)) == ([], ServerFullError)
+    assert cluster.our_keys() == []
+
+
+# --- its tools ---
+
+
+def test_destroying_a_node_leaves_nothing_of_it(cluster: Cluster, objects: Objects) -> None:
+    objects.put(SIZE, *[100] * 50)
+    name = ObjectName(SESSION, NODE, object_id(99), new_attempt(), CHUNKS)
+    objects.store._tier.register([name])
+    cluster.client.set(objects.store.keys.chunks(name)[7], b"half-written")
+    with contextlib.closing(ObjectStore(config(cluster.url), SESSION, "other")) as other:
+        assert other.destroy(lambda pid: False) == 0
+        objects.check()
+    assert objects.store.destroy(lambda pid: False) == 52
+    assert cluster.our_keys() == []
+
+
+def test_a_clean_up_removes_what_the_dead_have_on_all_shards(
+    cluster: Cluster, objects: Objects
+) -> None:
+    objects.store.renew_lease("10.0.0.1:6379", lambda: False)
+    objects.put(SIZE, 100)
+    with contextlib.closing(CleanUp(config(cluster.url), lambda address: None)) as clean_up:
+        remains = clean_up.find()
+        assert [(left.owner.session, left.usage.objects) for left in remains] == [(SESSION, 2)]
+        clean_up.remove(remains)
+    assert cluster.our_keys() == []
+
+
+def test_the_command_line_tells_of_a_cluster(cluster: Cluster, objects: Objects) -> None:
+    objects.store.renew_lease("", lambda: False)
+    (url,) = objects.put(SIZE)
+
+    def printed(*args: str) -> Any:
+        result = CliRunner().invoke(commands.cli, [*args, "--url", cluster.url, "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    with bounded(cluster.primaries(), 100 * MIB):
+        server = printed("stats")["server"]
+    used = sum(node.client.info("memory")["used_memory"] for node in cluster.primaries())
+    assert (server["shards"], server["maxmemory_bytes"]) == (3, 300 * MIB)
+    assert used / 2 < server["used_bytes"] < 2 * used
+    assert objects.data[url][0] in json.dumps(printed("ls"))
+    assert objects.data[url][0] in json.dumps(printed("inspect", url))
+
+
+# --- in Ray ---
+
+
+@pytest.mark.slow
+def test_ray_spills_to_a_cluster_while_a_primary_is_killed(mortal: Cluster) -> None:
+    mortal.settle_foreign()
+    with local_ray(mortal.url):
+        refs = []
+        for i in range(30):
+            refs.append(ray.put(np.full(MIB, i)))
+            if i == 20:
+                mortal.primary_of(INDEX).kill()
+        for i, ref in enumerate(refs):
+            assert (ray.get(ref) == np.full(MIB, i)).all()
+        del refs, ref
+        wait_until(lambda: mortal.spilled_keys() == [])
+        mortal.assert_foreign_untouched()
