@@ -17,7 +17,7 @@ from typing import Any
 from ray_valkey_spill import __version__, _startup, preflight
 from ray_valkey_spill.budget import margin
 from ray_valkey_spill.config import MIB, Config
-from ray_valkey_spill.errors import SpillError
+from ray_valkey_spill.errors import ServerFullError, SpillError
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.objects import ObjectStore, SourceObject
 from ray_valkey_spill.overflow import OverflowTier
@@ -76,6 +76,9 @@ def run(params: Mapping[str, Any]) -> Iterator[Finding]:
 def _attempt(subject: str, look: Callable[[], str]) -> Finding:
     try:
         return Finding(OK, subject, look())
+    except ServerFullError as error:
+        # Which it will not be for ever; what to do about it is said for its memory.
+        return Finding(WARNING, subject, error.what, error.mend)
     except SpillError as error:
         return Finding(FAILED, subject, error.what, error.mend)
 
@@ -232,7 +235,9 @@ def _throughput(config: Config, memory: MemoryInfo) -> str:
     if config.max_bytes is not None:
         size = min(size, config.max_bytes // 4)
     if size < MIB:
-        raise SpillError("not measured: there is no room for it", "Raise maxmemory or max_bytes")
+        raise ServerFullError(
+            "not measured: there is no room for it", "Raise maxmemory or max_bytes"
+        )
     data = memoryview(os.urandom(size))
     target = memoryview(bytearray(size))
     store = ObjectStore(replace(config, overflow_uri=None), "check", f"pid{os.getpid()}")

@@ -34,6 +34,8 @@ __all__ = [
 
 ENV_PREFIX = "RAY_VALKEY_SPILL_"
 _NOT_PARAMETERS = {"DISABLE", "PASSWORD"}
+# What Kubernetes sets for a Service whose name begins as ours do, in every pod of its namespace.
+_SERVICE_LINK = re.compile(r"[A-Z0-9_]*(SERVICE_(HOST|PORT)|PORT)(_[A-Z0-9_]*)?")
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -334,7 +336,8 @@ def _collect(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for variable, text in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable[len(ENV_PREFIX) :] in _NOT_PARAMETERS:
+        rest = variable.removeprefix(ENV_PREFIX)
+        if rest == variable or rest in _NOT_PARAMETERS or _SERVICE_LINK.fullmatch(rest):
             continue
         name = variable[len(ENV_PREFIX) :].lower()
         if name not in _PARAMETERS or variable != variable.upper():

@@ -51,12 +51,14 @@ from ray_valkey_spill.format import (
 )
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attempt
 from ray_valkey_spill.ledger import Ledger, Owner
+from ray_valkey_spill.observer import Loss, Observer, Tier
 from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.sealing import TAG_SIZE, Key, KeyRing, Seal
+from ray_valkey_spill.server_info import MemoryInfo
 from ray_valkey_spill.tiers import Stat, ValkeyTier, Value
 from ray_valkey_spill.wire import Link
 
-__all__ = ["INLINE_LIMIT", "ObjectStore", "SourceObject", "StoredObject", "problems"]
+__all__ = ["INLINE_LIMIT", "ObjectStore", "Room", "SourceObject", "StoredObject", "problems"]
 
 INLINE_LIMIT = 256 * KIB
 
@@ -87,11 +89,29 @@ class SourceObject:
 
 
 class StoredObject(NamedTuple):
-    """An object that was found, and checked as far as that goes without reading its chunks."""
+    """An object that was found, and checked as far as that goes without reading its chunks.
+
+    `payload` is that of an inline object, else empty; `seconds` is what it took to find it.
+    """
 
     place: Place
     header: Header
-    payload: memoryview  # of an inline object, else empty
+    payload: memoryview
+    seconds: float = 0.0
+
+
+class Room(NamedTuple):
+    """What is used of what limits a namespace, in bytes.
+
+    Attributes:
+        used: what counts for the budget: stored in Valkey, and granted to writers.
+        max_bytes: the budget, if there is one.
+        memory: of the server; in a cluster, of the shard that is fullest.
+    """
+
+    used: int
+    max_bytes: int | None
+    memory: MemoryInfo
 
 
 _T = TypeVar("_T")
@@ -127,6 +147,22 @@ class _Piece:
     job: _Job[tuple[Chunk, Buffer]] | None
 
 
+class _Lost(NamedTuple):
+    """Stands for an object that was not found."""
+
+    error: LostObjectError
+    reason: Loss
+
+
+class _Removal(NamedTuple):
+    """What was removed of a tier: how many objects, the bytes of their data, and how fast."""
+
+    tier: Tier
+    objects: int
+    logical: int
+    seconds: float
+
+
 class _Part(NamedTuple):
     """A chunk on its way out of the store: what its header tells, its bytes, and their place."""
 
@@ -145,23 +181,31 @@ class ObjectStore:
     Args:
         config: where, under which prefix, and how chunks are cut and compressed.
         session, node: whose the objects are that this store puts.
+        observer: is told of what was done.
     """
 
-    def __init__(self, config: Config, session: str, node: str) -> None:
+    def __init__(
+        self, config: Config, session: str, node: str, observer: Observer | None = None
+    ) -> None:
         self.keys = Keyspace.of(config)
+        self._observer = observer or Observer()
         self._owner = Owner(_component(session), _component(node))
         self._chunk_size = config.chunk_size
         self._compression = config.compression
         self._key_ring = KeyRing.of(config)
-        self._tier = ValkeyTier(Link(config), self.keys)
+        # What this cannot do now in the background is done another time.
+        impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
+        link, budget_link, recovery_link = Link(config), Link(config), Link(impatient)
+        self._links = link, budget_link, recovery_link
+        self._tier = ValkeyTier(link, self.keys)
+        self._recovery = ValkeyTier(recovery_link, self.keys)
+        self._budget = self._new_budget(config, budget_link)
+        self._max_bytes = config.max_bytes
         self._overflow = OverflowTier.of(config)
         self._place: str | None = None  # the overflow that the session agreed on, once it is ours
         self._has_lease = self._looked_for_parts = False
-        self._recount_at = float("-inf")
-        self._budget = self._new_budget(config)
-        # What this cannot do now is done another time.
-        impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
-        self._recovery = ValkeyTier(Link(impatient), self.keys)
+        self._recount_at = self._look_at_overflow_at = float("-inf")
+        self._in_overflow: int | None = None
         self._pool: ThreadPoolExecutor | None = None
         # What put() could not remove, for recover(). Bounded, for an outage can be long; the rest
         # is in the index, and goes with the session.
@@ -169,8 +213,7 @@ class ObjectStore:
         self._abandoned_grants: deque[str] = deque(maxlen=_ABANDONED)
         self._chunks_ahead = max(1, min(2 * _THREADS, _BYTES_AHEAD // config.chunk_size))
 
-    def _new_budget(self, config: Config) -> Budget:
-        link = Link(config)
+    def _new_budget(self, config: Config, link: Link) -> Budget:
         writer = f"{self._owner}:{os.getpid()}-{os.urandom(4).hex()}"
         advice = "or wait until references go" + (
             "" if config.overflow_uri else ", or give an overflow_uri"
@@ -191,6 +234,11 @@ class ObjectStore:
         """Whether `recover` has something to do that a failed put has left."""
         return bool(self._abandoned)
 
+    @property
+    def breaks(self) -> int:
+        """How many times a connection has broken, or could not be had."""
+        return sum(link.breaks for link in self._links)
+
     # --- put ---
 
     def put(self, sources: Sequence[SourceObject]) -> tuple[list[str], SpillError | None]:
@@ -206,15 +254,24 @@ class ObjectStore:
         except ConfigError as error:
             return [], _without_frames(error)
         sealed = None if key is None else key.id
+        started = time.perf_counter()
         stored, failure = self._put_in_valkey(sources, key)
         if isinstance(failure, UnconfirmedError):
             stored, failure = self._put_in_valkey(sources, key)
+        self._tell_of_put("valkey", stored, started)
         places = [Place(entry.name, entry.size, False, sealed) for entry in stored]
         if self._overflow is not None and isinstance(failure, ServerFullError):
-            rest = sources[len(stored) :]
+            rest, started = sources[len(stored) :], time.perf_counter()
             stored, failure = self._put_in_overflow(rest, key)
+            self._tell_of_put("overflow", stored, started)
             places += [Place(entry.name, entry.size, True, sealed) for entry in stored]
         return [self.keys.url(place) for place in places], failure
+
+    def _tell_of_put(self, tier: Tier, stored: Sequence[Entry], started: float) -> None:
+        if stored:
+            logical, counted = (sum(sizes) for sizes in zip(*(entry[1:] for entry in stored)))
+            seconds = time.perf_counter() - started
+            self._observer.done("spill", tier, len(stored), logical, counted, seconds)
 
     def _put_in_valkey(
         self, sources: Sequence[SourceObject], key: Key | None
@@ -239,7 +296,7 @@ class ObjectStore:
             self._abandon(names)
             return [], _without_frames(error)
         except SpillError as error:
-            failure = error
+            failure = self._as_unconfirmed(error, breaks)
         try:
             if self._tier.breaks != breaks:
                 # The server may still carry out what it got over a connection that broke, and so
@@ -254,12 +311,20 @@ class ObjectStore:
                 self._tier.remove(names)
             except SpillError:
                 self._abandon(names)
-            return [], _without_frames(failure or error)
+            return [], _without_frames(failure or self._as_unconfirmed(error, breaks))
         finally:
             # What stays granted by mistake is corrected with the next grant or release.
             with contextlib.suppress(SpillError):
                 self._budget.release()
         return stored, _without_frames(failure)
+
+    def _as_unconfirmed(self, error: SpillError, breaks: int) -> SpillError:
+        """`error`; but what is lost after a failover is put again, and not the node's destruction.
+
+        A primary that has just become one may know of no registration.
+        """
+        lost = isinstance(error, LostObjectError) and self._tier.breaks != breaks
+        return UnconfirmedError(error.what) if lost else error
 
     def _abandon(self, names: Sequence[ObjectName]) -> None:
         """Leave objects to `recover`, and what was granted for them."""
@@ -405,8 +470,13 @@ class ObjectStore:
             # What is found of the others is used to ask for chunks, over the same connection.
             size = None if inline else _OBJECTS_PER_PAGE
             while page := list(islice(group, size)):
-                found = self._find_page(page)
-                yield from found if inline else list(found)
+                found = _timed(self._find_page(page))
+                for each in found if inline else list(found):
+                    if isinstance(each, _Lost):
+                        self._observer.lost(each.reason)
+                        yield each.error
+                    else:
+                        yield each
 
     def _locate(self, url: str) -> Place | LostObjectError:
         try:
@@ -416,12 +486,12 @@ class ObjectStore:
 
     def _find_page(
         self, page: Sequence[tuple[Place | LostObjectError, str]]
-    ) -> Iterator[StoredObject | LostObjectError]:
+    ) -> Iterator[StoredObject | _Lost]:
         places = [place for place, _ in page if _is_in_valkey(place)]
         stats = self._tier.stat([(p.name, 0 if p.name.chunks else p.size) for p in places])
         for place, object_id in page:
             if isinstance(place, LostObjectError):
-                yield place
+                yield _Lost(place, "foreign")
             elif place.overflow:
                 yield self._checked(place, object_id, self._reachable_overflow().stat(place))
             else:
@@ -438,7 +508,7 @@ class ObjectStore:
             self._place = self._agree_on(self._overflow, self._tier.ledger)
         return self._overflow
 
-    def _checked(self, place: Place, object_id: str, stat: Stat) -> StoredObject | LostObjectError:
+    def _checked(self, place: Place, object_id: str, stat: Stat) -> StoredObject | _Lost:
         try:
             if stat.header is None:
                 raise LostObjectError("its header is gone")
@@ -450,7 +520,7 @@ class ObjectStore:
             for problem in problems(name, header, payload, stat, [place.size]):
                 raise LostObjectError(problem)
         except LostObjectError as error:
-            return self._lost(place, error)
+            return _Lost(self._lost(place, error), _loss(stat))
         return StoredObject(place, header, payload)
 
     def fill(self, found: StoredObject, target: memoryview) -> None:
@@ -462,10 +532,17 @@ class ObjectStore:
             LostObjectError: if a chunk is missing or damaged, also when fetched a second time.
             ServerError, OverflowUnavailableError: as `wire.Link.run`, and as the overflow tells.
         """
-        header = found.header
+        header, started = found.header, time.perf_counter()
         if header.inline:
             _unpack(header.chunks[0], found.payload, target)
-            return
+        else:
+            self._fill_checked(found, target)
+        seconds = found.seconds + time.perf_counter() - started
+        tier: Tier = "overflow" if found.place.overflow else "valkey"
+        self._observer.done("restore", tier, 1, header.size, header.stored_size, seconds)
+
+    def _fill_checked(self, found: StoredObject, target: memoryview) -> None:
+        header = found.header
         try:
             damaged = self._fill(found, target, range(len(header.chunks)))
             # Once more: it may have been the way here that flipped a bit.
@@ -546,7 +623,7 @@ class ObjectStore:
             ServerError, OverflowUnavailableError: some may be left.
         """
         places, foreign = self._places(urls)
-        self._remove(self._tier, places)
+        self._tell_of_removals(self._remove(self._tier, places))
         return foreign
 
     def _places(self, urls: Iterable[str]) -> tuple[list[Place], list[str]]:
@@ -559,11 +636,25 @@ class ObjectStore:
                 foreign.append(url)
         return places, foreign
 
-    def _remove(self, tier: ValkeyTier, places: Sequence[Place]) -> None:
-        tier.remove(place.name for place in places if not place.overflow)
-        for place in places:
-            if place.overflow:
+    def _remove(self, valkey: ValkeyTier, places: Sequence[Place]) -> list[_Removal]:
+        removals = []
+        tiers: tuple[Tier, ...] = ("valkey", "overflow")
+        for tier in tiers:
+            started = time.perf_counter()
+            in_tier = [place for place in places if place.overflow == (tier == "overflow")]
+            if tier == "valkey":
+                valkey.remove(place.name for place in in_tier)
+            for place in in_tier if tier == "overflow" else ():
                 self._reachable_overflow().remove(place)
+            if in_tier:
+                size = sum(place.size for place in in_tier)
+                removals.append(_Removal(tier, len(in_tier), size, time.perf_counter() - started))
+        return removals
+
+    def _tell_of_removals(self, removals: Iterable[_Removal]) -> None:
+        """Only once nothing can fail any more that would have them done again."""
+        for tier, objects, logical, seconds in removals:
+            self._observer.done("delete", tier, objects, logical, None, seconds)
 
     def mark_lost(self, found: StoredObject) -> None:
         """Let every later `find` of an object that turned out damaged fail at once."""
@@ -668,15 +759,16 @@ class ObjectStore:
             # Before a look at what is pending, for a grant stands for what its writer has written.
             grants |= self._grants_of_the_dead(is_alive)
             dead = self._pending_of_the_dead(is_alive)
-            left_or_deleted = [*map(_in_valkey, left), *self._places(deleted)[0]]
-            if dead or left_or_deleted:
+            places, _ = self._places(deleted)
+            if dead or left or places:
                 # The server may still have in its sockets what was sent, and carry it out later.
                 time.sleep(_LATE_ARRIVALS)
             if dead:
                 # What is pending now, after its writer was seen dead, was never reported as put; at
                 # first the writer may have died between that and this.
                 dead &= self._pending_of_the_dead(is_alive)
-            self._remove(self._recovery, [*left_or_deleted, *map(_in_valkey, dead)])
+            self._recovery.remove([*left, *dead])
+            removals = self._remove(self._recovery, places)
             self._recovery.ledger.release([*grants])
             if self._overflow is not None and not self._looked_for_parts:
                 # Whose writer dies from now on, another process will be started in its place.
@@ -691,7 +783,8 @@ class ObjectStore:
                 self._abandoned.extendleft(left)
                 self._abandoned_grants.extendleft(grants)
             self._recovery.close()
-        return len(left_or_deleted) + len(dead)
+        self._tell_of_removals(removals)
+        return len(left) + len(places) + len(dead)
 
     def _pending_of_the_dead(self, is_alive: Callable[[int], bool]) -> set[ObjectName]:
         pages = self._recovery.ledger.pending(self._owner)
@@ -704,6 +797,34 @@ class ObjectStore:
             for owner, _, process in writers
             if owner == str(self._owner) and not is_alive(int(process.partition("-")[0]))
         }
+
+    def room(self) -> Room:
+        """What the namespace and its server have used.
+
+        This may run in another thread, as `recover`.
+
+        Raises:
+            ServerError
+        """
+        *_, link = self._links
+        ledger = self._recovery.ledger
+        stored = sum(usage.stored for usage in ledger.usages().values())
+        granted = sum(grant.granted for grant in ledger.grants().values())
+        return Room(stored + granted, self._max_bytes, max(link.memories(), key=_fullness))
+
+    def in_overflow(self) -> int | None:
+        """Bytes of this node's files in the overflow, if it has one, as of the last ten minutes.
+
+        They have to be listed. This may run in another thread, as `recover`.
+
+        Raises:
+            OverflowUnavailableError
+        """
+        if self._overflow is not None and time.monotonic() > self._look_at_overflow_at:
+            self._look_at_overflow_at = time.monotonic() + _BETWEEN_RECOUNTS
+            files = self._overflow.files(self._owner)
+            self._in_overflow = sum(file.entry.stored for file in files)
+        return self._in_overflow
 
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
         """Remove every object of this store's node and session.
@@ -810,6 +931,27 @@ def problems(
         yield "its data are damaged (wrong checksum)"
 
 
+def _timed(found: Iterable[StoredObject | _Lost]) -> Iterator[StoredObject | _Lost]:
+    """`found`, with what each took to be found after the one before."""
+    started = time.perf_counter()
+    for each in found:
+        if isinstance(each, StoredObject):
+            each = each._replace(seconds=time.perf_counter() - started)
+        yield each
+        started = time.perf_counter()
+
+
+def _loss(stat: Stat) -> Loss:
+    """Why an object is lost of which this was found."""
+    # Whose header alone is gone turned out damaged when it was read: see `mark_lost`.
+    is_marked = stat.header is None and len(stat.chunk_sizes) > 0 and all(stat.chunk_sizes)
+    return "damaged" if stat.is_whole or is_marked else "missing"
+
+
+def _fullness(memory: MemoryInfo) -> float:
+    return memory.used / memory.maxmemory if memory.maxmemory else 0.0
+
+
 def _without_frames(failure: SpillError | None) -> SpillError | None:
     """`failure`, and what led to it, without the frames that were left by it.
 
@@ -882,10 +1024,6 @@ def _is_in_valkey(place: Place | LostObjectError) -> TypeGuard[Place]:
 def _is_inline(located: tuple[Place | LostObjectError, str]) -> bool:
     place, _ = located
     return _is_in_valkey(place) and place.name.chunks == 0
-
-
-def _in_valkey(name: ObjectName) -> Place:
-    return Place(name, 0)
 
 
 def _unpack(chunk: Chunk, stored: memoryview, target: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""The Ray adapter: Ray's ExternalStorage on the object store. The only module that imports ray.
+"""The Ray adapter: Ray's ExternalStorage on the object store.
 
 What Ray does around a storage decides much here; the behaviour referred to is that of
 `python/ray/_private/external_storage.py`, `put_file_like_object` in `python/ray/_raylet.pyx` and
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import ray
 from ray import ObjectRef
@@ -37,7 +39,9 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.gcs import running_at
 from ray_valkey_spill.journal import DeletionJournal
+from ray_valkey_spill.metrics import Metrics
 from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
+from ray_valkey_spill.observer import Operation
 from ray_valkey_spill.outage import Outage
 
 __all__ = ["ValkeyStorage"]
@@ -87,8 +91,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         super().__init__()
         self._in_io_worker = _in_io_worker()
         self._shared = f"ray_valkey_spill-{node_id}"
-        self._outage = Outage(_session_dir, f"{self._shared}.outage", _tell_drivers)
-        self._journal = DeletionJournal(_session_dir, self._shared)
+        self._session_dir = functools.partial(_session_dir, session_name)
+        self._outage = Outage(self._session_dir, f"{self._shared}.outage", _tell_drivers)
+        self._journal = DeletionJournal(self._session_dir, self._shared)
+        self._metrics = Metrics(lambda: self._in_io_worker and _is_connected())
         self._recovery = Background(self._recover)
         self._is_validation = False
         self._failed_recoveries = 0
@@ -99,7 +105,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                 raise
             self._store = self._impatient_store = cast(ObjectStore, _Unusable(error))
             return
-        self._store = ObjectStore(config, session_name, node_id)
+        self._store = ObjectStore(config, session_name, node_id, self._metrics)
         if self._in_io_worker:
             self._recovery.start()
         self._is_validation = not self._in_io_worker and (session_name, config) not in _checked
@@ -164,7 +170,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             foreign = self._store.delete(wanted)
         except SpillError as error:
             self._recovery.wake()
-            self._outage.failed("objects cannot be deleted", error)
+            self._failed("delete", "objects cannot be deleted", error)
             return
         self._journal.done(wanted)
         for url in foreign:
@@ -186,24 +192,30 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
     def _recover(self) -> float:
         """Show that this node lives; do what this process and killed ones have left undone."""
-        if self._in_io_worker and not ray._private.worker.global_worker.connected:
+        if self._in_io_worker and not _is_connected():
             return _BETWEEN_STARTS
         mine = self._journal.left()
         others = self._journal.of_the_dead(_is_alive)
         try:
             self._store.renew_lease(_gcs_address(), self._is_destroyed)
+            self._metrics.renewed_lease()
             self._join_overflow()
+            self._measure_room()
             self._store.recover(_is_alive, [*mine, *(url for _, urls in others for url in urls)])
         except SpillError as error:
             # Operations that suffer from the same have told of it by then, but there may be none.
+            self._metrics.failed("recover", error)
             self._failed_recoveries += 1
             if self._failed_recoveries % _ATTEMPTS_PER_WARNING == 0:
                 logger.warning("what failed operations left cannot be removed yet: %s", error)
             return min(self._failed_recoveries * _BETWEEN_ATTEMPTS, _BETWEEN_LOOKS)
+        finally:
+            self._metrics.looked(self._store.breaks)
         self._failed_recoveries = 0
         self._journal.done(mine)
         for path, _ in others:
             path.unlink(missing_ok=True)
+        self._measure_overflow()
         return _BETWEEN_LOOKS
 
     def _join_overflow(self) -> None:
@@ -211,7 +223,22 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         try:
             self._store.join_overflow()
         except OverflowUnavailableError as error:
-            self._outage.failed("the overflow cannot be used from a node", error)
+            self._failed("recover", "the overflow cannot be used from a node", error)
+
+    def _measure_room(self) -> None:
+        with contextlib.suppress(SpillError):  # another time
+            self._metrics.found_room(self._store.room())
+
+    def _measure_overflow(self) -> None:
+        with contextlib.suppress(SpillError):
+            if (size := self._store.in_overflow()) is not None:
+                self._metrics.found_in_overflow(size)
+
+    def _failed(
+        self, operation: Operation | Literal["recover"], what: str, error: SpillError
+    ) -> None:
+        self._metrics.failed(operation, error)
+        self._outage.failed(what, error)
 
     def _note_destruction(self) -> None:
         """Let the node's IO workers know that it needs no lease any more."""
@@ -224,7 +251,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
     @property
     def _destruction(self) -> Path | None:
-        directory = _session_dir()
+        directory = self._session_dir()
         return directory and directory / f"{self._shared}.destroyed"
 
     # --- spill ---
@@ -244,7 +271,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return urls
 
     def _cannot_spill(self, error: SpillError) -> None:
-        self._outage.failed("objects cannot be spilled", error)
+        self._failed("spill", "objects cannot be spilled", error)
         if self._store.has_left_some:
             self._recovery.wake()
 
@@ -275,7 +302,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                     done += 1
                     yield found
             except SpillError as error:
-                self._outage.failed("objects cannot be restored", error)
+                self._failed("restore", "objects cannot be restored", error)
                 self._outage.pause()
 
     def _restore(self, ref: ObjectRef, found: StoredObject | LostObjectError) -> int:
@@ -289,7 +316,11 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._put_object_to_store(
                 header.ray_metadata, header.size, source, ref, header.owner_address
             )
+            if not header.size:
+                self._store.fill(found, memoryview(b""))  # nobody asked for nothing
         except Exception as error:
+            if isinstance(error, SpillError):
+                self._metrics.failed("restore", error)
             if source.started:
                 self._abandon(found, error)
             raise
@@ -333,6 +364,7 @@ class _Unusable:
     """Stands in for the store where its config is wrong: any use of it raises that error."""
 
     has_left_some = False
+    breaks = 0
 
     def __init__(self, error: ConfigError) -> None:
         self._error = error
@@ -341,17 +373,25 @@ class _Unusable:
         raise self._error
 
 
-def _session_dir() -> Path | None:
+def _session_dir(session: str) -> Path | None:
     """Ray's directory for the session, for what IO workers have to know of each other."""
     node = ray._private.worker._global_node
-    return None if node is None else Path(node.get_session_dir_path())
+    if node is not None:
+        return Path(node.get_session_dir_path())
+    # A driver that has shut down may still destroy nodes. Where they are unless Ray was told so:
+    directory = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", session)
+    return directory if directory.is_dir() else None
 
 
 def _tell_drivers(message: str) -> None:
     """Print a message at every driver of the cluster."""
     worker = ray._private.worker.global_worker
-    if worker.connected:
+    if _is_connected():
         push_error_to_driver(worker, "spill_objects_error", message)
+
+
+def _is_connected() -> bool:
+    return bool(ray._private.worker.global_worker.connected)
 
 
 def _gcs_address() -> str:

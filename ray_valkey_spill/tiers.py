@@ -128,12 +128,12 @@ class ValkeyTier:
         if breaks == before or not entries:
             return
         stats = list(self.stat([(entry.name, 0) for entry in entries]))
-        are_there = all(s.header is not None and all(s.chunk_sizes) for s in stats)
         # What fell back to being pending would be removed once this process has ended.
         owner = Owner(*entries[0].name[:2])
         settlements = list(self._link.run(self.ledger.settlements(owner, entries)))
         settled = sum(request.result() for request in settlements)
-        if not are_there or settled != len(entries) or self._link.breaks != breaks:
+        are_there = all(stat.is_whole for stat in stats) and settled == len(entries)
+        if not are_there or self._link.breaks != breaks:
             raise UnconfirmedError("the server lost what had just been written to it")
 
     def stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:

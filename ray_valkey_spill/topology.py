@@ -94,7 +94,7 @@ def primaries_of(
         ServerRefusedError: those that can be asked know of no such service, or refuse.
     """
     failure: Exception | None = None
-    refused = ""
+    refusal: ServerRefusedError | None = None
     is_known = False
     for sentinel in sentinels:
         try:
@@ -106,21 +106,28 @@ def primaries_of(
         except (OSError, TransientError) as error:
             failure = failure or error
         except ServerRefusedError as error:
-            refused = f"the Sentinel at {sentinel} refuses: {error.what}"
+            refusal = ServerRefusedError(
+                f"the Sentinel at {sentinel} refuses ({error.what})",
+                "Give Sentinels no password, or user and password as the servers have them",
+            )
         except ServerError as error:
-            refused = f"what answers at {sentinel} is no Sentinel ({error.what})"
+            refusal = ServerRefusedError(
+                f"what answers at {sentinel} is no Sentinel ({error.what})",
+                "Correct url, or leave sentinel_service out",
+            )
         else:
             if isinstance(found, list):
                 is_known = True
                 yield sentinel, Endpoint(found[0].decode(), int(found[1]))
             else:
-                refused = f"the Sentinel at {sentinel} knows no service {service!r}"
-    if is_known:
-        return
-    if refused:
-        raise ServerRefusedError(refused, "Correct url and sentinel_service (SENTINEL MASTERS)")
-    assert failure is not None
-    raise failure
+                refusal = ServerRefusedError(
+                    f"the Sentinel at {sentinel} knows no service {service!r}",
+                    "Correct url or sentinel_service (SENTINEL MASTERS tells)",
+                )
+    if not is_known:
+        reason = refusal or failure
+        assert reason is not None
+        raise reason
 
 
 def _node(told: Sequence[Any], asked: Endpoint) -> Endpoint:

@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import json
 import random
+import re
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-import valkey
 from click.testing import CliRunner
-from clusters import MIB, expect_no_keys, local_ray
+from clusters import MIB, local_ray
 from servers import (
     INDEX,
     ROOT,
@@ -27,7 +28,7 @@ from servers import (
     Server,
     acl_user,
     free_port,
-    valkey_server,
+    server_binary,
     wait_until,
 )
 from topologies import SLOTS, Cluster, cluster_servers
@@ -145,7 +146,7 @@ class Objects:
         try:
             yield
         finally:
-            delattr(owner, name)
+            setattr(owner, name, method)
         assert not strikes
 
 
@@ -361,10 +362,13 @@ def test_all_shards_are_at_work_at_once(
     stalled = another(cluster, cluster.primary_of(INDEX))
     others = [node for node in cluster.primaries() if node is not stalled]
 
+    def is_of_others(key: str) -> bool:
+        return bool(cluster.client.get_node_from_key(key).port != stalled.port)
+
     def of_others(name: ObjectName) -> int:
-        """Of its values, how many."""
-        keys = [objects.store.keys.header(name), *objects.store.keys.chunks(name)]
-        return sum(cluster.client.get_node_from_key(key).port != stalled.port for key in keys)
+        """Of its chunks and its header, how many."""
+        keys = objects.store.keys
+        return sum(is_of_others(key) for key in (*keys.chunks(name), keys.header(name)))
 
     # So small that all of a shard's can be under way.
     with objects_at(cluster.url, chunk_size=CHUNK // 4) as objects, patient(cluster):
@@ -377,7 +381,7 @@ def test_all_shards_are_at_work_at_once(
         target = bytearray(size)
         with stalled.paused():
             filling = background.submit(objects.store.fill, found, memoryview(target))
-            theirs = of_others(name) - of_others(name._replace(chunks=0))
+            theirs = of_others(name) - is_of_others(objects.store.keys.header(name))
             wait_until(lambda: sum(_calls(node, "get") for node in others) == theirs)
             assert not filling.done()
         filling.result()
@@ -652,9 +656,11 @@ def test_nodes_that_send_it_back_and_forth_are_given_up(
     identity = another(cluster, home).client.execute_command("CLUSTER MYID")
     home.client.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", identity)
     try:
-        with linked(cluster.url, retry_timeout=0.5) as link:
-            with pytest.raises(ServerUnavailableError, match=r"(MOVED|ASK).*tried for 0.5 s"):
-                link.execute(command("GET", KEY))
+        with (
+            linked(cluster.url, retry_timeout=0.5) as link,
+            pytest.raises(ServerUnavailableError, match=r"(MOVED|ASK).*tried for 0.5 s"),
+        ):
+            link.execute(command("GET", KEY))
         with linked(cluster.url) as link:
             getting = background.submit(link.execute, command("GET", KEY))
             wait_until(lambda: link.breaks > 1)
@@ -670,10 +676,10 @@ def test_a_move_is_noticed_while_another_connection_breaks(cluster: Cluster, lin
     link.execute(store(moving, [b"moving"]), store(cut, [b"cut"]))
     cluster.migrate_slot(key_slot(moving.encode()), another(cluster, one))
     other.client.client_kill_filter(_type="normal", skipme=True)
-    # The first of what is sent there only tells the kernel that nobody listens any more.
-    requests = [fetch(moving), store(cut, [bytes(2 << 20)]), fetch(cut)]
-    value, _, size = link.execute(*requests)
-    assert (value, len(size)) == (b"moving", 2 << 20)
+    # The first of what is sent there only has the kernel learn that nobody listens any more.
+    requests = [fetch(moving), store(cut, [bytes(200_000)]), fetch(cut)]
+    value, _, there = link.execute(*requests)
+    assert (value, len(there)) == (b"moving", 200_000)
     assert link.breaks == 1
     cluster.migrate_slot(key_slot(moving.encode()), one)
 
@@ -724,6 +730,48 @@ def test_slots_may_move_under_load(
     assert cluster.our_keys() == []
 
 
+def atomic(cluster: Cluster, node: Node, to: Node) -> None:
+    """Move the first of `node`'s slots, half of them, as servers since 9.0 do by themselves."""
+
+    def ranges(of: Node) -> list[tuple[int, int]]:
+        told = of.client.execute_command("CLUSTER SLOTS")
+        return [(first, last) for first, last, (_, port, *_), *_ in told if port == of.port]
+
+    first, last = ranges(node)[0]
+    identity = to.client.execute_command("CLUSTER MYID")
+    half = ("SLOTSRANGE", first, (first + last) // 2, "NODE", identity)
+    node.client.execute_command("CLUSTER MIGRATESLOTS", *half)
+    wait_until(lambda: any(start <= first <= end for start, end in ranges(to)))
+    cluster.wait_until_whole()
+
+
+def one_by_one(cluster: Cluster, node: Node, to: Node) -> None:
+    """Move the slots of twenty of `node`'s keys."""
+    keys = node.client.keys(f"{ROOT}*")[:20]
+    for slot in {key_slot(key) for key in keys}:
+        cluster.migrate_slot(slot, to)
+
+
+VERSION = subprocess.run([server_binary(), "--version"], capture_output=True, check=True).stdout
+WAYS = [one_by_one, *([atomic] if re.search(rb"v=(9|\d\d)\.", VERSION) else [])]
+
+
+@pytest.mark.parametrize("what", ["put", "fill"])
+@pytest.mark.parametrize("way", WAYS)
+def test_many_slots_may_move_in_the_middle(
+    cluster: Cluster, objects: Objects, what: str, way: Callable[[Cluster, Node, Node], None]
+) -> None:
+    (before,) = objects.put(SIZE)
+    home = cluster.primary_of(INDEX)
+    to = another(cluster, home)
+    for source, target in ((home, to), (to, home)):
+        with objects.struck(what, 13, lambda: way(cluster, source, target)):  # noqa: B023
+            urls = objects.put(SIZE) if what == "put" else []
+            objects.check(before)
+        objects.check(*urls)
+    assert objects.store._tier.breaks == 0
+
+
 # --- nodes that fail, and are followed ---
 
 
@@ -767,6 +815,24 @@ def test_a_primary_that_hands_over_in_the_middle_is_followed(
     assert replica in cluster.primaries()
 
 
+@pytest.mark.slow
+def test_a_primary_that_stood_still_and_does_not_know_that_it_was_followed(mortal: Cluster) -> None:
+    with objects_at(mortal.url) as objects:
+        primary = another(mortal, mortal.primary_of(INDEX))
+        (replica,) = mortal.replicas_of(primary)
+
+        def stand_still() -> None:
+            wait_until(lambda: _offset(replica) == _offset(primary))
+            with primary.paused():
+                wait_until(lambda: _is_primary(replica))
+
+        with objects.struck("put", 13, stand_still):
+            (url,) = objects.put(SIZE)
+        objects.check(url)
+        objects.delete(url)
+        objects.store.recover(lambda pid: False)
+
+
 def wait_until_replicated(cluster: Cluster) -> None:
     for primary in cluster.primaries():
         for replica in cluster.replicas_of(primary):
@@ -778,32 +844,37 @@ def _offset(node: Node) -> int:
     return int(found.get("slave_repl_offset", found["master_repl_offset"]))
 
 
-@contextlib.contextmanager
-def out_of_step(replica: Node, primary: Node) -> Iterator[None]:
-    """Have `replica` get nothing more of what its primary acknowledges."""
-    with replica.paused():
-        primary.client.client_kill_filter(_type="replica")
-        wait_until(lambda: not primary.client.info("replication")["connected_slaves"])
-        yield
-
-
 class Loss:
-    """Has a shard lose what it has acknowledged since `begin`."""
+    """Has a shard lose what it acknowledges between `begin` and `end`."""
 
     def __init__(self, cluster: Cluster, primary: Node) -> None:
         self._cluster = cluster
         self._primary = primary
         (self._replica,) = cluster.replicas_of(primary)
-        self._pause = contextlib.ExitStack()
 
     def begin(self) -> None:
+        """The replica gets nothing more."""
         wait_until(lambda: _offset(self._replica) == _offset(self._primary))
-        self._pause.enter_context(out_of_step(self._replica, self._primary))
+        # The primary wants none, and takes none for that either.
+        self._replica.client.config_set("masterauth", "none is wanted")
+        self._primary.client.execute_command("CLIENT KILL TYPE replica")
+        wait_until(lambda: not self._primary.client.info("replication")["connected_slaves"])
 
-    def strike(self) -> None:
+    def end_by_killing_it(self) -> None:
+        """The primary is no more, and the replica follows."""
         self._primary.kill()
-        self._pause.close()
         wait_until(lambda: _is_primary(self._replica))
+        self._replica.client.config_set("masterauth", "")
+
+    def end_by_catching_up(self) -> None:
+        """Nothing is lost."""
+        self._replica.client.config_set("masterauth", "")
+        self._cluster.wait_until_whole()
+
+    def end_by_taking_over(self) -> None:
+        """The replica follows, and the primary learns of it: no connection breaks."""
+        self._cluster.failover(self._replica, "TAKEOVER")
+        self._replica.client.config_set("masterauth", "")
 
 
 @pytest.mark.slow
@@ -811,7 +882,10 @@ def test_what_a_failover_lost_of_a_put_is_put_again(mortal: Cluster) -> None:
     with objects_at(mortal.url) as objects:
         tries = _counted(objects.store, "_put_in_valkey")
         loss = Loss(mortal, another(mortal, mortal.primary_of(INDEX)))
-        with objects.struck("put", 1, loss.begin), objects.struck("put", CHUNKS - 2, loss.strike):
+        with (
+            objects.struck("put", 1, loss.begin),
+            objects.struck("put", CHUNKS - 2, loss.end_by_killing_it),
+        ):
             (url,) = objects.put(SIZE)
         assert tries() == 2
         objects.check(url)
@@ -841,7 +915,7 @@ def test_what_a_failover_lost_of_the_books_is_noted_again(mortal: Cluster) -> No
         def settle_in_vain(*args: Any) -> None:
             loss.begin()
             settle(*args)
-            loss.strike()
+            loss.end_by_killing_it()
             tier.ledger.usages()
 
         tier.settle = settle_in_vain  # type: ignore[method-assign]
@@ -852,30 +926,62 @@ def test_what_a_failover_lost_of_the_books_is_noted_again(mortal: Cluster) -> No
         objects.delete(url)
 
 
-@pytest.mark.slow
 def test_what_a_takeover_lost_is_put_again_though_no_connection_broke(mortal: Cluster) -> None:
     with objects_at(mortal.url) as objects:
         tries = _counted(objects.store, "_put_in_valkey")
-        primary = another(mortal, mortal.primary_of(INDEX))
-        (replica,) = mortal.replicas_of(primary)
-        pause = contextlib.ExitStack()
-
-        def part() -> None:
-            wait_until(lambda: _offset(replica) == _offset(primary))
-            # It may not come back until it has taken over.
-            primary.client.config_set("requirepass", "for a while")
-            pause.callback(primary.client.config_set, "requirepass", "")
-            primary.client.client_kill_filter(_type="replica")
-
-        def take_over() -> None:
-            mortal.failover(replica, "TAKEOVER")
-            pause.close()
-
-        with objects.struck("put", 1, part), objects.struck("put", CHUNKS - 2, take_over):
+        loss = Loss(mortal, another(mortal, mortal.primary_of(INDEX)))
+        with (
+            objects.struck("put", 1, loss.begin),
+            objects.struck("put", CHUNKS - 2, loss.end_by_taking_over),
+        ):
             (url,) = objects.put(SIZE)
         assert tries() == 2
         objects.check(url)
         objects.delete(url)
+        objects.store.recover(lambda pid: False)
+
+
+@pytest.mark.slow
+def test_what_a_failover_lost_of_a_delete_is_removed_again(
+    mortal: Cluster, background: ThreadPoolExecutor
+) -> None:
+    """Else the books would have forgotten what is there again."""
+    with objects_at(mortal.url) as objects:
+        primary = mortal.primary_of(INDEX)
+        keys = objects.store.keys
+        headers = {keys.header(objects.name(url)): url for url in objects.put(*[10 * CHUNK] * 20)}
+        # The first key to go is lost, and another shard keeps the delete from being over by then.
+        header = next(header for header in headers if mortal.primary_of(header) is primary)
+        chunks = map(mortal.primary_of, keys.chunks(objects.name(headers[header])))
+        busy = next(node for node in chunks if node is not primary)
+        loss = Loss(mortal, primary)
+        loss.begin()
+        busy.client.client_pause(60_000, all=False)
+        deleting = background.submit(objects.delete, headers[header])
+        wait_until(lambda: not primary.client.keys(f"{header}*"))
+        loss.end_by_killing_it()
+        busy.client.client_unpause()
+        deleting.result()
+        objects.delete(*objects.data)
+        objects.store.recover(lambda pid: False)
+        assert mortal.our_keys() == []
+
+
+@pytest.mark.slow
+def test_one_shard_whose_replica_lags_is_waited_for_and_named(mortal: Cluster) -> None:
+    with objects_at(mortal.url, min_replicas=1, retry_timeout=1) as objects:
+        objects.delete(*objects.put(SIZE))
+        primary = another(mortal, mortal.primary_of(INDEX))
+        loss = Loss(mortal, primary)
+        loss.begin()
+        urls, failure = objects.try_to_put(SIZE)
+        assert not urls
+        assert isinstance(failure, ServerUnavailableError)
+        assert f"0 of 1 replicas of 127.0.0.1:{primary.port}" in failure.what
+        assert mortal.our_keys() == []
+        loss.end_by_catching_up()
+        objects.check(*objects.put(SIZE))
+        objects.delete(*objects.data)
 
 
 @pytest.mark.slow
@@ -889,9 +995,11 @@ def test_a_shard_that_is_down_is_waited_for(
         for node in (*mortal.replicas_of(primary), primary):
             mortal.kill(node)
         wait_until(lambda: all(_state(node) == "fail" for node in others))
-        with linked(mortal.url, retry_timeout=0.5) as link:
-            with pytest.raises(ServerUnavailableError, match=r"CLUSTERDOWN.*tried for 0.5 s"):
-                link.execute(*[command("GET", f"{KEY}:{i}") for i in range(100)])
+        with (
+            linked(mortal.url, retry_timeout=0.5) as link,
+            pytest.raises(ServerUnavailableError, match=r"(CLUSTERDOWN|refused).*tried for 0.5 s"),
+        ):
+            link.execute(*[command("GET", f"{KEY}:{i}") for i in range(100)])
         putting = background.submit(objects.put, SIZE)
         link = objects.store._tier._link
         before = link.breaks
@@ -948,9 +1056,11 @@ def test_a_shard_that_fills_up_meanwhile_fails_the_put_and_nothing_is_left(
     cluster: Cluster, objects: Objects
 ) -> None:
     full = another(cluster, cluster.primary_of(INDEX))
-    with contextlib.ExitStack() as stack:
-        with objects.struck("put", 13, lambda: stack.enter_context(bounded([full], 1))):
-            urls, failure = objects.try_to_put(SIZE)
+    with (
+        contextlib.ExitStack() as stack,
+        objects.struck("put", 13, lambda: stack.enter_context(bounded([full], 1))),
+    ):
+        urls, failure = objects.try_to_put(SIZE)
     assert (urls, type(failure)) == ([], ServerFullError)
     assert cluster.our_keys() == []
 
@@ -971,8 +1081,11 @@ def test_destroying_a_node_leaves_nothing_of_it(cluster: Cluster, objects: Objec
 
 
 def test_a_clean_up_removes_what_the_dead_have_on_all_shards(
-    cluster: Cluster, objects: Objects
+    cluster: Cluster, objects: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cleanup, "LEASE", 0)
+    monkeypatch.setattr(cleanup, "_CONFIRMATION", 0)
+    monkeypatch.setattr(cleanup, "_BETWEEN_LOOKS", 0.01)
     objects.store.renew_lease("10.0.0.1:6379", lambda: False)
     objects.put(SIZE, 100)
     with contextlib.closing(CleanUp(config(cluster.url), lambda address: None)) as clean_up:

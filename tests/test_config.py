@@ -179,6 +179,17 @@ def test_variables_that_are_no_parameters_are_known() -> None:
     load({"RAY_VALKEY_SPILL_DISABLE": "0", "RAY_VALKEY_SPILL_PASSWORD": SECRET, "OTHER": "x"})
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HEAD_SVC_SERVICE_HOST", "HEAD_SVC_SERVICE_PORT", "HEAD_SVC_SERVICE_PORT_CLIENT"),
+        *("HEAD_SVC_PORT", "HEAD_SVC_PORT_6379_TCP", "HEAD_SVC_PORT_6379_TCP_ADDR", "PORT"),
+    ],
+)
+def test_variables_that_kubernetes_sets_for_a_service_are_passed_over(name: str) -> None:
+    load({f"RAY_VALKEY_SPILL_{name}": "tcp://10.0.0.1:6379"})
+
+
 CONTRADICTIONS = {
     "a CA without TLS": ({"tls_ca_file": "/ca.pem"}, "tls_ca_file.*valkeys://"),
     "half a certificate": (

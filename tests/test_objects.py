@@ -33,8 +33,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from proxy import proxy_to
-from servers import Server, redis_server, unix_socket_server, valkey_server
+from servers import Server, acl_user, redis_server, unix_socket_server, valkey_server
+from tls import tls_binary, tls_front, tls_server
+from topologies import Cluster, cluster_servers, sentinel_servers
 
+from ray_valkey_spill import preflight
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
 from ray_valkey_spill.format import FORMAT_VERSION
@@ -92,6 +95,56 @@ def redis(directory: Path) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
+def acl(directory: Path) -> Iterator[Running]:
+    """As a user who may do no more than has to be."""
+    file = directory / "password"
+    file.write_text("secret")
+    with tcp(directory) as running:
+        namespaces = [Config.load({"namespace": name}, {}) for name in ("default", "other")]
+        with acl_user([running.client], " ".join(map(preflight.acl_rules, namespaces))):
+            yield replace(running, params={"username": "ray", "password_file": str(file)})
+
+
+@contextlib.contextmanager
+def encrypted(directory: Path) -> Iterator[Running]:
+    """By the server itself, if one that can is installed."""
+    with contextlib.ExitStack() as stack:
+        if tls_binary():
+            server = stack.enter_context(tls_server(directory))
+        else:
+            plain = stack.enter_context(valkey_server())
+            server = stack.enter_context(tls_front(directory, plain.port))
+        yield Running(server.url, server.client, server.certificates.params())
+
+
+class ClusterClient:
+    """One that looks for keys on all shards."""
+
+    def __init__(self, servers: Cluster) -> None:
+        self._servers = servers
+
+    def keys(self, pattern: str) -> list[bytes]:
+        return self._servers.keys(pattern)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._servers.client, name)
+
+
+@contextlib.contextmanager
+def cluster(directory: Path) -> Iterator[Running]:
+    with cluster_servers(directory) as servers:
+        yield Running(servers.url, ClusterClient(servers))
+
+
+@contextlib.contextmanager
+def sentinel(directory: Path) -> Iterator[Running]:
+    """Where a put waits for the replica."""
+    with sentinel_servers(directory) as group:
+        params = {"sentinel_service": group.service, "min_replicas": 1}
+        yield Running(group.url, group.client, params)
+
+
+@contextlib.contextmanager
 def sealed(directory: Path) -> Iterator[Running]:
     file = directory / "keys"
     file.write_text(secrets.token_hex(32))
@@ -115,11 +168,18 @@ STARTED_BY: dict[str, Callable[[Path], AbstractContextManager[Running]]] = {
     "tcp": tcp,
     "unix socket": unix_socket,
     "redis": redis,
+    "acl": acl,
+    "tls": encrypted,
+    "cluster": cluster,
+    "sentinel": sentinel,
     "sealed": sealed,
     "overflow": overflow,
     "sealed overflow": sealed_overflow,
 }
-PLAIN_KINDS = ["tcp", "unix socket", *(["redis"] if shutil.which("redis-server") else [])]
+PLAIN_KINDS = [
+    *("tcp", "unix socket", "acl", "tls", "cluster", "sentinel"),
+    *(["redis"] if shutil.which("redis-server") else []),
+]
 KINDS = [*PLAIN_KINDS, "sealed"]
 # For what looks at objects, and not at how they lie on a server.
 everywhere = pytest.mark.parametrize(
@@ -563,9 +623,8 @@ def test_destroy_finds_more_than_one_page_of_objects(backend: Backend) -> None:
 
 
 def test_a_store_touches_no_key_of_others_and_never_scans(backend: Backend) -> None:
-    backend.client.mset(
-        {"vllm:kv:a": "1", "ray:actor:x": "2", "ray:spill:other:{other}:index": "3"}
-    )
+    for key in ("vllm:kv:a", "ray:actor:x", "ray:spill:other:{other}:index"):
+        backend.client.set(key, "foreign")
     before = {key: backend.client.get(key) for key in backend.all_keys()}
     backend.client.config_resetstat()
     store = backend.store()

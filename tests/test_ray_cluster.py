@@ -337,3 +337,26 @@ ray.shutdown()
         assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(30))
         del refs
     assert spilling.our_keys("ray:spill:first:") == []
+
+
+@pytest.mark.slow
+def test_a_node_destroyed_after_its_driver_has_left_gets_no_lease_again(spilling: Server) -> None:
+    with cluster(spilling.url, nodes=1) as made:
+        spill([ray.put(np.full(MIB, i)) for i in range(8)], spilling)
+        ray.shutdown()
+        made.head_node.destroy_external_storage()
+        # IO workers still live, and renew a lease each few seconds. One that was spilling meanwhile
+        # may have put more, but not without it.
+        renewed = [False]
+
+        def looked() -> bool:
+            renewed[0] = renewed[0] or f"{ROOT}{{default}}:leases".encode() in spilling.our_keys()
+            return renewed[0]
+
+        calls = spilling.client.info("commandstats").get("cmdstat_eval", {}).get("calls", 0)
+        wait_until(
+            lambda: looked()
+            or spilling.client.info("commandstats")["cmdstat_eval"]["calls"] >= calls + 4,
+            timeout=60,
+        )
+        assert not renewed[0]

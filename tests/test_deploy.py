@@ -1,0 +1,435 @@
+"""What deploy/ has is valid, fits together, and does on a real server what it is there for."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import secrets
+import shlex
+import subprocess
+import sysconfig
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import valkey
+import yaml
+from click.testing import CliRunner
+from servers import Node, free_port, wait_until
+from tenants import Embeddings, KVCache, Neighbour, Sessions, Spills
+
+from ray_valkey_spill import preflight
+from ray_valkey_spill.cli import cli
+from ray_valkey_spill.config import Config
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+SMALL = ("valkey-values.yaml",)
+SCALED = (*SMALL, "valkey-values-scaled.yaml")
+both_sizes = pytest.mark.parametrize("files", [SMALL, SCALED], ids=["2Gi", "8Gi"])
+
+# The oldest that has not reached its end at the time of writing, or is close to it, and the newest
+# that the schemas are there for.
+KUBERNETES = ["1.32", kubernetes_validate.latest_version()]
+
+GIB, MIB = 1 << 30, 1 << 20
+NEIGHBOURS = {"vllm": KVCache, "embeddings": Embeddings, "sessions": Sessions}
+PREFIXES = {"ray": "ray:spill:default:"} | {user: t.prefix for user, t in NEIGHBOURS.items()}
+
+
+def documents(name: str) -> list[Any]:
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+def values_of(files: tuple[str, ...]) -> dict[str, Any]:
+    """The values that Helm makes of several files."""
+    merged: dict[str, Any] = {}
+    for name in files:
+        merged = _merged(merged, documents(name)[0])
+    return merged
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        name: _merged(below[name], value) if isinstance(value, dict) else value
+        for name, value in above.items()
+        if name in below
+    }
+    return {**below, **above, **both}
+
+
+def size_of(quantity: str) -> int:
+    """Bytes, of what Kubernetes calls a quantity."""
+    number, unit = int(quantity[:-2]), quantity[-2:]
+    return number * {"Mi": MIB, "Gi": GIB}[unit]
+
+
+def groups() -> list[Any]:
+    """The head's group, then the workers'."""
+    (cluster,) = documents("raycluster.yaml")
+    return [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+
+
+def pods() -> list[Any]:
+    return [group["template"]["spec"] for group in groups()]
+
+
+def spilling_config() -> dict[str, Any]:
+    """What the RayCluster's head has in its environment."""
+    (variable,) = pods()[0]["containers"][0]["env"]
+    assert variable["name"] == "RAY_object_spilling_config"
+    config: dict[str, Any] = json.loads(variable["value"])
+    return config
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A server with the options and the users of the values files, each with a password."""
+
+    node: Node
+    passwords: dict[str, str]
+    directory: Path
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The RayCluster's, with this server's address and files."""
+        files = {
+            "password_file": self._file("password", self.passwords["ray"]),
+            "encryption_key_file": self._file("keys", "5e" * 32),
+        }
+        return {**spilling_config()["params"], "url": self.node.url, **files}
+
+    @property
+    def config(self) -> Config:
+        return Config.load(self.params, {})
+
+    def url(self, user: str) -> str:
+        return self.node.url.replace("://", f"://{user}:{self.passwords[user]}@")
+
+    def connect(self, user: str) -> valkey.Valkey:
+        return valkey.Valkey(port=self.node.port, username=user, password=self.passwords[user])
+
+    def restart(self) -> None:
+        """As Kubernetes does it, when it is asked to."""
+        assert self.node.process is not None
+        self.node.process.terminate()
+        self.node.process.wait()
+        self.node.start()
+        wait_until(self.node.serves)
+
+    def _file(self, name: str, text: str) -> str:
+        path = self.directory / name
+        path.write_text(text)
+        return str(path)
+
+
+@contextlib.contextmanager
+def deployed(directory: Path, files: tuple[str, ...]) -> Iterator[Deployed]:
+    values = values_of(files)
+    users = values["auth"]["aclUsers"]
+    passwords = {user: secrets.token_hex(32) for user in users}
+    acl, options = directory / "users.acl", directory / "values.conf"
+    # As the chart's script does it.
+    for user, entry in users.items():
+        password = passwords[entry.get("passwordKey", user)]
+        digest = hashlib.sha256(password.encode()).hexdigest()
+        with acl.open("a") as lines:
+            lines.write(f"user {user} on #{digest} {entry['permissions']}\n")
+    options.write_text(values["valkeyConfig"])
+    node = Node(
+        directory / "server",
+        free_port(),
+        {"aclfile": acl, "include": options},
+        username="admin",
+        password=passwords["admin"],
+    )
+    with contextlib.closing(node):
+        node.start()
+        wait_until(node.serves)
+        yield Deployed(node, passwords, directory)
+
+
+# --- the server, with what the values files give it ---
+
+
+@both_sizes
+def test_memory_and_volume_hold_what_the_server_may_need(
+    tmp_path: Path, files: tuple[str, ...]
+) -> None:
+    values = values_of(files)
+    with deployed(tmp_path, files) as server:
+        options = server.node.client.config_get("*")
+    # What is written while a snapshot is being taken exists twice.
+    copies = 2 if options["save"] else 1
+    maxmemory = int(options["maxmemory"])
+    assert copies * maxmemory * 1.15 + 64 * MIB < size_of(values["resources"]["limits"]["memory"])
+    # A snapshot is written beside the one before.
+    assert 2 * maxmemory < size_of(values["dataStorage"]["requestedSize"])
+    assert options["maxmemory-policy"] == "volatile-lru"
+    assert options["appendonly"] == "no"
+
+
+@both_sizes
+def test_the_ray_cluster_can_spill_to_it(tmp_path: Path, files: tuple[str, ...]) -> None:
+    with deployed(tmp_path, files) as server:
+        info = preflight.run_all(server.config)
+        assert info.memory.maxmemory > server.params["max_bytes"]
+        with contextlib.closing(Spills(server.config, 20)) as spills:
+            for _ in range(20):
+                spills.step()
+            spills.check_all()
+            spills.delete_all()
+            assert not spills.tally.misses
+            assert not spills.tally.wrong
+            assert not spills.tally.errors
+
+
+@both_sizes
+def test_a_restart_keeps_what_is_stored(tmp_path: Path, files: tuple[str, ...]) -> None:
+    with deployed(tmp_path, files) as server:
+        sessions = Sessions(server.url("sessions"), 50)
+        spills = Spills(server.config, 10)
+        with contextlib.closing(sessions), contextlib.closing(spills):
+            for tenant in (sessions, spills):
+                for _ in range(10):
+                    tenant.step()
+            server.restart()
+            for tenant in (sessions, spills):
+                tenant.check_all()
+                assert tenant.tally.operations == 30
+                assert not tenant.tally.misses
+                assert not tenant.tally.wrong
+
+
+def test_caches_make_room_for_sessions_and_spills(tmp_path: Path) -> None:
+    with deployed(tmp_path, SMALL) as server:
+        server.node.client.config_set("maxmemory", 64 * MIB)
+        sessions = Sessions(server.url("sessions"), 50)
+        cache = KVCache(server.url("vllm"), 500)
+        spills = Spills(server.config, 16)
+        with contextlib.ExitStack() as open_tenants:
+            for tenant, steps in ((sessions, 50), (cache, 500), (spills, 16)):
+                open_tenants.enter_context(contextlib.closing(tenant))
+                for _ in range(steps):
+                    tenant.step()
+            for tenant in (sessions, cache, spills):
+                tenant.check_all()
+                assert not tenant.tally.errors
+                assert not tenant.tally.wrong
+        assert server.node.client.info("stats")["evicted_keys"] > 0
+    assert cache.tally.misses > 0
+    assert sessions.tally.misses == 0
+    assert spills.tally.misses == 0
+
+
+# --- its users ---
+
+
+def test_each_user_works_on_keys_of_its_own_alone(tmp_path: Path) -> None:
+    with deployed(tmp_path, SMALL) as server:
+        for user, prefix in PREFIXES.items():
+            server.node.client.set(f"{prefix}mine", user)
+        for user, own in PREFIXES.items():
+            with server.connect(user) as client:
+                assert client.get(f"{own}mine") == user.encode()
+                for prefix in set(PREFIXES.values()) - {own}:
+                    for command in (
+                        *(f"GET {prefix}mine", f"SET {prefix}mine theirs", f"UNLINK {prefix}mine"),
+                        f"RENAME {own}mine {prefix}mine",
+                    ):
+                        with pytest.raises(valkey.exceptions.NoPermissionError):
+                            client.execute_command(*command.split())
+        kept = {user: server.node.client.get(f"{prefix}mine") for user, prefix in PREFIXES.items()}
+        assert kept == {user: user.encode() for user in PREFIXES}
+
+
+@pytest.mark.parametrize("user", [*PREFIXES, "metrics"])
+def test_no_user_but_the_admin_sees_or_touches_everything(tmp_path: Path, user: str) -> None:
+    with deployed(tmp_path, SMALL) as server, server.connect(user) as client:
+        for command in (
+            *("KEYS *", "SCAN 0", "RANDOMKEY", "FLUSHALL", "FLUSHDB", "SWAPDB 0 1"),
+            *("CONFIG GET *", "ACL LIST", "CLIENT LIST", "CLIENT KILL ID 1", "MONITOR", "SAVE"),
+            *("SHUTDOWN", "REPLICAOF NO ONE", "SLOWLOG GET", "FUNCTION LIST"),
+        ):
+            with pytest.raises(valkey.exceptions.NoPermissionError):
+                client.execute_command(*command.split())
+
+
+def test_nobody_gets_in_without_a_password_of_a_user(tmp_path: Path) -> None:
+    with deployed(tmp_path, SMALL) as server:
+        port = server.node.port
+        with valkey.Valkey(port=port) as client, pytest.raises(valkey.AuthenticationError):
+            client.ping()
+        # The exporter's is what the chart gives to the user that is off.
+        for password in ("", server.passwords["metrics"], server.passwords["default"]):
+            with (
+                valkey.Valkey(port=port, username="default", password=password) as client,
+                pytest.raises(valkey.AuthenticationError),
+            ):
+                client.ping()
+
+
+def test_the_exporter_gets_its_figures_and_no_keys(tmp_path: Path) -> None:
+    environment = values_of(SMALL)["metrics"]["exporter"]["extraEnvs"]
+    with deployed(tmp_path, SMALL) as server, server.connect(environment["REDIS_USER"]) as client:
+        assert client.info("memory")["maxmemory"] == 800 * MIB
+        for command in ("PING", "CLIENT SETNAME x", "LATENCY LATEST", "LATENCY HISTOGRAM"):
+            client.execute_command(*command.split())
+        for prefix in PREFIXES.values():
+            with pytest.raises(valkey.exceptions.NoPermissionError):
+                client.get(f"{prefix}mine")
+
+
+@pytest.mark.parametrize("user", NEIGHBOURS)
+def test_neighbours_can_do_their_work(tmp_path: Path, user: str) -> None:
+    with deployed(tmp_path, SMALL) as server:
+        tenant: Neighbour = NEIGHBOURS[user](server.url(user), 20)
+        with contextlib.closing(tenant):
+            for _ in range(40):
+                tenant.step()
+            tenant.check_all()
+        assert not tenant.tally.errors
+        assert not tenant.tally.misses
+        assert not tenant.tally.wrong
+
+
+def test_rays_permissions_are_those_that_the_tool_prints() -> None:
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in ray_params().items()]
+    printed = CliRunner().invoke(cli, ["config", "--acl", "--json", *given])
+    acl = json.loads(printed.output)["acl"]
+    permissions = values_of(SMALL)["auth"]["aclUsers"][acl["user"]]["permissions"]
+    assert permissions.split() == acl["rules"].split()
+
+
+def ray_params() -> dict[str, Any]:
+    params: dict[str, Any] = spilling_config()["params"]
+    return params
+
+
+# --- the objects of Kubernetes ---
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_objects_fit_the_schemas_of_kubernetes(version: str) -> None:
+    templates = [
+        {"apiVersion": "v1", "kind": "PodTemplate", "template": group["template"]}
+        for group in groups()
+    ]
+    for document in [*documents("networkpolicy.yaml"), *documents("secrets.yaml"), *templates]:
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_everything_is_in_the_namespace_of_the_decision() -> None:
+    for name in ("networkpolicy.yaml", "secrets.yaml", "raycluster.yaml"):
+        assert {each["metadata"]["namespace"] for each in documents(name)} == {"ai-ml"}
+
+
+def test_the_template_of_secrets_has_none_and_is_refused_as_it_is() -> None:
+    for secret in documents("secrets.yaml"):
+        for text in secret["data"].values():
+            with pytest.raises(ValueError, match=r"base64|padding"):
+                base64.b64decode(text, validate=True)
+
+
+def test_there_is_a_password_for_each_user() -> None:
+    users = values_of(SMALL)["auth"]["aclUsers"]
+    needed = {entry.get("passwordKey", user) for user, entry in users.items()}
+    assert set(documents("secrets.yaml")[0]["data"]) == needed
+    (loop,) = re.findall(r"for user in ([a-z ]+); do", (DEPLOY / "README.md").read_text())
+    assert set(loop.split()) == needed
+
+
+def test_only_the_ports_of_the_server_and_its_exporter_are_open() -> None:
+    (policy,) = documents("networkpolicy.yaml")
+    values = values_of(SMALL)
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert "egress" not in policy["spec"]
+    clients, prometheus = policy["spec"]["ingress"]
+    assert clients["ports"] == [{"port": 6379, "protocol": "TCP"}]
+    assert prometheus["ports"] == [{"port": 9121, "protocol": "TCP"}]
+    assert values["service"]["type"] == "ClusterIP"
+    # An empty selector is everybody.
+    for source in clients["from"] + prometheus["from"]:
+        assert source["podSelector"]["matchLabels"]
+
+
+def test_the_spilling_config_is_one_and_of_the_head_alone() -> None:
+    assert spilling_config()["type"] == "valkey"
+    Config.load(ray_params(), {})
+    for pod in pods()[1:]:
+        assert "env" not in pod["containers"][0]
+
+
+def test_every_pod_has_the_secrets_where_the_config_looks_for_them() -> None:
+    keys = {secret["metadata"]["name"]: set(secret["data"]) for secret in documents("secrets.yaml")}
+    for pod in pods():
+        (mount,) = pod["containers"][0]["volumeMounts"]
+        (volume,) = pod["volumes"]
+        assert mount["name"] == volume["name"]
+        found = set()
+        for source in volume["projected"]["sources"]:
+            for item in source["secret"]["items"]:
+                assert item["key"] in keys[source["secret"]["name"]]
+                found.add(f"{mount['mountPath']}/{item['path']}")
+        assert found == {ray_params()[name] for name in ("password_file", "encryption_key_file")}
+
+
+def test_the_secrets_are_readable_for_rays_user_alone() -> None:
+    for pod in pods():
+        (volume,) = pod["volumes"]
+        assert volume["projected"]["defaultMode"] == 0o400
+        # Without a group the files are root's, and not even Ray's.
+        assert pod["securityContext"] == {"runAsUser": 1000, "runAsGroup": 100, "fsGroup": 1000}
+
+
+def test_an_object_store_leaves_room_for_what_runs_beside_it() -> None:
+    for group in groups():
+        memory = group["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"]
+        assert int(group["rayStartParams"]["object-store-memory"]) <= size_of(memory) // 3
+
+
+# --- the image, and the page ---
+
+
+def test_the_image_has_the_clusters_ray_and_a_python_that_will_do() -> None:
+    (cluster,) = documents("raycluster.yaml")
+    version = cluster["spec"]["rayVersion"]
+    text = (DEPLOY / "Dockerfile").read_text()
+    tag = re.search(rf"^ARG RAY_TAG={re.escape(version)}-py3(\d+)$", text, re.MULTILINE)
+    assert tag is not None
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert int(tag[1]) >= int(project["requires-python"].removeprefix(">=3."))
+    for pod in pods():
+        image = pod["containers"][0]["image"]
+        assert f"--tag {image} " in text
+        assert image.endswith(f":{version}")
+
+
+def test_the_image_recipe_has_no_findings() -> None:
+    linter = Path(sysconfig.get_path("scripts")) / "hadolint"
+    subprocess.run([linter, DEPLOY / "Dockerfile"], check=True)
+
+
+def test_the_check_of_the_page_passes(tmp_path: Path) -> None:
+    text = (DEPLOY / "README.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"ray-valkey-spill (check .*)", text)
+    arguments = shlex.split(line)
+    options = dict(zip(arguments[1::2], arguments[2::2]))
+    asked = {name.removeprefix("--").replace("-", "_"): text for name, text in options.items()}
+    assert asked == {name: str(value) for name, value in ray_params().items()}
+    with deployed(tmp_path, SMALL) as server:
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in server.params.items()]
+        found = CliRunner().invoke(cli, ["check", "--json", *given])
+    assert found.exit_code == 0, found.output
+
+
+def test_files_that_the_page_names_are_there() -> None:
+    names = set(re.findall(r"`([\w.-]+\.yaml|Dockerfile)`", (DEPLOY / "README.md").read_text()))
+    assert {"valkey-values.yaml", "Dockerfile"} <= names <= {path.name for path in DEPLOY.iterdir()}
