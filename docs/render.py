@@ -1,4 +1,4 @@
-"""Writes into the pages what the code says: `python docs/render.py`.
+"""Write into the pages what the code says: `python docs/render.py`.
 
 What stands between `<!-- NAME -->` and `<!-- end of NAME -->` is made anew.
 """
@@ -9,37 +9,40 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ray_valkey_spill.config import ENV_PREFIX, parameters
+from ray_valkey_spill.config import parameters
+from ray_valkey_spill.metrics import markdown_table
 
-PAGES = [Path(__file__).parents[1] / "README.md", *sorted(Path(__file__).parent.glob("*.md"))]
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def parameter_table() -> str:
-    rows = ["| name | default | meaning, and what it has to be |", "| --- | --- | --- |"]
+    rows = ["| name | default | meaning | has to be |", "| --- | --- | --- | --- |"]
     for parameter in parameters():
-        default = "none" if parameter.default is None else f"`{_json(parameter.default)}`"
-        meaning = f"{parameter.meaning}. *{parameter.expected}*"
-        rows.append(f"| `{parameter.name}` | {default} | {meaning} |")
+        default = "none" if parameter.default is None else f"`{_text(parameter.default)}`"
+        rows.append(
+            f"| `{parameter.name}` | {default} | {parameter.meaning} | {parameter.kind.expected} |"
+        )
     return "\n".join(rows)
 
 
-def environment() -> str:
-    return "`, `".join(ENV_PREFIX + parameter.name.upper() for parameter in parameters())
-
-
-TABLES: dict[str, Callable[[], str]] = {"parameters": parameter_table}
+TABLES: dict[str, Callable[[], str]] = {"parameters": parameter_table, "metrics": markdown_table}
 
 
 def rendered(page: str) -> str:
     """`page` with all that is made from the code."""
-    for name, make in TABLES.items():
-        pattern = f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
-        page = re.sub(pattern, lambda match: f"{match[1]}{make()}\n{match[2]}", page, flags=re.DOTALL)
-    return page
+    names = "|".join(TABLES)
+    return re.sub(
+        rf"(<!-- ({names}) -->\n).*?(<!-- end of \2 -->)",
+        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
+        page,
+        flags=re.DOTALL,
+    )
 
 
-def _json(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+def _text(value: object) -> str:
+    """A value as JSON and the environment have it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

@@ -812,7 +812,6 @@ def test_a_primary_that_hands_over_in_the_middle_is_followed(
         urls = objects.put(SIZE) if what == "put" else []
         objects.check(before)
     objects.check(before, *urls)
-    assert replica in cluster.primaries()
 
 
 @pytest.mark.slow
@@ -884,7 +883,7 @@ def test_what_a_failover_lost_of_a_put_is_put_again(mortal: Cluster) -> None:
         loss = Loss(mortal, another(mortal, mortal.primary_of(INDEX)))
         with (
             objects.struck("put", 1, loss.begin),
-            objects.struck("put", CHUNKS - 2, loss.end_by_killing_it),
+            objects.struck("put", CHUNKS // 2, loss.end_by_killing_it),
         ):
             (url,) = objects.put(SIZE)
         assert tries() == 2
@@ -932,7 +931,7 @@ def test_what_a_takeover_lost_is_put_again_though_no_connection_broke(mortal: Cl
         loss = Loss(mortal, another(mortal, mortal.primary_of(INDEX)))
         with (
             objects.struck("put", 1, loss.begin),
-            objects.struck("put", CHUNKS - 2, loss.end_by_taking_over),
+            objects.struck("put", CHUNKS // 2, loss.end_by_taking_over),
         ):
             (url,) = objects.put(SIZE)
         assert tries() == 2

@@ -355,8 +355,10 @@ def test_a_node_destroyed_after_its_driver_has_left_gets_no_lease_again(spilling
 
         calls = spilling.client.info("commandstats").get("cmdstat_eval", {}).get("calls", 0)
         wait_until(
-            lambda: looked()
-            or spilling.client.info("commandstats")["cmdstat_eval"]["calls"] >= calls + 4,
+            lambda: (
+                looked()
+                or spilling.client.info("commandstats")["cmdstat_eval"]["calls"] >= calls + 4
+            ),
             timeout=60,
         )
         assert not renewed[0]
