@@ -171,8 +171,10 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
         return f"every command that spilling needs, tried on keys below {keys.root}"
 
     yield (serves := _attempt("topology", topology))
+    enough = True
     if config.min_replicas or config.wait_aof:
-        yield _attempt("replicas", replicas)
+        yield (followed := _attempt("replicas", replicas))
+        enough = followed.status != FAILED
     yield _attempt("policy", policy)
     yield _memory(config, memory)
     if serves.status == FAILED:
@@ -182,7 +184,8 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
         if config.overflow_uri is not None:
             yield _attempt("overflow", lambda: _overflow(config))
         yield _attempt("latency", lambda: _latency(link, keys))
-        yield _attempt("throughput", lambda: _throughput(config, memory))
+        if enough:
+            yield _attempt("throughput", lambda: _throughput(config, memory))
 
 
 def _memory(config: Config, memory: MemoryInfo) -> Finding:

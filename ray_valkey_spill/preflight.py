@@ -6,7 +6,7 @@ all and stops at the first; `ray-valkey-spill check` reports each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from ray_valkey_spill.config import Config, Endpoint
 from ray_valkey_spill.errors import (
@@ -46,6 +46,9 @@ COMMANDS = (
     *("ZADD", "ZRANGE", "ZRANGEBYLEX", "ZREM", "ZSCORE"),
     *("HDEL", "HGET", "HGETALL", "HSET", "HSETNX", "HVALS"),
 )
+# A key lies on one of a thousand shards, if there were as many, within this many tries.
+_TRIES = 10_000
+
 # And to the nodes of a cluster.
 _CLUSTER_COMMANDS = ("CLUSTER|SLOTS", "ASKING")
 
@@ -198,18 +201,24 @@ def check_permissions(link: Link, config: Config, infos: Mapping[Endpoint, Serve
         ServerRefusedError
     """
     for endpoint, info in infos.items():
+        base = _base_at(link, config, endpoint)
+        if base is not None:
+            _try_commands(link, config, endpoint, base, is_cluster=info.mode == "cluster")
+
+
+def _base_at(link: Link, config: Config, endpoint: Endpoint) -> str | None:
+    """What keys of a server can begin with; None if it has just lost its slots to another."""
+    for _ in range(_TRIES):
         # The part in braces alone decides which server of a cluster has a key.
-        bases = (f"{Keyspace.of(config).root}preflight:{{{token}}}" for token in _tokens())
-        base = next(base for base in bases if link.owner(base) == endpoint)
-        _try_commands(link, config, base, is_cluster=info.mode == "cluster")
+        base = f"{Keyspace.of(config).root}preflight:{{{new_attempt()}}}"
+        if link.owner(base) == endpoint:
+            return base
+    return None
 
 
-def _tokens() -> Iterator[str]:
-    while True:
-        yield new_attempt()
-
-
-def _try_commands(link: Link, config: Config, base: str, *, is_cluster: bool) -> None:
+def _try_commands(
+    link: Link, config: Config, endpoint: Endpoint, base: str, *, is_cluster: bool
+) -> None:
     value, index, table = (f"{base}:{kind}" for kind in ("value", "index", "table"))
     unlink = command("UNLINK", value, index, table)
     # What removes comes first: without it nothing may be written.
@@ -235,7 +244,7 @@ def _try_commands(link: Link, config: Config, base: str, *, is_cluster: bool) ->
     elif config.min_replicas:
         harmless["WAIT"] = command("WAIT", 0, 1)
     for request in harmless.values():
-        request.target = link.owner(base)
+        request.target = endpoint
     writing = {
         "ZADD": command("ZADD", index, 0, "x"),
         "HSET": command("HSET", table, "x", "x"),
@@ -250,7 +259,7 @@ def _try_commands(link: Link, config: Config, base: str, *, is_cluster: bool) ->
         name for name, trial in trials.items() if isinstance(trial.error, ServerRefusedError)
     ]
     if refused:
-        raise _not_permitted(config, refused)
+        raise _not_permitted(config, refused, endpoint if is_cluster else None)
     for name, trial in trials.items():
         if trial.error is not None and not isinstance(trial.error, ServerFullError):
             raise ServerRefusedError(
@@ -259,12 +268,14 @@ def _try_commands(link: Link, config: Config, base: str, *, is_cluster: bool) ->
             )
 
 
-def _not_permitted(config: Config, refused: list[str]) -> ServerRefusedError:
+def _not_permitted(
+    config: Config, refused: list[str], shard: Endpoint | None = None
+) -> ServerRefusedError:
     username = config.address.username
     user = f"user {username!r}" if username else "the default user"
     return ServerRefusedError(
-        f"Valkey at {config.address} does not let {user} run {', '.join(refused)} on keys below "
-        f"{Keyspace.of(config).root}",
+        f"Valkey at {shard or config.address} does not let {user} run {', '.join(refused)} on keys "
+        f"below {Keyspace.of(config).root}",
         f"Grant it {acl_rules(config)}",
     )
 

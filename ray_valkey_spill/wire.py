@@ -125,10 +125,9 @@ class Link:
         self._connections.clear()
         self._topology = None
 
-    def owner(self, key: str) -> Endpoint:
-        """Who has `key`, as far as is known since the latest run."""
-        assert self._topology is not None
-        return self._topology.owner(key.encode())
+    def owner(self, key: str) -> Endpoint | None:
+        """Who has `key`, as far as the latest run has found; None if it broke."""
+        return self._topology.owner(key.encode()) if self._topology else None
 
     def execute(self, *requests: Request) -> list[Any]:
         """Send small commands together and return their replies.

@@ -912,6 +912,7 @@ def test_what_a_failover_lost_of_the_books_is_noted_again(mortal: Cluster) -> No
         settle = tier.settle
 
         def settle_in_vain(*args: Any) -> None:
+            tier.settle = settle  # type: ignore[method-assign]
             loss.begin()
             settle(*args)
             loss.end_by_killing_it()

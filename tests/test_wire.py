@@ -234,6 +234,16 @@ def test_the_database_of_the_url_is_used(server: Server) -> None:
     link.close()
 
 
+def test_requests_are_carried_out_in_order_though_the_connection_breaks_between(
+    server: Server, link: Link
+) -> None:
+    link.execute(store(KEY, [b"0"]))
+    server.client.client_kill_filter(_type="normal", skipme=True)
+    # The first that are sent only have the kernel learn that nobody listens any more.
+    link.execute(*[store(KEY, [bytes([i]) * 200_000]) for i in range(4)])
+    assert server.client.get(KEY) == bytes([3]) * 200_000
+
+
 # --- servers that refuse ---
 
 
