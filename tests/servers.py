@@ -6,8 +6,10 @@ They run the binary that the environment variable TEST_SERVER_BINARY names, or e
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -103,6 +105,17 @@ class Server(Contents):
 def server_binary() -> Path:
     """The server that the tests run."""
     return Path(os.environ.get("TEST_SERVER_BINARY") or get_binary_path())
+
+
+@functools.cache
+def server_version() -> tuple[int, ...]:
+    """Its version; of those of the same number, Valkey and Redis have the same commands."""
+    told = subprocess.run(
+        [server_binary(), "--version"], capture_output=True, text=True, check=True
+    )
+    match = re.search(r" v=([0-9.]+)", told.stdout)
+    assert match, told.stdout
+    return tuple(map(int, match[1].split(".")))
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.ledger import Owner
-from ray_valkey_spill.metrics import DEFINITIONS, Metrics, markdown_table
+from ray_valkey_spill.metrics import DEFINITIONS, Metrics
 from ray_valkey_spill.objects import ObjectStore, Room, SourceObject, StoredObject
 from ray_valkey_spill.observer import Observer
 from ray_valkey_spill.overflow import OverflowTier
@@ -458,13 +458,6 @@ def test_metrics_that_fail_are_told_of_once_and_stop_nothing(
 
 
 # --- names ---
-
-
-def test_the_readme_has_the_table_of_all_metrics() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    _, _, rest = text.partition("<!-- metrics -->\n")
-    table, _, _ = rest.partition("\n<!-- end of metrics -->")
-    assert table == markdown_table()
 
 
 def test_names_follow_the_conventions_of_prometheus() -> None:

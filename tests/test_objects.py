@@ -114,6 +114,7 @@ def encrypted(directory: Path) -> Iterator[Running]:
         else:
             plain = stack.enter_context(valkey_server())
             server = stack.enter_context(tls_front(directory, plain.port))
+        server.client.ping()  # what serves it is no test's
         yield Running(server.url, server.client, server.certificates.params())
 
 
