@@ -96,7 +96,6 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._journal = DeletionJournal(self._session_dir, self._shared)
         self._metrics = Metrics(lambda: self._in_io_worker and _is_connected())
         self._recovery = Background(self._recover)
-        self._is_validation = False
         self._failed_recoveries = 0
         try:
             config = Config.load(params)
@@ -108,8 +107,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._store = ObjectStore(config, session_name, node_id, self._metrics)
         if self._in_io_worker:
             self._recovery.start()
-        self._is_validation = not self._in_io_worker and (session_name, config) not in _checked
-        if self._is_validation:
+        if not self._in_io_worker and (session_name, config) not in _checked:
             try:
                 preflight.run_all(config)
                 self._store.probe_overflow()
@@ -180,9 +178,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def destroy_external_storage(self) -> None:
         """Remove this node's objects, and no others. Never raises: Ray is shutting down."""
         try:
-            if not self._is_validation:
-                self._note_destruction()
-                self._impatient_store.destroy(_is_alive)
+            # After validating too: nothing is anybody's that has the node id of that.
+            self._note_destruction()
+            self._impatient_store.destroy(_is_alive)
         except SpillError as error:
             logger.warning("spilled objects of this node may be left on the server: %s", error)
         finally:

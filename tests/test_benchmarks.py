@@ -86,10 +86,10 @@ def test_a_working_set_many_times_the_servers_memory_comes_back_from_the_overflo
 
 
 @pytest.mark.timeout(900)
-def test_two_minutes_of_faults_lose_and_wedge_and_leave_nothing() -> None:
+def test_a_minute_of_faults_loses_and_wedges_and_leaves_nothing() -> None:
     seed = random.getrandbits(32)
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", "--minutes=2", f"--seeds={seed}", "--json"],
+        [sys.executable, "-m", "benchmarks.soak", "--minutes=1", f"--seeds={seed}", "--json"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         timeout=800,
@@ -98,5 +98,5 @@ def test_two_minutes_of_faults_lose_and_wedge_and_leave_nothing() -> None:
     (run,) = json.loads(result.stdout)["runs"]
     assert run["failures"] == [], f"--seeds={seed}"
     assert result.returncode == 0
-    assert sum(run["faults"].values()) > 5
+    assert sum(run["faults"].values()) > 2
     assert {"put", "get", "drop"} < set(run["operations"])

@@ -29,6 +29,7 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
+from ray_valkey_spill.objects import SourceObject
 
 # --- the checks themselves ---
 
@@ -78,6 +79,17 @@ def test_a_second_storage_with_another_server_is_checked_as_well(server: Server)
     ValkeyStorage("node", "session", url=server.url)
     with nothing_listening() as url, pytest.raises(ServerUnavailableError):
         ValkeyStorage("node", "session", url=url)
+
+
+def test_a_storage_that_was_never_validated_destroys_its_node(server: Server) -> None:
+    # As with automatic_object_spilling_enabled false, with which Ray spills all the same.
+    storage = ValkeyStorage("node", "session_unseen", url=server.url)
+    source = SourceObject("ab", b"PYTHON", b"", memoryview(bytes(1000)))
+    _, failure = storage._store.put([source])
+    assert failure is None
+    assert server.our_keys() != []
+    storage.destroy_external_storage()
+    assert server.our_keys() == []
 
 
 def test_a_cluster_that_does_not_serve_is_refused() -> None:
@@ -197,7 +209,6 @@ def test_while_a_full_server_is_waited_for_nothing_of_plasmas_is_held(
         gc.enable()
     assert found_held == [None]
     storage.destroy_external_storage()
-    server.client.delete(*server.our_keys())
 
 
 def test_shutdown_goes_on_when_the_server_went_first(
