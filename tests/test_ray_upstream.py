@@ -27,6 +27,7 @@ from clusters import (
     spill,
     system_config,
 )
+from packaging.version import Version
 from proxy import proxy_to
 from ray._private.internal_api import memory_summary
 from ray.exceptions import ObjectLostError, RayActorError
@@ -104,6 +105,12 @@ def figures() -> tuple[int, int]:
     return int(found.get("Spilled", 0)), int(found.get("Restored", 0))
 
 
+deletes_after_owners = pytest.mark.skipif(
+    Version(ray.__version__) < Version("2.51"),
+    reason="Ray 2.50 deletes nothing of an owner that has ended",
+)
+
+
 class TestTwoNodes:
     """On one cluster, for starting one takes longer than most of the tests."""
 
@@ -118,6 +125,7 @@ class TestTwoNodes:
         spill([ref], nodes)
         assert (ray.get(ref, timeout=60) == 7).all()
 
+    @deletes_after_owners
     def test_with_one_io_worker_each_way_puts_gets_and_drops_do_not_block_one_another(
         self,
         nodes: Server,
@@ -126,6 +134,7 @@ class TestTwoNodes:
         results = ray.get([churn.run.remote(i) for i, churn in enumerate(churns)], timeout=120)
         assert all(count for count, _ in results)
 
+    @deletes_after_owners
     def test_what_killed_owners_had_spilled_goes_on_each_node(self, nodes: Server) -> None:
         churns = [Churn.options(**on(node)).remote() for node in (0, 1)]
         results = ray.get([churn.run.remote(i) for i, churn in enumerate(churns)], timeout=120)
