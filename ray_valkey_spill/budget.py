@@ -131,34 +131,39 @@ class Budget:
             self._unlimited_until = time.monotonic() + _BETWEEN_LOOKS
             return
         # What is written is spread over a cluster's shards, until one is full.
-        shards = len(memories)
-        rooms = [self._room(memory, shards) for memory in memories if _is_bounded(memory)]
-        room = shards * min(rooms) if rooms else None
+        bounded = [memory for memory in memories if _is_bounded(memory)]
+        rooms = self._rooms(bounded, len(memories))
+        room = len(memories) * min(rooms) if rooms else None
         self._has_asked = True
         granted, used = self._ledger.reserve(
             self._name, self._grant, least, most, self._max_bytes, room
         )
         if not granted:
-            raise self._refusal(memories, least, used)
+            fullest = bounded[rooms.index(min(rooms))] if rooms else None
+            raise self._refusal(fullest, least, used)
         self._grant = Grant(self._grant.granted + granted, self._grant.written)
 
-    def _room(self, memory: MemoryInfo, shards: int) -> int:
-        """Bytes that may be written to one of `shards` without writes of others failing for that.
+    def _rooms(self, memories: Sequence[MemoryInfo], shards: int) -> list[int]:
+        """Bytes that may be written to each of `shards` without writes of others failing for that.
 
         Under `volatile-*` the server makes room by evicting keys that have a TTL, of which ours
         have none. How much that can be is estimated: the keys of others are taken to be alike, and
         our chunks to have the usual size.
         """
-        room = memory.maxmemory - memory.used - margin(memory.maxmemory)
-        if memory.evicts_volatile and memory.volatile:
-            usages = self._ledger.usages().values()
-            ours = sum(usage.stored for usage in usages) // shards
-            keys = sum(usage.objects + usage.size // _USUAL_CHUNK for usage in usages)
-            of_others = max(memory.volatile, memory.keys - keys // shards)
-            room += max(0, memory.used - ours) * memory.volatile // of_others
-        return max(0, room)
+        evicting = any(memory.evicts_volatile and memory.volatile for memory in memories)
+        usages = self._ledger.usages().values() if evicting else ()
+        ours = sum(usage.stored for usage in usages) // shards
+        keys = sum(usage.objects + usage.size // _USUAL_CHUNK for usage in usages) // shards
+        rooms = []
+        for memory in memories:
+            room = memory.maxmemory - memory.used - margin(memory.maxmemory)
+            if memory.evicts_volatile and memory.volatile:
+                of_others = max(memory.volatile, memory.keys - keys)
+                room += max(0, memory.used - ours) * memory.volatile // of_others
+            rooms.append(max(0, room))
+        return rooms
 
-    def _refusal(self, memories: Sequence[MemoryInfo], wanted: int, used: int) -> Exception:
+    def _refusal(self, memory: MemoryInfo | None, wanted: int, used: int) -> Exception:
         budget = self._max_bytes
         if budget is not None and used + wanted > budget:
             return ServerFullError(
@@ -166,8 +171,7 @@ class Budget:
                 f"MiB) are taken, and {wanted / MIB:.1f} MiB are wanted",
                 f"Raise max_bytes, {self._advice}",
             )
-        shards = len(memories)
-        memory = min(filter(_is_bounded, memories), key=lambda each: self._room(each, shards))
+        assert memory is not None
         return ServerFullError(
             f"Valkey at {self._link.address} is full (OOM) but for what is left to others: "
             f"{memory.used / MIB:.1f} MiB of maxmemory {memory.maxmemory / MIB:.1f} MiB are used, "

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import operator
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 from importlib import metadata
 from typing import Any
 
@@ -141,7 +139,7 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
         yield Finding(FAILED, "server", error.what, error.mend)
         return
     info = next(iter(infos.values()))
-    memory = reduce(operator.add, [each.memory for each in infos.values()])
+    memory = MemoryInfo.of_all(infos.values())
     yield Finding(OK, "server", f"{info.product} {info.version} at {config.address}")
 
     def topology() -> str:

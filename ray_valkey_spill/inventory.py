@@ -6,10 +6,8 @@ on what others have beside it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -181,7 +179,7 @@ class Statistics:
     @property
     def memory(self) -> MemoryInfo:
         """That of all servers together."""
-        return reduce(operator.add, [server.memory for server in self.servers])
+        return MemoryInfo.of_all(self.servers)
 
     @property
     def granted(self) -> int:

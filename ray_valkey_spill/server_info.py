@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 from ray_valkey_spill.errors import NotValkeyError
 
@@ -45,6 +47,11 @@ class MemoryInfo:
             keys=self.keys + other.keys,
             volatile=self.volatile + other.volatile,
         )
+
+    @classmethod
+    def of_all(cls, infos: Iterable[ServerInfo]) -> MemoryInfo:
+        """That of all servers together; there must be one."""
+        return reduce(operator.add, [info.memory for info in infos])
 
     @classmethod
     def parse(cls, values: Mapping[str, str]) -> MemoryInfo:
