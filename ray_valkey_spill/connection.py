@@ -39,8 +39,9 @@ _FASTEST_WIRE = 4e9  # bytes per second
 # size, and this many buffers, which is below Linux's IOV_MAX.
 _BATCH = 448 * KIB
 _MAX_PARTS = 1000
-# `tcpi_rtt`, microseconds, in Linux's `struct tcp_info` (linux/tcp.h).
-_TCP_RTT = slice(68, 72)
+# `tcpi_min_rtt`, microseconds, in Linux's `struct tcp_info` (linux/tcp.h): how long the wire takes,
+# where the latest round trip is also how busy both sides have been.
+_TCP_MIN_RTT = slice(148, 152)
 _MAX_REQUESTS = 300
 # Seconds without a single byte moving after which a server counts as stalled.
 _STALL_TIMEOUT = 10.0
@@ -289,10 +290,10 @@ def _window(sock: Any, chunk_size: int) -> int:
     """Bytes under way that keep the fastest wire busy for a round trip to `sock`'s peer."""
     least = min(max(_SMALLEST_WINDOW, _CHUNKS_UNDER_WAY * chunk_size), _SMALL_WINDOW)
     try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_RTT.stop)
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_MIN_RTT.stop)
     except OSError:  # no TCP
         return least
-    round_trip = int.from_bytes(info[_TCP_RTT], sys.byteorder) / 1e6
+    round_trip = int.from_bytes(info[_TCP_MIN_RTT], sys.byteorder) / 1e6
     return int(min(max(least, round_trip * _FASTEST_WIRE), _LARGEST_WINDOW))
 
 
