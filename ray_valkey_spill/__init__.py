@@ -2,6 +2,9 @@
 
 Once installed, `{"type": "valkey", "params": {"url": "valkey://host:6379/0"}}` is a valid
 `object_spilling_config` for Ray; nothing has to be imported. See the README.
+
+For others to import are what is named here and the errors of `ray_valkey_spill.errors`; all other
+modules are the package's own, and may change with every version.
 """
 
 # From Python 3.15 on every interpreter of the environment imports this module at start-up (see

@@ -310,7 +310,7 @@ class Inspector:
                 header, payload = decode_header(stat.header, key, self._key_ring)
                 version = format_version(stat.header)
                 sizes = {s for s in (size, entry and entry.size) if s is not None}
-                wrong += problems(name, header, payload, stat, sizes)
+                wrong += problems(name, name.object_id, header, payload, stat, sizes)
             except (LostObjectError, ConfigError) as error:
                 wrong.append(str(error))
         return Inspection(

@@ -516,8 +516,7 @@ class ObjectStore:
                 raise LostObjectError("its header is not sealed with the key that it was put with")
             key = self.keys.header(place.name)
             header, payload = decode_header(stat.header, key, self._key_ring)
-            name = place.name._replace(object_id=object_id)
-            for problem in problems(name, header, payload, stat, [place.size]):
+            for problem in problems(place.name, object_id, header, payload, stat, [place.size]):
                 raise LostObjectError(problem)
         except LostObjectError as error:
             return _Lost(self._lost(place, error), _loss(stat))
@@ -901,18 +900,24 @@ class _Values(Iterator[Value]):
 
 
 def problems(
-    name: ObjectName, header: Header, payload: memoryview, stat: Stat, sizes: Iterable[int]
+    name: ObjectName,
+    object_id: str,
+    header: Header,
+    payload: memoryview,
+    stat: Stat,
+    sizes: Iterable[int],
 ) -> Iterator[str]:
     """What is wrong with an object, as far as that can be told without reading its chunks.
 
     Args:
-        name: that of the attempt, and of the object that is meant.
+        name: of the attempt.
+        object_id: of the object that is meant.
         header: as decoded.
         payload: of an inline object, else empty; it has been opened if it was sealed.
         stat: what is there beside the header.
         sizes: what the length of its data is elsewhere said to be.
     """
-    if header.object_id != name.object_id:
+    if header.object_id != object_id:
         yield f"its header is that of object {header.object_id}"
     for size in sizes:
         if size != header.size:
@@ -936,7 +941,7 @@ def _timed(found: Iterable[StoredObject | _Lost]) -> Iterator[StoredObject | _Lo
     started = time.perf_counter()
     for each in found:
         if isinstance(each, StoredObject):
-            each = each._replace(seconds=time.perf_counter() - started)
+            each = StoredObject(*each[:3], time.perf_counter() - started)
         yield each
         started = time.perf_counter()
 

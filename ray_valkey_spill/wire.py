@@ -153,9 +153,9 @@ class Link:
         return [MemoryInfo.parse(fields_of(self._text(text))) for text in found.values()]
 
     def _text(self, info: Any) -> str:
-        if not isinstance(info, bytearray):
+        if not isinstance(info, bytearray | memoryview):
             raise NotValkeyError(f"{self.address} answers INFO, but not as a Valkey does")
-        return info.decode(errors="replace")
+        return bytes(info).decode(errors="replace")
 
     def _ask_all(self, ask: Callable[[], Request]) -> dict[Endpoint, Any]:
         """The replies of all that have keys."""
@@ -224,7 +224,7 @@ class Link:
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Send `requests` and yield each once its reply is there, in order.
 
-        `requests` is read only as far ahead as the window allows. A request's buffers must stay
+        `requests` is read one further than the window allows. A request's buffers must stay
         unchanged until it is yielded. A consumer that stops early, or that runs something else
         before it goes on, costs the connections that have replies under way.
 
@@ -243,7 +243,7 @@ class Link:
         patience = _Patience(self.address, self._config.retry_timeout, self._unreachable_timeout)
         try:
             while True:
-                if held is None and not exhausted and self._may_have_room(in_flight):
+                if held is None and not exhausted:
                     held = next(source, None)
                     exhausted = held is None
                 if held is not None and held.fenced and failed:
@@ -294,18 +294,13 @@ class Link:
         self.breaks += 1
         self._topology = None
 
-    def _may_have_room(self, in_flight: deque[Request]) -> bool:
-        """Whether another request is worth being drawn. In a cluster, that depends on its key."""
-        if not in_flight or isinstance(self._topology, Cluster):
-            return True
-        return all(connection.has_room() for connection in self._connections.values())
-
     def _give(self, request: Request, in_flight: deque[Request]) -> bool:
         """Give a request to its connection, unless it has to wait; returns whether."""
         connection = self._route(request)
         if in_flight and isinstance(self._topology, Cluster):
             under_way = sum(each.weight for each in self._connections.values())
-            if request.fenced or not connection.has_room(_DEPTH_IN_CLUSTER):
+            depth = _DEPTH_IN_CLUSTER if len(self._primaries) > 1 else 1
+            if request.fenced or not connection.has_room(depth):
                 return False
             if under_way + request.weight > _MOST_IN_CLUSTER:
                 return False
