@@ -27,7 +27,7 @@ from benchmarks.common import (
     valkey_server,
 )
 from benchmarks.wire import columns, floats
-from ray_valkey_spill import objects
+from ray_valkey_spill import packing
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
 
@@ -256,14 +256,14 @@ def _chunk_sizes(url: str, rounds: int) -> dict[str, Any]:
 
 def lz4_threads(url: str, quick: bool) -> dict[str, Any]:
     data = [columns(64 * MIB)]
-    usual, results = objects._THREADS, {}
+    usual, results = packing._THREADS, {}
     try:
         for count in (1, 2, 4):
             note(f"LZ4 threads: {count}")
-            objects._THREADS = count
+            packing._THREADS = count
             results[str(count)] = _throughput(Bench(url), data, 3 if quick else 9)
     finally:
-        objects._THREADS = usual
+        packing._THREADS = usual
     return results
 
 

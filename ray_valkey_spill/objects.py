@@ -1,29 +1,25 @@
-"""The object store: puts, fetches and deletes objects as header and chunks. Knows no Ray.
+"""The object store: puts, fetches and deletes a node's objects in both tiers. Knows no Ray.
 
-An object of up to `INLINE_LIMIT` bytes (and one chunk) lies beside its header in one key; a larger
-one is cut into chunks of `chunk_size` bytes, each a key. Data are never buffered whole: raw chunks
-go between the caller's memory and the socket without a copy, and LZ4 runs in threads, in order and
-a bounded number of chunks ahead of the network. What Valkey has no room for goes to the overflow.
-
-With an `encryption_key_file` all is sealed, in the same threads, and opened in memory of our own:
-nothing gets into the caller's that has not been found to be what was put.
+What Valkey has no room for goes to the overflow. What is cut short, by a server that is away or a
+process that is killed, is made good by `ObjectStore.recover`. How objects are cut, compressed and
+sealed is told in `packing`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby, islice
-from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
+from typing import NamedTuple, TypeGuard, TypeVar
 
-from ray_valkey_spill.budget import Budget, cost, member_cost
-from ray_valkey_spill.config import KIB, MIB, Config
+from ray_valkey_spill.budget import Budget
+from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
     LostObjectError,
@@ -34,41 +30,24 @@ from ray_valkey_spill.errors import (
     UnconfirmedError,
 )
 from ray_valkey_spill.format import (
-    Buffer,
-    Chunk,
-    Codec,
     Header,
     checksum,
-    chunk_count,
-    compress,
-    copy_into,
     decode_header,
-    decompress_into,
-    encode_header,
-    expected_ratio,
     key_id,
-    scratch,
 )
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attempt
 from ray_valkey_spill.ledger import Ledger, Owner
 from ray_valkey_spill.observer import Loss, Observer, Tier
 from ray_valkey_spill.overflow import OverflowTier
-from ray_valkey_spill.sealing import TAG_SIZE, Key, KeyRing, Seal
+from ray_valkey_spill.packing import INLINE_LIMIT, Packer, SourceObject, Values, unpack_chunk
+from ray_valkey_spill.sealing import Key, KeyRing
 from ray_valkey_spill.server_info import MemoryInfo
-from ray_valkey_spill.tiers import Stat, ValkeyTier, Value
+from ray_valkey_spill.shared_overflow import SharedOverflow
+from ray_valkey_spill.tiers import Stat, ValkeyTier
 from ray_valkey_spill.wire import Link
 
 __all__ = ["INLINE_LIMIT", "ObjectStore", "Room", "SourceObject", "StoredObject", "problems"]
 
-INLINE_LIMIT = 256 * KIB
-
-# Two threads saturate what one connection carries. They are kept ahead of it by no more than this,
-# which with the wire's own window bounds what an IO worker grows by.
-_THREADS = min(2, os.cpu_count() or 1)
-_BYTES_AHEAD = 8 * MIB
-# Handing work to a thread and back takes as long as the checksum of about this many bytes.
-_WORTH_A_THREAD = 256 * KIB
-_DECODED_TOGETHER = 2 * MIB
 # What is looked up in one round trip.
 _OBJECTS_PER_PAGE = 16
 _DESTROY_PAUSE = 0.05
@@ -77,15 +56,7 @@ _RECOVERY_PATIENCE = 1.0
 _ABANDONED = 10_000
 _BETWEEN_RECOUNTS = 600.0
 
-
-@dataclass(frozen=True, slots=True)
-class SourceObject:
-    """An object to be stored. `data` is read in place and must not change until it is stored."""
-
-    object_id: str
-    ray_metadata: bytes
-    owner_address: bytes
-    data: memoryview
+_T = TypeVar("_T")
 
 
 class StoredObject(NamedTuple):
@@ -114,39 +85,6 @@ class Room(NamedTuple):
     memory: MemoryInfo
 
 
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Done(Generic[_T]):
-    """Stands in for a future where the work was not worth a thread."""
-
-    value: _T
-
-    def result(self) -> _T:
-        return self.value
-
-
-_Job = Future[_T] | _Done[_T]
-
-
-@dataclass(slots=True)
-class _Piece:
-    """One chunk's worth of an object on its way into the store, or all of an inline object.
-
-    `job` compresses and checksums it, if that is to be, or seals it with `seal`; `ratio` is what
-    that is expected to leave.
-    """
-
-    source: SourceObject
-    name: ObjectName
-    seal: Seal | None
-    index: int
-    data: memoryview
-    ratio: float
-    job: _Job[tuple[Chunk, Buffer]] | None
-
-
 class _Lost(NamedTuple):
     """Stands for an object that was not found."""
 
@@ -161,15 +99,6 @@ class _Removal(NamedTuple):
     objects: int
     logical: int
     seconds: float
-
-
-class _Part(NamedTuple):
-    """A chunk on its way out of the store: what its header tells, its bytes, and their place."""
-
-    number: int
-    chunk: Chunk
-    stored: memoryview
-    slot: memoryview
 
 
 class ObjectStore:
@@ -190,8 +119,7 @@ class ObjectStore:
         self.keys = Keyspace.of(config)
         self._observer = observer or Observer()
         self._owner = Owner(_component(session), _component(node))
-        self._chunk_size = config.chunk_size
-        self._compression = config.compression
+        self._packer = Packer(config, self.keys)
         self._key_ring = KeyRing.of(config)
         # What this cannot do now in the background is done another time.
         impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
@@ -202,16 +130,16 @@ class ObjectStore:
         self._budget = self._new_budget(config, budget_link)
         self._max_bytes = config.max_bytes
         self._overflow = OverflowTier.of(config)
-        self._place: str | None = None  # the overflow that the session agreed on, once it is ours
+        self._shared_overflow = (
+            SharedOverflow(self._overflow, self._owner.session) if self._overflow else None
+        )
         self._has_lease = self._looked_for_parts = False
         self._recount_at = self._look_at_overflow_at = float("-inf")
         self._in_overflow: int | None = None
-        self._pool: ThreadPoolExecutor | None = None
         # What put() could not remove, for recover(). Bounded, for an outage can be long; the rest
         # is in the index, and goes with the session.
         self._abandoned: deque[ObjectName] = deque(maxlen=_ABANDONED)
         self._abandoned_grants: deque[str] = deque(maxlen=_ABANDONED)
-        self._chunks_ahead = max(1, min(2 * _THREADS, _BYTES_AHEAD // config.chunk_size))
 
     def _new_budget(self, config: Config, link: Link) -> Budget:
         writer = f"{self._owner}:{os.getpid()}-{os.urandom(4).hex()}"
@@ -225,9 +153,7 @@ class ObjectStore:
         self._tier.close()
         self._budget.close()
         self._recovery.close()
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown()
+        self._packer.close()
 
     @property
     def has_left_some(self) -> bool:
@@ -278,7 +204,7 @@ class ObjectStore:
     ) -> tuple[list[Entry], SpillError | None]:
         names = [self._new_name(source) for source in sources]
         size = sum(len(source.data) for source in sources)
-        values = _Values(self._values(zip(sources, names), key, self._budget))
+        values = Values(self._packer.pack(zip(sources, names), key, self._budget))
         stored: list[Entry] = []
         failure: SpillError | None = None
         breaks = self._tier.breaks
@@ -337,7 +263,7 @@ class ObjectStore:
         names = [self._new_name(source) for source in sources]
         stored: list[Entry] = []
         try:
-            with contextlib.closing(self._values(zip(sources, names), key)) as values:
+            with contextlib.closing(self._packer.pack(zip(sources, names), key)) as values:
                 for entry in self._reachable_overflow().write(values):
                     stored.append(entry)
         except SpillError as error:
@@ -345,103 +271,8 @@ class ObjectStore:
         return stored, None
 
     def _new_name(self, source: SourceObject) -> ObjectName:
-        size = len(source.data)
-        chunks = 0 if self._inline(size) else chunk_count(size, self._chunk_size)
+        chunks = self._packer.chunk_count(len(source.data))
         return ObjectName(*self._owner, _component(source.object_id), new_attempt(), chunks)
-
-    def _inline(self, size: int) -> bool:
-        return size <= min(INLINE_LIMIT, self._chunk_size)
-
-    def _values(
-        self,
-        named: Iterable[tuple[SourceObject, ObjectName]],
-        sealing: Key | None,
-        budget: Budget | None = None,
-    ) -> Generator[Value]:
-        """The chunks and then the header of each object, as far as `budget` has room for them.
-
-        What is to be compressed is compressed and checksummed in threads, and what is to be sealed
-        is sealed there, a bounded number of chunks ahead. What is neither is checksummed here, each
-        chunk just after it was sent, when it is in this core's cache: a core reads memory no faster
-        than the wire takes it.
-        """
-        ahead: deque[_Piece] = deque()
-        chunks: list[Chunk] = []
-        key, taken = "", 0
-
-        def take(piece: _Piece, key: str, parts: Sequence[Buffer]) -> Value:
-            nonlocal taken
-            size = cost(len(key), sum(map(len, parts)))
-            if budget is not None:
-                budget.take(size)
-            taken += size
-            return Value(key, piece.name, len(piece.source.data), parts)
-
-        try:
-            for piece in _lookahead(self._pieces(named, sealing), self._chunks_ahead, ahead):
-                name = piece.name
-                if piece.index == 0:
-                    key = self.keys.header(name)
-                    chunks, taken = [], member_cost(len(key) - len(self.keys.root))
-                    if budget is not None:
-                        # What does not fit is better known before half of it is there.
-                        budget.require(int(len(piece.source.data) * piece.ratio))
-                        budget.take(taken)
-                chunk, stored = piece.job.result() if piece.job else (None, piece.data)
-                if name.chunks:
-                    yield take(piece, f"{key}:{piece.index}", [stored])
-                chunks.append(chunk or Chunk(len(stored), Codec.RAW, checksum(stored)))
-                if piece.index + 1 >= name.chunks:
-                    value = take(piece, key, self._header(piece, chunks, stored))
-                    yield value._replace(completes=Entry(name, value.size, taken))
-        finally:
-            # The caller may take its memory back once this is over.
-            wait([piece.job for piece in ahead if isinstance(piece.job, Future)])
-
-    def _header(self, piece: _Piece, chunks: list[Chunk], stored: Buffer) -> list[Buffer]:
-        """The value that completes the object, of which `piece` is the last."""
-        inline = piece.name.chunks == 0
-        header = Header(
-            object_id=piece.source.object_id,
-            ray_metadata=piece.source.ray_metadata,
-            owner_address=piece.source.owner_address,
-            size=len(piece.source.data),
-            chunk_size=self._chunk_size,
-            chunks=chunks,
-            inline=inline,
-            seal=piece.seal,
-        )
-        return encode_header(header, [stored] if inline else [])
-
-    def _pieces(
-        self, named: Iterable[tuple[SourceObject, ObjectName]], key: Key | None
-    ) -> Iterator[_Piece]:
-        """All objects cut to pieces; drawing one starts its compression and its sealing."""
-        for source, name in named:
-            size = len(source.data)
-            ratio = self._ratio(source.data)
-            pays = size > 0 and (ratio < 1 or self._compression == "lz4")
-            seal = key.seal(self.keys.header(name)) if key is not None else None
-            for index, start in enumerate(range(0, max(1, size), self._chunk_size)):
-                data = source.data[start : start + self._chunk_size]
-                job: _Job[tuple[Chunk, Buffer]] | None = None
-                if seal is not None:
-                    job = self._start(len(data), _sealed, data, pays, seal, index)
-                elif pays:
-                    job = self._start(len(data), _compressed, data)
-                yield _Piece(source, name, seal, index, data, ratio, job)
-
-    def _ratio(self, data: memoryview) -> float:
-        """What storing `data` is expected to take of its length; 1 if it is stored raw."""
-        return expected_ratio(data) if self._compression != "none" and data else 1.0
-
-    def _start(self, size: int, work: Callable[..., _T], *args: Any) -> Future[_T] | _Done[_T]:
-        """Have a thread do `work` on `size` bytes, or do it now if that is faster."""
-        if size < _WORTH_A_THREAD:
-            return _Done(work(*args))
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-valkey-spill")
-        return self._pool.submit(work, *args)
 
     # --- get ---
 
@@ -499,14 +330,12 @@ class ObjectStore:
 
     def _reachable_overflow(self) -> OverflowTier:
         """Raises OverflowUnavailableError."""
-        if self._overflow is None:
+        if self._shared_overflow is None:
             raise OverflowUnavailableError(
                 "an object was spilled to the overflow, and this node has no overflow_uri",
                 "Give every node the same overflow_uri",
             )
-        if self._place is None:
-            self._place = self._agree_on(self._overflow, self._tier.ledger)
-        return self._overflow
+        return self._shared_overflow.joined(self._tier.ledger)
 
     def _checked(self, place: Place, object_id: str, stat: Stat) -> StoredObject | _Lost:
         try:
@@ -533,7 +362,7 @@ class ObjectStore:
         """
         header, started = found.header, time.perf_counter()
         if header.inline:
-            _unpack(header.chunks[0], found.payload, target)
+            unpack_chunk(header.chunks[0], found.payload, target)
         else:
             self._fill_checked(found, target)
         seconds = found.seconds + time.perf_counter() - started
@@ -543,9 +372,11 @@ class ObjectStore:
     def _fill_checked(self, found: StoredObject, target: memoryview) -> None:
         header = found.header
         try:
-            damaged = self._fill(found, target, range(len(header.chunks)))
+            unpack = functools.partial(self._packer.unpack, header, target)
+            receive = functools.partial(self._read, found)
+            damaged = unpack(range(len(header.chunks)), receive)
             # Once more: it may have been the way here that flipped a bit.
-            damaged = damaged and self._fill(found, target, damaged)
+            damaged = damaged and unpack(damaged, receive)
             if damaged:
                 raise LostObjectError(
                     f"chunk {damaged[0]} of {len(header.chunks)} is damaged "
@@ -553,54 +384,6 @@ class ObjectStore:
                 )
         except LostObjectError as error:
             raise self._lost(found.place, error) from error
-
-    def _fill(
-        self, found: StoredObject, target: memoryview, numbers: Sequence[int]
-    ) -> Sequence[int]:
-        """Receive some chunks into their places; returns those that are damaged.
-
-        Raw chunks are received in place, and checked at once, while they are in this core's cache.
-        Others are checked and decompressed in threads, some at a time; sealed ones are opened there
-        before their places see anything of them.
-        """
-        header = found.header
-        asked: deque[_Part] = deque()
-        together: list[_Part] = []
-        decoding: deque[_Job[list[int]]] = deque()
-        damaged: list[int] = []
-
-        def in_place(chunk: Chunk) -> bool:
-            return chunk.codec is Codec.RAW and header.seal is None
-
-        def wanted() -> Iterator[tuple[int, memoryview]]:
-            for number in numbers:
-                chunk, slot = header.chunks[number], target[header.span(number)]
-                stored = slot if in_place(chunk) else scratch(chunk.stored_size)
-                asked.append(_Part(number, chunk, stored, slot))
-                yield number, stored
-
-        def decode(leave: int) -> None:
-            if together:
-                size = sum(len(part.slot) for part in together)
-                decoding.append(self._start(size, _decode, together.copy(), header.seal))
-                together.clear()
-            while len(decoding) > leave:
-                damaged.extend(decoding.popleft().result())
-
-        try:
-            for _ in self._read(found, wanted()):
-                part = asked.popleft()
-                if not in_place(part.chunk):
-                    together.append(part)
-                    if len(together) * header.chunk_size >= _DECODED_TOGETHER:
-                        decode(leave=self._chunks_ahead)
-                elif checksum(part.stored) != part.chunk.checksum:
-                    damaged.append(part.number)
-            decode(leave=0)
-        finally:
-            # Nobody may write into `target` any more once this is over.
-            wait([job for job in decoding if isinstance(job, Future)])
-        return sorted(damaged)
 
     def _read(
         self, found: StoredObject, wanted: Iterable[tuple[int, memoryview]]
@@ -694,14 +477,8 @@ class ObjectStore:
         Raises:
             OverflowUnavailableError
         """
-        if self._overflow is not None:
-            session, token = self._owner.session, os.urandom(8).hex()
-            self._overflow.sign(session, token)
-            if not self._overflow.is_signed(session, token):
-                raise OverflowUnavailableError(
-                    f"the overflow at {self._overflow} loses what is written to it"
-                )
-            self._overflow.unsign(session, token)
+        if self._shared_overflow is not None:
+            self._shared_overflow.probe()
 
     def join_overflow(self) -> None:
         """Make sure that this node's overflow, if it has one, is that of the whole session.
@@ -712,29 +489,8 @@ class ObjectStore:
             OverflowUnavailableError: it is not, or it cannot be used.
             ServerError: the server cannot tell.
         """
-        if self._overflow is not None:
-            self._place = self._agree_on(self._overflow, self._recovery.ledger)
-
-    def _agree_on(self, overflow: OverflowTier, ledger: Ledger) -> str:
-        session = self._owner.session
-        known = self._place or ledger.places().get(session)
-        token = known or os.urandom(8).hex()
-        if known is None:
-            overflow.sign(session, token)
-        # A server that has lost its data is told again.
-        agreed = ledger.place(session, token)
-        is_here = agreed == self._place or overflow.is_signed(session, agreed)
-        if agreed != token and (is_here or known is None):
-            # Others were faster, and nobody will look for this one.
-            overflow.unsign(session, token)
-        if not is_here:
-            raise OverflowUnavailableError(
-                f"the overflow at {overflow} is not the one that the session's other nodes have: "
-                "what they leave there is not here",
-                "Give an overflow_uri that is the same place on every node, such as a mount of "
-                "one shared directory or an object store",
-            )
-        return agreed
+        if self._shared_overflow is not None:
+            self._shared_overflow.join(self._recovery.ledger)
 
     def recover(self, is_alive: Callable[[int], bool], deleted: Sequence[str] = ()) -> int:
         """Remove what failed puts left, and those of killed processes of this node.
@@ -851,15 +607,10 @@ class ObjectStore:
             if not busy or time.monotonic() > deadline:
                 break
             time.sleep(_DESTROY_PAUSE)
-        ledger, session = self._tier.ledger, self._owner.session
-        ledger.close_account(self._owner)
-        if self._overflow is not None:
+        self._tier.ledger.close_account(self._owner)
+        if self._overflow is not None and self._shared_overflow is not None:
             count += self._overflow.destroy(self._owner)
-            # The last of the session's nodes takes down what they had agreed on.
-            agreed = ledger.places().get(session)
-            if agreed is not None and ledger.forget_place(session):
-                self._overflow.unsign(session, agreed)
-        self._place = None
+            self._shared_overflow.leave(self._tier.ledger)
         return count
 
     # --- helpers ---
@@ -869,34 +620,6 @@ class ObjectStore:
         return LostObjectError(
             f"object {place.name.object_id}, spilled as {where}, is lost: {error}"
         )
-
-
-class _Values(Iterator[Value]):
-    """Values that end where making them fails: `failure` tells of it.
-
-    Raised into `Link.run`, the failure would cost a connection with replies under way.
-    """
-
-    def __init__(self, values: Generator[Value]) -> None:
-        self._values = values
-        self.failure: SpillError | None = None
-
-    def __next__(self) -> Value:
-        try:
-            return next(self._values)
-        except SpillError as error:
-            self.failure = error
-            raise StopIteration from None
-
-    def of_whole_objects(self) -> list[Value]:
-        """All of them but those of an object that is not completed."""
-        values = list(self)
-        while values and values[-1].completes is None:
-            values.pop()
-        return values
-
-    def close(self) -> None:
-        self._values.close()
 
 
 def problems(
@@ -975,53 +698,6 @@ def _all_of(items: deque[_T]) -> list[_T]:
     return [items.popleft() for _ in range(len(items))]
 
 
-def _lookahead(items: Iterable[_T], count: int, ahead: deque[_T]) -> Iterator[_T]:
-    """Yield `items`, and keep `count` more of them drawn, in `ahead`."""
-    for item in items:
-        ahead.append(item)
-        if len(ahead) > count:
-            yield ahead.popleft()
-    while ahead:
-        yield ahead.popleft()
-
-
-def _compressed(data: memoryview) -> tuple[Chunk, Buffer]:
-    """What is stored of a chunk's data, and what the header tells of that."""
-    codec, stored = compress(data)
-    return Chunk(len(stored), codec, checksum(stored)), stored
-
-
-def _sealed(data: memoryview, pays: bool, seal: Seal, number: int) -> tuple[Chunk, Buffer]:
-    """As `_compressed`, if compression pays, and sealed. The tag is a better checksum."""
-    codec, packed = compress(data) if pays else (Codec.RAW, data)
-    stored = scratch(len(packed) + TAG_SIZE)
-    seal.seal_chunk(number, packed, stored)
-    return Chunk(len(stored), codec, 0), stored
-
-
-def _decode(parts: Sequence[_Part], seal: Seal | None) -> list[int]:
-    """Put the data of chunks into their slots; returns those that are damaged."""
-    damaged = []
-    for number, chunk, stored, slot in parts:
-        if seal is not None:
-            try:
-                stored = _opened(seal, number, stored)
-            except LostObjectError:
-                damaged.append(number)
-                continue
-        elif checksum(stored) != chunk.checksum:
-            damaged.append(number)
-            continue
-        _unpack(chunk, stored, slot)
-    return damaged
-
-
-def _opened(seal: Seal, number: int, stored: memoryview) -> memoryview:
-    data = scratch(len(stored) - TAG_SIZE)
-    seal.open_chunk(number, stored, data)
-    return data
-
-
 def _is_in_valkey(place: Place | LostObjectError) -> TypeGuard[Place]:
     return isinstance(place, Place) and not place.overflow
 
@@ -1029,13 +705,6 @@ def _is_in_valkey(place: Place | LostObjectError) -> TypeGuard[Place]:
 def _is_inline(located: tuple[Place | LostObjectError, str]) -> bool:
     place, _ = located
     return _is_in_valkey(place) and place.name.chunks == 0
-
-
-def _unpack(chunk: Chunk, stored: memoryview, target: memoryview) -> None:
-    if chunk.codec is not Codec.RAW:
-        decompress_into(stored, target)
-    elif target:
-        copy_into(stored, target)
 
 
 def _component(text: str) -> str:

@@ -132,7 +132,8 @@ class Objects:
     @contextlib.contextmanager
     def struck(self, what: str, number: int, strike: Callable[[], object]) -> Iterator[None]:
         """Have `strike` come before chunk `number` of a "put" or of a "fill"."""
-        owner, name = {"put": (self.store, "_values"), "fill": (self.store._tier, "read")}[what]
+        steps = {"put": (self.store._packer, "pack"), "fill": (self.store._tier, "read")}
+        owner, name = steps[what]
         method = getattr(owner, name)
         strikes = [strike]
 

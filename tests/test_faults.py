@@ -83,7 +83,7 @@ class Struck:
 
     def put(self, strike: Callable[[], object] = lambda: None) -> str | SpillError:
         """The URL, or what kept the object from being put; `strike` comes in the middle."""
-        with _in_the_middle_of(self.store, "_values", strike):
+        with _in_the_middle_of(self.store._packer, "pack", strike):
             source = SourceObject(OBJECT_ID, b"PYTHON", b"owner", memoryview(DATA))
             urls, failure = self.store.put([source])
         assert bool(urls) == (failure is None)

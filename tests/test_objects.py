@@ -744,7 +744,7 @@ def test_objects_destroyed_while_they_are_written_are_not_reported(backend: Back
 
 def test_a_server_that_loses_its_data_meanwhile_is_noticed(backend: Backend) -> None:
     store = backend.store()
-    values = store._values
+    values = store._packer.pack
 
     def flushed_meanwhile(*args: Any) -> Any:
         for number, value in enumerate(values(*args)):
@@ -752,7 +752,7 @@ def test_a_server_that_loses_its_data_meanwhile_is_noticed(backend: Backend) -> 
                 backend.client.flushall()
             yield value
 
-    store._values = flushed_meanwhile  # type: ignore[method-assign]
+    store._packer.pack = flushed_meanwhile  # type: ignore[method-assign]
     urls, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
     assert urls == []
     assert isinstance(failure, LostObjectError)
@@ -761,7 +761,7 @@ def test_a_server_that_loses_its_data_meanwhile_is_noticed(backend: Backend) -> 
 
 KILL_POINTS = {
     "before anything was written": "tier.write = stop",
-    "half-way through an object": "store._values = stop_after_seven",
+    "half-way through an object": "store._packer.pack = stop_after_seven",
     "before it was reported": "tier.settle = stop",
 }
 
@@ -774,7 +774,7 @@ from ray_valkey_spill.objects import ObjectStore, SourceObject
 
 params, session, node, kill_point = sys.argv[1:]
 store = ObjectStore(Config.load({"chunk_size": 10000, **json.loads(params)}, {}), session, node)
-tier, values = store._tier, store._values
+tier, values = store._tier, store._packer.pack
 
 def stop(*args):
     print("now", flush=True)

@@ -163,10 +163,11 @@ def in_the_middle(owner, name, after):
 
 if any("SPILL_WORKER" in argument or "RESTORE_WORKER" in argument for argument in sys.orig_argv):
     from ray_valkey_spill.objects import ObjectStore
+    from ray_valkey_spill.packing import Packer
     from ray_valkey_spill.tiers import ValkeyTier
 
     before_and_after(ValkeyTier, "register")
-    in_the_middle(ObjectStore, "_values", 3)
+    in_the_middle(Packer, "pack", 3)
     before_and_after(ValkeyTier, "settle")
     before_and_after(ValkeyTier, "remove")
     in_the_middle(ObjectStore, "find_all", 0)
@@ -176,7 +177,7 @@ if any("SPILL_WORKER" in argument or "RESTORE_WORKER" in argument for argument i
 STEPS = {
     *(f"{when} {name}" for when in ("before", "after")
       for name in ("register", "settle", "remove", "fill")),
-    *(f"in the middle of {name}" for name in ("_values", "find_all", "read")),
+    *(f"in the middle of {name}" for name in ("pack", "find_all", "read")),
 }  # fmt: skip
 
 

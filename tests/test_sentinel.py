@@ -28,6 +28,7 @@ from ray_valkey_spill.errors import (
     ServerUnavailableError,
 )
 from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.packing import Packer
 from ray_valkey_spill.resp import command
 from ray_valkey_spill.tiers import ValkeyTier
 from ray_valkey_spill.wire import Link
@@ -314,7 +315,7 @@ def test_a_primary_killed_while_idle_is_followed(group: SentinelGroup, stores: S
 def test_a_primary_killed_while_putting_loses_nothing_that_is_reported(
     group: SentinelGroup, stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    striking(monkeypatch, ObjectStore, "_values", group.kill_primary)
+    striking(monkeypatch, Packer, "pack", group.kill_primary)
     url = put(stores(min_replicas=1))
     assert get(stores(), url) == CHUNKED
     # Nor is anything there that is not.
@@ -334,7 +335,7 @@ def test_a_primary_killed_while_filling_is_followed(
 def test_a_failover_that_was_asked_for_is_followed(
     group: SentinelGroup, stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    striking(monkeypatch, ObjectStore, "_values", lambda: ask_for_failover(group))
+    striking(monkeypatch, Packer, "pack", lambda: ask_for_failover(group))
     url = put(stores(min_replicas=1))
     assert get(stores(), url) == CHUNKED
 
