@@ -229,7 +229,7 @@ def _opened(config: Config, endpoint: Endpoint, timeout: float, sentinel: bool) 
                 return _connected(config, endpoint, timeout, None, sentinel)
         if _password(config) != password:
             raise TransientError(f"{endpoint} has a new password") from error
-        raise _refused(config, endpoint, error) from error
+        raise _refused(config, endpoint, error, sentinel) from error
     except client_errors.ValkeyError as error:
         raise tls.refusal(error, endpoint) or _translated(config, endpoint, error) from error
 
@@ -319,11 +319,15 @@ def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyE
     return ServerRefusedError(f"{endpoint} refuses the connection: {error}", mend)
 
 
-def _refused(config: Config, endpoint: Endpoint, error: Exception) -> ServerError:
+def _refused(
+    config: Config, endpoint: Endpoint, error: Exception, sentinel: bool = False
+) -> ServerError:
     username = config.address.username
     return ServerRefusedError(
         f"{endpoint} refuses {f'user {username!r}' if username else 'the default user'}: {error}",
-        "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has them",
+        "Give Sentinels no password, or user and password as the servers have them"
+        if sentinel
+        else "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has them",
     )
 
 

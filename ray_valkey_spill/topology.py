@@ -107,8 +107,7 @@ def primaries_of(
             failure = failure or error
         except ServerRefusedError as error:
             refusal = ServerRefusedError(
-                f"the Sentinel at {sentinel} refuses ({error.what})",
-                "Give Sentinels no password, or user and password as the servers have them",
+                f"the Sentinel at {sentinel} refuses ({error.what})", error.mend
             )
         except ServerError as error:
             refusal = ServerRefusedError(

@@ -9,7 +9,7 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,25 +65,43 @@ def tls_server(
         config: as in valkey.conf, with underscores for dashes.
     """
     certificates = make_certificates(directory / "certificates", names)
-    settings = {
-        "tls-ca-cert-file": certificates.ca,
-        "tls-cert-file": certificates.server.certificate,
-        "tls-key-file": certificates.server.key,
-        "tls-auth-clients": client_certificate_required,
-        **config,
-    }
     tls_port = free_port()
-    node = Node(
-        directory / "server",
-        tls_port,
-        {**settings, "port": 0, "tls-port": tls_port},
-        binary=tls_binary(),
-        **_tls_client(certificates),
-    )
+    settings = {"tls-auth-clients": client_certificate_required, **config}
+    node = tls_node(directory / "server", tls_port, certificates, settings)
     with contextlib.closing(node):
         node.start()
         wait_until(node.serves)
         yield TLSServer(_url(tls_port), tls_port, node.client, certificates)
+
+
+def tls_node(
+    directory: Path,
+    port: int,
+    certificates: Certificates,
+    config: Mapping[str, Any],
+    arguments: Sequence[str] = (),
+) -> Node:
+    """A server that speaks TLS alone, with its clients and with other servers; see `Node`."""
+    settings = {
+        "port": 0,
+        "tls-port": port,
+        "tls-ca-cert-file": certificates.ca,
+        "tls-cert-file": certificates.server.certificate,
+        "tls-key-file": certificates.server.key,
+        # What it shows where it is the client.
+        "tls-client-cert-file": certificates.client.certificate,
+        "tls-client-key-file": certificates.client.key,
+        "tls-replication": True,
+        **config,
+    }
+    return Node(
+        directory,
+        port,
+        settings,
+        arguments=arguments,
+        binary=tls_binary(),
+        **tls_client(certificates),
+    )
 
 
 @contextlib.contextmanager
@@ -97,7 +115,7 @@ def tls_front(
     certificates = make_certificates(directory / "certificates", names)
     with (
         contextlib.closing(_Front(server_port, certificates, client_certificate_required)) as front,
-        valkey.Valkey(port=front.port, **_tls_client(certificates)) as client,
+        valkey.Valkey(port=front.port, **tls_client(certificates)) as client,
     ):
         yield TLSServer(_url(front.port), front.port, client, certificates)
 
@@ -106,7 +124,8 @@ def _url(port: int) -> str:
     return f"valkeys://127.0.0.1:{port}/0"
 
 
-def _tls_client(certificates: Certificates) -> dict[str, Any]:
+def tls_client(certificates: Certificates) -> dict[str, Any]:
+    """How valkey-py connects, with a certificate, whatever names a server has."""
     return {
         "ssl": True,
         "ssl_ca_certs": str(certificates.ca),

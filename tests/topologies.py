@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import valkey
+from certificates import Certificates
 from servers import Contents, Node, free_ports, wait_until
+from tls import tls_client, tls_node
 from valkey.cluster import ClusterNode, ValkeyCluster
 from valkey.crc import key_slot
 
@@ -35,14 +37,16 @@ class Cluster(Contents):
     Attributes:
         nodes: its first primaries, then their replicas in the same order.
         client: one of the whole cluster.
+        tls: whether it speaks TLS alone.
     """
 
     nodes: list[Node]
     client: ValkeyCluster
+    tls: bool = False
 
     @property
     def url(self) -> str:
-        return _url(self.nodes)
+        return _url(self.nodes, self.tls)
 
     def keys(self, pattern: str = "*") -> list[bytes]:
         return sorted(key for node in self.primaries() for key in node.client.keys(pattern))
@@ -119,27 +123,35 @@ class Cluster(Contents):
 
 @contextlib.contextmanager
 def cluster_servers(
-    directory: Path, primaries: int = 3, replicas: int = 3, **config: Any
+    directory: Path,
+    primaries: int = 3,
+    replicas: int = 3,
+    certificates: Certificates | None = None,
+    **config: Any,
 ) -> Iterator[Cluster]:
     """A cluster whose slots are spread evenly, and its replicas over the primaries.
 
     Args:
         directory: for the nodes' files.
+        certificates: if given, all speak TLS alone.
         config: of each node, as in valkey.conf, with underscores for dashes.
     """
     number = primaries + replicas
     ports = free_ports(2 * number)
     common = {"cluster_enabled": True, "cluster_node_timeout": 1500, **_REPLICATION, **config}
+    if certificates is not None:
+        common["tls_cluster"] = True
     nodes = [
         # By default the bus would have a port that might not be free.
-        Node(directory / str(port), port, {**common, "cluster_port": bus})
+        _node(directory / str(port), port, {**common, "cluster_port": bus}, certificates)
         for port, bus in zip(ports[:number], ports[number:])
     ]
     with _running(nodes):
         _join(nodes, ports[number:], primaries)
         addresses = [ClusterNode("127.0.0.1", node.port) for node in nodes]
-        with contextlib.closing(ValkeyCluster(startup_nodes=addresses)) as client:
-            yield Cluster(nodes, client)
+        options = {} if certificates is None else tls_client(certificates)
+        with contextlib.closing(ValkeyCluster(startup_nodes=addresses, **options)) as client:
+            yield Cluster(nodes, client, certificates is not None)
 
 
 def _join(nodes: list[Node], buses: list[int], primaries: int) -> None:
@@ -225,11 +237,13 @@ class SentinelGroup(Contents):
     Attributes:
         service: the name that the Sentinels have for them.
         nodes: the first primary, then its replicas.
+        tls: whether all speak TLS alone.
     """
 
     service: str
     nodes: list[Node]
     sentinels: list[Node]
+    tls: bool = False
 
     @property
     def client(self) -> valkey.Valkey:
@@ -239,7 +253,7 @@ class SentinelGroup(Contents):
     @property
     def url(self) -> str:
         """Of the Sentinels."""
-        return _url(self.sentinels)
+        return _url(self.sentinels, self.tls)
 
     def primary(self) -> Node:
         """The one that all Sentinels name; waits until they name the same."""
@@ -305,28 +319,39 @@ class SentinelGroup(Contents):
 
 @contextlib.contextmanager
 def sentinel_servers(
-    directory: Path, replicas: int = 1, sentinels: int = 3, **config: Any
+    directory: Path,
+    replicas: int = 1,
+    sentinels: int = 3,
+    certificates: Certificates | None = None,
+    **config: Any,
 ) -> Iterator[SentinelGroup]:
     """A primary with replicas, and Sentinels two of which have to agree that it is gone.
 
     Args:
         directory: for the servers' files.
+        certificates: if given, all speak TLS alone.
         config: of the primary and the replicas, as in valkey.conf, with underscores for dashes.
     """
     service = "spill"
     ports = free_ports(1 + replicas + sentinels)
     common = {**_REPLICATION, **config}
-    nodes = [Node(directory / str(port), port, common) for port in ports[: 1 + replicas]]
+    nodes = [
+        _node(directory / str(port), port, common, certificates) for port in ports[: 1 + replicas]
+    ]
     watchers = [
-        Node(
-            directory / str(port), port, _watch(i, service, nodes[0].port), arguments=["--sentinel"]
+        _node(
+            directory / str(port),
+            port,
+            _watch(i, service, nodes[0].port),
+            certificates,
+            arguments=["--sentinel"],
         )
         for i, port in enumerate(ports[1 + replicas :])
     ]
     with _running(nodes), _running(watchers):
         for node in nodes[1:]:
             node.client.replicaof("127.0.0.1", nodes[0].port)
-        group = SentinelGroup(service, nodes, watchers)
+        group = SentinelGroup(service, nodes, watchers, certificates is not None)
         for sentinel in watchers:
             _quicken(sentinel)
         group.wait_until_whole()
@@ -368,6 +393,18 @@ def _quicken(sentinel: Node) -> None:
 # --- both ---
 
 
+def _node(
+    directory: Path,
+    port: int,
+    config: Mapping[str, Any],
+    certificates: Certificates | None,
+    arguments: Sequence[str] = (),
+) -> Node:
+    if certificates is None:
+        return Node(directory, port, config, arguments=arguments)
+    return tls_node(directory, port, certificates, config, arguments)
+
+
 @contextlib.contextmanager
 def _running(nodes: Iterable[Node]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
@@ -406,8 +443,8 @@ def _replication(node: Node) -> dict[str, Any]:
     return found
 
 
-def _url(nodes: Iterable[Node]) -> str:
-    return f"valkey://{','.join(f'127.0.0.1:{node.port}' for node in nodes)}/0"
+def _url(nodes: Iterable[Node], tls: bool) -> str:
+    return f"valkey{'s' if tls else ''}://{','.join(f'127.0.0.1:{node.port}' for node in nodes)}/0"
 
 
 def _bytes(key: str | bytes) -> bytes:
