@@ -414,6 +414,28 @@ def test_an_upload_holds_no_more_than_a_part_of_an_object(bucket: Bucket) -> Non
     assert grown < 48 * MIB
 
 
+def test_what_is_sealed_is_not_to_be_read_or_changed_there(
+    stores: Callable[..., ObjectStore], place: Place_, tmp_path: Path
+) -> None:
+    key_file = tmp_path / "spill.key"
+    key_file.write_text("ab" * 32)
+    store = stores(place.uri, encryption_key_file=str(key_file))
+    known = bytes(range(256)) * 4 * CHUNK
+    urls, failure = store.put([source(known, 0), source(b"inline" * 100, 1)])
+    assert failure is None
+    assert [get(store, url, number) for number, url in enumerate(urls)] == [known, b"inline" * 100]
+    files = [name for name in place.files() if "place." not in name]
+    assert len(files) == 2
+    for name in files:
+        stored = place.read(name)
+        assert known[:64] not in stored
+        assert b"inline" not in stored
+        place.write(name, stored[:100] + bytes([stored[100] ^ 1]) + stored[101:])
+    for number, url in enumerate(urls):
+        with pytest.raises(LostObjectError, match="seal"):
+            get(store, url, number)
+
+
 # --- killed writers ---
 
 DYING_WRITER = """
