@@ -97,6 +97,8 @@ class CleanUp:
     def find(self, tell: Callable[[str], None] = lambda text: None) -> list[Remains]:
         """Watch for about as long as a lease lasts; returns what the dead have left.
 
+        Those whose GCS cannot be asked are watched for ten times as long again.
+
         Args:
             tell: is given lines on what is waited for, and on what is kept and why.
         """
@@ -138,7 +140,7 @@ class CleanUp:
         return leases
 
     def _owners(self) -> set[Owner]:
-        owners, sessions = self._ledger.owners(), {*self._ledger.places()}
+        owners, sessions = self._ledger.owners(), {*self._ledger.overflows()}
         if self._overflow is not None:
             owners |= self._overflow.owners()
             sessions |= self._overflow.sessions()
@@ -238,9 +240,9 @@ class CleanUp:
                     self._overflow.destroy_session(session)
                 for each in of_session:
                     self._ledger.close_account(each.owner)
-                place = self._ledger.places().get(session)
-                if place is not None and self._ledger.forget_place(session) and self._overflow:
-                    self._overflow.unsign(session, place)
+                token = self._ledger.overflows().get(session)
+                if token is not None and self._ledger.forget_overflow(session) and self._overflow:
+                    self._overflow.unsign(session, token)
                 removed += of_session
         return removed
 

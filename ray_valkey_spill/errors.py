@@ -12,7 +12,8 @@
         ├── ServerRefusedError      wrong password, missing permission, read-only, forbidden
         └── NotValkeyError          something answers there, but not in the Valkey protocol
 
-Error replies of the server are translated in `resp`, errors of the client library in `wire`.
+Error replies are translated in `resp`, what the client library raises in `connection`, failed TLS
+handshakes in `tls`, and what a file system raises in `overflow`.
 No message ever holds a password.
 """
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 __all__ = ["DeletionJournal"]
@@ -32,15 +32,23 @@ class DeletionJournal:
         self._name = name
         # Process ids are used again: the file of an earlier process is not to be taken for ours.
         self._token = os.urandom(4).hex()
-        self._left: dict[str, None] = {}
+        # And whether whoever was at it has given up.
+        self._left: dict[str, bool] = {}
         self._lock = threading.Lock()
 
-    def add(self, urls: Iterable[str]) -> None:
-        """Note them, before they are deleted."""
-        new = dict.fromkeys(urls)
+    @contextlib.contextmanager
+    def deleting(self, urls: Sequence[str]) -> Iterator[None]:
+        """Note them while they are deleted; where that fails they are `left` from then on."""
         with self._lock:
-            self._left |= new
-            self._append("+", new)
+            self._left |= dict.fromkeys(urls, False)
+            self._append("+", urls)
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._left |= dict.fromkeys(urls, True)
+            raise
+        self.done(urls)
 
     def done(self, urls: Iterable[str]) -> None:
         """Forget them: they are deleted."""
@@ -55,9 +63,9 @@ class DeletionJournal:
                     path.unlink(missing_ok=True)
 
     def left(self) -> list[str]:
-        """What is still to be deleted by this process."""
+        """What this process has still to delete, and is not just at."""
         with self._lock:
-            return list(self._left)
+            return [url for url, given_up in self._left.items() if given_up]
 
     def of_the_dead(self, is_alive: Callable[[int], bool]) -> list[tuple[Path, list[str]]]:
         """What killed processes of the node had left; each time a file to be removed, and URLs."""

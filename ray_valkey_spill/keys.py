@@ -2,7 +2,7 @@
 
     <key_prefix><namespace>:{<namespace>}:index                           what is stored
     <key_prefix><namespace>:{<namespace>}:pending                         what is being written
-    <key_prefix><namespace>:{<namespace>}:usage, :grants, :leases, :places    see `ledger`
+    <key_prefix><namespace>:{<namespace>}:usage, :grants, :leases, :overflows  see `ledger`
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>       header
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>:<i>   chunk i of n
 
@@ -94,7 +94,7 @@ class Entry(NamedTuple):
 class Place(NamedTuple):
     """What a URL tells: which object, its data's length in bytes, in which tier, sealed with what.
 
-    Nobody who can only write to the server or the overflow can change what Ray has of that.
+    It comes from Ray, so whoever can write only to the server or the overflow cannot forge it.
     """
 
     name: ObjectName
@@ -134,8 +134,8 @@ class Keyspace:
         return self._book("leases")
 
     @property
-    def places(self) -> str:
-        return self._book("places")
+    def overflows(self) -> str:
+        return self._book("overflows")
 
     def _book(self, name: str) -> str:
         namespace = self.root[:-1].rpartition(":")[2]

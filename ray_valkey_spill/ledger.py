@@ -10,7 +10,7 @@ run on a full server too (`allow-oom`): they write a few bytes where data has ma
                           and changes counted on from when this began, in µs: none comes twice
     grants   hash         <session>:<node>:<writer> → "<granted> <written>", in bytes
     leases   sorted set   <session>:<node>:<GCS address>, by when it was last renewed, in ms
-    places   hash         <session> → which overflow it has
+    overflows  hash       <session> → the token of the overflow that its nodes have
 """
 
 from __future__ import annotations
@@ -206,17 +206,17 @@ return 1
 """
 )
 
-# KEYS: places. ARGV: session, place. Returns the place that the session has now.
-_SETTLE_PLACE = _script(
+# KEYS: overflows. ARGV: session, token. Returns the token that the session has now.
+_AGREE = _script(
     """
 redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
 return redis.call('HGET', KEYS[1], ARGV[1])
 """
 )
 
-# KEYS: places, leases. ARGV: session, and "<session>:". Returns whether the place is forgotten: not
-# if a node of the session has a lease.
-_FORGET_PLACE = _script(
+# KEYS: overflows, leases. ARGV: session, and "<session>:". Returns whether its token is forgotten:
+# not if a node of the session has a lease.
+_FORGET_OVERFLOW = _script(
     """
 for _, member in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
     if member:sub(1, #ARGV[2]) == ARGV[2] then return 0 end
@@ -408,22 +408,21 @@ class Ledger:
         ((seconds, microseconds),) = self._link.execute(command("TIME"))
         return int(seconds) * 1000 + int(microseconds) // 1000
 
-    # --- places ---
+    # --- overflows ---
 
-    def place(self, session: str, proposed: str) -> str:
-        """Which overflow a session has; `proposed`, if it had none."""
-        (found,) = self._link.execute(
-            self._eval(_SETTLE_PLACE, [self._keys.places], session, proposed)
-        )
+    def agree_on_overflow(self, session: str, proposed: str) -> str:
+        """The token of the overflow that a session has; `proposed`, if it had none."""
+        (found,) = self._link.execute(self._eval(_AGREE, [self._keys.overflows], session, proposed))
         return str(found.decode())
 
-    def places(self) -> dict[str, str]:
-        return self._hash(self._keys.places)
+    def overflows(self) -> dict[str, str]:
+        """The tokens, by session."""
+        return self._hash(self._keys.overflows)
 
-    def forget_place(self, session: str) -> bool:
+    def forget_overflow(self, session: str) -> bool:
         """Forget which overflow a session has, unless a node of it lives; returns whether."""
-        keys = [self._keys.places, self._keys.leases]
-        request = self._eval(_FORGET_PLACE, keys, session, f"{session}:")
+        keys = [self._keys.overflows, self._keys.leases]
+        request = self._eval(_FORGET_OVERFLOW, keys, session, f"{session}:")
         return self._link.execute(request) == [1]
 
     def _hash(self, key: str) -> dict[str, str]:

@@ -29,12 +29,7 @@ from ray_valkey_spill.errors import (
     SpillError,
     UnconfirmedError,
 )
-from ray_valkey_spill.format import (
-    Header,
-    checksum,
-    decode_header,
-    key_id,
-)
+from ray_valkey_spill.format import Header, checksum, decode_header, key_id
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attempt
 from ray_valkey_spill.ledger import Ledger, Owner
 from ray_valkey_spill.observer import Loss, Observer, Tier
@@ -104,8 +99,8 @@ class _Removal(NamedTuple):
 class ObjectStore:
     """Objects of one node of one Ray session.
 
-    For one thread at a time, beside which another may `recover`. Opens its connection with the
-    first operation.
+    For one thread at a time, and a second one for the methods that say so, such as `recover`, which
+    have a connection of their own. Connections are opened by the first operation.
 
     Args:
         config: where, under which prefix, and how chunks are cut and compressed.
@@ -137,7 +132,7 @@ class ObjectStore:
         self._recount_at = self._look_at_overflow_at = float("-inf")
         self._in_overflow: int | None = None
         # What put() could not remove, for recover(). Bounded, for an outage can be long; the rest
-        # is in the index, and goes with the session.
+        # stays pending, and goes once this process has ended, or with the session.
         self._abandoned: deque[ObjectName] = deque(maxlen=_ABANDONED)
         self._abandoned_grants: deque[str] = deque(maxlen=_ABANDONED)
 
@@ -195,7 +190,8 @@ class ObjectStore:
 
     def _tell_of_put(self, tier: Tier, stored: Sequence[Entry], started: float) -> None:
         if stored:
-            logical, counted = (sum(sizes) for sizes in zip(*(entry[1:] for entry in stored)))
+            logical = sum(entry.size for entry in stored)
+            counted = sum(entry.stored for entry in stored)
             seconds = time.perf_counter() - started
             self._observer.done("spill", tier, len(stored), logical, counted, seconds)
 
@@ -281,7 +277,7 @@ class ObjectStore:
 
         Raises:
             LostObjectError: if it is gone, damaged, of a newer format, or not the one meant; or not
-                sealed, where all has to be.
+                sealed, though this node has an encryption_key_file.
             ConfigError: if it is sealed with a key that this node does not have (yet).
         """
         (found,) = self.find_all([(url, object_id)])
@@ -328,14 +324,18 @@ class ObjectStore:
             else:
                 yield self._checked(place, object_id, next(stats))
 
-    def _reachable_overflow(self) -> OverflowTier:
-        """Raises OverflowUnavailableError."""
+    def _reachable_overflow(self, ledger: Ledger | None = None) -> OverflowTier:
+        """The session's overflow; `ledger` is that of another thread, if this is called in one.
+
+        Raises:
+            OverflowUnavailableError
+        """
         if self._shared_overflow is None:
             raise OverflowUnavailableError(
                 "an object was spilled to the overflow, and this node has no overflow_uri",
                 "Give every node the same overflow_uri",
             )
-        return self._shared_overflow.joined(self._tier.ledger)
+        return self._shared_overflow.joined(ledger or self._tier.ledger)
 
     def _checked(self, place: Place, object_id: str, stat: Stat) -> StoredObject | _Lost:
         try:
@@ -419,18 +419,20 @@ class ObjectStore:
         return places, foreign
 
     def _remove(self, valkey: ValkeyTier, places: Sequence[Place]) -> list[_Removal]:
+        """Remove objects of both tiers; `valkey` is that of the thread which this is called in."""
+        in_valkey = [place for place in places if not place.overflow]
+        in_overflow = [place for place in places if place.overflow]
         removals = []
-        tiers: tuple[Tier, ...] = ("valkey", "overflow")
-        for tier in tiers:
+        if in_valkey:
             started = time.perf_counter()
-            in_tier = [place for place in places if place.overflow == (tier == "overflow")]
-            if tier == "valkey":
-                valkey.remove(place.name for place in in_tier)
-            for place in in_tier if tier == "overflow" else ():
-                self._reachable_overflow().remove(place)
-            if in_tier:
-                size = sum(place.size for place in in_tier)
-                removals.append(_Removal(tier, len(in_tier), size, time.perf_counter() - started))
+            valkey.remove(place.name for place in in_valkey)
+            removals.append(_removal("valkey", in_valkey, started))
+        if in_overflow:
+            started = time.perf_counter()
+            overflow = self._reachable_overflow(valkey.ledger)
+            for place in in_overflow:
+                overflow.remove(place)
+            removals.append(_removal("overflow", in_overflow, started))
         return removals
 
     def _tell_of_removals(self, removals: Iterable[_Removal]) -> None:
@@ -508,7 +510,9 @@ class ObjectStore:
             ServerError, OverflowUnavailableError: what could not be removed is left for the next
                 time.
         """
-        left, grants = _all_of(self._abandoned), {*_all_of(self._abandoned_grants)}
+        # Grants first: `_abandon`, in the other thread, adds them after what was written of them.
+        grants = {*_all_of(self._abandoned_grants)}
+        left = _all_of(self._abandoned)
         removed = False
         try:
             # Before a look at what is pending, for a grant stands for what its writer has written.
@@ -523,16 +527,18 @@ class ObjectStore:
                 # first the writer may have died between that and this.
                 dead &= self._pending_of_the_dead(is_alive)
             self._recovery.remove([*left, *dead])
-            removals = self._remove(self._recovery, places)
             self._recovery.ledger.release([*grants])
-            if self._overflow is not None and not self._looked_for_parts:
-                # Whose writer dies from now on, another process will be started in its place.
-                self._overflow.remove_parts(self._owner, is_alive)
-                self._looked_for_parts = True
+            removed = True
             if time.monotonic() > self._recount_at:
                 self._recovery.ledger.recount(self._owner)
                 self._recount_at = time.monotonic() + _BETWEEN_RECOUNTS
-            removed = True
+            # Last, for an overflow can be away for long.
+            removals = self._remove(self._recovery, places)
+            if self._overflow is not None and not self._looked_for_parts:
+                # Whose writer dies from now on, another process will be started in its place.
+                overflow = self._reachable_overflow(self._recovery.ledger)
+                overflow.remove_parts(self._owner, is_alive)
+                self._looked_for_parts = True
         finally:
             if not removed:
                 self._abandoned.extendleft(left)
@@ -573,12 +579,12 @@ class ObjectStore:
         They have to be listed. This may run in another thread, as `recover`.
 
         Raises:
-            OverflowUnavailableError
+            OverflowUnavailableError, ServerError
         """
         if self._overflow is not None and time.monotonic() > self._look_at_overflow_at:
+            overflow = self._reachable_overflow(self._recovery.ledger)
             self._look_at_overflow_at = time.monotonic() + _BETWEEN_RECOUNTS
-            files = self._overflow.files(self._owner)
-            self._in_overflow = sum(file.entry.stored for file in files)
+            self._in_overflow = sum(file.entry.stored for file in overflow.files(self._owner))
         return self._in_overflow
 
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
@@ -657,6 +663,11 @@ def problems(
     sealed = header.seal is not None
     if header.inline and not sealed and checksum(payload) != header.chunks[0].checksum:
         yield "its data are damaged (wrong checksum)"
+
+
+def _removal(tier: Tier, places: Sequence[Place], started: float) -> _Removal:
+    size = sum(place.size for place in places)
+    return _Removal(tier, len(places), size, time.perf_counter() - started)
 
 
 def _timed(found: Iterable[StoredObject | _Lost]) -> Iterator[StoredObject | _Lost]:

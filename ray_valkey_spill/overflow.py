@@ -128,7 +128,7 @@ class OverflowTier:
                     size = file.size()
                     tail = file.read_at(size, 0) if place.name.chunks == 0 else _tail(file, size)
             except FileNotFoundError:
-                self._require_place(place)
+                self._require_signature(place)
                 return Stat(None, [])
         return Stat(tail, [], payload=0 if place.name.chunks == 0 else size - len(tail))
 
@@ -147,7 +147,7 @@ class OverflowTier:
             try:
                 file = self._fs.open_input_file(self._path(place))
             except FileNotFoundError:
-                self._require_place(place)
+                self._require_signature(place)
                 raise LostObjectError("its file is gone from the overflow") from None
             with file:
                 if self._has_directories:
@@ -311,7 +311,7 @@ class OverflowTier:
         for _ in range(len(self._undiscarded)):
             self._discard(self._undiscarded.popleft())
 
-    def _require_place(self, place: Place) -> None:
+    def _require_signature(self, place: Place) -> None:
         """Tell that a place is gone, such as a share that is not mounted, and not a file of it.
 
         Raises:

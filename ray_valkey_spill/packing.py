@@ -150,7 +150,7 @@ class Packer:
         """
         ahead: deque[_Piece] = deque()
         chunks: list[Chunk] = []
-        key, taken = "", 0
+        header_key, taken = "", 0
 
         def take(piece: _Piece, key: str, parts: Sequence[Buffer]) -> Value:
             nonlocal taken
@@ -164,18 +164,18 @@ class Packer:
             for piece in _lookahead(self._pieces(named, sealing), self._chunks_ahead, ahead):
                 name = piece.name
                 if piece.index == 0:
-                    key = self._keys.header(name)
-                    chunks, taken = [], member_cost(len(key) - len(self._keys.root))
+                    header_key = self._keys.header(name)
+                    chunks, taken = [], member_cost(len(header_key) - len(self._keys.root))
                     if budget is not None:
                         # What does not fit is better known before half of it is there.
                         budget.require(int(len(piece.source.data) * piece.ratio))
                         budget.take(taken)
                 chunk, stored = piece.job.result() if piece.job else (None, piece.data)
                 if name.chunks:
-                    yield take(piece, f"{key}:{piece.index}", [stored])
+                    yield take(piece, f"{header_key}:{piece.index}", [stored])
                 chunks.append(chunk or Chunk(len(stored), Codec.RAW, checksum(stored)))
                 if piece.index + 1 >= name.chunks:
-                    value = take(piece, key, self._header(piece, chunks, stored))
+                    value = take(piece, header_key, self._header(piece, chunks, stored))
                     yield value._replace(completes=Entry(name, value.size, taken))
         finally:
             # The caller may take its memory back once this is over.

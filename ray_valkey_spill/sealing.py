@@ -60,8 +60,8 @@ class Seal:
     def open_chunk(self, number: int, stored: _Buffer, target: memoryview) -> None:
         """Open a chunk into `target`, which has `TAG_SIZE` bytes less. Releases the GIL.
 
-        `target` is written to before it is known whether the chunk is whole: where this raises,
-        what it has is somebody else's, perhaps.
+        `target` is written to before it is known whether the chunk is whole: if this raises, it may
+        have bytes that an attacker chose.
 
         Raises:
             LostObjectError: this is not what was sealed as chunk `number` of this object.

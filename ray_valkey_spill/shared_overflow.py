@@ -49,12 +49,12 @@ class SharedOverflow:
 
     def join(self, ledger: Ledger) -> None:
         """Make sure that the overflow is the session's, or make it that. The node needs a lease."""
-        known = self._agreed or ledger.places().get(self._session)
+        known = self._agreed or ledger.overflows().get(self._session)
         token = known or _new_token()
         if known is None:
             self._overflow.sign(self._session, token)
         # A server that has lost its data is told again.
-        agreed = ledger.place(self._session, token)
+        agreed = ledger.agree_on_overflow(self._session, token)
         is_here = agreed == self._agreed or self._overflow.is_signed(self._session, agreed)
         if agreed != token and (is_here or known is None):
             # Others were faster, and nobody will look for this one.
@@ -70,8 +70,8 @@ class SharedOverflow:
 
     def leave(self, ledger: Ledger) -> None:
         """The last of the session's nodes takes down what they had agreed on."""
-        agreed = ledger.places().get(self._session)
-        if agreed is not None and ledger.forget_place(self._session):
+        agreed = ledger.overflows().get(self._session)
+        if agreed is not None and ledger.forget_overflow(self._session):
             self._overflow.unsign(self._session, agreed)
         self._agreed = None
 

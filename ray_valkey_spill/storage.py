@@ -82,7 +82,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             told. It fails every operation instead, and drivers are told.
         ServerError, OverflowUnavailableError: the server cannot be used, as found by
             `preflight.run_all`, or the overflow. Only outside of IO workers, and there only the
-            first time for a session: that one is Ray's validation and must stop the head. An IO
+            first time for a session: that is Ray's validation, whose failure stops the head. An IO
             worker comes up without either and retries, and `ray.shutdown()` must not fail because
             the server went first.
     """
@@ -162,15 +162,14 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         What cannot be removed now is removed once it can be: Ray never asks again.
         """
         wanted = [_text(url) for url in urls]
-        self._journal.add(wanted)
         self._recovery.start()
         try:
-            foreign = self._store.delete(wanted)
+            with self._journal.deleting(wanted):
+                foreign = self._store.delete(wanted)
         except SpillError as error:
             self._recovery.wake()
             self._failed("delete", "objects cannot be deleted", error)
             return
-        self._journal.done(wanted)
         for url in foreign:
             logger.warning("not deleted, because it was not spilled here: %s", url)
         self._outage.over()
@@ -366,6 +365,9 @@ class _Unusable:
 
     def __init__(self, error: ConfigError) -> None:
         self._error = error
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
     def __getattr__(self, name: str) -> Any:
         raise self._error

@@ -124,8 +124,8 @@ class ValkeyTier:
             ServerUnavailableError: replicas have not confirmed them in time.
         """
         self._link.await_replicas(breaks)
-        breaks, before = self._link.breaks, breaks
-        if breaks == before or not entries:
+        latest = self._link.breaks
+        if latest == breaks or not entries:
             return
         stats = list(self.stat([(entry.name, 0) for entry in entries]))
         # What fell back to being pending would be removed once this process has ended.
@@ -133,7 +133,7 @@ class ValkeyTier:
         settlements = list(self._link.run(self.ledger.settlements(owner, entries)))
         settled = sum(request.result() for request in settlements)
         are_there = all(stat.is_whole for stat in stats) and settled == len(entries)
-        if not are_there or self._link.breaks != breaks:
+        if not are_there or self._link.breaks != latest:
             raise UnconfirmedError("the server lost what had just been written to it")
 
     def stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:

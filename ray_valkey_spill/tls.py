@@ -23,19 +23,16 @@ def context(config: Config) -> ssl.SSLContext:
     Raises:
         ConfigError: naming the file that cannot be used.
     """
-    made = ssl.create_default_context()
-    made.minimum_version = ssl.TLSVersion.TLSv1_2
     ca, certificate, key = config.tls_ca_file, config.tls_cert_file, config.tls_key_file
-    if ca is not None:
-        try:
-            # Alone: a server that shows a certificate of another CA is not the one that is meant.
-            made = ssl.create_default_context(cafile=ca)
-            made.minimum_version = ssl.TLSVersion.TLSv1_2
-        except OSError as error:
-            raise ConfigError(
-                f"tls_ca_file {ca!r} cannot be used: {_text(error)}",
-                "It must be a PEM file that every node can read",
-            ) from error
+    try:
+        # A CA alone: a server that shows a certificate of another one is not the one that is meant.
+        made = ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise ConfigError(
+            f"tls_ca_file {ca!r} cannot be used: {_text(error)}",
+            "It must be a PEM file that every node can read",
+        ) from error
+    made.minimum_version = ssl.TLSVersion.TLSv1_2
     if certificate is not None:
         try:
             # A key that has a pass phrase would be asked for at the terminal.
@@ -86,6 +83,18 @@ class TlsSocket:
         return (self._sock.recv_into(buffers[0]),)
 
 
+def _mend(message: str) -> str:
+    """What to do about a certificate that OpenSSL says this of."""
+    if "match" in message:  # "Hostname mismatch", "IP address mismatch"
+        return "Name the host in url as its certificate does"
+    if "expired" in message or "not yet valid" in message:
+        return "Renew it, or correct the clock"
+    if "self-signed" in message or "issuer" in message or "signature" in message:
+        return "Give the CA that signed it as tls_ca_file"
+    # "Missing Authority Key Identifier", and others: from Python 3.13 on, RFC 5280 is kept to.
+    return "Have its CA make it anew as RFC 5280 asks, or give the right CA as tls_ca_file"
+
+
 def refusal(error: BaseException | None, endpoint: Endpoint) -> SpillError | None:
     """What a failed handshake means that another attempt does not cure; None if there was none."""
     while error is not None and not isinstance(error, ssl.SSLError):
@@ -93,12 +102,9 @@ def refusal(error: BaseException | None, endpoint: Endpoint) -> SpillError | Non
     if error is None:
         return None
     if isinstance(error, ssl.SSLCertVerificationError):
-        named = "match" in error.verify_message  # "Hostname mismatch", "IP address mismatch"
         return ServerRefusedError(
             f"the certificate that {endpoint} shows is refused: {error.verify_message}",
-            "Name the host in url as its certificate does"
-            if named
-            else "Give the CA that signed it as tls_ca_file",
+            _mend(error.verify_message),
         )
     reason = error.reason or ""
     if "ALERT" in reason:

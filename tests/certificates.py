@@ -15,6 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 NAMES = ("127.0.0.1", "localhost")
 _DAY = datetime.timedelta(days=1)
+_NOW = datetime.datetime.now(datetime.UTC)
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,15 @@ class Certificates:
         return {"tls_ca_file": str(self.ca), **(proof if client else {})}
 
 
-def make_certificates(directory: Path, names: Sequence[str] = NAMES) -> Certificates:
-    """Make a CA, and let it sign a server that has `names`, and a client."""
+def make_certificates(
+    directory: Path, names: Sequence[str] = NAMES, expired: bool = False
+) -> Certificates:
+    """Make a CA, and let it sign a server that has `names`, and a client.
+
+    With `expired`, what it signs has been valid until a day ago.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    ca = _Authority()
+    ca = _Authority(_NOW - 2 * _DAY if expired else _NOW)
     authority = directory / "ca.pem"
     authority.write_bytes(_pem(ca.certificate))
     return Certificates(
@@ -56,13 +62,16 @@ def make_certificates(directory: Path, names: Sequence[str] = NAMES) -> Certific
 
 
 class _Authority:
-    def __init__(self) -> None:
+    def __init__(self, signing_at: datetime.datetime) -> None:
+        self._signing_at = signing_at
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name("CA of the tests")
+        self._identifier = x509.SubjectKeyIdentifier.from_public_key(self._key.public_key())
         self.certificate = (
-            _unsigned(self._name, self._name, self._key.public_key())
+            _unsigned(self._name, self._name, self._key.public_key(), _NOW)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
+            .add_extension(self._identifier, critical=False)
             .sign(self._key, hashes.SHA256())
         )
 
@@ -70,11 +79,14 @@ class _Authority:
         self, directory: Path, role: str, usage: x509.ObjectIdentifier, names: Sequence[str]
     ) -> Pair:
         key = ec.generate_private_key(ec.SECP256R1())
+        # Python 3.13 and newer refuse a certificate without.
+        authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(self._identifier)
         builder = (
-            _unsigned(_name(role), self._name, key.public_key())
+            _unsigned(_name(role), self._name, key.public_key(), self._signing_at)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(digital_signature=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(authority, critical=False)
         )
         if names:
             alternatives = x509.SubjectAlternativeName([_general_name(name) for name in names])
@@ -92,17 +104,16 @@ class _Authority:
 
 
 def _unsigned(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, at: datetime.datetime
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _DAY)
-        .not_valid_after(now + _DAY)
+        .not_valid_before(at - _DAY)
+        .not_valid_after(at + _DAY)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -16,10 +17,9 @@ import os, pathlib, signal, sys
 from ray_valkey_spill.journal import DeletionJournal
 
 journal = DeletionJournal(lambda: pathlib.Path(sys.argv[1]), sys.argv[2])
-journal.add(["a", "b", "c"])
-journal.add(["d", "e"])
-journal.done(["b", "e"])
-os.kill(os.getpid(), signal.SIGKILL)
+with journal.deleting(["a", "b", "c"]), journal.deleting(["d", "e"]):
+    journal.done(["b", "e"])
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -29,10 +29,23 @@ def killed_writer(directory: Path, name: str) -> int:
     return process.pid
 
 
+def give_up(journal: DeletionJournal, *urls: str) -> None:
+    with contextlib.suppress(ConnectionError), journal.deleting(urls):
+        raise ConnectionError
+
+
+def test_what_somebody_is_at_is_left_to_nobody_else(tmp_path: Path) -> None:
+    journal = DeletionJournal(lambda: tmp_path, "node")
+    give_up(journal, "a")
+    with journal.deleting(["b"]):
+        assert journal.left() == ["a"]
+    assert journal.left() == ["a"]
+
+
 def test_what_a_killed_process_had_left_is_found_by_its_node_alone(tmp_path: Path) -> None:
     pid = killed_writer(tmp_path, "node1")
     survivor = DeletionJournal(lambda: tmp_path, "node1")
-    survivor.add(["mine"])
+    give_up(survivor, "mine")
     assert list(survivor.of_the_dead(lambda other: True)) == []
     ((path, urls),) = survivor.of_the_dead(lambda other: other != pid)
     assert urls == ["a", "c", "d"]
@@ -43,8 +56,8 @@ def test_what_a_killed_process_had_left_is_found_by_its_node_alone(tmp_path: Pat
 
 def test_nothing_is_left_on_disk_when_nothing_is_to_be_done(tmp_path: Path) -> None:
     journal = DeletionJournal(lambda: tmp_path, "node")
-    journal.add(["a", "b"])
-    journal.add(["c"])
+    give_up(journal, "a", "b")
+    give_up(journal, "c")
     assert len(list(tmp_path.iterdir())) == 1
     journal.done(["a", "c"])
     assert journal.left() == ["b"]
@@ -62,7 +75,7 @@ def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path: Path) -> N
 def test_what_an_earlier_process_of_the_same_id_had_left_is_found(tmp_path: Path) -> None:
     Path(tmp_path, f"node-{os.getpid()}-abcd.deletions").write_text("\n+theirs\n")
     journal = DeletionJournal(lambda: tmp_path, "node")
-    journal.add(["mine"])
+    give_up(journal, "mine")
     journal.done(["mine"])
     ((_, urls),) = journal.of_the_dead(lambda pid: True)
     assert urls == ["theirs"]
@@ -81,7 +94,7 @@ def test_without_a_place_for_files_the_process_itself_knows(
     tmp_path: Path, directory: str | None
 ) -> None:
     journal = DeletionJournal(lambda: directory and tmp_path / directory, "node")
-    journal.add(["a", "b"])
+    give_up(journal, "a", "b")
     journal.done(["a"])
     assert journal.left() == ["b"]
     assert list(journal.of_the_dead(lambda pid: False)) == []

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -123,7 +127,9 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def project(scratch: Path) -> Path:
     """A copy of the project, because building may leave files behind."""
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "*venv*")
+    left_out = shutil.ignore_patterns(
+        ".[!c]*", "__pycache__", "*.egg-info", "build", "dist", "*venv*"
+    )
     return shutil.copytree(PROJECT, scratch / "project", ignore=left_out)
 
 
@@ -147,6 +153,19 @@ def wheel(scratch: Path, project: Path, bare: Callable[[str], Environment]) -> P
     bare(next(iter(INTERPRETERS))).pip("wheel", "--no-deps", "-w", scratch / "wheels", project)
     (wheel,) = (scratch / "wheels").iterdir()
     return wheel
+
+
+@pytest.fixture(scope="module")
+def sdist(scratch: Path, project: Path, bare: Callable[[str], Environment]) -> Path:
+    environment = bare(next(iter(INTERPRETERS))).copy(scratch / "sdist")
+    backend = tomllib.loads((project / "pyproject.toml").read_text())["build-system"]
+    environment.pip("install", *backend["requires"])
+    code = f"""
+    import os, {backend["build-backend"]} as backend
+    os.chdir({str(project)!r})
+    print(backend.build_sdist({str(scratch)!r}))
+    """
+    return scratch / environment.python(code).stdout.split()[-1]
 
 
 @pytest.fixture(scope="module", params=INTERPRETERS)
@@ -196,9 +215,56 @@ def test_the_wheel_is_for_every_python_and_has_nothing_but_the_package(wheel: Pa
         names = archive.namelist()
     name_and_version, _, tags = wheel.stem.partition("-py")
     assert tags == "3-none-any"
-    top = {name.partition("/")[0] for name in names}
-    assert top == {"ray_valkey_spill", f"{name_and_version}.dist-info", *START_UP_FILES}
-    assert "ray_valkey_spill/py.typed" in names
+    package = {path.name for path in (PROJECT / "ray_valkey_spill").glob("*.py")} | {"py.typed"}
+    about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
+    assert sorted(names) == sorted(
+        [
+            *(f"ray_valkey_spill/{name}" for name in package),
+            *(f"{name_and_version}.dist-info/{name}" for name in about),
+            *START_UP_FILES,
+        ]
+    )
+
+
+def test_the_metadata_are_the_projects(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (each for each in archive.namelist() if each.endswith("/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    assert metadata["Name"] == "ray-valkey-spill"
+    assert metadata["Version"] == wheel.name.split("-")[1]
+    assert (metadata["License-Expression"], metadata["License-File"]) == ("Apache-2.0", "LICENSE")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    readme = (PROJECT / "README.md").read_bytes()
+    assert metadata.get_payload(decode=True) == readme
+    named = re.findall(r"Python :: (3\.\d+)$", "\n".join(metadata.get_all("Classifier", [])), re.M)
+    assert metadata["Requires-Python"] == f">={named[0]}"
+
+
+def test_the_sdist_has_all_of_the_project_and_nothing_else(sdist: Path, project: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        members = [member for member in archive.getmembers() if member.isfile()]
+    roots = {member.name.partition("/")[0] for member in members}
+    assert roots == {sdist.name.removesuffix(".tar.gz")}
+    found = {member.name.partition("/")[2]: bool(member.mode & 0o100) for member in members}
+    del found["PKG-INFO"]
+    files = ["CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "setup.cfg"]
+    directories = [".ci", "benchmarks", "deploy", "docs", "ray_valkey_spill", "tests"]
+    paths = [project / name for name in files]
+    for name in directories:
+        paths += [path for path in (project / name).rglob("*") if path.is_file()]
+    assert found == {str(path.relative_to(project)): os.access(path, os.X_OK) for path in paths}
+
+
+def test_the_sdist_makes_the_same_wheel(
+    scratch: Path, sdist: Path, wheel: Path, bare: Callable[[str], Environment]
+) -> None:
+    into = scratch / "from-sdist"
+    bare(next(iter(INTERPRETERS))).pip("wheel", "--no-deps", "-w", into, sdist)
+    contents = []
+    for path in (wheel, into / wheel.name):
+        with zipfile.ZipFile(path) as archive:
+            contents.append({each.filename: each.CRC for each in archive.infolist()})
+    assert contents[0] == contents[1]
 
 
 def test_the_start_up_files_lie_where_python_looks_for_them_and_nowhere_else(

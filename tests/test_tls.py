@@ -49,7 +49,7 @@ def start(request: pytest.FixtureRequest) -> Start:
 
 
 def config(server: TLSServer, **params: Any) -> Config:
-    params = {"url": server.url, "retry_timeout": 5, **server.certificates.params(), **params}
+    params = {"url": server.url, **server.certificates.params(), **params}
     return Config.load(params, {})
 
 
@@ -124,6 +124,15 @@ def test_a_certificate_for_another_host_is_refused_at_once(start: Start, tmp_pat
     with (
         start(tmp_path, names=("valkey.example", "10.1.2.3")) as server,
         pytest.raises(ServerRefusedError, match=r"mismatch.*Name the host in url"),
+    ):
+        info(config(server, retry_timeout=60))
+
+
+def test_a_certificate_that_has_expired_is_refused_at_once(tmp_path: Path) -> None:
+    """Through a front, for a server's own client would wait for it in vain."""
+    with (
+        behind_a_front(tmp_path, expired=True) as server,
+        pytest.raises(ServerRefusedError, match=r"expired.*Renew it"),
     ):
         info(config(server, retry_timeout=60))
 

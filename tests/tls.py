@@ -110,9 +110,10 @@ def tls_front(
     server_port: int,
     client_certificate_required: bool = False,
     names: Sequence[str] = NAMES,
+    expired: bool = False,
 ) -> Iterator[TLSServer]:
     """The same before the server without TLS at `server_port`, by a proxy of this process."""
-    certificates = make_certificates(directory / "certificates", names)
+    certificates = make_certificates(directory / "certificates", names, expired)
     with (
         contextlib.closing(_Front(server_port, certificates, client_certificate_required)) as front,
         valkey.Valkey(port=front.port, **tls_client(certificates)) as client,
