@@ -1,1 +1,7 @@
 """Benchmarks: `python -m benchmarks.<name> [--quick] [--json]`, from the root of the checkout."""
+
+import sys
+from pathlib import Path
+
+# Servers, clusters, faults and neighbours are those of the tests.
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

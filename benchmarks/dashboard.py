@@ -20,12 +20,14 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import valkey
+from clusters import ray_with
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
@@ -54,23 +56,10 @@ def main() -> None:
 # --- what is looked at ---
 
 
-@contextlib.contextmanager
-def _ray(url: str, overflow: str) -> Iterator[None]:
+def _ray(url: str, overflow: str) -> AbstractContextManager[None]:
     params = {"max_bytes": 300 * MIB, "overflow_uri": overflow, "retry_timeout": 3.0}
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=200 * MIB,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _node_ip_address="127.0.0.1",
-        _system_config={**system_config(url, **params), "metrics_report_interval_ms": 1000},
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    config = {**system_config(url, **params), "metrics_report_interval_ms": 1000}
+    return ray_with(config, object_store=200 * MIB)
 
 
 def _press(client: valkey.Valkey, seconds: int) -> None:

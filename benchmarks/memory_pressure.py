@@ -30,6 +30,7 @@ import numpy as np
 import psutil
 import ray
 import valkey
+from clusters import ray_with
 
 import ray_valkey_spill
 from benchmarks.common import MIB, bars, main, note, table, used_memory, valkey_server
@@ -78,20 +79,9 @@ JOBS = (
 def run_job(job: Job, storage: str) -> dict[str, float]:
     """Run `job` in this process and return its figures."""
     with _storage(storage) as (config, bytes_at_rest):
-        ray.init(
-            address="local",
-            num_cpus=4,
-            object_store_memory=STORE,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-            _system_config={"object_spilling_config": json.dumps(config)},
-        )
-        try:
+        spilling = {"object_spilling_config": json.dumps(config)}
+        with ray_with(spilling, object_store=STORE, num_cpus=4):
             return _shuffle(job) if job.reads == "shuffle" else _write_and_read(job, bytes_at_rest)
-        finally:
-            ray.shutdown()
 
 
 @contextlib.contextmanager

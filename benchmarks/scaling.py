@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import valkey
+from samples import source
 
 from benchmarks import wire
 from benchmarks.common import (
@@ -29,7 +30,7 @@ from benchmarks.common import (
 from benchmarks.wire import columns, floats
 from ray_valkey_spill import packing
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
+from ray_valkey_spill.objects import ObjectStore, StoredObject
 
 # A command that takes longer on the server is one too many, in microseconds.
 SLOW = 10_000
@@ -43,10 +44,7 @@ class Bench:
         self.wanted: list[tuple[str, str]] = []
 
     def spill(self, objects: list[memoryview], first: int = 0) -> None:
-        sources = [
-            SourceObject(f"{first + i:056x}", b"PYTHON", b"owner", data)
-            for i, data in enumerate(objects)
-        ]
+        sources = [source(data, first + i) for i, data in enumerate(objects)]
         urls, failure = self.store.put(sources)
         assert failure is None
         self.wanted = [(url, source.object_id) for url, source in zip(urls, sources)]
@@ -85,7 +83,7 @@ def object_sizes(url: str, quick: bool) -> dict[str, Any]:
         note(f"object size: {size:,} bytes")
         count = max(1, 10_000_000 // size)
         pieces = [data[i * size : (i + 1) * size] for i in range(count)]
-        rounds = 2 if size >= 1_000_000_000 else 7
+        rounds = 2 if quick or size >= 1_000_000_000 else 7
         results[str(size)] = _throughput(Bench(url), pieces, rounds)
     return results
 
@@ -159,7 +157,7 @@ def io_workers(url: str, quick: bool) -> dict[str, Any]:
         note(f"IO workers: {count}")
         spawn = multiprocessing.get_context("spawn")
         barrier = spawn.Barrier(count + 1)
-        rounds = 3 if quick else 9
+        rounds = 1 if quick else 9
         workers = [spawn.Process(target=_worker, args=(url, barrier, rounds)) for _ in range(count)]
         for worker in workers:
             worker.start()
@@ -218,15 +216,16 @@ def chunk_sizes(quick: bool) -> dict[str, Any]:
                 note(f"left out, because there is none: {server}")
                 continue
             note(f"chunk sizes: {server}")
-            results[server] = _chunk_sizes(url, 3 if quick else 9)
+            sizes, rounds = (CHUNK_SIZES[::3], 1) if quick else (CHUNK_SIZES, 9)
+            results[server] = _chunk_sizes(url, sizes, rounds)
     return results
 
 
-def _chunk_sizes(url: str, rounds: int) -> dict[str, Any]:
+def _chunk_sizes(url: str, sizes: list[int], rounds: int) -> dict[str, Any]:
     data = floats(64 * MIB)
     target = memoryview(bytearray(len(data)))
     client = valkey.from_url(url)
-    benches = {size: Bench(url, chunk_size=size, compression="none") for size in CHUNK_SIZES}
+    benches = {size: Bench(url, chunk_size=size, compression="none") for size in sizes}
     raw = wire.Bench(url, [data])
     spill, restore = raw.spill, raw.restore
     for size, bench in benches.items():
@@ -261,7 +260,7 @@ def lz4_threads(url: str, quick: bool) -> dict[str, Any]:
         for count in (1, 2, 4):
             note(f"LZ4 threads: {count}")
             packing._THREADS = count
-            results[str(count)] = _throughput(Bench(url), data, 3 if quick else 9)
+            results[str(count)] = _throughput(Bench(url), data, 1 if quick else 9)
     finally:
         packing._THREADS = usual
     return results

@@ -28,16 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-from benchmarks.common import MIB, machine, note, results_only, table
-from benchmarks.soak_driver import HANG
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
 from clusters import add_node, cluster, io_workers, kill_node, talks_to
 from faults import DESTROYING, PASSING, REFUSING, Fault, Rig
 from servers import BOOKS, wait_until
 
+from benchmarks.common import MIB, machine, note, results_only, table
+from benchmarks.soak_driver import HANG
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.keys import Keyspace, ObjectName
 from ray_valkey_spill.overflow import OverflowTier
@@ -87,6 +83,10 @@ class Driver:
     def _hear(self) -> None:
         assert self._process.stderr is not None
         self._errors += self._process.stderr
+
+    @property
+    def is_at_work(self) -> bool:
+        return bool(self._latest)
 
     def failure(self) -> str | None:
         if self._process.poll() is not None:
@@ -179,13 +179,18 @@ def _looks_of(worker: psutil.Process) -> _Looks:
 
 @dataclass
 class Run:
-    """One seed's cluster, server and drivers, and what came of them."""
+    """One seed's cluster, server and drivers, and what came of them.
+
+    Attributes:
+        longest: seconds that a fault lasts, at most.
+    """
 
     rig: Rig
     nodes: Any
     destroyed: Path
     overflow: OverflowTier | None
     random: random.Random
+    longest: float
     drivers: list[Driver] = field(default_factory=list)
     operations: collections.Counter[str] = field(default_factory=collections.Counter)
     faults: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -196,6 +201,7 @@ class Run:
         """Returns what went wrong, as soon as something does."""
         while len(self.drivers) < DRIVERS:
             self._add_driver()
+        wait_until(lambda: all(each.is_at_work or each.failure() for each in self.drivers), HANG)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(self.random.uniform(0.5, 4))
@@ -220,6 +226,7 @@ class Run:
         kind = self.random.choices(list(ODDS), list(ODDS.values()))[0]
         fault = self.random.choice(self._faults(kind))
         lasts = self.random.choice([0, 1, 1, 3, 15, 40]) * self.random.uniform(0.5, 1)
+        lasts = min(lasts, self.longest)
         note(f"{time.strftime('%H:%M:%S')} {fault.__name__} for {lasts:.1f} s")
         if kind == "destroying":
             self.destroyed.write_text("inf")
@@ -302,7 +309,7 @@ def _of_a_process(strike: Callable[[], None], name: str) -> Fault:
     return fault
 
 
-def soak(seed: int, minutes: float) -> dict[str, Any]:
+def soak(seed: int, minutes: float, longest: float) -> dict[str, Any]:
     """Run one seed; `failures` of the report is empty if all went well."""
     choices = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="rvs-") as directory, contextlib.ExitStack() as stack:
@@ -315,7 +322,8 @@ def soak(seed: int, minutes: float) -> dict[str, Any]:
         nodes = stack.enter_context(cluster(rig.proxy.url, **params))
         watch = Watch()
         watch.start()
-        run = Run(rig, nodes, destroyed, OverflowTier.of(Config.load(params, {})), choices)
+        overflow = OverflowTier.of(Config.load(params, {}))
+        run = Run(rig, nodes, destroyed, overflow, choices, longest)
         start = time.monotonic()
         failures: list[str] = []
         try:
@@ -368,6 +376,7 @@ def report(machine: dict[str, str], runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20, help="for each seed")
+    parser.add_argument("--longest", type=float, default=40, help="seconds of a fault, at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[random.getrandbits(32)])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a report")
     parser.add_argument("--render", type=Path, nargs="+", help="report on these JSON files instead")
@@ -380,7 +389,7 @@ def main() -> None:
     with results_only() as output:
         for seed in options.seeds:
             note(f"seed {seed}")
-            runs.append(soak(seed, options.minutes))
+            runs.append(soak(seed, options.minutes, options.longest))
             note(json.dumps(runs[-1], indent=2))
         results = json.dumps({"machine": machine(), "runs": runs}, indent=2)
         print(results if options.json else report(machine(), runs), file=output)

@@ -21,6 +21,7 @@ import lz4.block
 import numpy as np
 import pyarrow as pa
 import valkey
+from samples import object_id, source
 from valkey._parsers import _LibvalkeyParser, _RESP2Parser
 
 from benchmarks.common import (
@@ -38,7 +39,7 @@ from benchmarks.common import (
     valkey_server,
 )
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
+from ray_valkey_spill.objects import ObjectStore, StoredObject
 
 CHUNK = MIB - 128
 WINDOW = 8
@@ -180,10 +181,7 @@ class Bench:
 
     def add_store(self, label: str, **params: Any) -> None:
         store = ObjectStore(Config.load({"url": self.url, **params}, {}), "benchmark", label[:4])
-        sources = [
-            SourceObject(f"{i:056x}", b"PYTHON", b"owner", data)
-            for i, data in enumerate(self.objects)
-        ]
+        sources = [source(data, i) for i, data in enumerate(self.objects)]
         urls: list[str] = []
 
         def delete() -> None:
@@ -195,7 +193,7 @@ class Bench:
             urls[:] = stored
 
         def get() -> None:
-            wanted = [(url, source.object_id) for url, source in zip(urls, sources)]
+            wanted = [(url, object_id(i)) for i, url in enumerate(urls)]
             for found, target in zip(store.find_all(wanted), self.targets):
                 assert isinstance(found, StoredObject)
                 store.fill(found, target)
@@ -281,7 +279,7 @@ def measure(quick: bool) -> dict[str, Any]:
     How a server's allocator comes by the memory for a chunk is decided early in its life, and makes
     a difference of up to a half for all that come after.
     """
-    starts, rounds = (3, 3) if quick else (6, 4)
+    starts, rounds = (1, 2) if quick else (6, 4)
     results: dict[str, Results] = defaultdict(Results)
     for transport in ("tcp",) if quick else ("tcp", "unix"):
         for kind, size in _cases(quick):

@@ -23,30 +23,63 @@ from ray_valkey_spill.demo import shut_down
 MIB = 1 << 20
 OBJECT_STORE = 100 * MIB
 
-# So that small values too live in plasma and can be spilled.
-_EVERYTHING_IN_PLASMA = {"max_direct_call_object_size": 0}
+_OF_TESTS = {
+    # So that small values too live in plasma and can be spilled.
+    "max_direct_call_object_size": 0,
+    # Most tests run no task: workers are started when there is one.
+    "prestart_worker_first_driver": False,
+    # A node is dead after five checks that found nobody. One that is only slow has longer.
+    "health_check_period_ms": 500,
+}
+# Ray tries a restore that failed again after a second, two, four, …: ten times as soon as else.
+RETRIED_SOON = {"object_manager_pull_timeout_ms": 1000}
+# Nobody reads a test's logs, and none of its clusters grows by itself.
+_NODE_OPTIONS = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
 
 
 def system_config(url: str | None, **params: Any) -> dict[str, Any]:
-    return {**ray_valkey_spill.system_config(url=url, **params), **_EVERYTHING_IN_PLASMA}
+    return {**ray_valkey_spill.system_config(url=url, **params), **_OF_TESTS}
 
 
 @contextlib.contextmanager
-def local_ray(
-    url: str | None, object_store: int = OBJECT_STORE, num_cpus: int = 2, **params: Any
-) -> Iterator[None]:
+def local_ray(url: str | None, object_store: int = OBJECT_STORE, **params: Any) -> Iterator[None]:
     """`ray.init` with a small object store that spills to `url`."""
+    with ray_with(system_config(url, **params), object_store):
+        yield
+
+
+def starting_ray(system_config: dict[str, Any] | None = None, **options: Any) -> str:
+    """The first lines of a script for `run_driver`: they start such a Ray as `ray_with` does.
+
+    Args:
+        options: of `ray.init`, in the place of what tests have.
+    """
+    options = {**_init_options(system_config), **options}
+    return f"import os, sys\nimport numpy as np, psutil, ray\nray.init(**{options!r})\n"
+
+
+def _init_options(
+    system_config: dict[str, Any] | None, object_store: int = OBJECT_STORE, num_cpus: int = 2
+) -> dict[str, Any]:
+    return {
+        "address": "local",
+        "num_cpus": num_cpus,
+        "object_store_memory": object_store,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "_node_ip_address": "127.0.0.1",
+        "_system_config": system_config,
+    }
+
+
+@contextlib.contextmanager
+def ray_with(
+    system_config: dict[str, Any], object_store: int = OBJECT_STORE, num_cpus: int = 2
+) -> Iterator[None]:
+    """`ray.init` of a node alone, all of which has ended afterwards."""
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            object_store_memory=object_store,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-            _system_config=system_config(url, **params),
-        )
+        ray.init(**_init_options(system_config, object_store, num_cpus))
         yield
     finally:
         shut_down()
@@ -87,9 +120,14 @@ def add_node(cluster: Cluster, number: int, **options: Any) -> None:
         num_cpus=2,
         object_store_memory=OBJECT_STORE,
         resources={f"node{number}": 100},
-        include_dashboard=False,
+        **_NODE_OPTIONS,
         **options,
     )
+
+
+def on(node: int) -> dict[str, Any]:
+    """The options of what is to run on that node. As many tasks at once as it has processors."""
+    return {"resources": {f"node{node}": 1}}
 
 
 def kill_node(cluster: Cluster, number: int) -> None:

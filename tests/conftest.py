@@ -19,6 +19,23 @@ os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
+# The files that take a minute and more, from the longest on. They come first, or one of them would
+# go on long after all others.
+LONGEST = [
+    f"test_{name}.py"
+    for name in (
+        *("ray_cluster", "benchmarks", "ray_upstream", "sentinel", "ray_faults", "cli"),
+        *("cluster", "ray_values", "cleanup", "ray_lost", "metrics", "objects", "neighbours"),
+        *("ray_large", "secrets", "overflow", "sealing", "faults", "head_start"),
+    )
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
@@ -33,7 +50,7 @@ def _no_process_left() -> Iterator[None]:
     names = [process.name() for process in left]
     for process in left:
         process.kill()
-    psutil.wait_procs(left, timeout=10)
+    psutil.wait_procs(left, timeout=60)
     assert not names, f"processes were left running: {names}"
 
 
@@ -44,7 +61,7 @@ def no_thread_left() -> Iterator[None]:
     yield
     left = [thread for thread in threading.enumerate() if thread not in before]
     for thread in left:
-        thread.join(timeout=5)
+        thread.join(timeout=60)
     assert not [thread for thread in left if thread.is_alive()]
 
 
@@ -64,9 +81,5 @@ def _shared_server() -> Iterator[Server]:
 @pytest.fixture
 def server(_shared_server: Server) -> Iterator[Server]:
     """A server with foreign keys on it. A test must leave no key of ours, and those as they are."""
-    _shared_server.client.config_set("maxmemory", 0)
-    _shared_server.client.config_set("maxmemory-policy", "noeviction")
-    _shared_server.settle_foreign()
-    yield _shared_server
-    assert _shared_server.our_keys() == []
-    _shared_server.assert_foreign_untouched()
+    with _shared_server.in_turn():
+        yield _shared_server

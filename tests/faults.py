@@ -174,7 +174,7 @@ def is_away_and_then_loads_its_data(rig: Rig) -> Iterator[None]:
     yield
     slowly = {"key-load-delay": 2000, "loading-process-events-interval-bytes": 1024}
     rig.restart(ready=False, **slowly)
-    wait_until(lambda: _answers(rig), timeout=120)
+    wait_until(lambda: _answers(rig))
     rig.client.config_set("key-load-delay", 0)
 
 

@@ -18,10 +18,11 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import valkey
+from samples import source
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, SpillError
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
 
 KIB, MIB = 1 << 10, 1 << 20
 HOUR = 3600
@@ -202,8 +203,7 @@ class Spills(Tenant):
         self.store.close()
 
     def _write(self, number: int, value: bytes) -> None:
-        source = SourceObject(f"{number:056x}", b"PYTHON", b"owner", memoryview(value))
-        urls, failure = self.store.put([source])
+        urls, failure = self.store.put([source(value, number)])
         if failure is not None:
             raise failure
         previous = self._urls.get(number)

@@ -14,18 +14,36 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SHARDS = ["1 shard", "2 shards", "3 shards"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def benchmark(name: str, *options: str) -> Any:
+    """What it prints. Those that find failures of ours end with 1."""
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--json", *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        timeout=800,
+        check=False,
+    )
+    found = json.loads(result.stdout)
+    failures = [failure for run in found.get("runs", []) for failure in run["failures"]]
+    assert result.returncode == bool(failures)
+    return found
 
 
 def quick(name: str) -> Any:
-    result = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        timeout=300,
-        check=True,
-    )
-    return json.loads(result.stdout)
+    return benchmark(name, "--quick")
+
+
+def test_half_a_minute_of_faults_loses_and_wedges_and_leaves_nothing() -> None:
+    seed = random.getrandbits(32)
+    # More than the shorter times after which spills and restores are given up, to begin with.
+    how = ["--minutes=0.5", "--longest=6", f"--seeds={seed}"]
+    (run,) = benchmark("soak", *how)["runs"]
+    assert run["failures"] == [], how
+    assert run["faults"]
+    assert {"put", "get"} <= set(run["operations"])
 
 
 def test_wire_compares_all_contenders_by_the_same_measures() -> None:
@@ -72,31 +90,6 @@ def test_neighbours_are_measured_beside_nobody_and_beside_spilling() -> None:
 
 
 def test_a_working_set_many_times_the_servers_memory_comes_back_from_the_overflow() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.overflow", "--gib=0.6", "--json"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        timeout=300,
-        check=False,
-    )
-    (run,) = json.loads(result.stdout)["runs"]
+    (run,) = benchmark("overflow", "--gib=0.6")["runs"]
     assert run["failures"] == []
-    assert result.returncode == 0
     assert run["peaks"]["overflow_bytes"] > run["peaks"]["valkey_bytes"]
-
-
-@pytest.mark.timeout(900)
-def test_a_minute_of_faults_loses_and_wedges_and_leaves_nothing() -> None:
-    seed = random.getrandbits(32)
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", "--minutes=1", f"--seeds={seed}", "--json"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        timeout=800,
-        check=False,
-    )
-    (run,) = json.loads(result.stdout)["runs"]
-    assert run["failures"] == [], f"--seeds={seed}"
-    assert result.returncode == 0
-    assert sum(run["faults"].values()) > 2
-    assert {"put", "get", "drop"} < set(run["operations"])

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,20 +16,21 @@ import numpy as np
 import pytest
 import valkey
 from faults import Rig
-from servers import Server, redis_server, valkey_server, wait_until
+from samples import noise, source
+from servers import PRODUCTS, Server, server_of, wait_until
 
 from ray_valkey_spill import budget as budget_module
+from ray_valkey_spill import objects
 from ray_valkey_spill.budget import Budget, cost, margin, member_cost
 from ray_valkey_spill.config import MIB, Config
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
-from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
 from ray_valkey_spill.ledger import Grant, Ledger, Owner, Usage
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
 from ray_valkey_spill.wire import Link
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
-KINDS = ["valkey", *(["redis"] if shutil.which("redis-server") else [])]
 SESSION, NODE = "session_1", "ab" * 28
 CHUNK = 10_000
 GIB = 1 << 30
@@ -50,7 +50,7 @@ class Tenant:
     """Stores of a namespace with a budget, and what is really there."""
 
     def __init__(self, server: Server, **params: Any) -> None:
-        self.params = {"url": server.url, "chunk_size": CHUNK, "retry_timeout": 5, **params}
+        self.params = {"url": server.url, "chunk_size": CHUNK, **params}
         self.config = Config.load(self.params, {})
         self.client = server.client
         self.keys = Keyspace.of(self.config)
@@ -105,14 +105,6 @@ def tenant(server: Server, tenants: list[Tenant]) -> Any:
     return make
 
 
-def source(data: bytes, number: int = 0) -> SourceObject:
-    return SourceObject(f"{number:056x}", b"PYTHON", b"\x00owner", memoryview(data))
-
-
-def noise(size: int, seed: int = 0) -> bytes:
-    return np.random.default_rng(seed).bytes(size)
-
-
 def fill(store: ObjectStore, size: int) -> tuple[list[str], ServerFullError]:
     """Put objects of `size` bytes until one is refused."""
     urls: list[str] = []
@@ -127,15 +119,11 @@ def fill(store: ObjectStore, size: int) -> tuple[list[str], ServerFullError]:
 # --- what a key costs ---
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=PRODUCTS)
 def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A client of a server that nobody else uses."""
-    with contextlib.ExitStack() as stack:
-        if request.param == "redis":
-            url = stack.enter_context(redis_server(tmp_path_factory.mktemp("server")))
-        else:
-            url = stack.enter_context(valkey_server()).url
-        yield stack.enter_context(contextlib.closing(valkey.from_url(url)))
+    with server_of(request.param, tmp_path_factory.mktemp("server")) as (_, client):
+        yield client
 
 
 def used(client: valkey.Valkey) -> int:
@@ -365,6 +353,35 @@ def test_what_a_killed_writer_may_have_written_counts_until_it_is_removed(tenant
     assert len(store.put([source(noise(200_000))])[0]) == 1
 
 
+def test_a_grant_that_is_abandoned_while_others_are_recovered_stands_with_its_data(
+    tenant: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = tenant()
+    store = ours.store()
+    name = ObjectName(SESSION, NODE, "cd" * 28, new_attempt(), 1)
+    writer = f"{SESSION}:{NODE}:{os.getpid()}-other"
+    take_all = objects._all_of
+
+    def interrupted(items: Any) -> Any:
+        taken = take_all(items)
+        if not ours.ledger.grants():  # what a put in the other thread does, once
+            store._tier.register([name])
+            ours.client.set(f"{store.keys.header(name)}:0", "data")
+            ours.ledger.reserve(writer, Grant(0, 0), 100, 100, None, None)
+            store._abandoned.append(name)
+            store._abandoned_grants.append(writer)
+        return taken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "_all_of", interrupted)
+        store.recover(is_alive=lambda pid: True)
+    is_there = ours.client.exists(f"{store.keys.header(name)}:0") == 1
+    assert list(ours.ledger.grants()) == [writer] or not is_there
+    store.recover(is_alive=lambda pid: True)
+    assert ours.ledger.grants() == {}
+    assert ours.client.exists(f"{store.keys.header(name)}:0") == 0
+
+
 def test_an_abandoned_grant_stands_until_it_is_released(tenant: Any) -> None:
     ours = tenant()
     ours.ledger.reserve("w", Grant(0, 0), 5, 5, None, None)  # somebody else's stays
@@ -544,12 +561,12 @@ def test_many_writers_that_are_killed_at_random_never_exceed_the_budget(
         stack.callback(lambda: [writer.kill() for writer in writers])
         stores = {node: ours.store(node) for node in ("aa", "bb")}
         for _ in range(3):
-            wait_until(lambda: looked_until_all_have_met_the_limit(writers), timeout=60)
+            wait_until(lambda: looked_until_all_have_met_the_limit(writers))
             victim = chance.randrange(len(writers))
             writers[victim].kill()
             writers[victim] = start(writers[victim].node)
             stores[writers[victim].node].recover(is_running)
-        wait_until(lambda: looked_until_all_have_met_the_limit(writers), timeout=60)
+        wait_until(lambda: looked_until_all_have_met_the_limit(writers))
     assert max(looks) <= limit
     assert max(looks) > limit / 2
     for store in stores.values():

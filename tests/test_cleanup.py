@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -18,9 +17,18 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from clusters import MIB, cluster, io_workers, kill_node, local_ray
+from clusters import (
+    MIB,
+    cluster,
+    io_workers,
+    kill_node,
+    local_ray,
+    starting_ray,
+    system_config,
+)
 from faults import Rig, is_restarted_and_has_its_snapshot, resets_connections
 from packaging.version import Version
+from samples import source
 from servers import Server, free_port, wait_until
 
 from ray_valkey_spill import cleanup, gcs
@@ -30,7 +38,7 @@ from ray_valkey_spill.errors import LostObjectError
 from ray_valkey_spill.gcs import UNKNOWN, UNREACHABLE, RunningSession, running_at
 from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
 from ray_valkey_spill.ledger import Grant, Ledger, Owner
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
 from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.tiers import ValkeyTier
 from ray_valkey_spill.wire import Link
@@ -119,12 +127,7 @@ class Namespace:
 
     def put(self, store: ObjectStore) -> list[str]:
         values = [np.random.default_rng().bytes(size) for size in (SMALL, LARGE)]
-        urls, failure = store.put(
-            [
-                SourceObject(f"{i:056x}", b"", b"", memoryview(value))
-                for i, value in enumerate(values)
-            ]
-        )
+        urls, failure = store.put([source(value, i) for i, value in enumerate(values)])
         assert failure is None
         self.data |= zip(urls, values)
         return urls
@@ -190,7 +193,7 @@ class Namespace:
         members: list[bytes] = []
         for book in (self.keys.index, self.keys.pending, self.keys.leases):
             members += self.client.zrange(book, 0, -1)
-        for book in (self.keys.usage, self.keys.grants, self.keys.places):
+        for book in (self.keys.usage, self.keys.grants, self.keys.overflows):
             members += self.client.hkeys(book)
         everything = [*keys, *(member.decode() for member in members), *self.files()]
         return sorted(each for each in everything if session in each)
@@ -430,7 +433,7 @@ def test_what_was_removed_while_its_writer_was_stopped_is_not_reported_as_stored
 
     monkeypatch.setattr(Ledger, "settlements", stopped)
     monkeypatch.setattr("ray_valkey_spill.objects.INLINE_LIMIT", 0)  # it registers on its own
-    urls, failure = store.put([SourceObject("c" * 56, b"", b"", memoryview(bytes(size)))])
+    urls, failure = store.put([source(bytes(size))])
     assert urls == []
     assert isinstance(failure, LostObjectError)
     assert namespace.data_keys() == []
@@ -608,7 +611,7 @@ def test_the_place_that_a_session_agreed_on_is_removed_if_nothing_else_is_left(
 def test_a_place_that_the_server_has_forgotten_is_removed(namespace: Namespace) -> None:
     store = namespace.store(DEAD)
     store.join_overflow()
-    namespace.client.delete(namespace.keys.places)
+    namespace.client.delete(namespace.keys.overflows)
     assert namespace.look().sessions() == {DEAD}
     assert namespace.gc() == []
     namespace.expect_nothing()
@@ -677,12 +680,7 @@ def test_a_server_of_another_kind_does_not_tell(
 
 # A cluster of its own that spills more than `max_bytes`, and says so.
 _DOOMED = """
-import json, sys, time
-import numpy as np, ray, ray_valkey_spill
-params = json.loads(sys.argv[1])
-ray.init(address="local", num_cpus=1, object_store_memory=100 << 20, include_dashboard=False,
-         log_to_driver=False, _node_ip_address="127.0.0.1",
-         _system_config=ray_valkey_spill.system_config(**params))
+import time
 refs = [ray.put(np.frombuffer(np.random.default_rng(i).bytes(4 << 20), "u1")) for i in range(40)]
 print("spilled", flush=True)
 time.sleep(1000)
@@ -694,7 +692,8 @@ def doomed_cluster(params: dict[str, Any], directory: Path) -> Iterator[Callable
     """Yields what kills all of its processes."""
     log = directory / "doomed"
     with log.open("wb") as out:
-        driver = subprocess.Popen([sys.executable, "-c", _DOOMED, json.dumps(params)], stdout=out)
+        script = starting_ray(system_config(**params)) + _DOOMED
+        driver = subprocess.Popen([sys.executable, "-c", script], stdout=out)
 
     def kill_all() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -704,11 +703,11 @@ def doomed_cluster(params: dict[str, Any], directory: Path) -> Iterator[Callable
                 each.suspend()  # so that nobody notices the others' deaths and cleans up
             for each in everybody:
                 each.kill()
-            psutil.wait_procs(everybody, timeout=10)
+            psutil.wait_procs(everybody, timeout=60)
         driver.wait()
 
     try:
-        wait_until(lambda: driver.poll() is None and b"spilled" in log.read_bytes(), timeout=90)
+        wait_until(lambda: driver.poll() is None and b"spilled" in log.read_bytes())
         yield kill_all
     finally:
         kill_all()

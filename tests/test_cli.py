@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
-from servers import Server, valkey_server, wait_until
+from servers import Server, acl_user, valkey_server, wait_until
 
 from ray_valkey_spill import __version__
 from ray_valkey_spill.cli import cli as in_process
@@ -155,15 +155,10 @@ def test_check_warns_of_a_server_that_is_almost_full(server: Server) -> None:
 
 
 def test_check_names_missing_permissions(server: Server) -> None:
-    server.client.acl_setuser(
-        "weak", enabled=True, passwords=["+pw"], keys=["ray:*"], commands=["+get", "+info"]
-    )
-    try:
+    with acl_user([server.client], "~ray:* +get +info", name="weak"):
         code, found = findings(
-            *("--url", server.url, "--username", "weak"), RAY_VALKEY_SPILL_PASSWORD="pw"
+            *("--url", server.url, "--username", "weak"), RAY_VALKEY_SPILL_PASSWORD="secret"
         )
-    finally:
-        server.client.acl_deluser("weak")
     assert code == 1
     assert "UNLINK, ZREM" in found["permissions"]["detail"]
     assert "+zadd" in found["permissions"]["mend"]

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ import numpy as np
 import pytest
 import ray
 import valkey
-from clusters import run_driver, system_config
+from clusters import run_driver, starting_ray, system_config
 from proxy import proxy_to
-from servers import Server, free_port, valkey_server, wait_until
+from samples import source
+from servers import Server, acl_user, free_port, valkey_server, wait_until
 
 from ray_valkey_spill import ValkeyStorage, preflight, storage
 from ray_valkey_spill.config import Config
@@ -29,7 +31,6 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.objects import SourceObject
 
 # --- the checks themselves ---
 
@@ -84,8 +85,7 @@ def test_a_second_storage_with_another_server_is_checked_as_well(server: Server)
 def test_a_storage_that_was_never_validated_destroys_its_node(server: Server) -> None:
     # As with automatic_object_spilling_enabled false, with which Ray spills all the same.
     storage = ValkeyStorage("node", "session_unseen", url=server.url)
-    source = SourceObject("ab", b"PYTHON", b"", memoryview(bytes(1000)))
-    _, failure = storage._store.put([source])
+    _, failure = storage._store.put([source(bytes(1000))])
     assert failure is None
     assert server.our_keys() != []
     storage.destroy_external_storage()
@@ -109,26 +109,17 @@ def test_a_replica_is_refused(server: Server) -> None:
 
 
 @contextlib.contextmanager
-def acl_user(server: Server, keys: str, commands: Iterable[str]) -> Iterator[Config]:
-    """A user that may run just these commands on just these keys; the config to be it."""
-    server.client.acl_setuser(
-        "ray",
-        enabled=True,
-        passwords=["+pw"],
-        keys=[keys],
-        commands=[f"+{name.lower()}" for name in commands],
-    )
-    try:
-        yield Config.load(
-            {"url": server.url, "username": "ray"}, {"RAY_VALKEY_SPILL_PASSWORD": "pw"}
-        )
-    finally:
-        server.client.acl_deluser("ray")
+def a_user(server: Server, keys: str, commands: Iterable[str]) -> Iterator[Config]:
+    """The config of one that may run just these commands on just these keys."""
+    rules = " ".join([f"~{keys}", *(f"+{name.lower()}" for name in commands)])
+    environ = {"RAY_VALKEY_SPILL_PASSWORD": "pw"}
+    with acl_user([server.client], rules, password="pw"):
+        yield Config.load({"url": server.url, "username": "ray"}, environ)
 
 
 @pytest.mark.parametrize("missing", preflight.COMMANDS)
 def test_a_missing_permission_is_named_and_nothing_is_left(server: Server, missing: str) -> None:
-    with acl_user(server, "ray:spill:*", set(preflight.COMMANDS) - {missing}) as config:
+    with a_user(server, "ray:spill:*", set(preflight.COMMANDS) - {missing}) as config:
         with pytest.raises(ServerRefusedError, match=rf"user 'ray' run {missing}\b") as caught:
             preflight.run_all(config)
         assert f"+{missing.lower()}" in caught.value.mend
@@ -136,7 +127,7 @@ def test_a_missing_permission_is_named_and_nothing_is_left(server: Server, missi
 
 
 def test_these_permissions_and_no_others_are_enough(server: Server) -> None:
-    with acl_user(server, "ray:spill:default:*", preflight.COMMANDS) as config:
+    with a_user(server, "ray:spill:default:*", preflight.COMMANDS) as config:
         preflight.run_all(config)
 
 
@@ -240,7 +231,7 @@ def ray_start(
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env={**os.environ, **(env or {})},
         check=False,
     )
@@ -304,14 +295,11 @@ def is_loading(server: Server) -> bool:
 def test_ray_init_refuses_and_the_next_one_works() -> None:
     with nothing_listening() as url, valkey_server() as server:
         script = f"""
-import ray
-common = dict(address="local", include_dashboard=False, logging_level="ERROR",
-              object_store_memory=100 << 20, _node_ip_address="127.0.0.1")
 try:
-    ray.init(_system_config={system_config(url)!r}, **common)
+{textwrap.indent(starting_ray(system_config(url)), "    ")}
 except Exception as error:
     print(type(error).__name__, "|", error)
-ray.init(_system_config={system_config(server.url)!r}, **common)
+{starting_ray(system_config(server.url))}
 print(ray.get(ray.put("works")))
 ray.shutdown()
 """

@@ -22,7 +22,7 @@ names = st.builds(
 
 def test_every_key_lies_below_prefix_and_namespace() -> None:
     keys = Keyspace.of(Config.load({"key_prefix": "ray:x:", "namespace": "n"}, {}))
-    for key in (keys.index, keys.pending, keys.usage, keys.grants, keys.leases, keys.places):
+    for key in (keys.index, keys.pending, keys.usage, keys.grants, keys.leases, keys.overflows):
         assert key.startswith("ray:x:n:")
     for key in (keys.header(NAME), *keys.chunks(NAME)):
         assert key.startswith("ray:x:n:")

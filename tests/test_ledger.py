@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from servers import redis_server, valkey_server
+from servers import PRODUCTS, server_of
 
 from ray_valkey_spill.config import MIB, Config
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName
@@ -28,7 +27,6 @@ from ray_valkey_spill.wire import Link
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
-KINDS = ["valkey", *(["redis"] if shutil.which("redis-server") else [])]
 OWNER, OTHER = Owner("session_1", "aa"), Owner("session_1", "bb")
 # Beside those: the one's name begins as theirs, the other comes right after them.
 ALIKE, NEXT = Owner("session_1", "aab"), Owner("session_10", "aa")
@@ -77,14 +75,10 @@ def entry(number: int, owner: Owner = OWNER, size: int = 10, stored: int = 20) -
     return Entry(ObjectName(*owner, f"{number:08x}", f"{number:027x}", 1), size, stored)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=PRODUCTS)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with contextlib.ExitStack() as stack:
-        if request.param == "redis":
-            url = stack.enter_context(redis_server(tmp_path_factory.mktemp("server")))
-        else:
-            url = stack.enter_context(valkey_server()).url
-        yield url, stack.enter_context(contextlib.closing(valkey.from_url(url)))
+    with server_of(request.param, tmp_path_factory.mktemp("server")) as running:
+        yield running
 
 
 @pytest.fixture(params=[0, 1], ids=["with room", "full"])
@@ -141,14 +135,14 @@ def test_each_script_does_the_same_when_it_comes_twice(books: Books) -> None:
         assert books.ledger.renew(OWNER, GCS, new=True)
         assert [lease.owner for lease in books.ledger.leases()] == [OWNER]
     for _ in range(2):
-        assert books.ledger.place("session_1", "token") == "token"
-        assert books.ledger.place("session_1", "another") == "token"
+        assert books.ledger.agree_on_overflow("session_1", "token") == "token"
+        assert books.ledger.agree_on_overflow("session_1", "another") == "token"
     for _ in range(2):
         books.ledger.close_account(OWNER)
         assert books.ledger.leases() == []
     for _ in range(2):
-        assert books.ledger.forget_place("session_1")
-        assert books.ledger.places() == {}
+        assert books.ledger.forget_overflow("session_1")
+        assert books.ledger.overflows() == {}
 
 
 def test_a_settlement_that_comes_late_after_a_deletion_stores_nothing(books: Books) -> None:
@@ -480,14 +474,14 @@ def test_an_account_is_closed_with_every_lease_and_grant_of_it_and_nothing_of_ot
 def test_a_place_is_not_forgotten_while_a_node_of_its_session_has_a_lease(books: Books) -> None:
     ledger = books.ledger
     for session in ("session_1", "session_10"):
-        assert ledger.place(session, f"of {session}") == f"of {session}"
+        assert ledger.agree_on_overflow(session, f"of {session}") == f"of {session}"
     ledger.renew(OWNER, GCS, new=True)
-    assert not ledger.forget_place("session_1")
-    assert ledger.forget_place("session_10")
-    assert ledger.places() == {"session_1": "of session_1"}
+    assert not ledger.forget_overflow("session_1")
+    assert ledger.forget_overflow("session_10")
+    assert ledger.overflows() == {"session_1": "of session_1"}
     ledger.close_account(OWNER)
-    assert ledger.forget_place("session_1")
-    assert ledger.places() == {}
+    assert ledger.forget_overflow("session_1")
+    assert ledger.overflows() == {}
 
 
 @contextlib.contextmanager

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from clusters import MIB, OBJECT_STORE, system_config
+from clusters import MIB, ray_with, system_config
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from proxy import Proxy, proxy_to
 from ray.exceptions import ObjectLostError
+from samples import get, noise, object_id, source
 from servers import ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill import errors, metrics
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.demo import shut_down
 from ray_valkey_spill.errors import (
     ConfigError,
     LostObjectError,
@@ -44,15 +44,8 @@ OWNER = Owner("session_1", "ab" * 28)
 CHUNK = 10_000
 
 
-def noise(size: int, seed: int = 0) -> bytes:
-    return np.random.default_rng(seed).bytes(size)
-
-
 def sources(*sizes: int) -> list[SourceObject]:
-    return [
-        SourceObject(f"{number:056x}", b"", b"", memoryview(noise(size, number)))
-        for number, size in enumerate(sizes)
-    ]
+    return [source(noise(size, number), number) for number, size in enumerate(sizes)]
 
 
 def is_alive(pid: int) -> bool:
@@ -90,12 +83,6 @@ class Told(Observer):
 class Watched:
     store: ObjectStore
     told: Told
-
-    def get(self, url: str, number: int = 0) -> bytes:
-        found = self.store.find(url, f"{number:056x}")
-        target = bytearray(found.header.size)
-        self.store.fill(found, memoryview(target))
-        return bytes(target)
 
 
 Watch = Callable[..., Watched]
@@ -159,7 +146,7 @@ def test_each_operation_is_told_once_and_agrees_with_the_books(
     assert it.told.sums == {("spill", "valkey"): usage(server)}
     assert usage(server)[:2] == (4, sum(sizes))
     for number, url in enumerate(urls):
-        it.get(url, number)
+        get(it.store, url, number)
     assert it.told.sums["restore", "valkey"] == (4, sum(sizes), sum(sizes))
     it.store.delete(urls)
     assert it.told.sums["delete", "valkey"] == (4, sum(sizes), None)
@@ -179,7 +166,7 @@ def test_what_the_budget_has_no_room_for_counts_for_the_overflow(
     assert in_overflow == (6 - in_valkey[0], (6 - in_valkey[0]) * 30 * CHUNK, sum(files(tmp_path)))
     assert in_valkey[0] > 0 < in_overflow[0]
     for number, url in enumerate(urls):
-        it.get(url, number)
+        get(it.store, url, number)
     it.store.delete(urls)
     for tier, (objects, logical, _) in (("valkey", in_valkey), ("overflow", in_overflow)):
         assert it.told.sums["restore", tier] == (objects, logical, logical)
@@ -230,7 +217,7 @@ def test_a_connection_that_breaks_counts_as_such_and_nothing_counts_twice(
     assert it.store.breaks > 0
     before = it.store.breaks
     proxy.to_client.reset_after = 300_000
-    assert it.get(urls[0]) == noise(100 * CHUNK)
+    assert get(it.store, urls[0]) == noise(100 * CHUNK)
     assert it.told.sums["restore", "valkey"][0] == 1
     assert it.store.breaks > before
 
@@ -271,7 +258,7 @@ def test_a_deletion_that_failed_is_counted_when_it_is_made_up_for(
 
 
 def chunk_gone(server: Server, watched: Watched, url: str) -> None:
-    server.client.delete(server.keys_of(f"{0:056x}")[1])
+    server.client.delete(server.keys_of(object_id(0))[1])
 
 
 def header_and_chunks_gone(server: Server, watched: Watched, url: str) -> None:
@@ -279,14 +266,14 @@ def header_and_chunks_gone(server: Server, watched: Watched, url: str) -> None:
 
 
 def header_damaged(server: Server, watched: Watched, url: str) -> None:
-    key = server.header_of(f"{0:056x}")
+    key = server.header_of(object_id(0))
     server.client.setrange(key, 100, b"x" * 50)
 
 
 def found_damaged_by_another(server: Server, watched: Watched, url: str) -> None:
     """As an IO worker leaves it that has to exit."""
-    found = watched.store.find(url, f"{0:056x}")
-    server.client.setrange(server.keys_of(f"{0:056x}")[1], 100, b"x" * 50)
+    found = watched.store.find(url, object_id(0))
+    server.client.setrange(server.keys_of(object_id(0))[1], 100, b"x" * 50)
     with pytest.raises(LostObjectError, match="checksum"):
         watched.store.fill(found, memoryview(bytearray(found.header.size)))
     watched.store.mark_lost(found)
@@ -310,7 +297,7 @@ def test_a_loss_is_told_with_its_reason_each_time_it_is_found(
     damage(server, it, url)
     assert it.told.losses == []
     for times in (1, 2):
-        assert isinstance(next(it.store.find_all([(url, f"{0:056x}")])), LostObjectError)
+        assert isinstance(next(it.store.find_all([(url, object_id(0))])), LostObjectError)
         assert it.told.losses == [reason] * times
     assert ("restore", "valkey") not in it.told.sums
 
@@ -327,7 +314,7 @@ def test_many_that_are_looked_up_together_are_timed_one_by_one(
 ) -> None:
     it = watch(server.url)
     urls, _ = it.store.put(sources(*[3 * CHUNK] * 20))
-    found = list(it.store.find_all([(url, f"{i:056x}") for i, url in enumerate(urls)]))
+    found = list(it.store.find_all([(url, object_id(i)) for i, url in enumerate(urls)]))
     assert all(isinstance(each, StoredObject) and each.seconds > 0 for each in found)
 
 
@@ -503,22 +490,18 @@ class Endpoint:
 
     def values(self, exported: str, **labels: str) -> list[float]:
         """Of all IO workers."""
-        family = self.families().get(exported)
-        return [
-            sample.value
-            for sample in (family.samples if family else ())
-            if sample.name == exported
-            and all(sample.labels[name] == value for name, value in labels.items())
-        ]
+        return values(self.families(), exported, **labels)
 
     def total(self, name: str, **labels: str) -> int:
         return int(sum(self.values(f"ray_valkey_spill_{name}", **labels)))
 
     def moved(self, operation: str, tier: str) -> tuple[int, int, int]:
         """Objects, logical bytes, stored bytes."""
+        families = self.families()
         objects, logical, stored = (
-            self.total(f"{name}_total", operation=operation, tier=tier)
+            int(sum(values(families, f"ray_valkey_spill_{name}_total", **labels)))
             for name in ("objects", "logical_bytes", "stored_bytes")
+            for labels in [{"operation": operation, "tier": tier}]
         )
         return objects, logical, stored
 
@@ -526,23 +509,21 @@ class Endpoint:
         return max(self.values(f"ray_valkey_spill_{name}"), default=None)
 
 
+def values(families: dict[str, Metric], exported: str, **labels: str) -> list[float]:
+    """Those of one metric, of all IO workers."""
+    family = families.get(exported)
+    return [
+        sample.value
+        for sample in (family.samples if family else ())
+        if sample.name == exported
+        and all(sample.labels[name] == value for name, value in labels.items())
+    ]
+
+
 @contextlib.contextmanager
 def ray_that_reports(url: str, **params: Any) -> Iterator[Endpoint]:
-    config = {**system_config(url, **params), "metrics_report_interval_ms": 1000}
-    try:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=OBJECT_STORE,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-            _system_config=config,
-        )
+    with ray_with({**system_config(url, **params), "metrics_report_interval_ms": 1000}):
         yield Endpoint()
-    finally:
-        shut_down()
 
 
 def ids_in(overflow: Path) -> set[str]:
@@ -589,8 +570,8 @@ def test_a_nodes_endpoint_tells_what_the_server_and_the_overflow_hold(short_dir:
         wait_until(lambda: endpoint.latest("budget_used_bytes") == on_server()[2])
         assert endpoint.latest("budget_limit_bytes") == budget
         assert endpoint.latest("server_maxmemory_bytes") == 1 << 30
-        assert (endpoint.latest("server_used_memory_bytes") or 0) > on_server()[1]
-        assert endpoint.latest("overflow_used_bytes") is not None
+        wait_until(lambda: (endpoint.latest("server_used_memory_bytes") or 0) > on_server()[1])
+        wait_until(lambda: endpoint.latest("overflow_used_bytes") is not None)
         assert endpoint.latest("connected") == 1
         ((_, lease),) = server.client.zrange(Keyspace(ROOT).leases, 0, -1, withscores=True)
         wait_until(lambda: (endpoint.latest("lease_renewed_timestamp_seconds") or 0) > lease / 1000)

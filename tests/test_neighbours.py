@@ -15,7 +15,7 @@ import ray
 import valkey
 from clusters import OBJECT_STORE, local_ray, run_driver, spill
 from ray.exceptions import ObjectLostError
-from servers import BOOKS, FOREIGN, INDEX, Server, valkey_server, wait_until
+from servers import BOOKS, FOREIGN, INDEX, Server, acl_user, valkey_server, wait_until
 from tenants import MIB, Embeddings, KVCache, Neighbour, Sessions, Spills, at_work
 from valkey.exceptions import NoPermissionError
 
@@ -44,12 +44,11 @@ def shared_server(**config: Any) -> Iterator[Server]:
     # DEBUG is there to be refused for want of permission, and the log is long enough for all.
     with valkey_server(enable_debug_command="yes", acllog_max_len=10_000, **config) as server:
         server.settle_foreign()
-        advised = config_of(server)
-        rules = preflight.acl_rules(advised)
-        server.client.execute_command("ACL", "SETUSER", "ray", "on", f">{PASSWORD}", *rules.split())
-        server.client.execute_command("ACL", "LOG", "RESET")
-        server.client.config_resetstat()
-        yield server
+        rules = preflight.acl_rules(config_of(server))
+        with acl_user([server.client], rules, password=PASSWORD):
+            server.client.acl_log_reset()
+            server.client.config_resetstat()
+            yield server
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +60,15 @@ def _server() -> Iterator[Server]:
 @pytest.fixture
 def shared(_server: Server) -> Iterator[Server]:
     """The same for several tests; a test leaves no key but the foreign ones."""
-    _server.client.config_set("maxmemory", 0)
-    _server.client.config_set("maxmemory-policy", "noeviction")
-    _server.settle_foreign()
-    _server.client.execute_command("ACL", "LOG", "RESET")
-    _server.client.config_resetstat()
-    yield _server
-    assert _server.our_keys() == []
-    _server.assert_foreign_untouched()
+    with _server.in_turn():
+        _server.client.acl_log_reset()
+        _server.client.config_resetstat()
+        yield _server
 
 
 def config_of(server: Server, **params: Any) -> Config:
     """Ray's user's."""
-    params = {"url": server.url, "username": "ray", "retry_timeout": 5, **params}
+    params = {"url": server.url, "username": "ray", **params}
     return Config.load(params, {"RAY_VALKEY_SPILL_PASSWORD": PASSWORD})
 
 
@@ -178,7 +173,7 @@ def test_everything_a_cluster_needs_works_with_the_advised_permissions(
         assert sum(map(len, ledger.stored())) == ledger.usages()[owner].objects > 0
         assert list(ledger.pending(owner)) == [] and ledger.grants() == {}
         assert [lease.owner for lease in ledger.leases()] == [owner]
-        assert ledger.places().keys() == {"session_1"}
+        assert ledger.overflows().keys() == {"session_1"}
         assert ledger.recount(owner)
 
         for name, seconds in (("LEASE", 0.2), ("_CONFIRMATION", 0.2), ("_BETWEEN_LOOKS", 0.1)):

@@ -33,6 +33,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from proxy import proxy_to
+from samples import get, noise, source
 from servers import Server, acl_user, redis_server, unix_socket_server, valkey_server
 from tls import tls_binary, tls_front, tls_server
 from topologies import Cluster, cluster_servers, sentinel_servers
@@ -208,7 +209,7 @@ class Backend:
     def store(self, node: str = NODE, session: str = SESSION, **params: Any) -> ObjectStore:
         if self.overflow is not None:
             params = {"overflow_uri": str(self.overflow), "max_bytes": 0, **params}
-        params = {"url": self.url, "chunk_size": CHUNK, "retry_timeout": 5, **self.params, **params}
+        params = {"url": self.url, "chunk_size": CHUNK, **self.params, **params}
         self.stores.append(ObjectStore(Config.load(params, {}), session, node))
         return self.stores[-1]
 
@@ -217,7 +218,7 @@ class Backend:
 
     def left(self) -> list[object]:
         """Keys and files, but for what a session has that uses an overflow."""
-        keys = [key for key in self.all_keys() if not key.endswith(b":places")]
+        keys = [key for key in self.all_keys() if not key.endswith(b":overflows")]
         files = (
             [path for path in self.overflow.rglob("*.*") if path.is_file()] if self.overflow else []
         )
@@ -260,10 +261,6 @@ def destroy(store: ObjectStore) -> int:
     return store.destroy(is_alive=lambda pid: False)
 
 
-def source(data: bytes, number: int = 0) -> SourceObject:
-    return SourceObject(f"{number:056x}", b"PYTHON", b"\x00owner", memoryview(data))
-
-
 def put(store: ObjectStore, data: bytes, number: int = 0) -> str:
     (url,) = put_all(store, [source(data, number)])
     return url
@@ -274,18 +271,6 @@ def put_all(store: ObjectStore, sources: list[SourceObject]) -> list[str]:
     assert failure is None
     assert len(urls) == len(sources)
     return urls
-
-
-def get(store: ObjectStore, url: str, number: int = 0) -> bytes:
-    found = store.find(url, f"{number:056x}")
-    assert (found.header.ray_metadata, found.header.owner_address) == (b"PYTHON", b"\x00owner")
-    target = bytearray(found.header.size)
-    store.fill(found, memoryview(target))
-    return bytes(target)
-
-
-def noise(size: int, seed: int = 0) -> bytes:
-    return np.random.default_rng(seed).bytes(size)
 
 
 def pattern(size: int) -> bytes:

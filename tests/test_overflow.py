@@ -20,13 +20,14 @@ import pytest
 import ray
 from clusters import MIB, expect_no_keys, local_ray
 from objectstores import BUCKET, CREDENTIALS, ObjectStoreServer, s3_server, s3_uri
+from samples import get, noise, source
 from servers import Server, valkey_server, wait_until
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, OverflowUnavailableError
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attempt
-from ray_valkey_spill.ledger import Owner
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.ledger import Grant, Owner
+from ray_valkey_spill.objects import ObjectStore
 from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.tiers import Value
 
@@ -152,21 +153,6 @@ def values(name: ObjectName, header: bytes = b"header") -> list[Value]:
 
 def write(tier: OverflowTier, *names: ObjectName) -> list[Entry]:
     return list(tier.write(value for name in names for value in values(name)))
-
-
-def noise(size: int, seed: int = 0) -> bytes:
-    return np.random.default_rng(seed).bytes(size)
-
-
-def source(data: bytes, number: int = 0) -> SourceObject:
-    return SourceObject(f"{number:056x}", b"PYTHON", b"owner", memoryview(data))
-
-
-def get(store: ObjectStore, url: str, number: int = 0) -> bytes:
-    found = store.find(url, f"{number:056x}")
-    target = bytearray(found.header.size)
-    store.fill(found, memoryview(target))
-    return bytes(target)
 
 
 def is_alive(pid: int) -> bool:
@@ -609,7 +595,7 @@ def test_a_place_that_never_answers_is_given_up_and_lets_the_process_end(
             [sys.executable, "-c", ENDLESS, uri],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
         )
         assert f"the overflow at {uri[:2]}://spilled/x cannot be used" in told.stdout
@@ -832,7 +818,7 @@ def test_what_a_server_forgot_is_agreed_on_anew(server: Server, stores: Any, pla
     nodes = (first, second)
     first.join_overflow()
     (url,), _ = first.put([source(noise(3 * CHUNK))])
-    server.client.delete(first.keys.places)
+    server.client.delete(first.keys.overflows)
     for store in reversed(nodes):
         store.renew_lease("127.0.0.1:1", lambda: False)
         store.join_overflow()
@@ -852,6 +838,58 @@ def test_what_is_put_after_a_session_was_destroyed_is_refused(stores: Any, tmp_p
     assert urls == []
     assert isinstance(failure, OverflowUnavailableError)
     assert place.is_empty()
+
+
+# --- recovery ---
+
+
+def test_recovery_stays_off_the_connection_of_the_other_thread(
+    stores: Any, place: Place_, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (url,), _ = stores(place.uri).put([source(noise(3 * CHUNK))])
+    store = stores(place.uri)
+    used: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(store._links[0], "run", used.append)
+        assert store.recover(is_alive, [url]) == 1
+    assert used == []
+    assert place.files().keys() == _signatures(place)
+
+
+def test_an_overflow_that_is_away_holds_up_nothing_in_valkey(stores: Any, tmp_path: Path) -> None:
+    place = Directory(tmp_path / "share")
+    store = stores(place.uri)
+    (url,), _ = store.put([source(noise(3 * CHUNK))])
+    place.path.rename(tmp_path / "away")
+    place.path.mkdir()
+    writer = f"{SESSION}:{NODE}:999999-dead"
+    ledger = store._tier.ledger
+    ledger.reserve(writer, Grant(0, 0), 100, 100, None, None)
+    with pytest.raises(OverflowUnavailableError):
+        stores(place.uri).recover(is_alive, [url])
+    assert ledger.grants() == {}
+
+
+def test_what_killed_writers_left_is_looked_for_until_the_overflow_is_there(
+    stores: Any, tmp_path: Path
+) -> None:
+    place, away = Directory(tmp_path / "share"), Directory(tmp_path / "away")
+    first = stores(place.uri)
+    (url,), _ = first.put([source(noise(3 * CHUNK))])
+    (file,) = place.files().keys() - _signatures(place)
+    place.write(f"{file}.part", b"half")
+    place.path.rename(away.path)
+    place.path.mkdir()
+    store = stores(place.uri)
+    for look in (lambda: store.recover(is_alive), store.in_overflow):
+        with pytest.raises(OverflowUnavailableError, match="not the one that the session's other"):
+            look()
+    place.path.rmdir()
+    away.path.rename(place.path)
+    store.recover(is_alive)
+    assert place.files().keys() == {file} | _signatures(place)
+    assert store.in_overflow() == place.files()[file]
+    assert get(first, url) == noise(3 * CHUNK)
 
 
 # --- with Ray ---

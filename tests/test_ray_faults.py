@@ -7,15 +7,27 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
-from clusters import MIB, io_workers, kill, local_ray, spill
+from clusters import (
+    MIB,
+    RETRIED_SOON,
+    io_workers,
+    kill,
+    local_ray,
+    ray_with,
+    spill,
+    starting_ray,
+    system_config,
+    talks_to,
+)
 from faults import Rig, forbids_unlink
 from proxy import Proxy, proxy_to
-from servers import valkey_server, wait_until
+from servers import Server, valkey_server, wait_until
 
 
 def failures() -> int:
@@ -34,18 +46,14 @@ def take_away(proxy: Proxy) -> None:
 
 
 FILLING = """
-import sys, threading, time
-import numpy as np, ray, valkey
-sys.path.insert(0, sys.argv[2])
-import ray_valkey_spill
-
-ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False,
-         _node_ip_address="127.0.0.1",
-         _system_config=ray_valkey_spill.system_config(url=sys.argv[1]))
+import pathlib, threading, time, valkey
 client = valkey.from_url(sys.argv[1])
 
 def make_room():
-    time.sleep(10)
+    session = pathlib.Path(ray._private.worker._global_node.get_session_dir_path())
+    while not list(session.glob("ray_valkey_spill-*.outage")):
+        time.sleep(0.1)
+    time.sleep(3)  # for more attempts, of which nothing is to be heard
     print("room", flush=True)
     client.config_set("maxmemory", 0)
 
@@ -65,11 +73,14 @@ STEPS_OF_FILLING = ["room", "all put", "all equal"]
 
 def test_a_full_server_holds_puts_up_tells_why_and_lets_them_go_on() -> None:
     with valkey_server(maxmemory="60mb") as server:
+        # As a user has it, to see what is told.
+        told_all = {"log_to_driver": True, "logging_level": "INFO"}
+        script = starting_ray(system_config(server.url), **told_all) + FILLING
         result = subprocess.run(
-            [sys.executable, "-c", FILLING, server.url, os.getcwd()],
+            [sys.executable, "-c", script, server.url],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         assert result.returncode == 0, result.stderr
@@ -82,33 +93,53 @@ def test_a_full_server_holds_puts_up_tells_why_and_lets_them_go_on() -> None:
         assert server.our_keys() == []
 
 
-@pytest.mark.parametrize("size", [8 * MIB, 1000], ids=["chunked", "inline"])
-def test_a_server_that_is_away_for_longer_than_retry_timeout_is_waited_for(size: int) -> None:
+@pytest.fixture(scope="class")
+def _server_and_proxy() -> Iterator[tuple[Server, Proxy]]:
     with valkey_server() as server, proxy_to(server.port) as proxy:
         with local_ray(proxy.url, retry_timeout=0.5):
-            refs = [ray.put(np.full(size, i, np.uint8)) for i in range(3)]
-            spill(refs, server)
-
-            @ray.remote
-            def first(array: np.ndarray) -> int:
-                return int(array[0])
-
-            take_away(proxy)
-            results = [first.remote(ref) for ref in refs]
-            wait_until(lambda: failures() > 5)
-            assert ray.wait(results, num_returns=3, timeout=0)[0] == []
-            proxy.refusing = False
-            # Ray's own retries would be minutes away by now.
-            assert ray.get(results, timeout=30) == [0, 1, 2]
+            yield server, proxy
         assert server.our_keys() == []
 
 
-def test_what_could_not_be_deleted_is_deleted_once_the_server_is_back() -> None:
-    with (
-        valkey_server() as server,
-        proxy_to(server.port) as proxy,
-        local_ray(proxy.url, retry_timeout=0.5),
-    ):
+@pytest.fixture
+def server(_server_and_proxy: tuple[Server, Proxy]) -> Server:
+    # Nothing of the test before is under way or counts.
+    wait_until(lambda: _server_and_proxy[0].spilled_keys() == [])
+    wait_until(lambda: failures() == 0)
+    return _server_and_proxy[0]
+
+
+@pytest.fixture
+def proxy(_server_and_proxy: tuple[Server, Proxy]) -> Iterator[Proxy]:
+    yield _server_and_proxy[1]
+    _server_and_proxy[1].refusing = False
+
+
+class TestAway:
+    """With a Ray that gives its server half a second to come back."""
+
+    @pytest.mark.parametrize("size", [8 * MIB, 1000], ids=["chunked", "inline"])
+    def test_a_server_that_is_away_for_longer_than_retry_timeout_is_waited_for(
+        self, server: Server, proxy: Proxy, size: int
+    ) -> None:
+        refs = [ray.put(np.full(size, i, np.uint8)) for i in range(3)]
+        spill(refs, server)
+
+        @ray.remote
+        def first(array: np.ndarray) -> int:
+            return int(array[0])
+
+        take_away(proxy)
+        results = [first.remote(ref) for ref in refs]
+        wait_until(lambda: failures() > 5)
+        assert ray.wait(results, num_returns=3, timeout=0)[0] == []
+        proxy.refusing = False
+        # Ray's own retries would be minutes away by now.
+        assert ray.get(results, timeout=60) == [0, 1, 2]
+
+    def test_what_could_not_be_deleted_is_deleted_once_the_server_is_back(
+        self, server: Server, proxy: Proxy
+    ) -> None:
         refs = [ray.put(np.full(MIB, i)) for i in range(20)]
         spill(refs[:5], server)
         take_away(proxy)
@@ -125,7 +156,9 @@ def test_deletions_that_failed_outlive_their_io_worker(tmp_path: Path) -> None:
             del refs
             wait_until(lambda: failures() > 0)
             for worker in io_workers():
-                kill(worker.pid)
+                # One that is still starting would cost a minute.
+                if talks_to(worker, rig.proxy.port):
+                    kill(worker.pid)
         refs = [ray.put(np.full(MIB, i)) for i in range(20)]
         assert [int(ray.get(ref)[0]) for ref in refs] == list(range(20))
         del refs
@@ -191,7 +224,7 @@ def test_io_workers_killed_at_every_step_lose_and_wedge_and_leave_nothing(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("KILLED", str(killed))
     with valkey_server() as server:
-        with local_ray(server.url):
+        with ray_with({**system_config(server.url), **RETRIED_SOON}):
             while {path.name for path in killed.iterdir()} < STEPS:
                 refs = [ray.put(np.full(MIB // 2, i)) for i in range(50)]
                 assert [int(ray.get(ref, timeout=200)[-1]) for ref in refs] == list(range(50))

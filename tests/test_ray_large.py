@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import psutil
 import pytest
 import ray
 from clusters import MIB, expect_no_keys, io_workers, local_ray
-from servers import valkey_server
+from servers import Server, valkey_server
 
 # What an IO worker may grow by, whatever the object's size.
 ALLOWANCE = 64 * MIB
 
 
+@pytest.fixture(scope="module")
+def spilling() -> Iterator[tuple[Server, dict[int, int]]]:
+    """A server, and what each IO worker takes that has moved small objects, by process id."""
+    with valkey_server() as server, local_ray(server.url, object_store=1900 * MIB):
+        server.settle_foreign()
+        data = np.random.default_rng(4).random(20 * MIB // 8)
+        refs = [ray.put(data) for _ in range(100)]
+        ray.get(refs[0])
+        idle = {process.pid: private_memory(process) for process in io_workers()}
+        assert idle
+        del refs
+        expect_no_keys(server)
+        yield server, idle
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("compressible", [False, True])
-def test_one_and_a_half_gibibytes_in_bounded_memory(compressible: bool) -> None:
-    with valkey_server() as server, local_ray(server.url, object_store=1900 * MIB):
-        server.settle_foreign()
-        random = np.random.default_rng(4)
-        count = 1536 * MIB // 8
-        value = random.integers(0, 1000, count) if compressible else random.random(count)
-
-        # Small objects first, so that the IO workers' idle size is known.
-        warm = [ray.put(random.random(20 * MIB // 8)) for _ in range(100)]
-        ray.get(warm[0])
-        idle = {process.pid: private_memory(process) for process in io_workers()}
-        del warm
-        expect_no_keys(server)
-
-        ref = ray.put(value)
-        second = ray.put(np.zeros(1000 * MIB, np.uint8))  # there is no room for both
-        assert ref.hex() in server.spilled_ids()
-        del second
-        got = ray.get(ref, timeout=300)
-        assert np.array_equal(got, value)
-        assert idle
-        for process in io_workers():
-            if process.pid in idle:
-                assert private_memory(process) - idle[process.pid] <= ALLOWANCE
-        del ref, got
-        expect_no_keys(server)
+def test_one_and_a_half_gibibytes_in_bounded_memory(
+    spilling: tuple[Server, dict[int, int]], compressible: bool
+) -> None:
+    server, idle = spilling
+    random = np.random.default_rng(4)
+    count = 1536 * MIB // 8
+    value = random.integers(0, 1000, count) if compressible else random.random(count)
+    ref = ray.put(value)
+    second = ray.put(np.zeros(1000 * MIB, np.uint8))  # there is no room for both
+    assert ref.hex() in server.spilled_ids()
+    del second
+    got = ray.get(ref, timeout=300)
+    assert np.array_equal(got, value)
+    for process in io_workers():
+        if process.pid in idle:
+            assert private_memory(process) - idle[process.pid] <= ALLOWANCE
+    del ref, got
+    expect_no_keys(server)
 
 
 def private_memory(process: psutil.Process) -> int:

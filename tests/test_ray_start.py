@@ -55,7 +55,7 @@ def ray_start(*args: str, log: Path) -> Iterator[None]:
             stderr=subprocess.STDOUT,
         )
     try:
-        wait_until(lambda: "--block" in log.read_text() or process.poll() is not None, timeout=60)
+        wait_until(lambda: "--block" in log.read_text() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         yield
     finally:

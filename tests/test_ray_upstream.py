@@ -10,7 +10,6 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +17,16 @@ import ray
 from clusters import (
     MIB,
     OBJECT_STORE,
+    RETRIED_SOON,
     cluster_with,
     expect_no_keys,
     kill,
     kill_node,
     local_ray,
+    on,
     run_driver,
     spill,
+    starting_ray,
     system_config,
 )
 from packaging.version import Version
@@ -62,10 +64,6 @@ def own_server() -> Iterator[Server]:
         yield server
         assert server.our_keys() == []
         server.assert_foreign_untouched()
-
-
-def on(node: int) -> dict[str, Any]:
-    return {"num_cpus": 0, "resources": {f"node{node}": 1}}
 
 
 @ray.remote(max_retries=0)
@@ -234,17 +232,14 @@ def test_a_slow_server_delays_and_loses_nothing(own_server: Server) -> None:
 
 
 def test_the_system_config_wins_over_the_environment(own_server: Server) -> None:
-    script = f"""
-import numpy as np, ray
-ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False,
-         log_to_driver=False, logging_level="ERROR", _node_ip_address="127.0.0.1",
-         _system_config={system_config(own_server.url, namespace="chosen")!r})
+    script = """
 refs = [ray.put(np.full(1 << 20, i)) for i in range(20)]
 assert all((ray.get(ref) == i).all() for i, ref in enumerate(refs))
-import valkey, sys
-print(valkey.Valkey(port=int(sys.argv[1])).zcard("ray:spill:chosen:{{chosen}}:index"))
+import valkey
+print(valkey.Valkey(port=int(sys.argv[1])).zcard("ray:spill:chosen:{chosen}:index"))
 ray.shutdown()
 """
+    script = starting_ray(system_config(own_server.url, namespace="chosen")) + script
     passed_over = json.dumps({"type": "valkey", "params": {"url": "valkey://127.0.0.1:1/0"}})
     env = {"RAY_object_spilling_config": passed_over}
     assert int(run_driver(script, str(own_server.port), env=env)) > 0
@@ -252,10 +247,6 @@ ray.shutdown()
 
 
 INTERRUPTED = """
-import os, numpy as np, ray
-ray.init(address="local", object_store_memory=100 << 20, include_dashboard=False,
-         log_to_driver=False, logging_level="ERROR", _node_ip_address="127.0.0.1",
-         _system_config={config!r})
 refs = [ray.put(np.full(1 << 20, i)) for i in range(20)]
 import valkey
 print(valkey.Valkey(port={port}).zcard({index!r}), "spilled", flush=True)
@@ -267,9 +258,8 @@ os.kill(os.getpid(), {number})
 def test_an_interrupted_driver_takes_what_its_ray_had_spilled_with_it(
     own_server: Server, number: signal.Signals
 ) -> None:
-    script = INTERRUPTED.format(
-        config=system_config(own_server.url), port=own_server.port, index=INDEX, number=int(number)
-    )
+    script = INTERRUPTED.format(port=own_server.port, index=INDEX, number=int(number))
+    script = starting_ray(system_config(own_server.url)) + script
     with pytest.raises(AssertionError, match=r"[1-9]\d* spilled"):
         run_driver(script)
     wait_until(lambda: own_server.our_keys() == [])
@@ -279,7 +269,8 @@ def test_an_interrupted_driver_takes_what_its_ray_had_spilled_with_it(
 def test_an_object_that_died_with_its_node_is_lost_and_others_are_spilled_still(
     own_server: Server,
 ) -> None:
-    with cluster_with({**system_config(own_server.url), **ONE_BY_ONE}, 2) as made:
+    config = {**system_config(own_server.url), **ONE_BY_ONE, **RETRIED_SOON}
+    with cluster_with(config, 2) as made:
         ref = make.options(**on(1)).remote(1)
         ray.wait([ref], fetch_local=False)
         kill_node(made, 1)

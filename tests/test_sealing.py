@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from ray.exceptions import ObjectLostError
+from samples import noise
 from servers import Server, wait_until
 
 from ray_valkey_spill import cli
@@ -39,10 +40,6 @@ UNTOUCHED = 0xA5
 few = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-def noise(size: int, seed: int = 0) -> bytes:
-    return np.random.default_rng(seed).bytes(size)
 
 
 def write(file: Path, *secrets: bytes) -> None:

@@ -87,7 +87,7 @@ def python(code: str, *flags: str, fake: Path | None = None, **env: str) -> str:
         cwd="/",  # a checkout must not be importable by being the current directory
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.stderr == ""
     assert done.returncode == 0

@@ -80,7 +80,7 @@ class Stock:
         return ["--url", self.server.url, "--overflow-uri", str(self.overflow)]
 
     def config(self, **params: Any) -> Config:
-        given = {"url": self.server.url, "chunk_size": CHUNK, "retry_timeout": 5}
+        given = {"url": self.server.url, "chunk_size": CHUNK}
         return Config.load({**given, "overflow_uri": str(self.overflow), **params}, {})
 
     @contextlib.contextmanager
@@ -692,14 +692,14 @@ def test_inspect_knows_what_is_half_written_and_what_is_in_no_book(stock: Stock)
 def test_all_that_is_wrong_is_told_at_once() -> None:
     name = ObjectName("s", "n", "ab", "0" * 27, 3)
     header = Header("cd", b"", b"", 20, 10, [Chunk(10, Codec.RAW, 0), Chunk(10, Codec.RAW, 0)])
-    told = [*problems(name, header, memoryview(b""), Stat(b"", [10, 9]), [20, 21])]
+    told = [*problems(name, "ab", header, memoryview(b""), Stat(b"", [10, 9]), [20, 21])]
     assert told == [
         "its header is that of object cd",
         "its header tells of 20 bytes, not 21",
         "its header tells of 2 chunks, not 3",
         "chunk 1 has 9 bytes, not 10",
     ]
-    told = [*problems(name, header, memoryview(b""), Stat(b"", [], payload=19), [])]
+    told = [*problems(name, "ab", header, memoryview(b""), Stat(b"", [], payload=19), [])]
     assert told[-1] == "its file has 19 bytes of chunks, not 20"
 
 

@@ -63,7 +63,7 @@ def test_a_killed_primary_of_a_cluster_is_followed_and_comes_back_as_a_replica(
     cluster.settle_foreign()
     old = cluster.primary_of("emb:sha256:abc123")
     (replica,) = cluster.replicas_of(old)
-    assert old.client.wait(1, 10_000) == 1
+    wait_until(lambda: old.client.wait(1, 1000))
     cluster.kill(old)
     assert cluster.primary_of("emb:sha256:abc123") is replica
     cluster.wait_until_whole()
@@ -82,7 +82,7 @@ def test_a_killed_primary_of_sentinels_is_followed_and_comes_back_as_a_replica(
 ) -> None:
     group.settle_foreign()
     (replica,) = group.replicas()
-    assert group.client.wait(1, 10_000) == 1
+    wait_until(lambda: group.client.wait(1, 1000))
     old = group.kill_primary()
     group.wait_until_followed(old)
     assert group.primary() is replica
@@ -98,7 +98,7 @@ def test_a_paused_replica_acknowledges_nothing(group: SentinelGroup) -> None:
     with replica.paused():
         primary.client.set("key", "value")
         assert primary.client.wait(1, 100) == 0
-    assert primary.client.wait(1, 10_000) == 1
+    wait_until(lambda: primary.client.wait(1, 1000))
 
 
 @pytest.fixture(params=["front", *(["server"] if tls_binary() else [])])

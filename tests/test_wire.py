@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from proxy import Proxy, answering, proxy_to
-from servers import Server, unix_socket_server, valkey_server
+from servers import Server, acl_user, unix_socket_server, valkey_server
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
@@ -29,7 +29,7 @@ KEY = "ray:spill:default:test"
 
 
 def config(url: str, **params: Any) -> Config:
-    return Config.load({"url": url, "retry_timeout": 5, **params}, {})
+    return Config.load({"url": url, **params}, {})
 
 
 @pytest.fixture
@@ -275,14 +275,10 @@ def test_a_password_file_that_is_not_there_is_named(server: Server) -> None:
         Link(config(server.url, password_file="/no/such/file")).info()
 
 
-def test_a_missing_permission_is_told_from_other_errors() -> None:
-    with valkey_server() as server:
-        server.client.acl_setuser(
-            "ray", enabled=True, passwords=["+pw"], keys=["ray:*"], commands=["+get"]
-        )
-        link = Link(
-            Config.load({"url": server.url, "username": "ray"}, {"RAY_VALKEY_SPILL_PASSWORD": "pw"})
-        )
+def test_a_missing_permission_is_told_from_other_errors(server: Server) -> None:
+    with acl_user([server.client], "~ray:* +get"):
+        environ = {"RAY_VALKEY_SPILL_PASSWORD": "secret"}
+        link = Link(Config.load({"url": server.url, "username": "ray"}, environ))
         with pytest.raises(ServerRefusedError, match="NOPERM"):
             link.execute(command("SET", KEY, "x"))
         assert link.execute(command("GET", KEY)) == [None]
