@@ -31,7 +31,8 @@ from benchmarks.wire import floats
 from ray_valkey_spill import connection
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.ledger import pages
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.packing import SourceObject
 
 _SPAWN = multiprocessing.get_context("spawn")
 

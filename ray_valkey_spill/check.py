@@ -17,8 +17,9 @@ from ray_valkey_spill.budget import margin
 from ray_valkey_spill.config import MIB, Config
 from ray_valkey_spill.errors import ServerFullError, SpillError
 from ray_valkey_spill.keys import Keyspace
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
 from ray_valkey_spill.overflow import OverflowTier
+from ray_valkey_spill.packing import SourceObject
 from ray_valkey_spill.registration import require_compatible
 from ray_valkey_spill.resp import command
 from ray_valkey_spill.sealing import KeyRing

@@ -23,6 +23,8 @@ from ray_valkey_spill.errors import ConfigError
 
 __all__ = [
     "ENV_PREFIX",
+    "KIB",
+    "MIB",
     "Address",
     "Config",
     "Endpoint",

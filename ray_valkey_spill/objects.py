@@ -41,7 +41,7 @@ from ray_valkey_spill.shared_overflow import SharedOverflow
 from ray_valkey_spill.tiers import Stat, ValkeyTier
 from ray_valkey_spill.wire import Link
 
-__all__ = ["INLINE_LIMIT", "ObjectStore", "Room", "SourceObject", "StoredObject", "problems"]
+__all__ = ["ObjectStore", "Room", "StoredObject", "problems"]
 
 # What is looked up in one round trip.
 _OBJECTS_PER_PAGE = 16

@@ -40,9 +40,10 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.gcs import running_at
 from ray_valkey_spill.journal import DeletionJournal
 from ray_valkey_spill.metrics import Metrics
-from ray_valkey_spill.objects import ObjectStore, SourceObject, StoredObject
+from ray_valkey_spill.objects import ObjectStore, StoredObject
 from ray_valkey_spill.observer import Operation
 from ray_valkey_spill.outage import Outage
+from ray_valkey_spill.packing import SourceObject
 
 __all__ = ["ValkeyStorage"]
 

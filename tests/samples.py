@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.packing import SourceObject
 
 METADATA, OWNER = b"PYTHON", b"\x00owner"
 

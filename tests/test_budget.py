@@ -494,7 +494,8 @@ _WRITER = """
 import json, random, sys
 import numpy as np
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.packing import SourceObject
 
 params, node, seed = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 chance = random.Random(seed)

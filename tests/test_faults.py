@@ -45,7 +45,8 @@ from ray_valkey_spill.errors import (
     SpillError,
     UnconfirmedError,
 )
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.packing import SourceObject
 
 CHUNK = 256 << 10
 DATA = np.random.default_rng(0).bytes(24 * CHUNK + 17)

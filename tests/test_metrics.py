@@ -35,9 +35,10 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.ledger import Owner
 from ray_valkey_spill.metrics import DEFINITIONS, Metrics
-from ray_valkey_spill.objects import ObjectStore, Room, SourceObject, StoredObject
+from ray_valkey_spill.objects import ObjectStore, Room, StoredObject
 from ray_valkey_spill.observer import Observer
 from ray_valkey_spill.overflow import OverflowTier
+from ray_valkey_spill.packing import SourceObject
 from ray_valkey_spill.server_info import MemoryInfo
 
 OWNER = Owner("session_1", "ab" * 28)

@@ -44,7 +44,8 @@ from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnav
 from ray_valkey_spill.format import FORMAT_VERSION
 from ray_valkey_spill.keys import Entry
 from ray_valkey_spill.ledger import Owner
-from ray_valkey_spill.objects import INLINE_LIMIT, ObjectStore, SourceObject, StoredObject
+from ray_valkey_spill.objects import ObjectStore, StoredObject
+from ray_valkey_spill.packing import INLINE_LIMIT, SourceObject
 from ray_valkey_spill.sealing import TAG_SIZE
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -755,7 +756,8 @@ import json
 import sys
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.keys import ObjectName
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.packing import SourceObject
 
 params, session, node, kill_point = sys.argv[1:]
 store = ObjectStore(Config.load({"chunk_size": 10000, **json.loads(params)}, {}), session, node)

@@ -31,7 +31,8 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, SpillError
 from ray_valkey_spill.format import Codec, decode_header
 from ray_valkey_spill.keys import Entry
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.packing import SourceObject
 from ray_valkey_spill.sealing import TAG_SIZE, Key, KeyRing
 
 CHUNK = 1024

@@ -27,8 +27,8 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.objects import ObjectStore, SourceObject
-from ray_valkey_spill.packing import Packer
+from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.packing import Packer, SourceObject
 from ray_valkey_spill.resp import command
 from ray_valkey_spill.tiers import ValkeyTier
 from ray_valkey_spill.wire import Link

@@ -16,7 +16,8 @@ from topologies import Cluster, SentinelGroup, cluster_servers, sentinel_servers
 from ray_valkey_spill import check
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerRefusedError
-from ray_valkey_spill.objects import ObjectStore, SourceObject
+from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.packing import SourceObject
 
 pytestmark = [
     pytest.mark.usefixtures("no_thread_left"),

@@ -37,7 +37,8 @@ from ray_valkey_spill.inspection import parse_target
 from ray_valkey_spill.inventory import Figures, Inventory, NodeFigures, age, percent, total
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName
 from ray_valkey_spill.ledger import Ledger, Owner
-from ray_valkey_spill.objects import ObjectStore, SourceObject, problems
+from ray_valkey_spill.objects import ObjectStore, problems
+from ray_valkey_spill.packing import SourceObject
 from ray_valkey_spill.tiers import Stat
 from ray_valkey_spill.wire import Link
 
