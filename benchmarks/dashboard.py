@@ -28,8 +28,6 @@ import numpy as np
 import ray
 import valkey
 from clusters import ray_with
-from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from benchmarks.common import MIB, valkey_server
 from ray_valkey_spill import system_config
@@ -146,6 +144,8 @@ def _readable(value: float, unit: str) -> str:
 
 
 def _draw(prometheus: str, start: float, end: float, into: Path) -> None:
+    from matplotlib import pyplot as plt  # not needed for --help
+
     panels = json.loads((DEPLOY / "grafana-dashboard.json").read_text())["panels"]
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     figure = plt.figure(figsize=(18, rows * 0.42))
@@ -168,6 +168,8 @@ def _draw(prometheus: str, start: float, end: float, into: Path) -> None:
 
 
 def _draw_lines(axes: Any, panel: Any, prometheus: str, start: float, end: float) -> None:
+    from matplotlib.ticker import MaxNLocator, MultipleLocator
+
     defaults = panel["fieldConfig"]["defaults"]
     dashed = {each["matcher"]["options"] for each in panel["fieldConfig"]["overrides"]}
     stepped = defaults["custom"]["lineInterpolation"] == "stepAfter"

@@ -52,9 +52,11 @@ headGroupSpec:
           env:
             - name: RAY_object_spilling_config
               value: {config}
+"""
+_KUBERAY_ENVIRONMENT = """\
             - &password
               name: RAY_VALKEY_SPILL_PASSWORD
-              valueFrom: {{secretKeyRef: {{name: valkey, key: password, optional: true}}}}
+              valueFrom: {secretKeyRef: {name: valkey, key: password, optional: true}}
 workerGroupSpecs:
   - template:
       spec:
@@ -148,7 +150,7 @@ def config(acl: bool, as_json: bool, **options: str | None) -> None:
         "ray start": "ray start --head --system-config="
         + shlex.quote(json.dumps(system_config(**given))),
         "environment": f"export RAY_object_spilling_config={shlex.quote(spilling)}",
-        "KubeRay": _KUBERAY.format(config=json.dumps(spilling)),
+        "KubeRay": _kuberay(spilling, given.get("password_file")),
         "Python": "import ray, ray_valkey_spill\n\nray.init(_system_config="
         f"ray_valkey_spill.system_config({', '.join(f'{k}={v!r}' for k, v in given.items())}))",
     }
@@ -175,12 +177,15 @@ def config(acl: bool, as_json: bool, **options: str | None) -> None:
         )
         click.echo(
             f"# Every node then needs username={permissions['user']}, and the password, in\n"
-            "# RAY_VALKEY_SPILL_PASSWORD or in a file that password_file names."
+            "# RAY_VALKEY_SPILL_PASSWORD or in a file that password_file names. The server's\n"
+            "# default user is open to everybody, unless it has a password or is off\n"
+            "# (user default off)."
         )
         return
     _print_forms(forms)
     if Config.load(given, environ={}).address.username:
-        click.echo("# The password: RAY_VALKEY_SPILL_PASSWORD in the environment of every node.")
+        where = given.get("password_file") or "RAY_VALKEY_SPILL_PASSWORD in the environment"
+        click.echo(f"# The password: {where}, on every node.")
 
 
 @cli.command()
@@ -314,6 +319,13 @@ def gc(dry_run: bool, as_json: bool, **options: str | None) -> None:
 def _config(options: Mapping[str, str | None]) -> Config:
     """What the options and the environment give."""
     return Config.load(_given(options))
+
+
+def _kuberay(spilling: str, password_file: str | None) -> str:
+    head = _KUBERAY.format(config=json.dumps(spilling))
+    if password_file is None:
+        return head + _KUBERAY_ENVIRONMENT
+    return f"{head}# The pods of every group need {password_file}, from a secret that is mounted.\n"
 
 
 def _acl(config: Config) -> dict[str, str]:

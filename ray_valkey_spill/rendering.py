@@ -383,6 +383,9 @@ def remains_table(remains: Sequence[Remains]) -> Iterator[str]:
 
 def summary(remains: Sequence[Remains]) -> str:
     """How much all of it is, in one phrase."""
+    nodes = amount(len(remains), "node")
+    if not any(each.usage.objects or each.pending or each.files for each in remains):
+        return f"what the books told of {nodes}, of which nothing else was left"
     dead = [each.usage for each in remains if each.session_is_dead]
     objects = amount(sum(usage.objects for usage in dead), "object")
     stored = size_text(sum(usage.stored for usage in dead))
@@ -390,6 +393,5 @@ def summary(remains: Sequence[Remains]) -> str:
     in_files = size_text(sum(each.file_bytes for each in remains))
     half_written = sum(each.pending for each in remains)
     return (
-        f"{objects} ({stored}), {half_written:,} half-written and {files} ({in_files}) "
-        f"of {amount(len(remains), 'node')}"
+        f"{objects} ({stored}), {half_written:,} half-written and {files} ({in_files}) of {nodes}"
     )

@@ -24,9 +24,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 LONGEST = [
     f"test_{name}.py"
     for name in (
-        *("ray_cluster", "benchmarks", "ray_upstream", "sentinel", "ray_faults", "cli"),
-        *("cluster", "ray_values", "cleanup", "ray_lost", "metrics", "objects", "neighbours"),
-        *("ray_large", "secrets", "overflow", "sealing", "faults", "head_start"),
+        *("ray_cluster", "benchmarks", "ray_upstream", "walkthrough", "sentinel", "ray_faults"),
+        *("cli", "cluster", "ray_values", "cleanup", "ray_lost", "metrics", "objects"),
+        *("neighbours", "ray_large", "secrets", "overflow", "sealing", "faults", "head_start"),
     )
 ]
 

