@@ -100,9 +100,11 @@ def test_a_cluster_that_does_not_serve_is_refused() -> None:
         preflight.run_all(load(server, retry_timeout=0.5))
 
 
-def test_a_replica_is_refused(server: Server) -> None:
+def test_a_replica_is_refused() -> None:
+    # Not of the server that all share: it would keep what it has for replicas in its memory.
     with (
-        valkey_server(replicaof=f"127.0.0.1 {server.port}") as replica,
+        valkey_server() as primary,
+        valkey_server(replicaof=f"127.0.0.1 {primary.port}") as replica,
         pytest.raises(ConfigError, match=r"replica.*url of its primary"),
     ):
         preflight.run_all(load(replica))

@@ -341,7 +341,8 @@ def test_where_everything_may_be_evicted_what_is_lost_is_told_and_the_rest_comes
             spills.check_all()
             assert 0 < spills.tally.misses < spills.keys
             assert (spills.tally.wrong, spills.tally.errors) == (0, {})
-            # And it goes on.
+            # And it goes on, with room so that it is not evicted at once.
+            server.client.config_set("maxmemory", "120mb")
             spills.step()
             assert spills.tally.errors == {}
             spills.delete_all()
