@@ -11,7 +11,7 @@ from ray_valkey_spill.errors import (
     ServerFullError,
     ServerRefusedError,
 )
-from ray_valkey_spill.format import Buffer, scratch
+from ray_valkey_spill.format import Buffer
 
 __all__ = [
     "RedirectError",
@@ -79,8 +79,8 @@ class Request:
         redirects: how many times it was sent to another node of a cluster.
         done: whether the reply is there.
         into: where the reply's value is to be received, if it has exactly that size.
-        reply: as the server sent it: bytes for a status, int, list or None; for a value a
-            bytearray, or a memoryview where it is large; the length of `into`, if that was filled.
+        reply: as the server sent it: bytes for a status, bytearray for a value, int, list or None.
+            The length of `into`, if that was filled.
         error: the server's error instead of a reply.
         weight: bytes that it has under way: its own and `expected` ones of the reply.
     """
@@ -187,11 +187,7 @@ class ReplyReader:
     def _bulk(self, size: int, into: memoryview | None) -> Any:
         if size < 0:
             return None
-        if into is not None and len(into) == size:
-            target = into
-        else:
-            # A bytearray would be filled with zeros first.
-            target = memoryview(bytearray(size)) if size <= _READ_SIZE else scratch(size)
+        target = into if into is not None and len(into) == size else memoryview(bytearray(size))
         got = min(size, self._end - self._start)
         target[:got] = self._buffer[self._start : self._start + got]
         self._start += got
@@ -203,9 +199,7 @@ class ReplyReader:
         while self._end - self._start < 2:
             self._fill()
         self._start += 2
-        if target is into:
-            return size
-        return target.obj if size <= _READ_SIZE else target
+        return size if target is into else target.obj
 
     def _line(self) -> bytes:
         while True:

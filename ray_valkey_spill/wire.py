@@ -153,9 +153,9 @@ class Link:
         return [MemoryInfo.parse(fields_of(self._text(text))) for text in found.values()]
 
     def _text(self, info: Any) -> str:
-        if not isinstance(info, bytearray | memoryview):
+        if not isinstance(info, bytearray):
             raise NotValkeyError(f"{self.address} answers INFO, but not as a Valkey does")
-        return bytes(info).decode(errors="replace")
+        return info.decode(errors="replace")
 
     def _ask_all(self, ask: Callable[[], Request]) -> dict[Endpoint, Any]:
         """The replies of all that have keys."""
