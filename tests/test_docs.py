@@ -74,6 +74,7 @@ RUN_BY = {
     "openssl rand -base64 32 | kubectl ": CLUSTER,
     "python -m benchmarks.": BENCHMARK,
     ".ci/ray-versions": ".ci/ray-versions",
+    ".ci/release": ".ci/release",
     ".ci/server-versions": ".ci/server-versions",
     "perf record -a": NAMED,
     "for user in ": CLUSTER,

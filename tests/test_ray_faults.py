@@ -56,6 +56,7 @@ def make_room():
     time.sleep(3)  # for more attempts, of which nothing is to be heard
     print("room", flush=True)
     client.config_set("maxmemory", 0)
+    client.close()
 
 threading.Thread(target=make_room).start()
 data = np.random.default_rng(0)
