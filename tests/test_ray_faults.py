@@ -47,7 +47,6 @@ def take_away(proxy: Proxy) -> None:
 
 FILLING = """
 import pathlib, threading, time, valkey
-client = valkey.from_url(sys.argv[1])
 
 def make_room():
     session = pathlib.Path(ray._private.worker._global_node.get_session_dir_path())
@@ -55,8 +54,7 @@ def make_room():
         time.sleep(0.1)
     time.sleep(3)  # for more attempts, of which nothing is to be heard
     print("room", flush=True)
-    client.config_set("maxmemory", 0)
-    client.close()
+    valkey.from_url(sys.argv[1]).config_set("maxmemory", 0)
 
 threading.Thread(target=make_room).start()
 data = np.random.default_rng(0)
