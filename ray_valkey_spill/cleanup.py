@@ -27,6 +27,7 @@ from ray_valkey_spill.gcs import UNKNOWN, UNREACHABLE, RunningSession
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.ledger import Lease, Owner, Usage
 from ray_valkey_spill.overflow import OverflowTier
+from ray_valkey_spill.shared_overflow import SharedOverflow
 from ray_valkey_spill.tiers import ValkeyTier
 from ray_valkey_spill.wire import Link
 
@@ -240,9 +241,10 @@ class CleanUp:
                     self._overflow.destroy_session(session)
                 for each in of_session:
                     self._ledger.close_account(each.owner)
-                token = self._ledger.overflows().get(session)
-                if token is not None and self._ledger.forget_overflow(session) and self._overflow:
-                    self._overflow.unsign(session, token)
+                if self._overflow is not None:
+                    SharedOverflow(self._overflow, session).leave(self._ledger)
+                else:
+                    self._ledger.forget_overflow(session)
                 removed += of_session
         return removed
 

@@ -124,10 +124,8 @@ class ObjectStore:
         self._recovery = ValkeyTier(recovery_link, self.keys)
         self._budget = self._new_budget(config, budget_link)
         self._max_bytes = config.max_bytes
-        self._overflow = OverflowTier.of(config)
-        self._shared_overflow = (
-            SharedOverflow(self._overflow, self._owner.session) if self._overflow else None
-        )
+        overflow = OverflowTier.of(config)
+        self._overflow = SharedOverflow(overflow, self._owner.session) if overflow else None
         self._has_lease = self._looked_for_parts = False
         self._recount_at = self._look_at_overflow_at = float("-inf")
         self._in_overflow: int | None = None
@@ -330,12 +328,12 @@ class ObjectStore:
         Raises:
             OverflowUnavailableError
         """
-        if self._shared_overflow is None:
+        if self._overflow is None:
             raise OverflowUnavailableError(
                 "an object was spilled to the overflow, and this node has no overflow_uri",
                 "Give every node the same overflow_uri",
             )
-        return self._shared_overflow.joined(ledger or self._tier.ledger)
+        return self._overflow.joined(ledger or self._tier.ledger)
 
     def _checked(self, place: Place, object_id: str, stat: Stat) -> StoredObject | _Lost:
         try:
@@ -479,8 +477,8 @@ class ObjectStore:
         Raises:
             OverflowUnavailableError
         """
-        if self._shared_overflow is not None:
-            self._shared_overflow.probe()
+        if self._overflow is not None:
+            self._overflow.probe()
 
     def join_overflow(self) -> None:
         """Make sure that this node's overflow, if it has one, is that of the whole session.
@@ -491,8 +489,8 @@ class ObjectStore:
             OverflowUnavailableError: it is not, or it cannot be used.
             ServerError: the server cannot tell.
         """
-        if self._shared_overflow is not None:
-            self._shared_overflow.join(self._recovery.ledger)
+        if self._overflow is not None:
+            self._overflow.join(self._recovery.ledger)
 
     def recover(self, is_alive: Callable[[int], bool], deleted: Sequence[str] = ()) -> int:
         """Remove what failed puts left, and those of killed processes of this node.
@@ -614,9 +612,9 @@ class ObjectStore:
                 break
             time.sleep(_DESTROY_PAUSE)
         self._tier.ledger.close_account(self._owner)
-        if self._overflow is not None and self._shared_overflow is not None:
-            count += self._overflow.destroy(self._owner)
-            self._shared_overflow.leave(self._tier.ledger)
+        if self._overflow is not None:
+            count += self._overflow.overflow.destroy(self._owner)
+            self._overflow.leave(self._tier.ledger)
         return count
 
     # --- helpers ---

@@ -22,46 +22,46 @@ class SharedOverflow:
     Errors are `OverflowUnavailableError`, and with a ledger also those of `wire.Link.run`.
 
     Args:
-        overflow: the node's.
+        overflow: the node's; also an attribute, for what may be done before it has joined.
         session: the session.
     """
 
     def __init__(self, overflow: OverflowTier, session: str) -> None:
-        self._overflow = overflow
+        self.overflow = overflow
         self._session = session
         self._agreed: str | None = None  # the token, once it has been seen here
 
     def probe(self) -> None:
         """Make sure that what is written to the overflow can be found there."""
         token = _new_token()
-        self._overflow.sign(self._session, token)
-        if not self._overflow.is_signed(self._session, token):
+        self.overflow.sign(self._session, token)
+        if not self.overflow.is_signed(self._session, token):
             raise OverflowUnavailableError(
-                f"the overflow at {self._overflow} loses what is written to it"
+                f"the overflow at {self.overflow} loses what is written to it"
             )
-        self._overflow.unsign(self._session, token)
+        self.overflow.unsign(self._session, token)
 
     def joined(self, ledger: Ledger) -> OverflowTier:
         """The overflow, once it is known to be the session's."""
         if self._agreed is None:
             self.join(ledger)
-        return self._overflow
+        return self.overflow
 
     def join(self, ledger: Ledger) -> None:
         """Make sure that the overflow is the session's, or make it that. The node needs a lease."""
         known = self._agreed or ledger.overflows().get(self._session)
         token = known or _new_token()
         if known is None:
-            self._overflow.sign(self._session, token)
+            self.overflow.sign(self._session, token)
         # A server that has lost its data is told again.
         agreed = ledger.agree_on_overflow(self._session, token)
-        is_here = agreed == self._agreed or self._overflow.is_signed(self._session, agreed)
+        is_here = agreed == self._agreed or self.overflow.is_signed(self._session, agreed)
         if agreed != token and (is_here or known is None):
             # Others were faster, and nobody will look for this one.
-            self._overflow.unsign(self._session, token)
+            self.overflow.unsign(self._session, token)
         if not is_here:
             raise OverflowUnavailableError(
-                f"the overflow at {self._overflow} is not the one that the session's other nodes "
+                f"the overflow at {self.overflow} is not the one that the session's other nodes "
                 "have: what they leave there is not here",
                 "Give an overflow_uri that is the same place on every node, such as a mount of "
                 "one shared directory or an object store",
@@ -72,7 +72,7 @@ class SharedOverflow:
         """The last of the session's nodes takes down what they had agreed on."""
         agreed = ledger.overflows().get(self._session)
         if agreed is not None and ledger.forget_overflow(self._session):
-            self._overflow.unsign(self._session, agreed)
+            self.overflow.unsign(self._session, agreed)
         self._agreed = None
 
 
