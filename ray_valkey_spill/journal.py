@@ -50,6 +50,12 @@ class DeletionJournal:
             raise
         self.done(urls)
 
+    def put_off(self, urls: Sequence[str]) -> None:
+        """Leave them for later."""
+        with self._lock:
+            self._left |= dict.fromkeys(urls, True)
+            self._append("+", urls)
+
     def done(self, urls: Iterable[str]) -> None:
         """Forget them: they are deleted."""
         urls = list(urls)

@@ -223,7 +223,7 @@ class Metrics(Observer):
         if tier == "valkey":
             self._note(connected=True)
 
-    def lost(self, reason: Loss) -> None:
+    def lost(self, reason: Loss, tier: Tier) -> None:
         self._record(_LOST, 1, {"reason": reason})
 
     def failed(self, operation: Operation | Literal["recover"], error: SpillError) -> None:

@@ -85,6 +85,7 @@ class _Lost(NamedTuple):
 
     error: LostObjectError
     reason: Loss
+    tier: Tier
 
 
 class _Removal(NamedTuple):
@@ -118,7 +119,11 @@ class ObjectStore:
         self._key_ring = KeyRing.of(config)
         # What this cannot do now in the background is done another time.
         impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
-        link, budget_link, recovery_link = Link(config), Link(config), Link(impatient)
+        link, budget_link, recovery_link = (
+            Link(config, waiting=self._observer.waiting),
+            Link(config, waiting=self._observer.waiting),
+            Link(impatient),
+        )
         self._links = link, budget_link, recovery_link
         self._tier = ValkeyTier(link, self.keys)
         self._recovery = ValkeyTier(recovery_link, self.keys)
@@ -157,6 +162,13 @@ class ObjectStore:
     def breaks(self) -> int:
         """How many times a connection has broken, or could not be had."""
         return sum(link.breaks for link in self._links)
+
+    @contextlib.contextmanager
+    def hurried(self, seconds: float) -> Iterator[None]:
+        """Let what begins meanwhile retry a server that is away for at most so many seconds."""
+        link, *_ = self._links
+        with link.hurried(seconds):
+            yield
 
     # --- put ---
 
@@ -298,7 +310,7 @@ class ObjectStore:
                 found = _timed(self._find_page(page))
                 for each in found if inline else list(found):
                     if isinstance(each, _Lost):
-                        self._observer.lost(each.reason)
+                        self._observer.lost(each.reason, each.tier)
                         yield each.error
                     else:
                         yield each
@@ -316,7 +328,7 @@ class ObjectStore:
         stats = self._tier.stat([(p.name, 0 if p.name.chunks else p.size) for p in places])
         for place, object_id in page:
             if isinstance(place, LostObjectError):
-                yield _Lost(place, "foreign")
+                yield _Lost(place, "foreign", "valkey")
             elif place.overflow:
                 yield self._checked(place, object_id, self._reachable_overflow().stat(place))
             else:
@@ -346,7 +358,7 @@ class ObjectStore:
             for problem in problems(place.name, object_id, header, payload, stat, [place.size]):
                 raise LostObjectError(problem)
         except LostObjectError as error:
-            return _Lost(self._lost(place, error), _loss(stat))
+            return _Lost(self._lost(place, error), _loss(stat), _tier_of(place))
         return StoredObject(place, header, payload)
 
     def fill(self, found: StoredObject, target: memoryview) -> None:
@@ -364,8 +376,9 @@ class ObjectStore:
         else:
             self._fill_checked(found, target)
         seconds = found.seconds + time.perf_counter() - started
-        tier: Tier = "overflow" if found.place.overflow else "valkey"
-        self._observer.done("restore", tier, 1, header.size, header.stored_size, seconds)
+        self._observer.done(
+            "restore", _tier_of(found.place), 1, header.size, header.stored_size, seconds
+        )
 
     def _fill_checked(self, found: StoredObject, target: memoryview) -> None:
         header = found.header
@@ -683,6 +696,10 @@ def _loss(stat: Stat) -> Loss:
     # Whose header alone is gone turned out damaged when it was read: see `mark_lost`.
     is_marked = stat.header is None and len(stat.chunk_sizes) > 0 and all(stat.chunk_sizes)
     return "damaged" if stat.is_whole or is_marked else "missing"
+
+
+def _tier_of(place: Place) -> Tier:
+    return "overflow" if place.overflow else "valkey"
 
 
 def _fullness(memory: MemoryInfo) -> float:

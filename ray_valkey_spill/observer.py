@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ray_valkey_spill.errors import SpillError
+
 __all__ = ["Loss", "Observer", "Operation", "Tier"]
 
 Operation = Literal["spill", "restore", "delete"]
@@ -40,5 +42,11 @@ class Observer:
             seconds: how long it took, with what had to be tried again.
         """
 
-    def lost(self, reason: Loss) -> None:
-        """An object that was looked for is lost."""
+    def lost(self, reason: Loss, tier: Tier) -> None:
+        """An object that was looked for in `tier` is lost."""
+
+    def waiting(self, error: SpillError) -> None:
+        """An operation waits for the server, and would fail with `error` if it gave up now.
+
+        Called before each pause between two attempts, but not while attempts are hurried.
+        """

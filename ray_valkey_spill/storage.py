@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,18 +31,22 @@ from ray_valkey_spill import preflight
 from ray_valkey_spill.background import Background
 from ray_valkey_spill.cleanup import RENEWAL, CleanUp
 from ray_valkey_spill.config import Config
+from ray_valkey_spill.deferred import DeferredRestores, Restore
 from ray_valkey_spill.errors import (
     ConfigError,
     LostObjectError,
     OverflowUnavailableError,
+    ServerFullError,
     SpillError,
 )
 from ray_valkey_spill.gcs import running_at
 from ray_valkey_spill.journal import DeletionJournal
+from ray_valkey_spill.keys import Keyspace, Place
 from ray_valkey_spill.metrics import Metrics
 from ray_valkey_spill.objects import ObjectStore, StoredObject
-from ray_valkey_spill.observer import Operation
-from ray_valkey_spill.outage import Outage
+from ray_valkey_spill.observer import Loss, Operation, Tier
+from ray_valkey_spill.outage import OVERFLOW, ROOM, VALKEY, Losses, Outages, resource_of
+from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.packing import SourceObject
 
 __all__ = ["ValkeyStorage"]
@@ -61,6 +65,16 @@ _BETWEEN_LOOKS, _BETWEEN_ATTEMPTS = RENEWAL, 2.0
 _ATTEMPTS_PER_WARNING = 6
 # Until an IO worker that has just been started is connected.
 _BETWEEN_STARTS = 0.2
+
+# Seconds for which a restore or a deletion that Ray asks for is retried while it holds an IO
+# worker; then it is put off. Once plasma has made the object, a restore cannot be put off: this
+# process exits instead, and Ray's next attempt comes some ten seconds later.
+_HOLD, _HOLD_HALF_WAY = 2.0, 5.0
+# And of a deferred restore, whose thread tries again by itself.
+_HOLD_DEFERRED = 1.0
+
+# Seconds in which the GCS has to list the jobs.
+_JOBS_TIMEOUT = 2.0
 
 # What this process has checked: see `ValkeyStorage.__init__`.
 _checked: set[tuple[str, Config]] = set()
@@ -93,19 +107,37 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._in_io_worker = _in_io_worker()
         self._shared = f"ray_valkey_spill-{node_id}"
         self._session_dir = functools.partial(_session_dir, session_name)
-        self._outage = Outage(self._session_dir, f"{self._shared}.outage", _tell_drivers)
+        self._outages = Outages(self._session_dir, f"{self._shared}.outages", _Drivers())
+        self._losses = Losses(
+            self._session_dir, f"{self._shared}.losses", _Drivers(), self._place_of
+        )
         self._journal = DeletionJournal(self._session_dir, self._shared)
-        self._metrics = Metrics(lambda: self._in_io_worker and _is_connected())
+        self._metrics = _Observer(
+            lambda: self._in_io_worker and _is_connected(), self._outages, self._losses
+        )
+        self._deferred = DeferredRestores(
+            self._session_dir,
+            f"{self._shared}.restores",
+            _is_alive,
+            self._new_restorer,
+            self._still_waits,
+        )
         self._recovery = Background(self._recover)
         self._failed_recoveries = 0
+        self._config: Config | None = None
         try:
             config = Config.load(params)
         except ConfigError as error:
             if not self._in_io_worker:
                 raise
             self._store = self._impatient_store = cast(ObjectStore, _Unusable(error))
+            self._new_store: Callable[[], ObjectStore] = lambda: self._store
             return
-        self._store = ObjectStore(config, session_name, node_id, self._metrics)
+        self._config = config
+        self._new_store = functools.partial(
+            ObjectStore, config, session_name, node_id, self._metrics
+        )
+        self._store = self._new_store()
         if self._in_io_worker:
             self._recovery.start()
         if not self._in_io_worker and (session_name, config) not in _checked:
@@ -138,7 +170,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._recovery.start()
         urls = self._spill(object_refs, owner_addresses)
         if not urls:
-            self._outage.pause()
+            self._outages.pause()
         return [url.encode() for url in urls]
 
     def restore_spilled_objects(
@@ -147,15 +179,24 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Put spilled objects back into plasma; returns the bytes of data restored.
 
         For an object that is lost, Ray's ObjectLostError is put in its place: an exception would
-        have Ray retry for hours with `ray.get` waiting. A server that cannot be used is waited for,
-        because Ray's retries come ten seconds after an exception, then twenty, and ever later.
+        make Ray retry for hours with `ray.get` waiting. An object that cannot be read now is put
+        off, and comes into plasma once it can be: see `deferred`.
 
         Raises:
             SpillError: an object could not be filled, outside of an IO worker; see `_abandon`.
         """
         self._recovery.start()
-        wanted = [(_text(url), ref.hex()) for ref, url in zip(object_refs, url_with_offset_list)]
-        return sum(map(self._restore, object_refs, self._find(wanted)))
+        wanted = [
+            Restore(ref.hex(), _text(url)) for ref, url in zip(object_refs, url_with_offset_list)
+        ]
+        now = []
+        for restore in wanted:
+            away = next(filter(self._outages.is_on, self._needs(restore.url)), None)
+            if away is None:
+                now.append(restore)
+            else:
+                self._deferred.add(away, [restore])
+        return self._restore_now(now)
 
     def delete_spilled_objects(self, urls: list[bytes]) -> None:
         """Remove objects; what is not there is no error.
@@ -164,16 +205,22 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """
         wanted = [_text(url) for url in urls]
         self._recovery.start()
+        self._deferred.forget(filter(None, map(self._object_of, wanted)))
+        later = [url for url in wanted if any(map(self._outages.is_on, self._needs(url)[:1]))]
+        if later:
+            self._journal.put_off(later)
+            wanted = [url for url in wanted if url not in later]
         try:
-            with self._journal.deleting(wanted):
+            with self._journal.deleting(wanted), self._store.hurried(_HOLD):
                 foreign = self._store.delete(wanted)
         except SpillError as error:
             self._recovery.wake()
-            self._failed("delete", "objects cannot be deleted", error)
+            self._failed("delete", resource_of(error), "deletions", error)
             return
         for url in foreign:
             logger.warning("not deleted, because it was not spilled here: %s", url)
-        self._outage.over()
+        for resource in {need for url in wanted for need in self._needs(url)[:1]}:
+            self._outages.over(resource)
 
     def destroy_external_storage(self) -> None:
         """Remove this node's objects, and no others. Never raises: Ray is shutting down."""
@@ -192,6 +239,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Show that this node lives; do what this process and killed ones have left undone."""
         if self._in_io_worker and not _is_connected():
             return _BETWEEN_STARTS
+        self._deferred.adopt(lambda url: (self._needs(url) or [VALKEY])[0])
         mine = self._journal.left()
         others = self._journal.of_the_dead(_is_alive)
         try:
@@ -217,11 +265,11 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return _BETWEEN_LOOKS
 
     def _join_overflow(self) -> None:
-        """Tell of an overflow that cannot be used before anything is lost to it."""
+        """Report an overflow that cannot be used before anything is lost to it."""
         try:
             self._store.join_overflow()
         except OverflowUnavailableError as error:
-            self._failed("recover", "the overflow cannot be used from a node", error)
+            self._failed("recover", OVERFLOW, "spills and restores", error)
 
     def _measure_room(self) -> None:
         with contextlib.suppress(SpillError):  # another time
@@ -233,10 +281,41 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                 self._metrics.found_in_overflow(size)
 
     def _failed(
-        self, operation: Operation | Literal["recover"], what: str, error: SpillError
+        self,
+        operation: Operation | Literal["recover"],
+        resource: str,
+        what: str,
+        error: SpillError,
+        waiting: int = 0,
     ) -> None:
         self._metrics.failed(operation, error)
-        self._outage.failed(what, error)
+        self._outages.failed(resource, what, error, waiting)
+
+    def _located(self, url: str) -> Place | None:
+        """What a URL says; None if it is none of ours."""
+        if self._config is None:
+            return None
+        with contextlib.suppress(LostObjectError):
+            return Keyspace.of(self._config).parse_url(url)
+        return None
+
+    def _object_of(self, url: str) -> str | None:
+        place = self._located(url)
+        return place and place.name.object_id
+
+    def _needs(self, url: str) -> list[str]:
+        """What has to be there for the object of a URL to be read: its tier, and its key."""
+        place = self._located(url)
+        if place is None:
+            return []
+        tier = OVERFLOW if place.overflow else VALKEY
+        return [tier] if place.key_id is None else [tier, _key_named(place.key_id)]
+
+    def _place_of(self, tier: Tier) -> str:
+        assert self._config is not None  # something was looked for
+        if tier == "valkey":
+            return f"Valkey at {self._config.address}"
+        return f"the overflow at {OverflowTier.of(self._config)}"
 
     def _note_destruction(self) -> None:
         """Let the node's IO workers know that it needs no lease any more."""
@@ -262,14 +341,17 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         except SpillError as error:
             self._cannot_spill(error)
             return []
-        if failure is None:
-            self._outage.over()
-        else:
+        if not isinstance(failure, ServerFullError):
+            self._outages.over(ROOM)
+        # Those in the overflow come last.
+        for resource in {need for url in (*urls[:1], *urls[-1:]) for need in self._needs(url)}:
+            self._outages.over(resource)
+        if failure is not None:
             self._cannot_spill(failure)
         return urls
 
     def _cannot_spill(self, error: SpillError) -> None:
-        self._failed("spill", "objects cannot be spilled", error)
+        self._failed("spill", resource_of(error), "spills", error)
         if self._store.has_left_some:
             self._recovery.wake()
 
@@ -281,50 +363,69 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         found = self._get_objects_from_store(refs)
         for ref, (buffer, metadata, *_), owner in zip(refs, found, owner_addresses):
             if buffer is None and not metadata:
-                if sources:
-                    break
-                raise SpillError(f"object {ref.hex()} is not in this node's object store")
+                logger.warning("not spilled: object %s is not in plasma", ref.hex())
+                break
             data = memoryview(buffer if buffer is not None else b"").cast("B")
             sources.append(SourceObject(ref.hex(), bytes(metadata), bytes(owner), data))
         return sources
 
     # --- restore ---
 
-    def _find(self, wanted: Sequence[tuple[str, str]]) -> Iterator[StoredObject | LostObjectError]:
-        """What `ObjectStore.find_all` finds, however long that takes."""
-        done = 0
-        while done < len(wanted):
+    def _restore_now(self, wanted: Sequence[Restore]) -> int:
+        """Restore objects, and put off those that cannot be read; returns the bytes restored."""
+        found: Iterator[StoredObject | LostObjectError] | None = None
+        restored = 0
+        for number, restore in enumerate(wanted):
             try:
-                for found in self._store.find_all(wanted[done:]):
-                    self._outage.over()
-                    done += 1
-                    yield found
+                with self._store.hurried(_HOLD):
+                    found = found or self._store.find_all(
+                        [(each.url, each.object_id) for each in wanted]
+                    )
+                    object_ = next(found)
             except SpillError as error:
-                self._failed("restore", "objects cannot be restored", error)
-                self._outage.pause()
+                # What comes after it finds out by itself what it needs.
+                away = _away(error, self._needs(restore.url))
+                self._deferred.add(away, wanted[number:])
+                self._still_waits(restore, error, self._deferred.count(away))
+                break
+            restored += self._restore(self._store, restore, object_)
+        return restored
 
-    def _restore(self, ref: ObjectRef, found: StoredObject | LostObjectError) -> int:
+    def _still_waits(self, restore: Restore, error: SpillError, waiting: int) -> str:
+        """Report that restores wait; returns for what."""
+        away = _away(error, self._needs(restore.url))
+        self._failed("restore", away, "restores", error, waiting)
+        return away
+
+    def _restore(
+        self, store: ObjectStore, wanted: Restore, found: StoredObject | LostObjectError
+    ) -> int:
+        """Put an object, or that it is lost, into plasma; returns the bytes put there."""
+        ref = ObjectRef(bytes.fromhex(wanted.object_id))
         if isinstance(found, LostObjectError):
             logger.error("ObjectLostError for a reader: %s", found)
             self._put_object_to_store(_OBJECT_LOST, 0, io.BytesIO(), ref, b"")
             return 0
         header = found.header
-        source = _Source(self._store, found)
+        source = _Source(store, found)
         try:
-            self._put_object_to_store(
-                header.ray_metadata, header.size, source, ref, header.owner_address
-            )
-            if not header.size:
-                self._store.fill(found, memoryview(b""))  # nobody asked for nothing
+            with store.hurried(_HOLD_HALF_WAY):
+                self._put_object_to_store(
+                    header.ray_metadata, header.size, source, ref, header.owner_address
+                )
+                if not header.size:
+                    store.fill(found, memoryview(b""))  # nobody asked for nothing
         except Exception as error:
             if isinstance(error, SpillError):
                 self._metrics.failed("restore", error)
             if source.started:
-                self._abandon(found, error)
+                self._abandon(store, found, error)
             raise
-        return header.size
+        for resource in (*self._needs(wanted.url), _whole_read(wanted.object_id)):
+            self._outages.over(resource)
+        return header.size if source.started else 0
 
-    def _abandon(self, found: StoredObject, error: Exception) -> None:
+    def _abandon(self, store: ObjectStore, found: StoredObject, error: Exception) -> None:
         """End this process, because plasma now has an object that is not filled.
 
         Plasma keeps such an object for as long as the process that created it lives, takes every
@@ -335,13 +436,82 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         logger.error("restore given up half way, so this IO worker exits: %s", error)
         if isinstance(error, LostObjectError):
             try:
-                self._store.mark_lost(found)
+                store.mark_lost(found)
             except SpillError as unmarked:
                 logger.error("the lost object could not be marked as such: %s", unmarked)
+        elif isinstance(error, SpillError):
+            self._outages.failed(
+                _whole_read(found.header.object_id), "restores", _half_way(error), 1
+            )
         if self._in_io_worker:
             logging.shutdown()
             sys.stderr.flush()
             os._exit(1)
+
+    def _new_restorer(self) -> _Restorer:
+        return _Restorer(self)
+
+
+class _Restorer:
+    """Restores deferred objects, over connections of its own: see `deferred.Restorer`."""
+
+    def __init__(self, storage: ValkeyStorage) -> None:
+        self._storage = storage
+        self._store = storage._new_store()
+
+    def restore(self, wanted: Restore) -> bool:
+        if _is_in_plasma(wanted.object_id):
+            return True  # another IO worker was faster, or another node has sent it
+        with self._store.hurried(_HOLD_DEFERRED):
+            (found,) = self._store.find_all([(wanted.url, wanted.object_id)])
+        restored = self._storage._restore(self._store, wanted, found)
+        is_done = restored or isinstance(found, LostObjectError) or not found.header.size
+        # Else plasma has no room for it now.
+        return bool(is_done) or _is_in_plasma(wanted.object_id)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class _Observer(Metrics):
+    """Metrics, and what drivers hear of while an operation is under way."""
+
+    def __init__(self, is_reporting: Callable[[], bool], outages: Outages, losses: Losses) -> None:
+        super().__init__(is_reporting)
+        self._outages = outages
+        self._losses = losses
+
+    def lost(self, reason: Loss, tier: Tier) -> None:
+        super().lost(reason, tier)
+        self._losses.add(reason, tier)
+
+    def waiting(self, error: SpillError) -> None:
+        # Restores and deletions are hurried: they are put off instead.
+        self._outages.failed(resource_of(error), "spills", error)
+
+
+def _key_named(key_id: int) -> str:
+    return f"encryption key {key_id:016x}"
+
+
+def _whole_read(object_id: str) -> str:
+    return f"an unbroken read of object {object_id}"
+
+
+def _away(error: SpillError, needed: Sequence[str]) -> str:
+    """What is away that a restore needs, given what it failed with."""
+    if isinstance(error, ConfigError) and len(needed) > 1:
+        return needed[1]
+    return resource_of(error)
+
+
+def _half_way(error: SpillError) -> SpillError:
+    return SpillError(
+        f"it broke off half way: {error.what.rstrip('.')}",
+        "If that happens again and again, the server or a proxy closes connections that have much "
+        "under way: raise client-output-buffer-limit normal and maxmemory-clients, or lower "
+        "chunk_size",
+    )
 
 
 class _Source:
@@ -384,11 +554,31 @@ def _session_dir(session: str) -> Path | None:
     return directory if directory.is_dir() else None
 
 
-def _tell_drivers(message: str) -> None:
-    """Print a message at every driver of the cluster."""
+class _Drivers:
+    """The drivers of the cluster that this process is connected to: see `outage.Drivers`."""
+
+    def notify(self, message: str, job: str | None = None) -> None:
+        if _is_connected():
+            worker = ray._private.worker.global_worker
+            job_id = None if job is None else ray.JobID.from_hex(job)
+            push_error_to_driver(worker, "spill_objects_error", message, job_id)
+
+    def running(self) -> list[str]:
+        client: Any = getattr(ray._private.worker.global_worker, "gcs_client", None)
+        try:
+            jobs = client.get_all_job_info(
+                skip_submission_job_info_field=True,
+                skip_is_running_tasks_field=True,
+                timeout=_JOBS_TIMEOUT,
+            )
+            return [job.hex() for job, info in jobs.items() if not info.is_dead]
+        except Exception:  # another Ray's client may have no such call
+            return []
+
+
+def _is_in_plasma(object_id: str) -> bool:
     worker = ray._private.worker.global_worker
-    if _is_connected():
-        push_error_to_driver(worker, "spill_objects_error", message)
+    return bool(worker.core_worker.object_exists(ObjectRef(bytes.fromhex(object_id))))
 
 
 def _is_connected() -> bool:

@@ -8,6 +8,7 @@ yielded in order nevertheless.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from ray_valkey_spill.errors import (
     NotValkeyError,
     ServerRefusedError,
     ServerUnavailableError,
+    SpillError,
     UnconfirmedError,
 )
 from ray_valkey_spill.keys import Keyspace
@@ -45,12 +47,26 @@ _WAIT = 500
 
 
 class _Patience:
-    """Paces attempts, from the first failure until something works again or time is up."""
+    """Paces attempts, from the first failure until something works again or time is up.
 
-    def __init__(self, address: Address, retry_timeout: float, unreachable_timeout: float) -> None:
+    Args:
+        address: of the servers, for messages.
+        retry_timeout: seconds for which attempts go on while servers answer.
+        unreachable_timeout: the same, while none answers.
+        waiting: is called before each pause, with the error that would be raised if time were up.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        retry_timeout: float,
+        unreachable_timeout: float,
+        waiting: Callable[[SpillError], None],
+    ) -> None:
         self._address = address
         self._retry_timeout = retry_timeout
         self._unreachable_timeout = unreachable_timeout
+        self._waiting = waiting
         self._failing_since: float | None = None
         self._pause = _FIRST_PAUSE
 
@@ -70,16 +86,22 @@ class _Patience:
             return
         answered = not isinstance(failure, OSError)
         limit = self._retry_timeout if answered else self._unreachable_timeout
-        left = self._failing_since + limit - now
-        if left <= 0:
+        tried = now - self._failing_since
+        if tried >= limit:
             if isinstance(failure, ServerRefusedError):
                 raise failure
-            raise ServerUnavailableError(
-                f"{self._address} {'does not serve' if answered else 'cannot be reached'}: "
-                f"{str(failure) or type(failure).__name__} (tried for {limit:g} s)"
-            ) from failure
-        time.sleep(min(left, self._pause * random.uniform(0.5, 1.0)))
+            raise self._unavailable(failure, answered, limit) from failure
+        self._waiting(self._unavailable(failure, answered, tried))
+        time.sleep(min(limit - tried, self._pause * random.uniform(0.5, 1.0)))
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _unavailable(
+        self, failure: Exception, answered: bool, tried: float
+    ) -> ServerUnavailableError:
+        return ServerUnavailableError(
+            f"{self._address} {'does not serve' if answered else 'cannot be reached'}: "
+            f"{str(failure) or type(failure).__name__} (tried for {round(tried, 1):g} s)"
+        )
 
 
 class Link:
@@ -91,17 +113,27 @@ class Link:
         config: address, credentials and `retry_timeout`.
         unreachable_timeout: seconds for which a server that does not answer at all is tried,
             `retry_timeout` unless given: Ray's head start has to fail sooner than a spill.
+        waiting: is called now and then while a run waits for a server that is away, with the error
+            that the run would end with. It must not raise, nor use this link.
 
     Attributes:
         breaks: how many times a connection broke or could not be had, or a server was not ready,
             or was found to be no primary any more: each may cost what it had acknowledged.
     """
 
-    def __init__(self, config: Config, *, unreachable_timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        unreachable_timeout: float | None = None,
+        waiting: Callable[[SpillError], None] = lambda error: None,
+    ) -> None:
         self._config = config
+        self._retry_timeout = config.retry_timeout
         self._unreachable_timeout = (
             config.retry_timeout if unreachable_timeout is None else unreachable_timeout
         )
+        self._waiting = waiting
         # In a cluster, whom requests go to that are about no key.
         self._home = Keyspace.of(config).index.encode()
         self._topology: Topology | None = None
@@ -124,6 +156,17 @@ class Link:
             connection.close()
         self._connections.clear()
         self._topology = None
+
+    @contextlib.contextmanager
+    def hurried(self, seconds: float) -> Iterator[None]:
+        """Let runs that begin meanwhile retry for at most so many seconds."""
+        before = self._retry_timeout, self._waiting
+        self._retry_timeout = min(self._retry_timeout, seconds)
+        self._waiting = lambda error: None
+        try:
+            yield
+        finally:
+            self._retry_timeout, self._waiting = before
 
     def owner(self, key: str) -> Endpoint | None:
         """Who has `key`, as far as the latest run has found; None if it broke."""
@@ -240,7 +283,12 @@ class Link:
         in_flight: deque[Request] = deque()
         held: Request | None = None
         exhausted = failed = False
-        patience = _Patience(self.address, self._config.retry_timeout, self._unreachable_timeout)
+        patience = _Patience(
+            self.address,
+            self._retry_timeout,
+            min(self._retry_timeout, self._unreachable_timeout),
+            self._waiting,
+        )
         try:
             while True:
                 if held is None and not exhausted:

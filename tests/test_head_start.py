@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_an_io_worker_comes_up_with_a_wrong_environment_and_says_so(
     monkeypatch.setenv("RAY_VALKEY_SPILL_CHUNK_SIZE", "large")
     made = ValkeyStorage("node", "session")
     made.delete_spilled_objects([b"ray:spill:default:x?offset=0&size=1"])
-    assert "objects cannot be deleted" in caplog.text
+    assert "deletions wait for the configuration of this node" in caplog.text
     assert "RAY_VALKEY_SPILL_CHUNK_SIZE" in caplog.text
 
 
@@ -193,14 +194,14 @@ def test_while_a_full_server_is_waited_for_nothing_of_plasmas_is_held(
     monkeypatch.setattr(
         storage, "_get_objects_from_store", lambda refs: [(buffers.pop(), b"metadata", None)]
     )
-    monkeypatch.setattr(storage._outage, "pause", lambda: found_held.append(held()))
+    monkeypatch.setattr(time, "sleep", lambda seconds: found_held.append(held()))
     server.client.config_set("maxmemory", 1)
     gc.disable()  # what only a collection frees can be held for minutes
     try:
         assert storage.spill_objects([ray.ObjectRef.from_random()], [b""]) == []
     finally:
         gc.enable()
-    assert found_held == [None]
+    assert set(found_held) == {None}
     storage.destroy_external_storage()
 
 

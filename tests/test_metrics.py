@@ -36,7 +36,7 @@ from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.ledger import Owner
 from ray_valkey_spill.metrics import DEFINITIONS, Metrics
 from ray_valkey_spill.objects import ObjectStore, Room, StoredObject
-from ray_valkey_spill.observer import Observer
+from ray_valkey_spill.observer import Observer, Tier
 from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.packing import SourceObject
 from ray_valkey_spill.server_info import MemoryInfo
@@ -76,7 +76,7 @@ class Told(Observer):
         self.sums[operation, tier] = had[0] + objects, had[1] + logical, counted
         self.calls += 1
 
-    def lost(self, reason: str) -> None:  # type: ignore[override]
+    def lost(self, reason: str, tier: Tier) -> None:  # type: ignore[override]
         self.losses.append(reason)
 
 
@@ -417,11 +417,11 @@ def test_nothing_is_made_before_the_process_is_to_report(
     reporting = False
     it = Metrics(lambda: reporting)
     it.done("spill", "valkey", 1, 2, 3, 0.1)
-    it.lost("missing")
+    it.lost("missing", "valkey")
     it.looked(0)
     assert instruments == {}
     reporting = True
-    it.lost("missing")
+    it.lost("missing", "valkey")
     assert given(instruments, "lost_objects") == [(1, {"reason": "missing"})]
 
 
@@ -439,7 +439,7 @@ def test_metrics_that_fail_are_told_of_once_and_stop_nothing(
         for _ in range(3):
             it.done("spill", "valkey", 1, 2, 3, 0.1)
             it.failed("spill", ServerFullError("x"))
-            it.lost("missing")
+            it.lost("missing", "valkey")
     (record,) = caplog.records
     assert record.getMessage() == "metrics are not reported"
     assert len(given(instruments, "operation_seconds")) == 3

@@ -34,9 +34,10 @@ def failures() -> int:
     """How many attempts have failed in the outage that goes on."""
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     return sum(
-        json.loads(text)["failures"]
-        for path in session.glob("ray_valkey_spill-*.outage")
+        outage["failures"]
+        for path in session.glob("ray_valkey_spill-*.outages")
         if (text := path.read_text())
+        for outage in json.loads(text).values()
     )
 
 
@@ -50,7 +51,8 @@ import pathlib, threading, time, valkey
 
 def make_room():
     session = pathlib.Path(ray._private.worker._global_node.get_session_dir_path())
-    while not list(session.glob("ray_valkey_spill-*.outage")):
+    while not any('"heard": true' in path.read_text()
+                  for path in session.glob("ray_valkey_spill-*.outages")):
         time.sleep(0.1)
     time.sleep(3)  # for more attempts, of which nothing is to be heard
     print("room", flush=True)
@@ -85,7 +87,7 @@ def test_a_full_server_holds_puts_up_tells_why_and_lets_them_go_on() -> None:
         assert result.returncode == 0, result.stderr
         said = (result.stdout + result.stderr).split("\n")
         assert [s for s in said if s in STEPS_OF_FILLING] == STEPS_OF_FILLING
-        (told,) = (line for line in said if "objects cannot be spilled" in line)
+        (told,) = (line for line in said if "spills wait for room in Valkey" in line)
         assert "OOM" in told
         assert "maxmemory" in told
         assert "Traceback" not in result.stderr
