@@ -64,7 +64,7 @@ class Tenant:
         return self._stores[-1]
 
     def budget(self, writer: str = f"{SESSION}:{NODE}:1-x", max_bytes: int | None = None) -> Budget:
-        return Budget(self._link, self.ledger, writer, max_bytes, "or do without")
+        return Budget(self._link, self.ledger, writer, max_bytes, "or do without", lambda: 0)
 
     def taken(self) -> int:
         """Bytes that the keys on the server take, and that the index takes of what is whole."""
