@@ -652,7 +652,7 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.objects import ObjectStore
 from ray_valkey_spill.packing import SourceObject
 
-params, node, seed = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+params, node, seed, scale = json.loads(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 chance = random.Random(seed)
 store = ObjectStore(Config.load(params, {}), "session_1", node)
 random_data = np.random.default_rng(seed).bytes(1 << 20)
@@ -660,7 +660,7 @@ urls = []
 while True:
     sources = []
     for i in range(chance.randrange(1, 12)):
-        size = chance.choice([0, 300, 9_000, 60_000, 200_000, 400_000])
+        size = scale * chance.choice([0, 300, 9_000, 60_000, 200_000, 400_000])
         data = random_data[:size] if chance.random() < 0.8 else bytes(size)
         sources.append(SourceObject(f"{i:056x}", b"", b"", memoryview(data)))
     more, failure = store.put(sources)
@@ -674,15 +674,19 @@ while True:
 
 
 class Writer:
-    """A process that puts and deletes until it is killed, and tells what came of each put."""
+    """A process that puts and deletes until it is killed, and tells what came of each put.
 
-    def __init__(self, params: dict[str, Any], node: str, seed: int, log: Path) -> None:
+    Its objects have up to 400 kB, times `scale`.
+    """
+
+    def __init__(
+        self, params: dict[str, Any], node: str, seed: int, log: Path, scale: int = 1
+    ) -> None:
         self.node = node
         self._log = log
+        command = [sys.executable, "-c", _WRITER, json.dumps(params), node, str(seed), str(scale)]
         with log.open("wb") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _WRITER, json.dumps(params), node, str(seed)], stdout=out
-            )
+            self._process = subprocess.Popen(command, stdout=out)
 
     def has_met_the_limit(self) -> bool:
         assert self._process.poll() is None
@@ -747,7 +751,7 @@ def test_many_writers_by_themselves_evict_no_key_of_a_neighbour(
         limit = server.client.info("memory")["maxmemory"]
         server.client.config_set("maxmemory", limit + margin(limit) + 10 * MIB)
         writers = [
-            Writer(ours.params, node, seed, tmp_path / str(seed))
+            Writer(ours.params, node, seed, tmp_path / str(seed), scale=2)
             for seed, node in enumerate(("aa", "aa", "bb", "bb", "cc", "cc"))
         ]
         stack.callback(lambda: [writer.kill() for writer in writers])
