@@ -627,20 +627,21 @@ def test_neighbours_that_grow_meanwhile_stop_the_writing_of_a_large_object(
 
 
 def test_room_is_left_for_a_replication_backlog_that_fills_up() -> None:
-    size = {"maxmemory": "100mb", "maxmemory_policy": "volatile-lru"}
-    backlog = {"repl_backlog_size": "40mb", "repl_diskless_sync_delay": 0}
+    """It counts as used memory, and takes a copy of whatever is written until it is full."""
+    size = {"maxmemory": "100mb", "repl_backlog_size": "40mb", "repl_diskless_sync_delay": 0}
     with (
-        valkey_server(**size, **backlog) as primary,
-        valkey_server(replicaof=f"127.0.0.1 {primary.port}"),
-        contextlib.closing(Tenant(primary, compression="none", chunk_size=100_000)) as ours,
+        valkey_server(**size) as primary,
+        contextlib.closing(Tenant(primary)) as ours,
     ):
-        wait_until(lambda: primary.client.info("replication")["connected_slaves"] == 1)
-        keys = [f"session:{i}" for i in range(50)]
-        for key in keys:
-            primary.client.set(key, bytes(100_000), ex=3600)
-        fill(ours.store(), 2 * MIB)
-        assert primary.client.info("replication")["repl_backlog_histlen"] > 20 * MIB
-        assert evicted(primary.client) == 0
+        budget = ours.budget()
+        budget.require(70 * MIB)
+        budget.release()
+        with valkey_server(replicaof=f"127.0.0.1 {primary.port}"):
+            wait_until(lambda: primary.client.info("replication")["repl_backlog_active"] == 1)
+            with pytest.raises(ServerFullError):
+                budget.require(50 * MIB)
+            budget.require(30 * MIB)
+            budget.release()
 
 
 # --- many writers ---
@@ -746,7 +747,7 @@ def test_many_writers_that_are_killed_at_random_never_exceed_the_budget(
 def test_many_writers_by_themselves_evict_no_key_of_a_neighbour(
     tenant: Any, server: Server, tmp_path: Path, policy: str
 ) -> None:
-    ours = tenant()
+    ours = tenant(chunk_size=500_000)
     with neighbours_of(server, 100 * MIB, policy) as keys, contextlib.ExitStack() as stack:
         limit = server.client.info("memory")["maxmemory"]
         server.client.config_set("maxmemory", limit + margin(limit) + 10 * MIB)
