@@ -218,7 +218,7 @@ def tenancy_warning(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> tup
     rest = (
         "the rest goes to the overflow" if config.overflow_uri else "spills wait once it is used up"
     )
-    keys = "keys" if memory.evicts_all else f"{memory.volatile:,} keys with a TTL"
+    keys = "keys" if memory.evicts_all else f"keys with a TTL ({memory.volatile:,})"
     what = (
         f"Valkey at {endpoint} has {keys} that maxmemory-policy {memory.policy} may "
         f"evict, and no max_bytes is given: spilling takes free memory only, {free / MIB:,.0f} MiB "
