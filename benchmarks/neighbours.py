@@ -4,8 +4,8 @@ A neighbour reads values of 1 KiB, at a fixed rate, over a connection and in a p
 first beside nobody, then beside processes that spill incompressible objects and delete them again,
 then beside processes that restore them. Its latency is from the call to the reply, and the ratio is
 to that beside nobody in the same round. The sweep is over the size of chunks and the bytes under
-way of each connection. At the end the platform's four tenants work together on a server that is
-full.
+way of each connection. At the end the platform's four tenants work together on a server that has
+less memory than they want: Ray by itself, and with `max_bytes`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -295,16 +296,21 @@ def _put_and_delete_small_ones(url: str) -> None:
 
 
 def tenant(pipe: Any, kind: type[Tenant], args: tuple[Any, ...], pause: float, stop: Any) -> None:
-    """Work until told to stop; answers with what became of that."""
+    """Write all keys, work from when it is told to until `stop`, and answer what became of it."""
     if kind is Spills:
-        url, *rest = args
-        args = (Config.load({"url": url}, {}), *rest)
-    working = kind(*args)
+        params, *rest = args
+        working: Tenant = Spills(Config.load(params, {}), *rest)
+    else:
+        working = kind(*args)
+        for _ in range(working.keys):
+            working.step()
     pipe.send("begun")
+    pipe.recv()
+    before = len(working.tally.latencies)
     start = time.perf_counter()
     working.run(stop, pause)
     seconds = time.perf_counter() - start
-    latencies = working.tally.latencies.copy()
+    latencies = working.tally.latencies[before:]
     working.check_all()
     tally = working.tally
     pipe.send(
@@ -324,37 +330,50 @@ def tenant(pipe: Any, kind: type[Tenant], args: tuple[Any, ...], pause: float, s
 def four_tenants(seconds: float, mib: int) -> dict[str, Any]:
     """What each of the platform's tenants lost and waited, with and without Ray beside them.
 
-    The server has `mib` MiB and `volatile-lru`; the caches would take more than that. Ray spills in
-    two processes, which hold some 25 MiB each.
+    The server has `mib` MiB and `volatile-lru`. Caches and sessions, all with a TTL, have written
+    some two thirds of it when Ray begins. Ray spills in two processes, which hold more than the
+    rest: by itself, with an overflow for what is not free, and with `max_bytes` of half the server,
+    for which keys have to be evicted.
     """
     neighbours = {
-        "vllm:kv:": (KVCache, (100_000,), 0.002),
-        "emb:": (Embeddings, (20_000,), 0.001),
-        "session:": (Sessions, (5_000,), 0.001),
+        "vllm:kv:": (KVCache, (mib * 55 // 100 * MIB // (160 * KIB),), 0.002),
+        "emb:": (Embeddings, (16 * mib,), 0.001),
+        "session:": (Sessions, (16 * mib,), 0.001),
     }
-    spilling = {f"ray:spill: {i}": (Spills, (24, f"node{i}"), 0.0) for i in range(2)}
     found: dict[str, Any] = {}
-    for name, kinds in (("alone", neighbours), ("with Ray", {**neighbours, **spilling})):
+    for name, limit in (("alone", None), ("with Ray", None), ("max_bytes", mib * MIB // 2)):
         note(f"tenants: {name}")
-        with _server(maxmemory=f"{mib}mb", maxmemory_policy="volatile-lru") as url:
-            stop = _SPAWN.Event()
-            working = {
-                prefix: Process(tenant, kind, (url, *args), pause, stop)
-                for prefix, (kind, args, pause) in kinds.items()
+        with (
+            tempfile.TemporaryDirectory() as overflow,
+            _server(maxmemory=f"{mib}mb", maxmemory_policy="volatile-lru") as url,
+        ):
+            params = {"url": url, "overflow_uri": overflow, "max_bytes": limit}
+            kinds = {
+                prefix: (kind, (url, *a), pause) for prefix, (kind, a, pause) in neighbours.items()
             }
-            for process in working.values():
-                assert process.pipe.recv() == "begun"
-            with valkey.from_url(url) as client:
-                while not client.info("stats")["evicted_keys"]:
-                    time.sleep(0.1)
-                time.sleep(seconds)
-                stop.set()
-                tallies = {prefix: process.pipe.recv() for prefix, process in working.items()}
-                evicted = client.info("stats")["evicted_keys"]
-            for process in working.values():
-                process.close()
-        found[name] = {"evicted_keys": evicted, "tenants": tallies}
+            if name != "alone":
+                spilling = ((f"ray:spill: {i}", (params, mib // 3, f"node{i}")) for i in range(2))
+                kinds |= {prefix: (Spills, args, 0.0) for prefix, args in spilling}
+            found[name] = _together(url, kinds, seconds)
     return found
+
+
+def _together(url: str, kinds: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """What became of tenants that all worked on a server for so long, and what it evicted."""
+    stop = _SPAWN.Event()
+    working = {prefix: Process(tenant, *how, stop) for prefix, how in kinds.items()}
+    for process in working.values():
+        assert process.pipe.recv() == "begun"
+    for process in working.values():
+        process.pipe.send("go")
+    time.sleep(seconds)
+    stop.set()
+    tallies = {prefix: process.pipe.recv() for prefix, process in working.items()}
+    with valkey.from_url(url) as client:
+        evicted = client.info("stats")["evicted_keys"]
+    for process in working.values():
+        process.close()
+    return {"evicted_keys": evicted, "tenants": tallies}
 
 
 # --- all of it ---
@@ -383,14 +402,16 @@ def measure(quick: bool) -> dict[str, Any]:
 
 def tables(results: dict[str, Any]) -> str:
     loads = " before, ".join(f"{results[key][0]:.1f}" for key in ("load_before", "load_after"))
+    tenants = results["tenants"]
     return "\n\n".join(
         [
             f"{results['rounds']} rounds of {results['seconds']:g} s; load average {loads} after.",
             _sweep_table(results["settings"]),
             "What our commands cost the server, with the defaults and 4 writers:",
             _server_table(results["server"]),
-            "Four tenants on one server of 256 MiB with `volatile-lru`, full:",
-            _tenants_table(results["tenants"]),
+            "Four tenants on one server of 256 MiB with `volatile-lru`; evicted keys: "
+            + ", ".join(f"{run['evicted_keys']:,} {name}" for name, run in tenants.items()),
+            _tenants_table(tenants),
         ]
     )
 

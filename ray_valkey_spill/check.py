@@ -13,8 +13,8 @@ from importlib import metadata
 from typing import Any
 
 from ray_valkey_spill import __version__, _startup, preflight
-from ray_valkey_spill.budget import margin
-from ray_valkey_spill.config import MIB, Config
+from ray_valkey_spill.budget import free_room, margin
+from ray_valkey_spill.config import MIB, Config, Endpoint
 from ray_valkey_spill.errors import ServerFullError, SpillError
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.objects import ObjectStore
@@ -23,7 +23,7 @@ from ray_valkey_spill.packing import SourceObject
 from ray_valkey_spill.registration import require_compatible
 from ray_valkey_spill.resp import command
 from ray_valkey_spill.sealing import KeyRing
-from ray_valkey_spill.server_info import MemoryInfo
+from ray_valkey_spill.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.wire import Link
 
 __all__ = ["FAILED", "OK", "WARNING", "Finding", "run"]
@@ -175,7 +175,7 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
         yield (followed := _attempt("replicas", replicas))
         enough = followed.status != FAILED
     yield _attempt("policy", policy)
-    yield _memory(config, memory)
+    yield _memory(config, infos)
     if serves.status == FAILED:
         return
     yield (allowed := _attempt("permissions", permissions))
@@ -184,10 +184,11 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
             yield _attempt("overflow", lambda: _overflow(config))
         yield _attempt("latency", lambda: _latency(link, keys))
         if enough:
-            yield _attempt("throughput", lambda: _throughput(config, memory))
+            yield _attempt("throughput", lambda: _throughput(config, _free(infos)))
 
 
-def _memory(config: Config, memory: MemoryInfo) -> Finding:
+def _memory(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> Finding:
+    memory = MemoryInfo.of_all(infos.values())
     budget = (
         "no budget (max_bytes)"
         if config.max_bytes is None
@@ -204,12 +205,23 @@ def _memory(config: Config, memory: MemoryInfo) -> Finding:
             "Set maxmemory below the memory that the server may have, or max_bytes",
         )
     detail = f"maxmemory {_mib(memory.maxmemory)}, {_mib(memory.used)} used, {budget}"
-    left = margin(memory.maxmemory)
-    free = max(0, memory.maxmemory - memory.used - left)
-    detail += f": {_mib(free)} free for spilling, {_mib(left)} left to others"
-    if free < memory.maxmemory // 10:
+    left = sum(margin(info.memory.maxmemory) for info in infos.values())
+    free = _free(infos) or 0
+    detail += f": {_mib(free)} free for spilling with nothing evicted, {_mib(left)} left to others"
+    if (warning := preflight.tenancy_warning(config, infos)) is not None:
+        return Finding(WARNING, "memory", f"{detail}. {warning[0]}", warning[1])
+    if free < memory.maxmemory // 10 and not (config.max_bytes and memory.evicts_others):
         return Finding(WARNING, "memory", detail, "Raise maxmemory, or free some of it")
     return Finding(OK, "memory", detail)
+
+
+def _free(infos: Mapping[Endpoint, ServerInfo]) -> int | None:
+    """Bytes that may be written with nothing evicted; None if no server has a `maxmemory`.
+
+    Each shard of a cluster gets its share, so the fullest decides.
+    """
+    rooms = [free_room(info.memory) for info in infos.values() if info.memory.maxmemory]
+    return len(infos) * max(0, min(rooms)) if rooms else None
 
 
 def _latency(link: Link, keys: Keyspace) -> str:
@@ -229,11 +241,9 @@ def _overflow(config: Config) -> str:
     return f"{overflow} can be written, read and removed from; every node has to reach it"
 
 
-def _throughput(config: Config, memory: MemoryInfo) -> str:
-    """Spill and restore incompressible data, no more than the server has room for."""
-    size = _PROBE_SIZE
-    if memory.maxmemory:
-        size = min(size, max(0, memory.maxmemory - memory.used - margin(memory.maxmemory)) // 4)
+def _throughput(config: Config, free: int | None) -> str:
+    """Spill and restore incompressible data, no more than a quarter of `free` bytes at once."""
+    size = _PROBE_SIZE if free is None else min(_PROBE_SIZE, free // 4)
     if config.max_bytes is not None:
         size = min(size, config.max_bytes // 4)
     if size < MIB:

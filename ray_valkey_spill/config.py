@@ -242,7 +242,8 @@ class Config:
     max_bytes: int | None = _parameter(
         None,
         _Kind("a whole number of bytes, 0 or more", _integer(0, math.inf), int),
-        "budget of the namespace in Valkey, in bytes as they are stored",
+        "how much of the server the namespace may take, in bytes as they are stored, evicting keys "
+        "of others that have a TTL if need be; without it spilling takes free memory only",
     )
     overflow_uri: str | None = _parameter(
         None,

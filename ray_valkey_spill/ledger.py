@@ -25,7 +25,7 @@ from ray_valkey_spill.keys import Entry, Keyspace, ObjectName
 from ray_valkey_spill.resp import Request, command
 from ray_valkey_spill.wire import Link
 
-__all__ = ["Grant", "Lease", "Ledger", "Owner", "Usage", "pages"]
+__all__ = ["Grant", "Lease", "Ledger", "Owner", "Reservation", "Usage", "pages"]
 
 # What one script handles, which nobody else is served meanwhile; and what one reply brings.
 _NAMES_PER_SCRIPT = 100
@@ -61,6 +61,20 @@ class Grant(NamedTuple):
 
     granted: int
     written: int
+
+
+class Reservation(NamedTuple):
+    """What a writer was granted on top, in bytes.
+
+    Attributes:
+        granted: 0 if there was not as much as it wanted at least.
+        used: what of the budget was used before.
+        unwritten: what all writers may still write, with what was granted now.
+    """
+
+    granted: int
+    used: int
+    unwritten: int
 
 
 class Lease(NamedTuple):
@@ -159,7 +173,8 @@ return {page[#page] or '', left}
 
 # KEYS: usage, grants. ARGV: writer, granted and written so far, at least, at most, budget, room.
 # Budget is what may be stored, and room what may be written beside what is; both in bytes, or -1.
-# Returns what is granted on top, or 0, and how much of the budget is used.
+# Returns what is granted on top, or 0, how much of the budget was used, and how much all may still
+# write.
 _RESERVE = _script(
     """
 local used, unwritten = 0, 0
@@ -179,9 +194,9 @@ local budget, room = tonumber(ARGV[6]), tonumber(ARGV[7])
 local most = tonumber(ARGV[5])
 if budget >= 0 then most = math.min(most, budget - used) end
 if room >= 0 then most = math.min(most, room - unwritten) end
-if most < tonumber(ARGV[4]) then return {0, used} end
+if most < tonumber(ARGV[4]) then return {0, used, unwritten} end
 redis.call('HSET', KEYS[2], ARGV[1], string.format('%.0f %.0f', ARGV[2] + most, ARGV[3]))
-return {most, used}
+return {most, used, unwritten + most}
 """
 )
 
@@ -343,7 +358,7 @@ class Ledger:
 
     def reserve(
         self, writer: str, grant: Grant, least: int, most: int, budget: int | None, room: int | None
-    ) -> tuple[int, int]:
+    ) -> Reservation:
         """Grant a writer `least` to `most` bytes on top of `grant`.
 
         Args:
@@ -353,15 +368,12 @@ class Ledger:
             most: bytes.
             budget: what all may have stored, in bytes; None for no bound.
             room: what the server has room for beside what is on it, in bytes; None for no bound.
-
-        Returns:
-            The bytes granted, 0 if there are not `least`; and those of the budget used before.
         """
         limits = [-1 if limit is None else limit for limit in (budget, room)]
         keys = [self._keys.usage, self._keys.grants]
         request = self._eval(_RESERVE, keys, writer, *grant, least, most, *limits)
-        ((granted, used),) = self._link.execute(request)
-        return granted, used
+        (reply,) = self._link.execute(request)
+        return Reservation(*reply)
 
     def release(self, writers: Sequence[str]) -> None:
         if writers:

@@ -144,7 +144,9 @@ class ObjectStore:
         advice = "or wait until references go" + (
             "" if config.overflow_uri else ", or give an overflow_uri"
         )
-        return Budget(link, Ledger(link, self.keys), writer, config.max_bytes, advice)
+        ledger = Ledger(link, self.keys)
+        data_link, *_ = self._links
+        return Budget(link, ledger, writer, config.max_bytes, advice, lambda: data_link.under_way)
 
     def close(self) -> None:
         """Drop the connections and the threads; the next operation gets new ones."""
@@ -217,7 +219,10 @@ class ObjectStore:
         self._budget.expect(size)
         try:
             with contextlib.closing(values):
-                if size <= INLINE_LIMIT:
+                if not values.begin():
+                    # Where there is no room, not even a registration may be written.
+                    names = []
+                elif size <= INLINE_LIMIT:
                     stored += self._tier.write_at_once(self._owner, values.of_whole_objects())
                 else:
                     self._tier.register(names)

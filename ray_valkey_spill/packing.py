@@ -284,9 +284,18 @@ class Values(Iterator[Value]):
 
     def __init__(self, values: Generator[Value]) -> None:
         self._values = values
+        self._first: Value | None = None
         self.failure: SpillError | None = None
 
+    def begin(self) -> bool:
+        """Make the first value; returns whether there is one."""
+        self._first = next(self, None)
+        return self._first is not None
+
     def __next__(self) -> Value:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
         try:
             return next(self._values)
         except SpillError as error:

@@ -6,9 +6,11 @@ all and stops at the first; `ray-valkey-spill check` reports each.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
-from ray_valkey_spill.config import Config, Endpoint
+from ray_valkey_spill.budget import free_room
+from ray_valkey_spill.config import MIB, Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
@@ -34,7 +36,10 @@ __all__ = [
     "check_serving",
     "check_topology",
     "run_all",
+    "tenancy_warning",
 ]
+
+logger = logging.getLogger("ray_valkey_spill")
 
 # Seconds for which a head start tries a server that does not answer. With the time one attempt may
 # take, and with the import of Ray, that keeps a failing `ray start --head` under five seconds.
@@ -69,7 +74,8 @@ def acl_rules(config: Config) -> str:
 def run_all(config: Config) -> ServerInfo:
     """Check the server, or each of a cluster, as Ray's head start does.
 
-    Takes at most a few seconds, or `retry_timeout` if the server answers that it is loading.
+    Takes at most a few seconds, or `retry_timeout` if the server answers that it is loading. Logs
+    `tenancy_warning`, which Python prints to the terminal where nobody has set up logging.
 
     Returns:
         What the server tells of itself; of a cluster, the one that has the books.
@@ -87,6 +93,8 @@ def run_all(config: Config) -> ServerInfo:
         check_replicas(config, infos)
         check_policy(config, infos)
         check_permissions(link, config, infos)
+        if (warning := tenancy_warning(config, infos)) is not None:
+            logger.warning("%s. %s", *warning)
         return next(iter(infos.values()))
     finally:
         link.close()
@@ -189,6 +197,35 @@ def check_policy(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
                 "objects have none, so they are never evicted then), or accept lost objects with "
                 "allow_eviction=true",
             )
+
+
+def tenancy_warning(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> tuple[str, str] | None:
+    """What to know of a server that evicts keys of others, and what to do about it.
+
+    Returns:
+        None if `max_bytes` says how much of it spilling may take, if nothing there can be evicted,
+        or if no memory is limited.
+    """
+    evicting = {
+        endpoint: info.memory
+        for endpoint, info in infos.items()
+        if info.memory.maxmemory and info.memory.evicts_others
+    }
+    if config.max_bytes is not None or not evicting:
+        return None
+    endpoint, memory = min(evicting.items(), key=lambda each: free_room(each[1]))
+    free = len(infos) * max(0, free_room(memory))
+    rest = (
+        "the rest goes to the overflow" if config.overflow_uri else "spills wait once it is used up"
+    )
+    keys = "keys" if memory.evicts_all else f"keys with a TTL ({memory.volatile:,})"
+    what = (
+        f"Valkey at {endpoint} has {keys} that maxmemory-policy {memory.policy} may "
+        f"evict, and no max_bytes is given: spilling takes free memory only, {free / MIB:,.0f} MiB "
+        f"now, and {rest}"
+    )
+    advice = "Give max_bytes, how much of the server Ray may take, evicting such keys if need be"
+    return what, advice + ("" if config.overflow_uri else ", or an overflow_uri")
 
 
 def check_permissions(link: Link, config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:

@@ -20,6 +20,8 @@ class MemoryInfo:
     Attributes:
         keys: how many there are in all databases.
         volatile: how many of them have a TTL.
+        backlog_left: by how much the replication backlog will grow, as it is filled for the first
+            time.
     """
 
     maxmemory: int
@@ -27,6 +29,7 @@ class MemoryInfo:
     used: int
     keys: int
     volatile: int
+    backlog_left: int = 0
 
     @property
     def evicts_all(self) -> bool:
@@ -38,6 +41,11 @@ class MemoryInfo:
         """Whether it evicts those that have one, and no others."""
         return self.policy.startswith("volatile-")
 
+    @property
+    def evicts_others(self) -> bool:
+        """Whether it can evict a key that is not ours, to take in what is written now."""
+        return (self.evicts_all and self.keys > 0) or (self.evicts_volatile and self.volatile > 0)
+
     def __add__(self, other: MemoryInfo) -> MemoryInfo:
         """Both together, as a cluster has them; unbounded if one is."""
         return MemoryInfo(
@@ -46,6 +54,7 @@ class MemoryInfo:
             used=self.used + other.used,
             keys=self.keys + other.keys,
             volatile=self.volatile + other.volatile,
+            backlog_left=self.backlog_left + other.backlog_left,
         )
 
     @classmethod
@@ -55,7 +64,8 @@ class MemoryInfo:
 
     @classmethod
     def parse(cls, values: Mapping[str, str]) -> MemoryInfo:
-        if not all(values.get(name, "0").isdigit() for name in ("maxmemory", "used_memory")):
+        sizes = ("maxmemory", "used_memory", "repl_backlog_size", "repl_backlog_histlen")
+        if not all(values.get(name, "0").isdigit() for name in sizes):
             raise NotValkeyError("its INFO has sizes that are no numbers")
         databases = [text for name, text in values.items() if re.fullmatch("db[0-9]+", name)]
         keys, volatile = (
@@ -72,6 +82,7 @@ class MemoryInfo:
             used=int(values.get("used_memory", 0)),
             keys=keys,
             volatile=volatile,
+            backlog_left=_backlog_left(values),
         )
 
 
@@ -109,6 +120,14 @@ class ServerInfo:
             aof=values.get("aof_enabled", "0") == "1",
             memory=MemoryInfo.parse(values),
         )
+
+
+def _backlog_left(values: Mapping[str, str]) -> int:
+    """Bytes of the backlog that are not filled yet; there is one once a replica has come."""
+    if values.get("repl_backlog_active") != "1":
+        return 0
+    size, filled = (int(values.get(f"repl_backlog_{name}", 0)) for name in ("size", "histlen"))
+    return max(0, size - filled)
 
 
 def fields_of(text: str) -> dict[str, str]:

@@ -168,6 +168,11 @@ class Link:
         finally:
             self._retry_timeout, self._waiting = before
 
+    @property
+    def under_way(self) -> int:
+        """Bytes of requests that have no reply yet, and of the replies that are expected."""
+        return sum(connection.weight for connection in self._connections.values())
+
     def owner(self, key: str) -> Endpoint | None:
         """Who has `key`, as far as the latest run has found; None if it broke."""
         return self._topology.owner(key.encode()) if self._topology else None
@@ -192,7 +197,7 @@ class Link:
 
     def memories(self) -> list[MemoryInfo]:
         """A part of `infos`, which costs the servers much less."""
-        found = self._ask_all(lambda: command("INFO", "memory", "keyspace"))
+        found = self._ask_all(lambda: command("INFO", "memory", "keyspace", "replication"))
         return [MemoryInfo.parse(fields_of(self._text(text))) for text in found.values()]
 
     def _text(self, info: Any) -> str:

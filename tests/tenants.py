@@ -26,6 +26,7 @@ from ray_valkey_spill.objects import ObjectStore
 
 KIB, MIB = 1 << 10, 1 << 20
 HOUR = 3600
+MONTH = 31 * 24 * HOUR
 _NOISE = np.random.default_rng(0).bytes(16 * MIB)
 
 
@@ -169,9 +170,10 @@ class Embeddings(Neighbour):
 
 
 class Sessions(Neighbour):
-    """State of conversations, without a TTL: strings and hashes, none of which may be lost."""
+    """State of conversations: strings and hashes, with the TTL that session libraries give them."""
 
     prefix, smallest, largest = "session:", 128, 2 * KIB
+    lifetime: ClassVar[int | None] = MONTH
 
     def _write(self, number: int, value: bytes) -> None:
         key = f"{self.prefix}chat:{number}"
@@ -179,10 +181,19 @@ class Sessions(Neighbour):
             self._client.set(key, value)
         else:
             self._client.hset(key, "history", value)
+        if self.lifetime is not None:
+            self._client.expire(key, self.lifetime)
 
     def _read(self, number: int) -> bytes | None:
         key = f"{self.prefix}chat:{number}"
         return self._client.get(key) if number % 2 else self._client.hget(key, "history")
+
+
+class LastingSessions(Sessions):
+    """Without a TTL, so that `volatile-*` evicts none."""
+
+    prefix = "session:lasting:"
+    lifetime = None
 
 
 class Spills(Tenant):

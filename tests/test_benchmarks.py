@@ -86,7 +86,13 @@ def test_neighbours_are_measured_beside_nobody_and_beside_spilling() -> None:
     assert setting["restore"]["mb_per_s"] > 0
     for run in found["tenants"].values():
         assert all(tally["operations"] > 0 for tally in run["tenants"].values())
-        assert run["tenants"]["session:"]["wrong"] == 0
+        assert not any(tally["wrong"] for tally in run["tenants"].values())
+    alone, by_itself, permitted = (
+        found["tenants"][name] for name in ("alone", "with Ray", "max_bytes")
+    )
+    assert alone["evicted_keys"] == by_itself["evicted_keys"] == 0
+    assert permitted["evicted_keys"] > 0
+    assert by_itself["tenants"]["session:"]["misses"] == 0
 
 
 def test_a_working_set_many_times_the_servers_memory_comes_back_from_the_overflow() -> None:

@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import valkey
 from faults import Rig
 from samples import noise, source
-from servers import PRODUCTS, Server, server_of, wait_until
+from servers import PRODUCTS, Server, server_of, valkey_server, wait_until
 
 from ray_valkey_spill import budget as budget_module
 from ray_valkey_spill import objects
@@ -27,6 +27,7 @@ from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
 from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
 from ray_valkey_spill.ledger import Grant, Ledger, Owner, Usage
 from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.server_info import MemoryInfo
 from ray_valkey_spill.wire import Link
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -64,7 +65,7 @@ class Tenant:
         return self._stores[-1]
 
     def budget(self, writer: str = f"{SESSION}:{NODE}:1-x", max_bytes: int | None = None) -> Budget:
-        return Budget(self._link, self.ledger, writer, max_bytes, "or do without")
+        return Budget(self._link, self.ledger, writer, max_bytes, "or do without", lambda: 0)
 
     def taken(self) -> int:
         """Bytes that the keys on the server take, and that the index takes of what is whole."""
@@ -460,8 +461,69 @@ def test_limits_may_come_and_go_while_a_writer_writes(
     assert ours.ledger.grants() == {}
 
 
+EVICTING = ["volatile-lru", "volatile-lfu", "volatile-ttl", "volatile-random"]
+
+
+@contextlib.contextmanager
+def neighbours_of(server: Server, size: int, policy: str) -> Iterator[list[str]]:
+    """Keys of others that have a TTL, `size` bytes in all, and a limit just above that.
+
+    Between them is what connections need.
+    """
+    keys = [f"session:{i}" for i in range(size // 200_000)]
+    for key in keys:
+        server.client.set(key, bytes(200_000), ex=3600)
+    server.client.config_set("maxmemory-policy", policy)
+    server.client.config_set("maxmemory", server.client.info("memory")["used_memory"] + 4 * MIB)
+    server.client.config_resetstat()
+    try:
+        yield keys
+    finally:
+        server.client.config_set("maxmemory", 0)
+        server.client.config_set("maxmemory-policy", "noeviction")
+        server.client.delete(*keys)
+
+
+def evicted(client: valkey.Valkey) -> int:
+    return int(client.info("stats")["evicted_keys"])
+
+
+@pytest.mark.parametrize("policy", [*EVICTING, "allkeys-lru"])
+def test_by_itself_spilling_takes_nothing_that_would_have_to_be_evicted(
+    tenant: Any, server: Server, policy: str
+) -> None:
+    ours = tenant(allow_eviction=True)
+    store = ours.store()
+    with neighbours_of(server, 80 * MIB, policy) as keys:
+        urls, failure = store.put([source(noise(MIB), i) for i in range(3)])
+        assert urls == []
+        assert isinstance(failure, ServerFullError)
+        for part in (server.url, "used", "nobody's keys are evicted", "max_bytes", "overflow_uri"):
+            assert part in str(failure)
+        limit = server.client.info("memory")["maxmemory"]
+        server.client.config_set("maxmemory", limit + margin(limit) + 8 * MIB)
+        _, failure = fill(store, MIB)
+        assert isinstance(failure, ServerFullError)
+        assert ours.taken() > 4 * MIB
+        assert server.client.exists(*keys) == len(keys)
+        assert evicted(server.client) == 0
+
+
+@pytest.mark.parametrize("policy", EVICTING)
+def test_max_bytes_is_taken_from_what_the_server_may_evict_of_others(
+    tenant: Any, server: Server, policy: str
+) -> None:
+    ours = tenant(max_bytes=10 * MIB)
+    with neighbours_of(server, 80 * MIB, policy) as keys:
+        urls, failure = fill(ours.store(), MIB)
+        assert len(urls) == 9
+        assert "max_bytes (10.0 MiB)" in str(failure)
+        assert ours.taken() <= 10 * MIB
+        assert 0 < len(keys) - server.client.exists(*keys) < len(keys) // 3
+
+
 @pytest.mark.parametrize("policy", ["volatile-lru", "volatile-ttl", "volatile-random"])
-def test_what_the_server_may_evict_of_others_counts_as_room(
+def test_of_max_bytes_no_more_is_taken_than_can_be_evicted(
     tenant: Any, server: Server, policy: str
 ) -> None:
     ours = tenant(chunk_size=500_000, compression="none")
@@ -475,7 +537,7 @@ def test_what_the_server_may_evict_of_others_counts_as_room(
         server.client.set(key, bytes(200_000))
     used = server.client.info("memory")["used_memory"]
     server.client.config_set("maxmemory", used)
-    budget = ours.budget()
+    budget = ours.budget(max_bytes=GIB)
     with pytest.raises(ServerFullError):
         budget.take(MIB)
     server.client.config_set("maxmemory-policy", policy)
@@ -488,6 +550,100 @@ def test_what_the_server_may_evict_of_others_counts_as_room(
     server.client.delete(*caches, *kept)
 
 
+def test_a_put_that_is_refused_writes_nothing_at_all(tenant: Any, server: Server) -> None:
+    store = tenant().store()
+    with neighbours_of(server, 40 * MIB, "volatile-lru"):
+        for size in (100, 2 * CHUNK):
+            assert store.put([source(noise(size), i) for i in range(500)])[0] == []
+        stats = server.client.info("commandstats")
+        assert not {"cmdstat_set", "cmdstat_zadd", "cmdstat_hset"} & stats.keys()
+        assert "cmdstat_unlink" not in stats
+
+
+class Interrupted(Link):
+    """A link during whose first look at the server something else happens."""
+
+    def __init__(self, config: Config, happens: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._happens = [happens]
+
+    def memories(self) -> list[MemoryInfo]:
+        found = super().memories()
+        if self._happens:
+            self._happens.pop()()
+        return found
+
+
+def test_what_others_write_and_report_between_look_and_grant_counts(
+    tenant: Any, server: Server
+) -> None:
+    ours = tenant()
+    server.client.config_set("maxmemory", 64 * MIB)
+
+    def others_write() -> None:
+        other = ours.budget("s:n:2-x")
+        other.take(30 * MIB)
+        for i in range(30):
+            server.client.set(f"ray:spill:default:s:n:{i}", bytes(MIB))
+        other.release()
+
+    with contextlib.closing(Interrupted(ours.config, others_write)) as link:
+        ledger = Ledger(link, ours.keys)
+        budget = Budget(link, ledger, "s:n:1-x", None, "or wait", lambda: 0)
+        with pytest.raises(ServerFullError):
+            budget.take(30 * MIB)
+        budget.release()
+        budget.take(10 * MIB)  # which there is room for
+        budget.release()
+    server.client.delete(*(f"ray:spill:default:s:n:{i}" for i in range(30)))
+
+
+def test_what_is_under_way_counts_as_not_yet_written(tenant: Any, server: Server) -> None:
+    ours = tenant()
+    server.client.config_set("maxmemory", 64 * MIB)
+    writer = f"{SESSION}:{NODE}:1-x"
+    ledger = Ledger(ours._link, ours.keys)
+    budget = Budget(ours._link, ledger, writer, None, "or wait", lambda: 2 * MIB)
+    budget.take(5 * MIB)
+    budget.take(5 * MIB)
+    assert ledger.grants()[writer].written == 3 * MIB
+    budget.release()
+
+
+def test_neighbours_that_grow_meanwhile_stop_the_writing_of_a_large_object(
+    tenant: Any, server: Server
+) -> None:
+    ours = tenant()
+    server.client.config_set("maxmemory", 128 * MIB)
+    budget = ours.budget()
+    budget.require(80 * MIB)
+    for _ in range(9):
+        budget.take(MIB)
+    server.client.set("session:1", bytes(60 * MIB), ex=3600)
+    with pytest.raises(ServerFullError):
+        list(map(budget.take, [MIB] * 16))
+    budget.release()
+    server.client.delete("session:1")
+
+
+def test_room_is_left_for_a_replication_backlog_that_fills_up() -> None:
+    """It counts as used memory, and takes a copy of whatever is written until it is full."""
+    size = {"maxmemory": "100mb", "repl_backlog_size": "40mb", "repl_diskless_sync_delay": 0}
+    with (
+        valkey_server(**size) as primary,
+        contextlib.closing(Tenant(primary)) as ours,
+    ):
+        budget = ours.budget()
+        budget.require(70 * MIB)
+        budget.release()
+        with valkey_server(replicaof=f"127.0.0.1 {primary.port}"):
+            wait_until(lambda: primary.client.info("replication")["repl_backlog_active"] == 1)
+            with pytest.raises(ServerFullError):
+                budget.require(50 * MIB)
+            budget.require(30 * MIB)
+            budget.release()
+
+
 # --- many writers ---
 
 _WRITER = """
@@ -497,7 +653,7 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.objects import ObjectStore
 from ray_valkey_spill.packing import SourceObject
 
-params, node, seed = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+params, node, seed, scale = json.loads(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 chance = random.Random(seed)
 store = ObjectStore(Config.load(params, {}), "session_1", node)
 random_data = np.random.default_rng(seed).bytes(1 << 20)
@@ -505,7 +661,7 @@ urls = []
 while True:
     sources = []
     for i in range(chance.randrange(1, 12)):
-        size = chance.choice([0, 300, 9_000, 60_000, 200_000, 400_000])
+        size = scale * chance.choice([0, 300, 9_000, 60_000, 200_000, 400_000])
         data = random_data[:size] if chance.random() < 0.8 else bytes(size)
         sources.append(SourceObject(f"{i:056x}", b"", b"", memoryview(data)))
     more, failure = store.put(sources)
@@ -519,15 +675,19 @@ while True:
 
 
 class Writer:
-    """A process that puts and deletes until it is killed, and tells what came of each put."""
+    """A process that puts and deletes until it is killed, and tells what came of each put.
 
-    def __init__(self, params: dict[str, Any], node: str, seed: int, log: Path) -> None:
+    Its objects have up to 400 kB, times `scale`.
+    """
+
+    def __init__(
+        self, params: dict[str, Any], node: str, seed: int, log: Path, scale: int = 1
+    ) -> None:
         self.node = node
         self._log = log
+        command = [sys.executable, "-c", _WRITER, json.dumps(params), node, str(seed), str(scale)]
         with log.open("wb") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _WRITER, json.dumps(params), node, str(seed)], stdout=out
-            )
+            self._process = subprocess.Popen(command, stdout=out)
 
     def has_met_the_limit(self) -> bool:
         assert self._process.poll() is None
@@ -580,6 +740,32 @@ def test_many_writers_that_are_killed_at_random_never_exceed_the_budget(
     assert ours.data_keys() == []
     assert ours.counted() == 0
     assert ours.store().put([source(noise(int(0.9 * limit)))])[1] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["volatile-lru", "volatile-lfu"])
+def test_many_writers_by_themselves_evict_no_key_of_a_neighbour(
+    tenant: Any, server: Server, tmp_path: Path, policy: str
+) -> None:
+    ours = tenant(chunk_size=500_000)
+    with neighbours_of(server, 100 * MIB, policy) as keys, contextlib.ExitStack() as stack:
+        limit = server.client.info("memory")["maxmemory"]
+        server.client.config_set("maxmemory", limit + margin(limit) + 10 * MIB)
+        writers = [
+            Writer(ours.params, node, seed, tmp_path / str(seed), scale=2)
+            for seed, node in enumerate(("aa", "aa", "bb", "bb", "cc", "cc"))
+        ]
+        stack.callback(lambda: [writer.kill() for writer in writers])
+        wait_until(
+            lambda: evicted(server.client) or all(writer.has_met_the_limit() for writer in writers)
+        )
+        assert ours.taken() > 0
+        assert server.client.exists(*keys) == len(keys)
+        assert evicted(server.client) == 0
+    for node in ("aa", "bb", "cc"):
+        store = ours.store(node)
+        store.recover(is_running)
+        store.destroy(is_running)
 
 
 def is_running(pid: int) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from servers import Server, acl_user, valkey_server, wait_until
 
 from ray_valkey_spill import __version__
 from ray_valkey_spill.cli import cli as in_process
-from ray_valkey_spill.config import parameters
+from ray_valkey_spill.config import MIB, parameters
 
 
 def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -165,6 +166,28 @@ def test_check_warns_of_a_server_that_is_almost_full(server: Server) -> None:
     assert found["memory"]["status"] == "warn"
     assert found["throughput"]["status"] == "warn"
     assert code == 0
+
+
+def test_check_warns_where_keys_of_others_could_be_evicted_and_no_max_bytes_is_given(
+    server: Server, tmp_path: Path
+) -> None:
+    server.client.config_set("maxmemory-policy", "volatile-lru")
+    server.client.config_set("maxmemory", 256 * MIB)
+    assert findings("--url", server.url)[1]["memory"]["status"] == "ok"
+    server.client.set("session:1", "state", ex=3600)
+    code, found = findings("--url", server.url)
+    assert code == 0
+    assert found["memory"]["status"] == "warn"
+    assert re.search(r"2\d\d MiB free for spilling with nothing", found["memory"]["detail"])
+    assert "keys with a TTL (1)" in found["memory"]["detail"]
+    assert "spills wait" in found["memory"]["detail"]
+    assert "Give max_bytes" in found["memory"]["mend"]
+    assert "overflow_uri" in found["memory"]["mend"]
+    _, found = findings("--url", server.url, "--overflow-uri", str(tmp_path))
+    assert "the rest goes to the overflow" in found["memory"]["detail"]
+    _, found = findings("--url", server.url, "--max-bytes", str(100 * MIB))
+    assert found["memory"]["status"] == "ok"
+    server.client.delete("session:1")
 
 
 def test_check_names_missing_permissions(server: Server) -> None:

@@ -1007,6 +1007,32 @@ def bounded(nodes: Iterable[Node], size: int) -> Iterator[None]:
             node.client.config_set("maxmemory", 0)
 
 
+def test_no_shard_evicts_keys_of_others_for_spilling_by_itself(
+    cluster: Cluster, objects: Objects
+) -> None:
+    keys = [f"session:{i}" for i in range(300)]
+    for key in keys:
+        cluster.client.set(key, bytes(100_000), ex=3600)
+    primaries = cluster.primaries()
+    limit = max(node.client.info("memory")["used_memory"] for node in primaries) + 30 * MIB
+    for node in primaries:
+        node.client.config_set("maxmemory-policy", "volatile-lru")
+        node.client.config_resetstat()
+    try:
+        with bounded(primaries, limit):
+            urls, failure = objects.try_to_put(*[2 * MIB] * 60)
+            assert isinstance(failure, ServerFullError)
+            assert "max_bytes" in str(failure)
+            assert urls
+            assert all(node.client.info("stats")["evicted_keys"] == 0 for node in primaries)
+            objects.delete(*urls)
+    finally:
+        for node in primaries:
+            node.client.config_set("maxmemory-policy", "noeviction")
+    for key in keys:
+        cluster.client.delete(key)
+
+
 def test_there_is_as_much_room_as_the_fullest_shard_has_times_their_number(
     cluster: Cluster, objects: Objects, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ import valkey
 import yaml
 from click.testing import CliRunner
 from servers import Node, free_port, wait_until
-from tenants import Embeddings, KVCache, Neighbour, Sessions, Spills
+from tenants import Embeddings, KVCache, LastingSessions, Neighbour, Sessions, Spills
 
 from ray_valkey_spill import preflight
 from ray_valkey_spill.cli import cli
@@ -208,10 +208,10 @@ def test_a_restart_keeps_what_is_stored(tmp_path: Path, files: tuple[str, ...]) 
                 assert not tenant.tally.wrong
 
 
-def test_caches_make_room_for_sessions_and_spills(tmp_path: Path) -> None:
+def test_caches_make_room_for_spills_and_for_sessions_without_a_ttl(tmp_path: Path) -> None:
     with deployed(tmp_path, SMALL) as server:
         server.node.client.config_set("maxmemory", 64 * MIB)
-        sessions = Sessions(server.url("sessions"), 50)
+        sessions = LastingSessions(server.url("sessions"), 50)
         cache = KVCache(server.url("vllm"), 500)
         spills = Spills(server.config, 16)
         with contextlib.ExitStack() as open_tenants:

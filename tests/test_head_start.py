@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -258,6 +259,35 @@ def test_ray_start_refuses_wrong_parameters(
     assert says in printed.splitlines()[-1]
     assert printed.count("Traceback") == 1
     assert "hunter2" not in printed
+
+
+def test_a_head_start_warns_that_spilling_by_itself_evicts_nobody(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.client.config_set("maxmemory-policy", "volatile-lru")
+    server.client.config_set("maxmemory", 256 << 20)
+    with caplog.at_level(logging.WARNING):
+        preflight.run_all(load(server))
+        assert caplog.text == ""
+        server.client.set("session:1", "state", ex=3600)
+        preflight.run_all(load(server, max_bytes=1 << 20))
+        assert caplog.text == ""
+        preflight.run_all(load(server))
+    assert "keys with a TTL (1)" in caplog.text
+    assert "max_bytes" in caplog.text
+    server.client.delete("session:1")
+
+
+def test_ray_init_prints_the_warning_and_starts() -> None:
+    with valkey_server(maxmemory="256mb", maxmemory_policy="volatile-lru") as server:
+        server.client.set("session:1", "state", ex=3600)
+        script = f"""
+import sys
+sys.stderr = sys.stdout
+{starting_ray(system_config(server.url))}
+ray.shutdown()
+"""
+        assert "Give max_bytes" in run_driver(script)
 
 
 def test_ray_start_refuses_a_wrong_password(short_dir: Path) -> None:

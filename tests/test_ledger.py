@@ -125,8 +125,8 @@ def test_each_script_does_the_same_when_it_comes_twice(books: Books) -> None:
         books.forget(*(each.name for each in stored[:130]))
         assert books.usage() == (120, 1200, 2400)
     for _ in range(2):
-        assert books.ledger.reserve("w", Grant(0, 0), 5, 50, 10_000, None) == (50, 2400)
-        assert books.ledger.reserve("w", Grant(50, 20), 5, 50, 10_000, None) == (50, 2450)
+        assert books.ledger.reserve("w", Grant(0, 0), 5, 50, 10_000, None) == (50, 2400, 50)
+        assert books.ledger.reserve("w", Grant(50, 20), 5, 50, 10_000, None) == (50, 2450, 80)
         assert books.ledger.grants() == {"w": Grant(100, 20)}
     for _ in range(2):
         books.ledger.release(["w"])
@@ -381,36 +381,36 @@ def test_grants_and_what_is_stored_share_the_budget(books: Books) -> None:
     with room(books):
         books.store(entry(1, stored=600))
     ledger = books.ledger
-    assert ledger.reserve("a", Grant(0, 0), 1, 300, 1000, None) == (300, 600)
-    assert ledger.reserve("b", Grant(0, 0), 1, 300, 1000, None) == (100, 900)
-    assert ledger.reserve("c", Grant(0, 0), 1, 300, 1000, None) == (0, 1000)
-    assert ledger.reserve("a", Grant(300, 300), 1, 300, 1000, None) == (0, 1000)
+    assert ledger.reserve("a", Grant(0, 0), 1, 300, 1000, None) == (300, 600, 300)
+    assert ledger.reserve("b", Grant(0, 0), 1, 300, 1000, None) == (100, 900, 400)
+    assert ledger.reserve("c", Grant(0, 0), 1, 300, 1000, None) == (0, 1000, 400)
+    assert ledger.reserve("a", Grant(300, 300), 1, 300, 1000, None) == (0, 1000, 100)
     ledger.release(["a"])
-    assert ledger.reserve("c", Grant(0, 0), 300, 300, 1000, None) == (300, 700)
+    assert ledger.reserve("c", Grant(0, 0), 300, 300, 1000, None) == (300, 700, 400)
     assert ledger.grants() == {"b": Grant(100, 0), "c": Grant(300, 0)}
 
 
 def test_less_than_the_least_that_is_wanted_is_not_granted(books: Books) -> None:
-    assert books.ledger.reserve("a", Grant(0, 0), 101, 500, 100, None) == (0, 0)
-    assert books.ledger.reserve("a", Grant(0, 0), 100, 500, 100, None) == (100, 0)
-    assert books.ledger.reserve("b", Grant(0, 0), 0, 0, 0, 0) == (0, 100)
+    assert books.ledger.reserve("a", Grant(0, 0), 101, 500, 100, None) == (0, 0, 0)
+    assert books.ledger.reserve("a", Grant(0, 0), 100, 500, 100, None) == (100, 0, 100)
+    assert books.ledger.reserve("b", Grant(0, 0), 0, 0, 0, 0) == (0, 100, 100)
 
 
 def test_room_is_shared_with_what_others_may_still_write(books: Books) -> None:
     ledger = books.ledger
-    assert ledger.reserve("a", Grant(0, 0), 1, 60, None, 100) == (60, 0)
-    assert ledger.reserve("b", Grant(0, 0), 1, 60, None, 100) == (40, 60)
+    assert ledger.reserve("a", Grant(0, 0), 1, 60, None, 100) == (60, 0, 60)
+    assert ledger.reserve("b", Grant(0, 0), 1, 60, None, 100) == (40, 60, 100)
     # The 50 that it has written since are in what the server has, which left 50.
-    assert ledger.reserve("a", Grant(60, 50), 1, 60, None, 50) == (0, 100)
+    assert ledger.reserve("a", Grant(60, 50), 1, 60, None, 50) == (0, 100, 50)
     ledger.release(["b"])
-    assert ledger.reserve("a", Grant(60, 50), 1, 60, None, 50) == (40, 60)
+    assert ledger.reserve("a", Grant(60, 50), 1, 60, None, 50) == (40, 60, 50)
 
 
 def test_what_was_written_before_there_were_limits_needs_no_room(books: Books) -> None:
     granted = books.ledger.reserve("a", Grant(0, 1000), 1005, 1060, None, 10)
-    assert granted == (1010, 0)
+    assert granted == (1010, 0, 10)
     assert books.ledger.grants() == {"a": Grant(1010, 1000)}
-    assert books.ledger.reserve("b", Grant(0, 0), 1, 60, None, 10) == (0, 1010)
+    assert books.ledger.reserve("b", Grant(0, 0), 1, 60, None, 10) == (0, 1010, 10)
 
 
 def test_amounts_above_any_length_of_a_value_are_told(books: Books) -> None:
@@ -418,9 +418,10 @@ def test_amounts_above_any_length_of_a_value_are_told(books: Books) -> None:
     books.client.config_set("maxmemory", 0)
     books.client.hset(books.keys.usage, str(OWNER), f"9 9 {3 * terabyte} 9")
     granted = books.ledger.reserve("a", Grant(0, 0), terabyte, 2 * terabyte, 5 * terabyte, None)
-    assert granted == (2 * terabyte, 3 * terabyte)
+    assert granted == (2 * terabyte, 3 * terabyte, 2 * terabyte)
     assert books.ledger.grants() == {"a": Grant(2 * terabyte, 0)}
-    assert books.ledger.reserve("b", Grant(0, 0), 1, 1, 5 * terabyte, None) == (0, 5 * terabyte)
+    refused = books.ledger.reserve("b", Grant(0, 0), 1, 1, 5 * terabyte, None)
+    assert refused == (0, 5 * terabyte, 2 * terabyte)
 
 
 def test_releasing_all_grants_of_a_node_leaves_those_of_others(books: Books) -> None:

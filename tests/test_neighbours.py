@@ -16,7 +16,16 @@ import valkey
 from clusters import OBJECT_STORE, local_ray, run_driver, spill
 from ray.exceptions import ObjectLostError
 from servers import BOOKS, FOREIGN, INDEX, Server, acl_user, valkey_server, wait_until
-from tenants import MIB, Embeddings, KVCache, Neighbour, Sessions, Spills, at_work
+from tenants import (
+    MIB,
+    Embeddings,
+    KVCache,
+    LastingSessions,
+    Neighbour,
+    Sessions,
+    Spills,
+    at_work,
+)
 from valkey.exceptions import NoPermissionError
 
 from ray_valkey_spill import cleanup, preflight
@@ -31,7 +40,7 @@ PASSWORD = "pw"
 
 # What the neighbours and their clients send, and what this test sends itself while they work.
 OF_OTHERS = {
-    *("set", "get", "hset", "hget", "client|setinfo"),
+    *("set", "get", "hset", "hget", "expire", "client|setinfo"),
     *("config|resetstat", "acl|log", "client|list", "zcard"),
 }
 # What a connection sends before its first command.
@@ -286,38 +295,93 @@ def test_where_nothing_is_evicted_the_neighbours_can_still_grow(shared: Server) 
             each.close()
 
 
+EVICTING = ["volatile-lru", "volatile-lfu", "volatile-random", "volatile-ttl"]
+
+
+def evicted(server: Server) -> int:
+    return int(server.client.info("stats")["evicted_keys"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "policy", ["volatile-lru", "volatile-lfu", "volatile-random", "volatile-ttl"]
-)
-def test_under_pressure_caches_are_evicted_and_no_session_or_spilled_object(
+@pytest.mark.parametrize("policy", EVICTING)
+def test_without_max_bytes_nobody_loses_anything_and_the_overflow_takes_the_rest(
+    shared: Server, policy: str, tmp_path: Path
+) -> None:
+    shared.client.config_set("maxmemory", 64 * MIB)
+    shared.client.config_set("maxmemory-policy", policy)
+    config = config_of(shared, overflow_uri=str(tmp_path))
+    spills = [Spills(config, 40, node) for node in ("cd" * 28, "ef" * 28)]
+    with neighbours(shared) as others:
+        for each in others:
+            for _ in range(each.keys):
+                each.step()
+        with at_work(*others, *spills, pause=0.002):
+            wait_until(lambda: all(each.tally.operations > 5 * each.keys for each in spills))
+        assert shared.client.zcard(INDEX) > 0
+        assert all(each.store.in_overflow() for each in spills)
+        assert evicted(shared) == 0
+        assert_nothing_lost(*others, *spills)
+        for spilling in spills:
+            spilling.delete_all()
+            spilling.store.destroy(lambda pid: False)
+            spilling.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", EVICTING)
+def test_where_caches_take_all_there_is_spilling_takes_nothing_without_max_bytes(
+    shared: Server, policy: str, tmp_path: Path
+) -> None:
+    shared.client.config_set("maxmemory", 64 * MIB)
+    shared.client.config_set("maxmemory-policy", policy)
+    with neighbours(shared) as (kv, *_):
+        kv.keys = 10_000
+        while not evicted(shared):
+            kv.step()
+        config = config_of(shared, overflow_uri=str(tmp_path))
+        with contextlib.closing(Spills(config, 10)) as spills:
+            with at_work(kv, spills):
+                wait_until(lambda: spills.tally.operations > 40)
+                assert shared.client.zcard(INDEX) == 0
+            assert_nothing_lost(spills)
+            spills.delete_all()
+            spills.store.destroy(lambda pid: False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", EVICTING)
+def test_max_bytes_is_taken_from_the_caches_and_no_spilled_object_is_lost(
     shared: Server, policy: str
 ) -> None:
+    budget = 40 * MIB
     shared.client.config_set("maxmemory", 120 * MIB)
     shared.client.config_set("maxmemory-policy", policy)
-    spills, cold = (Spills(config_of(shared), 12, node) for node in ("cd" * 28, "ef" * 28))
+    config = config_of(shared, max_bytes=budget)
+    spills, cold = (Spills(config, 12, node) for node in ("cd" * 28, "ef" * 28))
     with (
         neighbours(shared) as (kv, embeddings, sessions),
+        contextlib.closing(LastingSessions(shared.url, 100)) as lasting,
         contextlib.closing(spills),
         contextlib.closing(cold),
     ):
         # Those that are spilled before everything else, and not read meanwhile, would go first.
         for _ in range(cold.keys):
             cold.step()
-        # Few have no TTL, so that there always is room to be made for spilling.
-        kv.keys, sessions.keys = 10_000, 100
-        with at_work(kv, embeddings, sessions, spills):
-            wait_until(lambda: shared.client.info("stats")["evicted_keys"] > 100)
+        kv.keys = 10_000
+        while not evicted(shared):
+            kv.step()
+        with at_work(kv, embeddings, sessions, lasting, spills):
             after = spills.tally.operations + 2 * 2 * spills.keys
             wait_until(lambda: spills.tally.operations > after)
+            assert cold.store.room().used <= budget
         assert kv.tally.misses > 0
-        assert (kv.tally.wrong, kv.tally.errors) == (0, {})
-        assert (embeddings.tally.wrong, embeddings.tally.errors) == (0, {})
+        for each in (kv, embeddings, sessions):
+            assert (each.tally.wrong, each.tally.errors) == (0, {})
         cold.check_all()
-        assert_nothing_lost(sessions, spills, cold)
-        for each in (spills, cold):
-            each.delete_all()
-            each.store.destroy(lambda pid: False)
+        assert_nothing_lost(lasting, spills, cold)
+        for spilling in (spills, cold):
+            spilling.delete_all()
+            spilling.store.destroy(lambda pid: False)
 
 
 def test_where_everything_may_be_evicted_what_is_lost_is_told_and_the_rest_comes_back() -> None:
