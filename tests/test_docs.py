@@ -64,6 +64,9 @@ RUN_BY = {
     "export RAY_object_spilling_config=": (
         "tests/test_ray_cluster.py::test_the_spilling_config_may_come_from_the_environment"
     ),
+    "export RAY_local_fs_capacity_threshold=": (
+        "tests/test_ray_disk.py::test_the_environment_lifts_the_disk_check_on_every_node"
+    ),
     "import ray, ray_valkey_spill": "tests/clusters.py::local_ray",
     "ray.init(": "tests/clusters.py::local_ray",
     "sum by ": METRICS,
@@ -212,6 +215,7 @@ def test_the_readme_gives_ray_what_the_tool_prints() -> None:
     found = [command.replace('"', "'") for command in commands(ROOT / "README.md")]
     for form in ("ray start", "environment", "Python"):
         for line in filter(None, forms[form].splitlines()):
+            line = re.sub(r" +# .*", "", line)
             assert line.replace('"', "'") in found
 
 

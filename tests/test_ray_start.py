@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-from clusters import kill, run_driver
+from clusters import ray_start, run_driver
 from servers import valkey_server, wait_until
 
 import ray_valkey_spill
@@ -40,31 +34,6 @@ del refs
 while client.zcard(index):
     time.sleep(0.05)
 """
-
-
-@contextlib.contextmanager
-def ray_start(*args: str, log: Path) -> Iterator[None]:
-    """`ray start --block`, which ends its node's processes when it is terminated."""
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *args),
-                *("--object-store-memory=100000000", "--num-cpus=1", "--node-ip-address=127.0.0.1"),
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_until(lambda: "--block" in log.read_text() or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
-        yield
-    finally:
-        if process.poll() is None:
-            started = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
-            for child in psutil.wait_procs(started, timeout=10)[1]:
-                kill(child.pid)
 
 
 def test_two_nodes_started_by_hand_and_a_driver(short_dir: Path) -> None:
