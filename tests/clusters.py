@@ -127,7 +127,12 @@ def add_node(cluster: Cluster, number: int, **options: Any) -> None:
 
 
 @contextlib.contextmanager
-def ray_start(*args: str, log: Path, env: Mapping[str, str] | None = None) -> Iterator[None]:
+def ray_start(
+    *args: str,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    python: str | Path = sys.executable,
+) -> Iterator[None]:
     """`ray start --block`, which ends its node's processes when it is terminated.
 
     Args:
@@ -136,7 +141,7 @@ def ray_start(*args: str, log: Path, env: Mapping[str, str] | None = None) -> It
     with log.open("w") as output:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *args),
+                *(str(python), "-m", "ray.scripts.scripts", "start", "--block", *args),
                 *("--object-store-memory=100000000", "--num-cpus=1", "--node-ip-address=127.0.0.1"),
             ],
             stdout=output,
