@@ -20,6 +20,7 @@ from ray_valkey_spill.check import run as run_checks
 from ray_valkey_spill.cleanup import CleanUp, Remains
 from ray_valkey_spill.config import (
     ENV_PREFIX,
+    RAY_SETTINGS,
     Config,
     parameters,
     spilling_config,
@@ -52,18 +53,23 @@ headGroupSpec:
           env:
             - name: RAY_object_spilling_config
               value: {config}
+            - &disk
+              name: RAY_local_fs_capacity_threshold
+              value: "{threshold}"
 """
-_KUBERAY_ENVIRONMENT = """\
+_KUBERAY_CREDENTIAL = """\
             - &password
               name: RAY_VALKEY_SPILL_PASSWORD
               valueFrom: {secretKeyRef: {name: valkey, key: password, optional: true}}
+"""
+_KUBERAY_WORKERS = """\
 workerGroupSpecs:
   - template:
       spec:
         containers:
           - name: ray-worker
             env:
-              - *password
+              - *disk
 """
 
 
@@ -149,7 +155,7 @@ def config(acl: bool, as_json: bool, **options: str | None) -> None:
     forms = {
         "ray start": "ray start --head --system-config="
         + shlex.quote(json.dumps(system_config(**given))),
-        "environment": f"export RAY_object_spilling_config={shlex.quote(spilling)}",
+        "environment": _environment(spilling),
         "KubeRay": _kuberay(spilling, given.get("password_file")),
         "Python": "import ray, ray_valkey_spill\n\nray.init(_system_config="
         f"ray_valkey_spill.system_config({', '.join(f'{k}={v!r}' for k, v in given.items())}))",
@@ -321,11 +327,24 @@ def _config(options: Mapping[str, str | None]) -> Config:
     return Config.load(_given(options))
 
 
+def _environment(spilling: str) -> str:
+    # The spilling config reaches worker nodes through the head; other settings do not (Ray 2.60).
+    settings = [
+        f"export RAY_{name}={value}  # on every node" for name, value in RAY_SETTINGS.items()
+    ]
+    return "\n".join([f"export RAY_object_spilling_config={shlex.quote(spilling)}", *settings])
+
+
 def _kuberay(spilling: str, password_file: str | None) -> str:
-    head = _KUBERAY.format(config=json.dumps(spilling))
+    head = _KUBERAY.format(
+        config=json.dumps(spilling), threshold=RAY_SETTINGS["local_fs_capacity_threshold"]
+    )
     if password_file is None:
-        return head + _KUBERAY_ENVIRONMENT
-    return f"{head}# The pods of every group need {password_file}, from a secret that is mounted.\n"
+        return f"{head}{_KUBERAY_CREDENTIAL}{_KUBERAY_WORKERS}              - *password\n"
+    return (
+        f"{head}{_KUBERAY_WORKERS}"
+        f"# The pods of every group need {password_file}, from a secret that is mounted.\n"
+    )
 
 
 def _acl(config: Config) -> dict[str, str]:

@@ -25,6 +25,7 @@ __all__ = [
     "ENV_PREFIX",
     "KIB",
     "MIB",
+    "RAY_SETTINGS",
     "Address",
     "Config",
     "Endpoint",
@@ -50,6 +51,13 @@ _PREFIX_PATTERN = re.compile(r"ray:[A-Za-z0-9_.:@-]*")
 _NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_.@-]{1,128}")
 _OVERFLOW_PATTERN = re.compile(r"/[^\x00-\x1f]*|file:///\S*|(s3|gs|gcs|abfss?|hdfs|viewfs)://\S+")
 _PORT, _SENTINEL_PORT = 6379, 26379
+
+# Ray settings that spilling to Valkey needs, as a system config takes them.
+# While the file system of its temporary directory is 95 % full, Ray refuses to create objects that
+# need spilling, with OutOfDiskError, whatever the storage: plasma's fallback files are there
+# (`PlasmaStoreRunner::Start`). 1 switches that off (`FileSystemMonitor`, Ray 2.60).
+RAY_SETTINGS: dict[str, int] = {"local_fs_capacity_threshold": 1}
+
 _TLS_SCHEMES = ("valkeys", "rediss")
 _SCHEMES = ("valkey", "redis", *_TLS_SCHEMES, "unix")
 
@@ -506,6 +514,11 @@ def spilling_config(url: str | None = None, **params: Any) -> str:
     return json.dumps({"type": STORAGE_TYPE, "params": given})
 
 
-def system_config(url: str | None = None, **params: Any) -> dict[str, str]:
-    """What to pass as `ray.init(_system_config=…)`; arguments and errors of `spilling_config`."""
-    return {"object_spilling_config": spilling_config(url, **params)}
+def system_config(url: str | None = None, **params: Any) -> dict[str, str | int]:
+    """What to pass as `ray.init(_system_config=…)`; arguments and errors of `spilling_config`.
+
+    Beside the spilling config it has `RAY_SETTINGS`, which switch off Ray's check that the local
+    disk is not nearly full. To keep that check, override it:
+    `{**system_config(…), "local_fs_capacity_threshold": 0.95}`.
+    """
+    return {"object_spilling_config": spilling_config(url, **params), **RAY_SETTINGS}

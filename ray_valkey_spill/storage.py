@@ -27,7 +27,7 @@ from ray._private.external_storage import ExternalStorage
 from ray._private.utils import push_error_to_driver
 from ray.core.generated.common_pb2 import ErrorType
 
-from ray_valkey_spill import preflight
+from ray_valkey_spill import logs, preflight
 from ray_valkey_spill.background import Background
 from ray_valkey_spill.cleanup import RENEWAL, CleanUp
 from ray_valkey_spill.config import Config
@@ -105,6 +105,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def __init__(self, node_id: str, session_name: str, **params: Any) -> None:
         super().__init__()
         self._in_io_worker = _in_io_worker()
+        if self._in_io_worker:
+            logs.set_default_format()
         self._shared = f"ray_valkey_spill-{node_id}"
         self._session_dir = functools.partial(_session_dir, session_name)
         self._outages = Outages(self._session_dir, f"{self._shared}.outages", _Drivers())

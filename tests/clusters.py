@@ -8,7 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,41 @@ def add_node(cluster: Cluster, number: int, **options: Any) -> None:
         **_NODE_OPTIONS,
         **options,
     )
+
+
+@contextlib.contextmanager
+def ray_start(
+    *args: str,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    python: str | Path = sys.executable,
+) -> Iterator[None]:
+    """`ray start --block`, which ends its node's processes when it is terminated.
+
+    Args:
+        env: what its environment has beside ours.
+    """
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [
+                *(str(python), "-m", "ray.scripts.scripts", "start", "--block", *args),
+                *("--object-store-memory=100000000", "--num-cpus=1", "--node-ip-address=127.0.0.1"),
+            ],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+        )
+    try:
+        wait_until(lambda: "--block" in log.read_text() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield
+    finally:
+        if process.poll() is None:
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+            for child in psutil.wait_procs(started, timeout=10)[1]:
+                kill(child.pid)
 
 
 def on(node: int) -> dict[str, Any]:

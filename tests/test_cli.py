@@ -65,14 +65,23 @@ def test_config_prints_forms_that_work_when_pasted() -> None:
     assert (ray, start, head) == ("ray", "start", "--head")
     given = json.loads(option.removeprefix("--system-config="))
     assert json.loads(given["object_spilling_config"]) == spilling
+    assert given == printed["system_config"]
 
-    shell = f'{forms["environment"]}; printf %s "$RAY_object_spilling_config"'
-    assert json.loads(subprocess.check_output(["sh", "-c", shell])) == spilling
+    shell = (
+        f"{forms['environment']}\n"
+        'printf "%s\\n" "$RAY_object_spilling_config" "$RAY_local_fs_capacity_threshold"'
+    )
+    config, threshold = subprocess.check_output(["sh", "-c", shell], text=True).splitlines()
+    assert json.loads(config) == spilling
+    assert threshold == "1"
 
     cluster = yaml.safe_load(forms["KubeRay"])
     env = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
     assert json.loads(env[0]["value"]) == spilling
-    assert env[1]["name"] == "RAY_VALKEY_SPILL_PASSWORD"
+    assert env[1] == {"name": "RAY_local_fs_capacity_threshold", "value": "1"}
+    assert env[2]["name"] == "RAY_VALKEY_SPILL_PASSWORD"
+    workers = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["env"]
+    assert workers == env[1:]
 
     script = forms["Python"].replace("ray.init(_system_config=", "print(repr(")
     script = script.replace("import ray,", "import") + ")"
@@ -86,7 +95,8 @@ def test_config_names_the_file_that_has_the_password() -> None:
     assert "RAY_VALKEY_SPILL_PASSWORD" not in printed
     form = json.loads(cli("config", *options, "--json").stdout)["forms"]["KubeRay"]
     (container,) = yaml.safe_load(form)["headGroupSpec"]["template"]["spec"]["containers"]
-    assert [each["name"] for each in container["env"]] == ["RAY_object_spilling_config"]
+    names = [each["name"] for each in container["env"]]
+    assert names == ["RAY_object_spilling_config", "RAY_local_fs_capacity_threshold"]
     assert "need /etc/valkey/password" in form
     in_environment = cli("config", "--username", "ray").stdout
     assert in_environment.endswith("RAY_VALKEY_SPILL_PASSWORD in the environment, on every node.\n")

@@ -333,7 +333,8 @@ def test_spilling_config_takes_nothing_from_the_environment(
 
 def test_system_config_is_what_ray_init_takes() -> None:
     assert system_config(url="valkey://h:1") == {
-        "object_spilling_config": spilling_config(url="valkey://h:1")
+        "object_spilling_config": spilling_config(url="valkey://h:1"),
+        "local_fs_capacity_threshold": 1,
     }
 
 

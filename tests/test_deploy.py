@@ -27,7 +27,7 @@ from tenants import Embeddings, KVCache, LastingSessions, Neighbour, Sessions, S
 
 from ray_valkey_spill import preflight
 from ray_valkey_spill.cli import cli
-from ray_valkey_spill.config import Config
+from ray_valkey_spill.config import RAY_SETTINGS, Config
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -83,7 +83,7 @@ def pods() -> list[Any]:
 
 def spilling_config() -> dict[str, Any]:
     """What the RayCluster's head has in its environment."""
-    (variable,) = pods()[0]["containers"][0]["env"]
+    variable = pods()[0]["containers"][0]["env"][0]
     assert variable["name"] == "RAY_object_spilling_config"
     config: dict[str, Any] = json.loads(variable["value"])
     return config
@@ -364,7 +364,15 @@ def test_the_spilling_config_is_one_and_of_the_head_alone() -> None:
     assert spilling_config()["type"] == "valkey"
     Config.load(ray_params(), {})
     for pod in pods()[1:]:
-        assert "env" not in pod["containers"][0]
+        names = [variable["name"] for variable in pod["containers"][0]["env"]]
+        assert "RAY_object_spilling_config" not in names
+
+
+def test_every_node_has_the_settings_of_ray_that_spilling_needs() -> None:
+    needed = {f"RAY_{name}": str(value) for name, value in RAY_SETTINGS.items()}
+    for pod in pods():
+        given = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
+        assert needed.items() <= given.items()
 
 
 def test_every_pod_has_the_secrets_where_the_config_looks_for_them() -> None:

@@ -64,6 +64,12 @@ RUN_BY = {
     "export RAY_object_spilling_config=": (
         "tests/test_ray_cluster.py::test_the_spilling_config_may_come_from_the_environment"
     ),
+    "export RAY_local_fs_capacity_threshold=": (
+        "tests/test_ray_disk.py::test_the_environment_lifts_the_disk_check_on_every_node"
+    ),
+    "import ray\nfrom ray.util": (
+        "tests/test_ray_start.py::test_a_node_without_the_package_is_found_and_joins_once_it_has_it"
+    ),
     "import ray, ray_valkey_spill": "tests/clusters.py::local_ray",
     "ray.init(": "tests/clusters.py::local_ray",
     "sum by ": METRICS,
@@ -109,10 +115,10 @@ def spans(page: Path) -> list[str]:
 
 
 def lines(page: Path) -> list[str]:
-    """What is in blocks: loops and YAML are one, of others each line is."""
+    """What is in blocks: loops, programs and YAML are one, of others each line is."""
     found = []
     for block in blocks(page):
-        found += [block] if re.match("for |auth:", block) else block.splitlines()
+        found += [block] if re.match("for |auth:|import ray\n", block) else block.splitlines()
     return [re.sub(r"\s+# .*", "", line) for line in found]
 
 
@@ -212,6 +218,7 @@ def test_the_readme_gives_ray_what_the_tool_prints() -> None:
     found = [command.replace('"', "'") for command in commands(ROOT / "README.md")]
     for form in ("ray start", "environment", "Python"):
         for line in filter(None, forms[form].splitlines()):
+            line = re.sub(r" +# .*", "", line)
             assert line.replace('"', "'") in found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,3 +110,22 @@ def test_a_small_object_that_is_damaged_is_lost_as_well(spilling: Server) -> Non
     spilling.client.set(key, bytes(value))
     with pytest.raises(ObjectLostError):
         ray.get(ref, timeout=PATIENCE)
+
+
+def test_lines_in_the_logs_of_io_workers_have_time_level_and_logger(spilling: Server) -> None:
+    lost = ray.put(np.full(MIB, 7))
+    spill([lost], spilling)
+    header_deleted(spilling, lost.hex())
+    with pytest.raises(ObjectLostError):
+        ray.get(lost, timeout=PATIENCE)
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    lines = [
+        line
+        for file in logs.iterdir()
+        if file.is_file()
+        for line in file.read_text(errors="replace").splitlines()
+        if lost.hex() in line and "ObjectLostError for a reader" in line
+    ]
+    assert len(lines) == 1
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+    assert re.match(rf"{time}\tERROR ray_valkey_spill -- ObjectLostError for a reader", lines[0])

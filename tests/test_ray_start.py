@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
+import re
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import textwrap
+import venv
 from pathlib import Path
 
-import psutil
-from clusters import kill, run_driver
-from servers import valkey_server, wait_until
+import pytest
+from clusters import ray_start, run_driver
+from servers import free_ports, valkey_server, wait_until
 
 import ray_valkey_spill
 from ray_valkey_spill.gcs import running_at
@@ -40,31 +42,6 @@ del refs
 while client.zcard(index):
     time.sleep(0.05)
 """
-
-
-@contextlib.contextmanager
-def ray_start(*args: str, log: Path) -> Iterator[None]:
-    """`ray start --block`, which ends its node's processes when it is terminated."""
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *args),
-                *("--object-store-memory=100000000", "--num-cpus=1", "--node-ip-address=127.0.0.1"),
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_until(lambda: "--block" in log.read_text() or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
-        yield
-    finally:
-        if process.poll() is None:
-            started = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
-            for child in psutil.wait_procs(started, timeout=10)[1]:
-                kill(child.pid)
 
 
 def test_two_nodes_started_by_hand_and_a_driver(short_dir: Path) -> None:
@@ -94,3 +71,82 @@ def test_two_nodes_started_by_hand_and_a_driver(short_dir: Path) -> None:
             assert session.name == (short_dir / "session_latest").resolve().name
             assert len(session.nodes) == 2
         server.assert_foreign_untouched()
+
+
+STALLED = """
+import sys, numpy as np, ray
+ray.init(address=sys.argv[1])
+
+@ray.remote(resources={"second": 1}, max_retries=0)
+def spill_and_restore():
+    refs = [ray.put(np.full(1 << 20, i)) for i in range(30)]
+    return [int(ray.get(ref)[0]) for ref in refs] == list(range(30))
+
+print("right:", ray.get(spill_and_restore.remote()))
+"""
+
+
+def python_without_the_hook(directory: Path) -> Path:
+    """An environment with Ray, in which this package is not installed.
+
+    `install` installs it there.
+    """
+    venv.create(directory, symlinks=True)
+    paths = [path for path in sys.path if path and Path(path).is_dir()]
+    # Of directories that a .pth names, Python looks at no .pth.
+    (site_packages(directory) / "others.pth").write_text("\n".join(paths))
+    return directory / "bin/python"
+
+
+def install(directory: Path) -> None:
+    hook = Path(ray_valkey_spill.__file__).parent / "ray_valkey_spill.pth"
+    shutil.copy(hook, site_packages(directory))
+
+
+def site_packages(directory: Path) -> Path:
+    return next(directory.glob("lib/python*/site-packages"))
+
+
+@pytest.mark.slow
+def test_a_node_without_the_package_is_found_and_joins_once_it_has_it(short_dir: Path) -> None:
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
+    page = (Path(__file__).parent.parent / "docs/troubleshooting.md").read_text()
+    (snippet,) = re.findall(r"^    import ray\n(?:    .*\n)+", page, re.MULTILINE)
+    with valkey_server() as server, contextlib.ExitStack() as stack:
+        config = {
+            **ray_valkey_spill.system_config(url=server.url),
+            "worker_register_timeout_seconds": 30,  # not 60 until Ray starts the next IO worker
+        }
+        stack.enter_context(
+            ray_start(
+                *("--head", f"--port={port}", f"--system-config={json.dumps(config)}"),
+                *(f"--temp-dir={short_dir}", "--include-dashboard=false"),
+                log=short_dir / "head.log",
+            )
+        )
+        stack.enter_context(
+            ray_start(
+                *(f"--address={address}", '--resources={"second": 1}'),
+                log=short_dir / "node.log",
+                python=python_without_the_hook(short_dir / "venv"),
+            )
+        )
+        found = run_driver(textwrap.dedent(snippet), env={"RAY_ADDRESS": address})
+        assert sorted(line.split()[1] for line in found.splitlines()) == [
+            "ray._private.external_storage",
+            "ray_valkey_spill._startup",
+        ]
+        log = short_dir / "driver.log"
+        with log.open("w") as output:
+            driver = subprocess.Popen(
+                [sys.executable, "-c", STALLED, address], stdout=output, stderr=subprocess.STDOUT
+            )
+        stack.callback(driver.wait)
+        stack.callback(driver.kill)
+        message = "ValueError: Unknown external storage type: valkey"
+        wait_until(lambda: message in log.read_text() or driver.poll() is not None)
+        assert driver.poll() is None, log.read_text()
+        install(short_dir / "venv")
+        assert driver.wait(timeout=120) == 0, log.read_text()
+        assert "right: True" in log.read_text()
