@@ -63,9 +63,11 @@ def deferred() -> dict[str, int]:
     """The ids of the objects whose restore is deferred, and the processes that have them."""
     found = {}
     for path in session_dir().glob("ray_valkey_spill-*.restores/*"):
-        with contextlib.suppress(FileNotFoundError):
-            found[path.name] = int(path.read_text().split()[0])
-    return {name: process for name, process in found.items() if "." not in name}
+        # Others are being written, or given up.
+        if not path.suffix:
+            with contextlib.suppress(FileNotFoundError):
+                found[path.name] = int(path.read_text().split()[0])
+    return found
 
 
 def push_out() -> None:
