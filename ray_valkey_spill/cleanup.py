@@ -200,7 +200,7 @@ class CleanUp:
 
     def _renewed(self) -> dict[Owner, int]:
         """When each lease was renewed; the latest, where a node has several."""
-        leases = self._link.confirmed(self._ledger.leases)
+        leases = self._link.confirmed(self._ledger.leases, keep=True)
         leases.sort(key=lambda lease: lease.renewed)
         return {lease.owner: lease.renewed for lease in leases}
 

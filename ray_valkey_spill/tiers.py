@@ -155,7 +155,10 @@ class ValkeyTier:
                 return
             again = wanted[done : done + _OBJECTS_LOOKED_AT_AGAIN]
             done += len(again)
-            yield from self._link.confirmed(lambda: list(self._stat(again)))  # noqa: B023
+            yield from self._link.confirmed(
+                lambda: list(self._stat(again)),  # noqa: B023
+                lacks_nothing=lambda stats: all(stat.is_whole for stat in stats),
+            )
 
     def _stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         def requests() -> Iterator[Request]:
@@ -201,7 +204,12 @@ class ValkeyTier:
 
     def _read_again(self, key: str, into: memoryview) -> None:
         """Receive a chunk that was missing. Errors as `read`."""
-        (request,) = self._link.confirmed(lambda: list(self._link.run([fetch(key, into=into)])))
+
+        def look() -> Request:
+            (request,) = self._link.run([fetch(key, into=into)])
+            return request
+
+        request = self._link.confirmed(look, lacks_nothing=_is_filled)
         if not _is_filled(request):
             raise LostObjectError("a chunk is missing, or changed its size meanwhile")
 

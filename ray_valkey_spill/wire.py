@@ -246,7 +246,13 @@ class Link:
 
     # --- what is missing ---
 
-    def confirmed(self, look: Callable[[], _T]) -> _T:
+    def confirmed(
+        self,
+        look: Callable[[], _T],
+        *,
+        lacks_nothing: Callable[[_T], bool] = lambda found: False,
+        keep: bool = False,
+    ) -> _T:
         """Return what `look` reads over this link once primaries alone have answered it.
 
         Over new connections, because a name may lead elsewhere by now. Each server says that it is
@@ -262,6 +268,9 @@ class Link:
         Args:
             look: reads, and concludes nothing yet; it is called again where this does not hold.
                 It may call this method, which then only calls `look`.
+            lacks_nothing: whether what was read is right whoever answered, as values are.
+            keep: use the connections that there are, for somebody who looks often, and for whom
+                `breaks` has to show each that broke in between.
 
         Raises:
             ServerUnavailableError: after `retry_timeout` seconds in which this did not hold.
@@ -273,15 +282,19 @@ class Link:
         self._is_confirming = True
         try:
             while True:
-                self.close()
+                if not keep:
+                    self.close()
                 try:
                     before = self.generation
                     found = look()
+                    if lacks_nothing(found):
+                        return found
                     if self.generation != before:
                         raise TransientError("a connection broke while something was missing")
                     self._require_primaries()
                     return found
                 except (OSError, TransientError) as failure:
+                    keep = False
                     self._broke()
                     patience.wait(failure)
         finally:
@@ -325,18 +338,22 @@ class Link:
             return False
 
     def _require_sentinels(self, service: str, endpoint: Endpoint) -> None:
-        naming = 0
-        for _, named in primaries_of(service, self._sentinels, self._open_sentinel):
-            naming += named == endpoint
-            if named != endpoint and self._is_primary(named):
-                raise TransientError(
-                    f"{endpoint} lacks something, and a Sentinel names {named} as the primary"
-                )
-        if 2 * naming <= len(self._sentinels):
-            raise TransientError(
-                f"only {naming} of {len(self._sentinels)} Sentinels name {endpoint}, which lacks "
-                "something, as the primary; bring the others back, or correct url"
-            )
+        naming: set[Endpoint] = set()
+        rival: Endpoint | None = None
+        for sentinel, named in primaries_of(service, self._sentinels, self._open_sentinel):
+            if named == endpoint:
+                naming.add(sentinel)
+            elif rival is None and self._is_primary(named):
+                rival = named
+        if rival is None and 2 * len(naming) > len(self._sentinels):
+            return
+        # They may be cut off together with the server that they name: others first from now on.
+        self._sentinels.sort(key=naming.__contains__)
+        raise TransientError(
+            f"{endpoint} lacks something, and only {len(naming)} of {len(self._sentinels)} "
+            "Sentinels name it as the primary"
+            + (f"; another names {rival}" if rival else "; bring the others back, or correct url")
+        )
 
     def _is_primary(self, endpoint: Endpoint) -> bool:
         try:
