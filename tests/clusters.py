@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,6 +192,16 @@ def talks_to(process: psutil.Process, port: int) -> bool:
     with contextlib.suppress(psutil.Error):
         return any(c.raddr and c.raddr.port == port for c in process.net_connections())
     return False
+
+
+def failures() -> int:
+    """How many attempts have failed in the outage that goes on."""
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    return sum(
+        json.loads(text)["failures"]
+        for path in session.glob("ray_valkey_spill-*.outage")
+        if (text := path.read_text())
+    )
 
 
 def run_driver(script: str, *args: str, env: dict[str, str] | None = None) -> str:
