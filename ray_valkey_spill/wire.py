@@ -613,11 +613,15 @@ class Link:
         except BaseException:
             node.close()
             raise
+        # Not of a node that was only asked: it may have another name here than in its cluster.
+        is_of_use = isinstance(topology, Single) or (
+            endpoint in topology.primaries and node.role is not Role.REPLICA
+        )
         is_busy = known is not None and not known.closed
-        if is_busy or (isinstance(topology, Cluster) and node.role is Role.REPLICA):
-            node.close()
-        else:
+        if is_of_use and not is_busy:
             self._keep(node)
+        else:
+            node.close()
         return topology
 
     def _topology_at(self, node: Connection) -> Topology:

@@ -535,9 +535,13 @@ def test_what_a_whole_cluster_lacks_is_lost_also_while_a_minority_is_away(tmp_pa
     with cluster_servers(tmp_path, replicas=0, cluster_require_full_coverage=False) as cluster:
         away = next(n for n in cluster.primaries() if n is not cluster.primary_of(INDEX))
         there = next(n for n in cluster.primaries() if n is not away)
-        with stored_at(cluster.url) as store:
+        # By a name that the cluster does not know.
+        with stored_at(f"valkey://localhost:{there.port}", retry_timeout=5) as store:
             url = _put_at(store, there)
             assert cluster.client.delete(_header(store, url))
+            with pytest.raises(LostObjectError):
+                store.find(url, object_id(0))
+            assert store.breaks == 0
             cluster.kill(away)
             with pytest.raises(LostObjectError):
                 store.find(url, object_id(0))
