@@ -65,7 +65,7 @@ def run(params: Mapping[str, Any]) -> Iterator[Finding]:
     yield Finding(OK, "parameters", f"url {config.address}, keys below {Keyspace.of(config).root}")
     if (ring := KeyRing.of(config)) is not None:
         yield _attempt("sealing", lambda: _sealing(ring))
-    link = Link(config, unreachable_timeout=preflight.HEAD_START_PATIENCE)
+    link = Link(config, unreachable_timeout=preflight.HEAD_START_PATIENCE, any_role=True)
     try:
         yield from _server(config, link)
     finally:

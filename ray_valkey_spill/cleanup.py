@@ -11,6 +11,9 @@ running session only if the GCS says so. Where it cannot be asked, because its h
 or because no lease tells where it is, all of the session may be cut off from here, or stopped with
 its machines, and then it is dead only after ten times as long.
 
+A server that lags shows leases as they were, and objects as half-written that are stored by now. So
+nothing is removed for what such a one may have said: see `wire.Link.confirmed`.
+
 A session of which any lease has changed since it was judged is not touched, or no further. What
 makes its remains be found goes last: if a clean-up is killed, the next one finds the rest.
 """
@@ -136,7 +139,7 @@ class CleanUp:
     def _leases(self) -> defaultdict[str, set[Lease]]:
         """Those of each session."""
         leases = defaultdict[str, set[Lease]](set)
-        for lease in self._ledger.leases():
+        for lease in self._link.confirmed(self._ledger.leases):
             leases[lease.owner.session].add(lease)
         return leases
 
@@ -197,7 +200,8 @@ class CleanUp:
 
     def _renewed(self) -> dict[Owner, int]:
         """When each lease was renewed; the latest, where a node has several."""
-        leases = sorted(self._ledger.leases(), key=lambda lease: lease.renewed)
+        leases = self._link.confirmed(self._ledger.leases, keep=True)
+        leases.sort(key=lambda lease: lease.renewed)
         return {lease.owner: lease.renewed for lease in leases}
 
     def _deadlines(
@@ -249,8 +253,7 @@ class CleanUp:
         return removed
 
     def _remove_half_written(self, owner: Owner) -> None:
-        for names in self._ledger.pending(owner):
-            self._tier.remove(names)
+        self._tier.remove_half_written(owner)
         self._ledger.release_all(owner)
         if self._overflow is not None:
             self._overflow.remove_parts(owner, lambda pid: False)

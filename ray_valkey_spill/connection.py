@@ -22,7 +22,8 @@ from ray_valkey_spill import __version__, tls
 from ray_valkey_spill.config import KIB, MIB, Config, Endpoint
 from ray_valkey_spill.errors import ConfigError, NotValkeyError, ServerError, ServerRefusedError
 from ray_valkey_spill.format import Buffer
-from ray_valkey_spill.resp import ReplyReader, Request, TransientError, command
+from ray_valkey_spill.resp import ReplyReader, Request, TransientError
+from ray_valkey_spill.roles import HELLO, QUESTIONS, Question, Role, hello_fields
 
 __all__ = ["Connection"]
 
@@ -66,7 +67,8 @@ class Connection:
         waiting: in the order in which their replies will come.
         weight: bytes that these have under way.
         mode: "standalone", "cluster" or "sentinel".
-        is_replica: whether it was a replica when the connection was opened.
+        role: of the server when the connection was opened. Where a proxy does not know HELLO, one
+            more exchange finds it out. A Sentinel has none.
 
     Raises:
         OSError, TransientError: another attempt may cure it.
@@ -94,22 +96,42 @@ class Connection:
         self._window = _window(self._sock, config.chunk_size)
         self._batch = min(_BATCH, self._window // 2)
         self._replies = ReplyReader(self._stream)
+        self._question: Question | None = None
         try:
-            self.mode, self.is_replica = self._hello()
+            self.mode, self.role = self._hello()
         except OSError as error:
             # With TLS 1.3 a server tells only now what it thinks of a client's certificate.
             if (refusal := tls.refusal(error, endpoint)) is None:
                 raise
             raise refusal from error
 
-    def _hello(self) -> tuple[str, bool]:
-        request = command("HELLO", 2)
-        self.add(request)
-        self.read()
+    def _hello(self) -> tuple[str, Role]:
         # A proxy may not know it, and what has one before it looks like a single server.
-        reply = request.reply if isinstance(request.reply, list) else []
-        told = dict(zip(map(_text, reply[::2]), map(_text, reply[1::2])))
-        return told.get("mode", "standalone"), told.get("role", "master") != "master"
+        reply = self._ask(HELLO)
+        mode = hello_fields(reply).get("mode", "standalone")
+        if mode == "sentinel":
+            return mode, Role.UNKNOWN
+        for question in QUESTIONS:
+            role = question.role(reply if question is HELLO else self._ask(question))
+            if role is not Role.UNKNOWN:
+                self._question = question
+                return mode, role
+        return mode, Role.UNKNOWN
+
+    def current_role(self) -> Role:
+        """Ask for the server's role again; everything sent before must have its reply.
+
+        Errors as `read`.
+        """
+        if self._question is None:
+            return Role.UNKNOWN
+        return self._question.role(self._ask(self._question))
+
+    def _ask(self, question: Question) -> Any:
+        """The reply; None for an error."""
+        request = question.ask()
+        self.add(request)
+        return self.read().reply
 
     def has_room(self, depth: int = 1) -> bool:
         """Whether more may be sent ahead of the replies to what is under way.
@@ -329,7 +351,3 @@ def _refused(
         if sentinel
         else "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has them",
     )
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes | bytearray) else str(value)

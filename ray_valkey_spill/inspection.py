@@ -224,7 +224,7 @@ class Inspector:
             raise OverflowUnavailableError(
                 "the object is in the overflow, and no overflow_uri is given", "Give overflow_uri"
             )
-        found = [] if target.overflow else list(self._in_valkey(target))
+        found = [] if target.overflow else self._link.confirmed(lambda: [*self._in_valkey(target)])
         if self._overflow is not None and target.overflow is not False:
             found += self._in_overflow(self._overflow, target)
         if not found:

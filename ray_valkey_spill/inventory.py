@@ -296,6 +296,9 @@ class Inventory:
 
     def statistics(self) -> Statistics:
         """Sums over all there is; what has not changed since the last time is not read again."""
+        return self._link.confirmed(self._statistics)
+
+    def _statistics(self) -> Statistics:
         usages, grants = self._ledger.usages(), list(self._ledger.grants().values())
         now = self._ledger.time()
         renewed: dict[Owner, int] = {}

@@ -529,7 +529,7 @@ class ObjectStore:
         # Grants first: `_abandon`, in the other thread, adds them after what was written of them.
         grants = {*_all_of(self._abandoned_grants)}
         left = _all_of(self._abandoned)
-        removed = False
+        removed, count = False, len(left)
         try:
             # Before a look at what is pending, for a grant stands for what its writer has written.
             grants |= self._grants_of_the_dead(is_alive)
@@ -538,11 +538,13 @@ class ObjectStore:
             if dead or left or places:
                 # The server may still have in its sockets what was sent, and carry it out later.
                 time.sleep(_LATE_ARRIVALS)
+            self._recovery.remove(left)
             if dead:
                 # What is pending now, after its writer was seen dead, was never reported as put; at
                 # first the writer may have died between that and this.
-                dead &= self._pending_of_the_dead(is_alive)
-            self._recovery.remove([*left, *dead])
+                count += self._recovery.remove_half_written(
+                    self._owner, lambda name: name in dead and not is_alive(name.writer)
+                )
             self._recovery.ledger.release([*grants])
             removed = True
             if time.monotonic() > self._recount_at:
@@ -561,7 +563,7 @@ class ObjectStore:
                 self._abandoned_grants.extendleft(grants)
             self._recovery.close()
         self._tell_of_removals(removals)
-        return len(left) + len(places) + len(dead)
+        return count + len(places)
 
     def _pending_of_the_dead(self, is_alive: Callable[[int], bool]) -> set[ObjectName]:
         pages = self._recovery.ledger.pending(self._owner)

@@ -83,7 +83,8 @@ def run_all(config: Config) -> ServerInfo:
     Raises:
         ConfigError, ServerError: the first thing that is wrong.
     """
-    link = Link(config, unreachable_timeout=min(HEAD_START_PATIENCE, config.retry_timeout))
+    patience = min(HEAD_START_PATIENCE, config.retry_timeout)
+    link = Link(config, unreachable_timeout=patience, any_role=True)
     if (keys := KeyRing.of(config)) is not None:
         keys.current()
     try:
@@ -323,6 +324,8 @@ def _unavailable(error: ServerUnavailableError) -> ServerUnavailableError:
         if "LOADING" in error.what
         else "Bring its failed nodes back, or give their slots to others (CLUSTER INFO tells)"
         if "CLUSTERDOWN" in error.what
+        else "Wait until the failover is over, or correct url"
+        if "is a replica" in error.what
         else "Raise its maxclients"
         if "max number of clients" in error.what
         else "Start it, or correct url (valkeys:// if it wants TLS, valkey:// if not); every node "

@@ -64,7 +64,9 @@ class RedirectError(ServerError):
 # --- requests ---
 
 # Commands that are about no key; of others, but EVAL, the first argument is one.
-_KEYLESS = {"ASKING", "CLUSTER", "HELLO", "INFO", "PING", "SENTINEL", "TIME", "WAIT", "WAITAOF"}
+_KEYLESS = {
+    *("ASKING", "CLUSTER", "HELLO", "INFO", "PING", "ROLE", "SENTINEL", "TIME", "WAIT", "WAITAOF"),
+}
 
 
 class Request:

@@ -7,8 +7,8 @@ of it is written and until the last is removed, so that whatever a crash leaves 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ray_valkey_spill.errors import LostObjectError, ServerError, UnconfirmedError
@@ -21,6 +21,9 @@ from ray_valkey_spill.wire import Link
 __all__ = ["Stat", "Value", "ValkeyTier"]
 
 _NAMES_PER_PAGE = 500
+# What is looked at again together once something was missing.
+_OBJECTS_LOOKED_AT_AGAIN = 16
+_READINGS = 5
 
 
 class Value(NamedTuple):
@@ -139,15 +142,23 @@ class ValkeyTier:
     def stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         """Headers and sizes of chunks of objects, given about how long each header is.
 
-        Before anything is said to be missing it is looked for again over new connections: a primary
-        that was followed while it stood still does not know that yet, and serves what it had.
+        What is missing was looked for again, as `wire.Link.confirmed` does.
         """
-        for number, stat in enumerate(self._stat(wanted)):
-            if not stat.is_whole:
-                self._link.close()
-                yield from self._stat(wanted[number:])
+        done = 0
+        while done < len(wanted):
+            for stat in self._stat(wanted[done:]):
+                if not stat.is_whole:
+                    break
+                done += 1
+                yield stat
+            else:
                 return
-            yield stat
+            again = wanted[done : done + _OBJECTS_LOOKED_AT_AGAIN]
+            done += len(again)
+            yield from self._link.confirmed(
+                lambda: list(self._stat(again)),  # noqa: B023
+                lacks_nothing=lambda stats: all(stat.is_whole for stat in stats),
+            )
 
     def _stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         def requests() -> Iterator[Request]:
@@ -165,23 +176,85 @@ class ValkeyTier:
         """Receive chunks of an object into memoryviews; yields as each is there, in order.
 
         Raises:
-            LostObjectError: if a chunk is missing or has another size.
+            LostObjectError: if a chunk is missing or has another size, as `wire.Link.confirmed`
+                finds.
         """
         key = self._keys.header(name)
-        for request in self._link.run(fetch(f"{key}:{i}", into=into) for i, into in wanted):
-            assert request.into is not None
-            if _value(request) != len(request.into):
-                raise LostObjectError("a chunk is missing, or changed its size meanwhile")
+        remaining = iter(wanted)
+        under_way: deque[tuple[int, memoryview]] = deque()
+
+        def requests() -> Iterator[Request]:
+            for number, into in remaining:
+                under_way.append((number, into))
+                yield fetch(f"{key}:{number}", into=into)
+
+        while True:
+            for request in self._link.run(requests()):
+                if not _is_filled(request):
+                    break
+                under_way.popleft()
+                yield
+            else:
+                return
+            number, into = under_way.popleft()
+            self._read_again(f"{key}:{number}", into)
+            remaining = chain([*under_way], remaining)
+            under_way.clear()
             yield
 
-    def remove(self, names: Iterable[ObjectName]) -> None:
-        """Remove objects, their values first; what is not there is no error."""
+    def _read_again(self, key: str, into: memoryview) -> None:
+        """Receive a chunk that was missing. Errors as `read`."""
+
+        def look() -> Request:
+            (request,) = self._link.run([fetch(key, into=into)])
+            return request
+
+        request = self._link.confirmed(look, lacks_nothing=_is_filled)
+        if not _is_filled(request):
+            raise LostObjectError("a chunk is missing, or changed its size meanwhile")
+
+    def remove(self, names: Iterable[ObjectName], since: int | None = None) -> None:
+        """Remove objects, their values first; what is not there is no error.
+
+        Args:
+            names: which.
+            since: as `wire.Link.run`, which raises UnconfirmedError then.
+        """
         for page in pages(names, _NAMES_PER_PAGE):
             breaks = self._link.breaks
-            self._drain(self._removals(page))
+            self._drain(self._removals(page), since)
             if self._link.breaks != breaks:
                 # A server that fails over may lose again what it has acknowledged.
                 self._drain(self._removals(page))
+
+    def remove_half_written(
+        self, owner: Owner, is_half_written: Callable[[ObjectName], bool] = lambda name: True
+    ) -> int:
+        """Remove what is pending of a node, and nobody will settle; returns how many that were.
+
+        A server that lags would name objects that are stored by now. So what is pending is read as
+        `wire.Link.confirmed` does, and read again if a connection broke before it was removed.
+
+        Args:
+            owner: whose.
+            is_half_written: which of these nobody will settle, for its writer is dead.
+
+        Raises:
+            UnconfirmedError: connections broke again and again.
+        """
+        for reading in range(_READINGS):
+            names = self._link.confirmed(
+                lambda: [n for page in self.ledger.pending(owner) for n in page]
+            )
+            names = [name for name in names if is_half_written(name)]
+            try:
+                self.remove(names, since=self._link.generation)
+            except UnconfirmedError:
+                if reading == _READINGS - 1:
+                    raise
+            else:
+                break
+        return len(names)
 
     def remove_stored(self, owner: Owner) -> int:
         """Remove all stored objects of a node of a session; returns how many that were."""
@@ -208,11 +281,13 @@ class ValkeyTier:
             yield command("UNLINK", key)
         yield from _fenced(self.ledger.forget(names))
 
-    def _drain(self, requests: Iterable[Request]) -> None:
-        for request in self._run_to_failure(requests):
+    def _drain(self, requests: Iterable[Request], since: int | None = None) -> None:
+        for request in self._run_to_failure(requests, since):
             request.result()
 
-    def _run_to_failure(self, requests: Iterable[Request]) -> Iterator[Request]:
+    def _run_to_failure(
+        self, requests: Iterable[Request], since: int | None = None
+    ) -> Iterator[Request]:
         """Yield requests with their replies, up to and with the first that failed.
 
         Nothing is sent after that, and it is yielded only once all other replies are in: a SET
@@ -226,7 +301,7 @@ class ValkeyTier:
                     return
                 yield request
 
-        for request in self._link.run(until_failure()):
+        for request in self._link.run(until_failure(), since):
             if failed is None and request.error is None:
                 yield request
             elif failed is None:
@@ -245,6 +320,10 @@ def _fenced(requests: Iterable[Request]) -> Iterator[Request]:
 def _require_settled(settlements: Iterable[Request], entries: Sequence[Entry]) -> None:
     if sum(request.result() for request in settlements) != len(entries):
         raise LostObjectError("the server lost objects that had just been written to it")
+
+
+def _is_filled(request: Request) -> bool:
+    return request.into is not None and _value(request) == len(request.into)
 
 
 def _value(request: Request) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,12 @@ class Cluster:
 
     def __init__(self, slots: Sequence[Any], asked: Endpoint) -> None:
         self._owners: list[Endpoint | None] = [None] * VALKEY_CLUSTER_HASH_SLOTS
+        self._ids: dict[Endpoint, bytes] = {}
         self.nodes: set[Endpoint] = set()
         for first, last, *nodes in slots:
             endpoints = [_node(node, asked) for node in nodes]
             self.nodes |= {*endpoints}
+            self._ids |= {e: bytes(node[2]) for e, node in zip(endpoints, nodes) if node[2:]}
             self._owners[first : last + 1] = [endpoints[0]] * (last + 1 - first)
 
     def owner(self, key: bytes) -> Endpoint:
@@ -58,6 +60,20 @@ class Cluster:
         """Note that the slot of `key` is served elsewhere."""
         self._owners[key_slot(key)] = endpoint
         self.nodes.add(endpoint)
+
+    def agrees(self, other: Cluster, nodes: Collection[Endpoint]) -> bool:
+        """Whether all slots that `nodes` have according to `other` are theirs here too.
+
+        Nodes are compared by their ids: not each node may know another by the same name.
+        """
+        return all(
+            self._id(mine) == other._id(theirs)
+            for mine, theirs in zip(self._owners, other._owners)
+            if theirs in nodes
+        )
+
+    def _id(self, endpoint: Endpoint | None) -> bytes | Endpoint | None:
+        return None if endpoint is None else self._ids.get(endpoint, endpoint)
 
     @property
     def primaries(self) -> tuple[Endpoint, ...]:

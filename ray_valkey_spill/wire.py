@@ -4,6 +4,11 @@ Every request a link may be given is safe to repeat (SET, GET, UNLINK, ZADD, …
 breaks, the requests without a reply are sent again on a new one, to whichever server has their keys
 then. In a cluster the requests of a run are under way to all shards at once; their replies are
 yielded in order nevertheless.
+
+Requests for data are sent to primaries alone. A value that is there is right wherever it comes
+from, since values never change. That one is missing is another matter: a primary that was demoted,
+or that is cut off from its successor, lacks what was written since. Whatever is concluded from
+something that is missing is therefore read by `Link.confirmed`.
 """
 
 from __future__ import annotations
@@ -13,13 +18,14 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from ray_valkey_spill.config import MIB, Address, Config, Endpoint
 from ray_valkey_spill.connection import Connection
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
+    ServerError,
     ServerRefusedError,
     ServerUnavailableError,
     SpillError,
@@ -27,6 +33,7 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.resp import RedirectError, Request, TransientError, command
+from ray_valkey_spill.roles import Role
 from ray_valkey_spill.server_info import MemoryInfo, ServerInfo, fields_of
 from ray_valkey_spill.topology import Cluster, Single, Topology, cluster_at, primaries_of
 
@@ -44,6 +51,10 @@ _MOST_IN_CLUSTER = 16 * MIB
 _REDIRECTS = 8
 # How long a server waits for its replicas before it tells how many have confirmed, in ms.
 _WAIT = 500
+# Seconds for a server that is asked only for who the primaries are: a majority can do without it.
+_WITNESS_PATIENCE = 1.0
+
+_T = TypeVar("_T")
 
 
 class _Patience:
@@ -115,10 +126,14 @@ class Link:
             `retry_timeout` unless given: Ray's head start has to fail sooner than a spill.
         waiting: is called now and then while a run waits for a server that is away, with the error
             that the run would end with. It must not raise, nor use this link.
+        any_role: whether the server of a url is used even if it is a replica, to look at what it
+            is.
 
     Attributes:
         breaks: how many times a connection broke or could not be had, or a server was not ready,
             or was found to be no primary any more: each may cost what it had acknowledged.
+        generation: another number once a connection was replaced or given up, for whatever reason:
+            what is read from then on may come from another server.
     """
 
     def __init__(
@@ -127,9 +142,11 @@ class Link:
         *,
         unreachable_timeout: float | None = None,
         waiting: Callable[[SpillError], None] = lambda error: None,
+        any_role: bool = False,
     ) -> None:
         self._config = config
         self._retry_timeout = config.retry_timeout
+        self._any_role = any_role and config.sentinel_service is None
         self._unreachable_timeout = (
             config.retry_timeout if unreachable_timeout is None else unreachable_timeout
         )
@@ -142,7 +159,8 @@ class Link:
         self._sentinels = [*config.address.endpoints] if config.sentinel_service else []
         self._primaries: frozenset[Endpoint] = frozenset()
         self._connections: dict[Endpoint, Connection] = {}
-        self.breaks = 0
+        self.breaks = self.generation = 0
+        self._is_confirming = False
         # What the latest run waits for replies to.
         self._running: deque[Request] = deque()
 
@@ -156,6 +174,7 @@ class Link:
             connection.close()
         self._connections.clear()
         self._topology = None
+        self.generation += 1
 
     @contextlib.contextmanager
     def hurried(self, seconds: float) -> Iterator[None]:
@@ -267,9 +286,127 @@ class Link:
                     else "Set appendfsync everysec or always on it, or wait_aof to false",
                 )
 
+    # --- what is missing ---
+
+    def confirmed(
+        self,
+        look: Callable[[], _T],
+        *,
+        lacks_nothing: Callable[[_T], bool] = lambda found: False,
+        keep: bool = False,
+    ) -> _T:
+        """Return what `look` reads over this link once primaries alone have answered it.
+
+        Over new connections, because a name may lead elsewhere by now. Each server says that it is
+        a primary before and after, over the connection that the replies came over, since a server
+        that is demoted keeps its connections. A primary that nobody has demoted because it is cut
+        off, or stood still, says so too. Therefore others are asked as well, where there are any:
+
+        - Of a cluster's primaries, a majority names the servers that answered as the owners of
+          their slots. A failover takes the votes of a majority, so one of those asked knows of it.
+        - Of the configured Sentinels, a majority names the server, and nobody whom another one
+          names says that it is a primary: Sentinels hear of a failover one after the other.
+
+        Args:
+            look: reads, and concludes nothing yet; it is called again where this does not hold.
+                It may call this method, which then only calls `look`.
+            lacks_nothing: whether what was read is right whoever answered, as values are.
+            keep: use the connections that there are, for somebody who looks often, and for whom
+                `breaks` has to show each that broke in between.
+
+        Raises:
+            ServerUnavailableError: after `retry_timeout` seconds in which this did not hold.
+            ServerError, ConfigError: as `run`, and as `look`.
+        """
+        if self._is_confirming:
+            return look()
+        patience = self._new_patience()
+        self._is_confirming = True
+        try:
+            while True:
+                if not keep:
+                    self.close()
+                try:
+                    before = self.generation
+                    found = look()
+                    if lacks_nothing(found):
+                        return found
+                    if self.generation != before:
+                        raise TransientError("a connection broke while something was missing")
+                    self._require_primaries()
+                    return found
+                except (OSError, TransientError) as failure:
+                    keep = False
+                    self._broke()
+                    patience.wait(failure)
+        finally:
+            self._is_confirming = False
+
+    def _require_primaries(self) -> None:
+        """Raise TransientError unless all servers connected to are the primaries now."""
+        for endpoint, connection in self._connections.items():
+            role = connection.current_role()
+            if role is Role.UNKNOWN:
+                raise TransientError(
+                    f"{endpoint} lacks something, and does not say whether it is a primary or a "
+                    "replica that lags; let it, and a proxy before it, answer HELLO, INFO or ROLE"
+                )
+            if role is Role.REPLICA:
+                raise self._replica_error(endpoint)
+        if isinstance(self._topology, Cluster):
+            self._require_majority(self._topology)
+        elif self._topology is not None and self._config.sentinel_service is not None:
+            self._require_sentinels(self._config.sentinel_service, self._topology.endpoint)
+
+    def _require_majority(self, cluster: Cluster) -> None:
+        primaries = cluster.primaries
+        agreeing = 0
+        for endpoint in sorted(primaries, key=lambda each: each not in self._connections):
+            agreeing += self._agrees(endpoint, cluster)
+            if 2 * agreeing > len(primaries):
+                return
+        raise TransientError(
+            f"only {agreeing} of {len(primaries)} primaries of the cluster name the servers that "
+            "lack something as the owners of their slots; bring the others back"
+        )
+
+    def _agrees(self, endpoint: Endpoint, cluster: Cluster) -> bool:
+        try:
+            witness = Connection(self._config, endpoint, _WITNESS_PATIENCE)
+            with contextlib.closing(witness):
+                is_primary = witness.role is Role.PRIMARY
+                return is_primary and cluster_at(witness).agrees(cluster, self._connections)
+        except (OSError, TransientError, ServerError):
+            return False
+
+    def _require_sentinels(self, service: str, endpoint: Endpoint) -> None:
+        naming: set[Endpoint] = set()
+        rival: Endpoint | None = None
+        for sentinel, named in primaries_of(service, self._sentinels, self._open_sentinel):
+            if named == endpoint:
+                naming.add(sentinel)
+            elif rival is None and self._is_primary(named):
+                rival = named
+        if rival is None and 2 * len(naming) > len(self._sentinels):
+            return
+        # They may be cut off together with the server that they name: others first from now on.
+        self._sentinels.sort(key=naming.__contains__)
+        raise TransientError(
+            f"{endpoint} lacks something, and only {len(naming)} of {len(self._sentinels)} "
+            "Sentinels name it as the primary"
+            + (f"; another names {rival}" if rival else "; bring the others back, or correct url")
+        )
+
+    def _is_primary(self, endpoint: Endpoint) -> bool:
+        try:
+            with contextlib.closing(Connection(self._config, endpoint, _WITNESS_PATIENCE)) as other:
+                return other.role is Role.PRIMARY
+        except (OSError, TransientError, ServerError):
+            return False
+
     # --- runs ---
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Request]:
+    def run(self, requests: Iterable[Request], since: int | None = None) -> Iterator[Request]:
         """Send `requests` and yield each once its reply is there, in order.
 
         `requests` is read one further than the window allows. A request's buffers must stay
@@ -279,7 +416,13 @@ class Link:
         Requests may be carried out in any order where they go to several servers, but a fenced one
         only after all before it; the run ends there if one of these was seen to fail.
 
+        Args:
+            requests: what to send.
+            since: what `self.generation` was when that was read which `requests` follow from. They
+                are only sent to the servers that this came from, and not again.
+
         Raises:
+            UnconfirmedError: a connection was replaced since then, or broke.
             ServerUnavailableError: after `retry_timeout` seconds without any reply, through all
                 new connections. What was not yielded may or may not have been carried out.
             ServerRefusedError, NotValkeyError, ConfigError: if no connection can be had.
@@ -288,12 +431,7 @@ class Link:
         in_flight: deque[Request] = deque()
         held: Request | None = None
         exhausted = failed = False
-        patience = _Patience(
-            self.address,
-            self._retry_timeout,
-            min(self._retry_timeout, self._unreachable_timeout),
-            self._waiting,
-        )
+        patience = self._new_patience()
         try:
             while True:
                 if held is None and not exhausted:
@@ -308,13 +446,14 @@ class Link:
                         self._discover()
                         continue
                     self._take_over(in_flight)
-                    if held is not None and self._give(held, in_flight):
+                    if held is not None and self._give(held, in_flight, since):
                         in_flight.append(held)
                         held = None
                         continue
                     self._await(in_flight)
                 except (OSError, TransientError) as failure:
                     self._broke()
+                    self._require_generation(since)
                     patience.wait(failure)
                     continue
                 except ServerRefusedError as refusal:
@@ -333,6 +472,14 @@ class Link:
             if self._running is in_flight:
                 self._drop_waiting()
 
+    def _new_patience(self) -> _Patience:
+        return _Patience(
+            self.address,
+            self._retry_timeout,
+            min(self._retry_timeout, self._unreachable_timeout),
+            self._waiting,
+        )
+
     def _take_over(self, in_flight: deque[Request]) -> None:
         if self._running is not in_flight:
             self._drop_waiting()
@@ -342,14 +489,23 @@ class Link:
         for connection in self._connections.values():
             if connection.waiting:
                 connection.close()
+                self.generation += 1
 
     def _broke(self) -> None:
         self.breaks += 1
+        self.generation += 1
         self._topology = None
 
-    def _give(self, request: Request, in_flight: deque[Request]) -> bool:
+    def _require_generation(self, since: int | None) -> None:
+        if since not in (None, self.generation):
+            raise UnconfirmedError(
+                f"a connection to {self.address} broke after something was read over it"
+            )
+
+    def _give(self, request: Request, in_flight: deque[Request], since: int | None) -> bool:
         """Give a request to its connection, unless it has to wait; returns whether."""
         connection = self._route(request)
+        self._require_generation(since)
         if in_flight and isinstance(self._topology, Cluster):
             under_way = sum(each.weight for each in self._connections.values())
             depth = _DEPTH_IN_CLUSTER if len(self._primaries) > 1 else 1
@@ -413,10 +569,32 @@ class Link:
         return self._connect(topology.owner(request.key or self._home))
 
     def _connect(self, endpoint: Endpoint) -> Connection:
-        connection = self._connections.get(endpoint)
-        if connection is None or connection.closed:
-            connection = self._connections[endpoint] = self._open(endpoint)
+        """A connection for data. Raises TransientError for a replica, else as `Connection`."""
+        known = self._connections.get(endpoint)
+        if known is not None and not known.closed:
+            return known
+        connection = self._open(endpoint)
+        self._keep(connection)
         return connection
+
+    def _keep(self, connection: Connection) -> None:
+        """Use a new connection for data from now on. Raises TransientError for a replica."""
+        endpoint = connection.endpoint
+        if connection.role is Role.REPLICA and not self._any_role:
+            connection.close()
+            raise self._replica_error(endpoint)
+        self.generation += endpoint in self._connections
+        self._connections[endpoint] = connection
+
+    def _replica_error(self, endpoint: Endpoint) -> TransientError:
+        reason = (
+            "though a Sentinel names it as the primary"
+            if self._config.sentinel_service
+            else "though a node of the cluster names it as a primary"
+            if isinstance(self._topology, Cluster)
+            else "which takes no writes and may lag; the host of url must lead to its primary"
+        )
+        return TransientError(f"READONLY {endpoint} is a replica, {reason}")
 
     def _open(self, endpoint: Endpoint) -> Connection:
         return Connection(self._config, endpoint, self._unreachable_timeout)
@@ -427,6 +605,7 @@ class Link:
         others = {*self._connections} - {*topology.primaries}
         for endpoint in others:
             self._connections.pop(endpoint).close()
+            self.generation += 1
         # Whoever follows a primary may not have got all that it had acknowledged.
         self.breaks += len(others & self._primaries)
         self._primaries = frozenset(topology.primaries)
@@ -441,18 +620,13 @@ class Link:
             if endpoint in failures:
                 continue
             try:
-                connection = self._connect(endpoint)
+                self._connect(endpoint)
             except (OSError, TransientError) as error:
                 failures[endpoint] = error
                 continue
-            if not connection.is_replica:
-                # The first to be asked the next time: to find others dead takes its time.
-                self._sentinels.sort(key=sentinel.__ne__)
-                return Single(endpoint)
-            connection.close()
-            failures[endpoint] = TransientError(
-                f"READONLY {endpoint} is a replica, though a Sentinel names it as the primary"
-            )
+            # The first to be asked the next time: to find others dead takes its time.
+            self._sentinels.sort(key=sentinel.__ne__)
+            return Single(endpoint)
         raise next(iter(failures.values()))
 
     def _open_sentinel(self, endpoint: Endpoint) -> Connection:
@@ -480,19 +654,32 @@ class Link:
         raise failure
 
     def _ask_node(self, endpoint: Endpoint) -> Topology:
-        # Over a connection of its own where one has replies under way.
         known = self._connections.get(endpoint)
-        is_busy = known is not None and bool(known.waiting)
-        node = self._open(endpoint) if is_busy else self._connect(endpoint)
+        if known is not None and not known.closed and not known.waiting:
+            return self._topology_at(known)
+        node = self._open(endpoint)
         try:
-            if node.mode != "cluster":
-                return Single(endpoint)
-            cluster = cluster_at(node)
-            self._nodes = cluster.nodes
-            return cluster
-        finally:
-            if is_busy:
-                node.close()
+            topology = self._topology_at(node)
+        except BaseException:
+            node.close()
+            raise
+        # Not of a node that was only asked: it may have another name here than in its cluster.
+        is_of_use = isinstance(topology, Single) or (
+            endpoint in topology.primaries and node.role is not Role.REPLICA
+        )
+        is_busy = known is not None and not known.closed
+        if is_of_use and not is_busy:
+            self._keep(node)
+        else:
+            node.close()
+        return topology
+
+    def _topology_at(self, node: Connection) -> Topology:
+        if node.mode != "cluster":
+            return Single(node.endpoint)
+        cluster = cluster_at(node)
+        self._nodes = cluster.nodes
+        return cluster
 
 
 def _is_lost(request: Request) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -226,6 +227,17 @@ def talks_to(process: psutil.Process, port: int) -> bool:
     with contextlib.suppress(psutil.Error):
         return any(c.raddr and c.raddr.port == port for c in process.net_connections())
     return False
+
+
+def failures() -> int:
+    """How many attempts have failed in the outage that goes on."""
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    return sum(
+        outage["failures"]
+        for path in session.glob("ray_valkey_spill-*.outages")
+        if (text := path.read_text())
+        for outage in json.loads(text).values()
+    )
 
 
 def run_driver(script: str, *args: str, env: dict[str, str] | None = None) -> str:

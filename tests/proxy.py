@@ -24,6 +24,8 @@ class Way:
         piece: bytes that are forwarded at a time, at most.
         reset_after: reset the connection that carries the byte after this many, once.
         refuse_after: the same, and have the proxy refuse new connections from then on.
+        replaced: what stands for other bytes of the same length, as far as these come in one piece:
+            a command whose name is replaced is one that the server does not know.
         bytes: how many went this way.
     """
 
@@ -32,6 +34,7 @@ class Way:
         self.piece = _PIECE
         self.reset_after: int | None = None
         self.refuse_after: int | None = None
+        self.replaced: dict[bytes, bytes] = {}
         self.bytes = 0
         self._flowing = threading.Event()
         self._flowing.set()
@@ -149,6 +152,8 @@ class Proxy:
             while data := source.recv(way.piece):
                 self.round_trips += to_server and self._last_way is not way
                 self._last_way = way
+                for word, other in way.replaced.items():
+                    data = data.replace(word, other)
                 allowed, refuse = way.pass_on(len(data))
                 self.refusing |= refuse
                 target.sendall(data[:allowed])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import ray
 from clusters import (
     MIB,
     RETRIED_SOON,
+    failures,
     io_workers,
     kill,
     local_ray,
@@ -28,17 +28,6 @@ from clusters import (
 from faults import Rig, forbids_unlink
 from proxy import Proxy, proxy_to
 from servers import Server, valkey_server, wait_until
-
-
-def failures() -> int:
-    """How many attempts have failed in the outage that goes on."""
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
-    return sum(
-        outage["failures"]
-        for path in session.glob("ray_valkey_spill-*.outages")
-        if (text := path.read_text())
-        for outage in json.loads(text).values()
-    )
 
 
 def take_away(proxy: Proxy) -> None:

@@ -17,7 +17,7 @@ import valkey
 from clusters import MIB, local_ray
 from proxy import Proxy, proxy_to
 from servers import ROOT, Node, acl_user, free_port, server_version, valkey_server, wait_until
-from topologies import SentinelGroup, sentinel_servers
+from topologies import SentinelGroup, one_sentinel, sentinel_servers
 
 from ray_valkey_spill import preflight
 from ray_valkey_spill.config import Config
@@ -249,26 +249,6 @@ def test_a_replica_that_a_sentinel_names_is_waited_for_until_it_is_a_primary(
             wait_until(lambda: link.breaks > 1)
             server.client.replicaof("NO", "ONE")
             assert info.result().role == "master"
-
-
-@contextlib.contextmanager
-def one_sentinel(
-    directory: Path, port: int, service: str = "spill", **options: Any
-) -> Iterator[Node]:
-    """A Sentinel on its own, which is never to agree with itself on a failover."""
-    watch = {f"sentinel monitor {service} 127.0.0.1 {port}": 2, **options}
-    node = Node(directory, free_port(), watch, arguments=["--sentinel"])
-    with contextlib.closing(node):
-        node.start()
-        wait_until(lambda: listens(node.port))
-        yield node
-
-
-def listens(port: int) -> bool:
-    with contextlib.suppress(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port)).close()
-        return True
-    return False
 
 
 @pytest.mark.parametrize("options", [{}, {"requirepass": "secret"}], ids=["none", "the same"])

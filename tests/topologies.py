@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import valkey
 from certificates import Certificates
-from servers import Contents, Node, free_ports, wait_until
+from servers import Contents, Node, free_port, free_ports, wait_until
 from tls import tls_client, tls_node
 from valkey.cluster import ClusterNode, ValkeyCluster
 from valkey.crc import key_slot
@@ -356,6 +357,26 @@ def sentinel_servers(
             _quicken(sentinel)
         group.wait_until_whole()
         yield group
+
+
+@contextlib.contextmanager
+def one_sentinel(
+    directory: Path, port: int, service: str = "spill", **options: Any
+) -> Iterator[Node]:
+    """A Sentinel on its own, which is never to agree with itself on a failover."""
+    watch = {f"sentinel monitor {service} 127.0.0.1 {port}": 2, **options}
+    node = Node(directory, free_port(), watch, arguments=["--sentinel"])
+    with contextlib.closing(node):
+        node.start()
+        wait_until(lambda: _listens(node.port))
+        yield node
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port)).close()
+        return True
+    return False
 
 
 def _watch(number: int, service: str, primary: int) -> dict[str, int]:
