@@ -24,6 +24,7 @@ class Way:
         piece: bytes that are forwarded at a time, at most.
         reset_after: reset the connection that carries the byte after this many, once.
         refuse_after: the same, and have the proxy refuse new connections from then on.
+        most: reset each connection that carries more bytes than this.
         replaced: what stands for other bytes of the same length, as far as these come in one piece:
             a command whose name is replaced is one that the server does not know.
         bytes: how many went this way.
@@ -34,6 +35,7 @@ class Way:
         self.piece = _PIECE
         self.reset_after: int | None = None
         self.refuse_after: int | None = None
+        self.most: int | None = None
         self.replaced: dict[bytes, bytes] = {}
         self.bytes = 0
         self._flowing = threading.Event()
@@ -148,6 +150,7 @@ class Proxy:
     def _pump(self, source: socket.socket, target: socket.socket, way: Way) -> None:
         to_server = way is self.to_server
         ends = (source, target) if to_server else (target, source)
+        carried = 0
         try:
             while data := source.recv(way.piece):
                 self.round_trips += to_server and self._last_way is not way
@@ -157,7 +160,8 @@ class Proxy:
                 allowed, refuse = way.pass_on(len(data))
                 self.refusing |= refuse
                 target.sendall(data[:allowed])
-                if allowed < len(data):
+                carried += allowed
+                if allowed < len(data) or (way.most is not None and carried > way.most):
                     _reset(*ends)
                     break
         except OSError:

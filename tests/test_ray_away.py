@@ -311,18 +311,21 @@ def test_a_driver_hears_of_an_outage_before_retry_timeout_and_when_it_is_over() 
 
 
 def test_restores_that_break_off_half_way_again_and_again_are_reported() -> None:
-    with valkey_server() as server, Driver(server.url, chunk_size=4 * MIB) as driver:
+    with (
+        valkey_server() as server,
+        proxy_to(server.port) as proxy,
+        Driver(proxy.url, chunk_size=4 * MIB) as driver,
+    ):
         wait_until(lambda: driver.heard("^put"))
         driver.send("big = ray.put(np.random.default_rng(1).random(3 << 20))")
-        wait_until(lambda: len(driver.heard("^done")) == 1)
-        driver.send("more = [ray.put(np.full(1 << 18, i, np.uint64)) for i in range(100)]")
+        driver.send("more = [ray.put(np.full(1 << 18, i, np.uint64)) for i in range(150)]")
         wait_until(lambda: len(driver.heard("^done")) == 2)
-        # Far less than a chunk: the server closes whatever connection asks for one.
-        server.client.config_set("client-output-buffer-limit", "normal 100kb 0 0")
+        # Less than a chunk, as a limit of a server or a proxy can be: whoever asks for one is cut off.
+        proxy.to_client.most = 1 * MIB
         driver.send("ray.get(big)")
-        wait_until(lambda: driver.heard("restores wait for an unbroken read of object"), 240)
+        wait_until(lambda: driver.heard("restores wait for an unbroken read of object"))
         (message,) = driver.heard("restores wait for an unbroken read of object")
         assert "client-output-buffer-limit" in message
-        server.client.config_set("client-output-buffer-limit", "normal 0 0 0")
+        proxy.to_client.most = None
         wait_until(lambda: len(driver.heard("^done")) == 3)
         assert not driver.heard("^raised")
