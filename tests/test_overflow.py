@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attemp
 from ray_valkey_spill.ledger import Grant, Owner
 from ray_valkey_spill.objects import ObjectStore
 from ray_valkey_spill.overflow import OverflowTier
+from ray_valkey_spill.packing import Receive
 from ray_valkey_spill.tiers import Value
 
 SESSION, NODE = "session_1", "ab" * 28
@@ -128,6 +130,16 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return request.getfixturevalue("bucket")
 
 
+_made: list[OverflowTier] = []
+
+
+@pytest.fixture(autouse=True)
+def _tiers_are_closed() -> Iterator[None]:
+    yield
+    while _made:
+        _made.pop().close()
+
+
 @pytest.fixture
 def tier(place: Place_) -> OverflowTier:
     """An overflow that a session has signed."""
@@ -137,7 +149,8 @@ def tier(place: Place_) -> OverflowTier:
 
 
 def tier_at(uri: str) -> OverflowTier:
-    return OverflowTier(uri, KEYSPACE)
+    _made.append(OverflowTier(uri, KEYSPACE))
+    return _made[-1]
 
 
 def new_name(number: int = 0, chunks: int = 3, owner: Owner = OWNER) -> ObjectName:
@@ -153,6 +166,12 @@ def values(name: ObjectName, header: bytes = b"header") -> list[Value]:
 
 def write(tier: OverflowTier, *names: ObjectName) -> list[Entry]:
     return list(tier.write(value for name in names for value in values(name)))
+
+
+def read(tier: OverflowTier, place: Place, wanted: Sequence[tuple[int, memoryview]]) -> int:
+    """Receive chunks of an object that has them of `CHUNK` bytes; returns how many were received."""
+    sizes = [CHUNK] * place.name.chunks
+    return tier.read(place, sizes, lambda receive: sum(1 for _ in receive(wanted)))
 
 
 def is_alive(pid: int) -> bool:
@@ -180,7 +199,6 @@ def stores(server: Server) -> Iterator[Callable[..., ObjectStore]]:
 # --- a file an object ---
 
 
-@pytest.mark.usefixtures("no_thread_left")
 def test_what_was_written_is_read_by_whole_objects_and_by_single_chunks(
     tier: OverflowTier,
 ) -> None:
@@ -190,7 +208,7 @@ def test_what_was_written_is_read_by_whole_objects_and_by_single_chunks(
     assert entry.stored == entry.size + len(b"header")
     for numbers in (range(2000), [1999], [0, 1, 2, 700, 701, 1500], []):
         wanted = [(number, memoryview(bytearray(CHUNK))) for number in numbers]
-        assert sum(1 for _ in tier.read(found, [CHUNK] * 2000, wanted)) == len(wanted)
+        assert read(tier, found, wanted) == len(wanted)
         assert [bytes(into) for _, into in wanted] == [noise(CHUNK, n) for n in numbers]
 
 
@@ -201,18 +219,22 @@ def test_a_file_that_ends_too_soon_is_lost(tier: OverflowTier, place: Place_) ->
     place.write(file, place.read(file)[: CHUNK + 1])
     wanted = [(number, memoryview(bytearray(CHUNK))) for number in range(3)]
     with pytest.raises(LostObjectError, match="ends in chunk 1"):
-        list(tier.read(Place(name, entry.size), [CHUNK] * 3, wanted))
+        read(tier, Place(name, entry.size), wanted)
 
 
-def test_a_read_that_is_given_up_leaves_no_thread(tier: OverflowTier) -> None:
+def test_a_read_that_is_given_up_leaves_no_thread_once_the_overflow_is_closed(
+    tier: OverflowTier,
+) -> None:
+    tier.close()
+    before = set(threading.enumerate())
     name = new_name(chunks=2000)
     (entry,) = write(tier, name)
     wanted = [(number, memoryview(bytearray(CHUNK))) for number in range(2000)]
-    before = set(threading.enumerate())
-    reading = tier.read(Place(name, entry.size), [CHUNK] * 2000, wanted)
-    next(reading)
-    reading.close()
+    sizes, place = [CHUNK] * 2000, Place(name, entry.size)
+    tier.read(place, sizes, lambda receive: next(receive(wanted)))
+    tier.close()
     assert set(threading.enumerate()) <= before
+    assert read(tier, place, wanted) == 2000
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 3, 1200])
@@ -703,13 +725,16 @@ def test_a_damaged_chunk_is_read_a_second_time_by_itself(stores: Any, place: Pla
     tier, asked = store._overflow.overflow, []
     read = tier.read
 
-    def bad_once(place: Place, sizes: Any, wanted: Any) -> Iterator[None]:
-        wanted = list(wanted)
-        asked.append([number for number, _ in wanted])
-        for (number, into), _ in zip(wanted, read(place, sizes, wanted)):
-            if len(asked) == 1 and number in (3, 4, 1500):
-                into[:] = bytes(len(into))
-            yield
+    def bad_once(place: Place, sizes: Any, use: Callable[[Receive], Any]) -> Any:
+        def bad(receive: Receive, wanted: Iterable[tuple[int, memoryview]]) -> Iterator[None]:
+            wanted = list(wanted)
+            asked.append([number for number, _ in wanted])
+            for (number, into), _ in zip(wanted, receive(wanted)):
+                if len(asked) == 1 and number in (3, 4, 1500):
+                    into[:] = bytes(len(into))
+                yield
+
+        return read(place, sizes, lambda receive: use(functools.partial(bad, receive)))
 
     tier.read = bad_once
     target = bytearray(found.header.size)
