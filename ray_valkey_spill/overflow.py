@@ -273,7 +273,15 @@ class OverflowTier:
             raise LostObjectError("its file is gone from the overflow") from None
 
     def _open_file(self, place: Place) -> Any:
-        return self._fs.open_input_file(self._path(place))
+        file = self._fs.open_input_file(self._path(place))
+        try:
+            begin_step(self._patience.answer)
+        except StalledError:
+            # Nobody waits for it any more. Left to its destructor, a close that hangs would stop
+            # the whole process, for that has the GIL.
+            _close(file)
+            raise
+        return file
 
     def _chunks(self, file: Any, offsets: Sequence[int], wanted: _Wanted) -> Iterator[None]:
         """Receive chunks of a file of a directory, each from its offset right into its place."""

@@ -10,21 +10,22 @@ import contextlib
 import ctypes
 import errno
 import os
+import select
+import signal
 import struct
 import subprocess
+import sys
 import tempfile
-import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
-
-from servers import wait_until
 
 _REQUEST = struct.Struct("<IIQQIIII")
 _REPLY = struct.Struct("<IiQ")
 _MOST_WRITTEN = 128 << 10
 _DIRECT_IO = 1  # past the page cache: every read and write is asked for
 _TRUNCATES = 1 << 3
+_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
 
 
 class Op(IntEnum):
@@ -58,67 +59,107 @@ _WITHOUT_REPLY = {Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT}
 class HangingDirectory:
     """A directory mounted at `path`, whose files are in `behind`, where nothing hangs.
 
-    Attributes:
-        held: what was asked and waits, in order.
+    A process of its own serves it: one that waits for it cannot be killed before it has its answer,
+    and so must not be the one that answers.
+
+    Raises:
+        OSError: without /dev/fuse, or the right to mount.
     """
 
     def __init__(self, path: Path, behind: Path) -> None:
         self.path, self.behind = path, behind
-        self.held: list[Op] = []
-        self._waiting: list[bytes] = []
-        self._hanging: Collection[Op] = ()
-        self._lock = threading.Lock()
-        self._paths = {1: "."}
-        self._device = os.open("/dev/fuse", os.O_RDWR)
-        options = f"fd={self._device},rootmode=40000,user_id=0,group_id=0,allow_other"
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mount(b"hanging", os.fsencode(path), b"fuse", 0, options.encode()):
-            os.close(self._device)
-            raise OSError(ctypes.get_errno(), "cannot mount")
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(path), str(behind)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if self._answer() != "mounted":
+            self._process.wait()
+            raise OSError("cannot mount")
+
+    @property
+    def held(self) -> list[Op]:
+        """What was asked and waits, in order."""
+        return [Op[name] for name in self._tell("held").split()]
 
     def hang(self, *ops: Op) -> None:
         """Keep what is asked from now on waiting: `ops`, or everything."""
-        with self._lock:
-            self._hanging = ops or [*Op]
+        self._tell(f"hang {' '.join(op.name for op in ops or Op)}")
 
     def go_on(self) -> None:
         """Do what was asked meanwhile, and all that follows."""
-        with self._lock:
-            self._hanging = ()
-            waiting, self._waiting = self._waiting, []
-            self.held.clear()
-            for request in waiting:
-                self._answer(request)
-
-    def expect(self, op: Op) -> None:
-        """Wait until somebody waits for such a thing."""
-        wait_until(lambda: op in self.held)
+        self._tell("hang")
 
     def close(self) -> None:
         self.go_on()
         subprocess.run(["umount", "-l", str(self.path)], check=True)
-        self._thread.join()
-        os.close(self._device)
+        self._process.kill()
+        self._process.communicate()
 
-    def _serve(self) -> None:
+    def _tell(self, command: str) -> str:
+        assert self._process.stdin
+        self._process.stdin.write(f"{command}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout
+        return self._process.stdout.readline().strip()
+
+
+class _Server:
+    """What answers the kernel, and whoever has started it."""
+
+    def __init__(self, path: Path, behind: Path) -> None:
+        self.behind = behind
+        self._held: list[bytes] = []
+        self._hanging: set[Op] = set()
+        self._paths = {1: "."}
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        self._device = os.open("/dev/fuse", os.O_RDWR)
+        options = f"fd={self._device},rootmode=40000,user_id=0,group_id=0,allow_other"
+        if libc.mount(b"hanging", os.fsencode(path), b"fuse", 0, options.encode()):
+            raise OSError(ctypes.get_errno(), "cannot mount")
+
+    def serve(self) -> None:
+        print("mounted", flush=True)
+        waiting = select.poll()
+        for file in (self._device, sys.stdin.fileno()):
+            waiting.register(file, select.POLLIN)
         while True:
-            try:
-                request = os.read(self._device, _MOST_WRITTEN + 4096)
-            except OSError as error:
-                if error.errno == errno.ENODEV:
-                    return
-                if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
-                    continue
-                raise
-            _, op, *_ = _REQUEST.unpack_from(request)
-            with self._lock:
-                if op in self._hanging and op not in _WITHOUT_REPLY:
-                    self.held.append(Op(op))
-                    self._waiting.append(request)
+            for file, _ in waiting.poll():
+                if file != self._device:
+                    self._obey(sys.stdin.readline().split())
+                elif (request := self._next_request()) is not None:
+                    if _op(request) in self._hanging - _WITHOUT_REPLY:
+                        self._held.append(request)
+                    else:
+                        self._answer(request)
+
+    def _obey(self, words: list[str]) -> None:
+        if not words:
+            sys.exit()
+        if words[0] == "hang":
+            self._hanging = {Op[name] for name in words[1:]}
+            held, self._held = self._held, []
+            for request in held:
+                if _op(request) in self._hanging:
+                    self._held.append(request)
                 else:
                     self._answer(request)
+        print(*(op.name for op in map(_op, self._held) if op), flush=True)
+
+    def _next_request(self) -> bytes | None:
+        try:
+            return os.read(self._device, _MOST_WRITTEN + 4096)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                # Unmounted. Whoever has started this ends it.
+                signal.pause()
+            return None  # whoever asked was killed
 
     def _answer(self, request: bytes) -> None:
         _, op, unique, node, *_ = _REQUEST.unpack_from(request)
@@ -244,6 +285,11 @@ class HangingDirectory:
         return b""
 
 
+def _op(request: bytes) -> Op | None:
+    _, op, *_ = _REQUEST.unpack_from(request)
+    return Op(op) if op in [*Op] else None
+
+
 @contextlib.contextmanager
 def hanging_directory(parent: Path) -> Iterator[HangingDirectory]:
     """One below `parent`.
@@ -269,3 +315,7 @@ def can_hang() -> bool:
                 return True
         except OSError:
             return False
+
+
+if __name__ == "__main__":
+    _Server(Path(sys.argv[1]), Path(sys.argv[2])).serve()
