@@ -20,16 +20,19 @@ makes its remains be found goes last: if a clean-up is killed, the next one find
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import OverflowUnavailableError
 from ray_valkey_spill.gcs import UNKNOWN, UNREACHABLE, RunningSession
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.ledger import Lease, Owner, Usage
-from ray_valkey_spill.overflow import OverflowTier
+from ray_valkey_spill.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.shared_overflow import SharedOverflow
 from ray_valkey_spill.tiers import ValkeyTier
 from ray_valkey_spill.wire import Link
@@ -45,6 +48,8 @@ _UNASKED = 10
 _BETWEEN_LOOKS = 1.0
 # If more passes between two looks, this process stood still, and perhaps others with it.
 _LONGEST_BLINK = 5.0
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +80,15 @@ class Remains:
 class CleanUp:
     """A look for the dead of a namespace, and their removal.
 
-    Errors are those of `wire.Link.run`, and OverflowUnavailableError.
+    Errors are those of `wire.Link.run`. An overflow that cannot be used does not hold up what is in
+    Valkey: all else is removed, but for the metadata from which the next clean-up finds the rest.
 
     Args:
         config: which server, namespace and overflow.
         running_at: see `gcs.running_at`.
+
+    Attributes:
+        unavailable: why the overflow could not be used since the latest `find` began, or None.
     """
 
     def __init__(self, config: Config, running_at: Callable[[str], RunningSession | None]) -> None:
@@ -88,11 +97,14 @@ class CleanUp:
         self._ledger = self._tier.ledger
         self._overflow = OverflowTier.of(config)
         self._running_at = running_at
+        self.unavailable: OverflowUnavailableError | None = None
         # What leases the dead sessions had when they were judged.
         self._dead: dict[str, set[Lease]] = {}
 
     def close(self) -> None:
         self._link.close()
+        if self._overflow is not None:
+            self._overflow.close()
 
     def sessions(self) -> set[str]:
         """All that have anything here."""
@@ -106,6 +118,7 @@ class CleanUp:
         Args:
             tell: is given lines on what is waited for, and on what is kept and why.
         """
+        self.unavailable = None
         owners = self._owners()
         before = self._leases()
         silent = self._watch(owners, LEASE, tell)
@@ -134,7 +147,12 @@ class CleanUp:
                 for owner in sorted(nodes)
                 if owner.node
             ]
+        self._tell_of_unavailability(tell)
         return remains
+
+    def _tell_of_unavailability(self, tell: Callable[[str], None]) -> None:
+        if self.unavailable is not None:
+            tell(f"Kept: all that is in the overflow, since {self.unavailable.what}")
 
     def _leases(self) -> defaultdict[str, set[Lease]]:
         """Those of each session."""
@@ -145,11 +163,19 @@ class CleanUp:
 
     def _owners(self) -> set[Owner]:
         owners, sessions = self._ledger.owners(), {*self._ledger.overflows()}
-        if self._overflow is not None:
-            owners |= self._overflow.owners()
-            sessions |= self._overflow.sessions()
+        owners |= self._of_overflow(OverflowTier.owners, set())
+        sessions |= self._of_overflow(OverflowTier.sessions, set())
         # What a session has agreed on may be all that is left of it, and is no node's.
         return owners | {Owner(session, "") for session in sessions - {o.session for o in owners}}
+
+    def _of_overflow(self, use: Callable[[OverflowTier], _T], otherwise: _T) -> _T:
+        """What `use` returns for the overflow; `otherwise` if there is none that can be used."""
+        if self._overflow is not None and self.unavailable is None:
+            try:
+                return use(self._overflow)
+            except OverflowUnavailableError as error:
+                self.unavailable = error
+        return otherwise
 
     def _running(self, session: str, addresses: Iterable[str]) -> RunningSession | None:
         """As `gcs.running_at`, for all the addresses that a session's GCS may have."""
@@ -217,7 +243,8 @@ class CleanUp:
         return renewed, deadlines
 
     def _remains(self, owner: Owner, session_is_dead: bool, usage: Usage) -> Remains:
-        files = list(self._overflow.files(owner)) if self._overflow else []
+        nothing: list[StoredFile] = []
+        files = self._of_overflow(lambda overflow: overflow.files(owner), nothing)
         nobodys = [file for file in files if session_is_dead or not file.is_whole]
         return Remains(
             owner,
@@ -232,7 +259,8 @@ class CleanUp:
         """Remove what the latest `find` has found, and what dead sessions had agreed on.
 
         Returns:
-            What of it was removed. What has come to life since is kept.
+            What of it was removed. What has come to life since is kept, and what is in an overflow
+            that cannot be used.
         """
         remains = list(remains)
         removed = [each for each in remains if not each.session_is_dead]
@@ -241,22 +269,29 @@ class CleanUp:
         for session in self._dead:
             of_session = [each for each in remains if each.owner.session == session]
             if all(self._remove_all(each.owner) for each in of_session) and self._is_dead(session):
-                if self._overflow is not None:
-                    self._overflow.destroy_session(session)
-                for each in of_session:
-                    self._ledger.close_account(each.owner)
-                if self._overflow is not None:
-                    SharedOverflow(self._overflow, session).leave(self._ledger)
-                else:
-                    self._ledger.forget_overflow(session)
+                destroy = functools.partial(OverflowTier.destroy_session, session=session)
+                self._of_overflow(destroy, None)
+                if self.unavailable is None:
+                    self._forget(session, [each.owner for each in of_session])
                 removed += of_session
+        if self.unavailable is not None:
+            removed = [replace(each, files=0, file_bytes=0) for each in removed]
         return removed
 
     def _remove_half_written(self, owner: Owner) -> None:
         self._tier.remove_half_written(owner)
         self._ledger.release_all(owner)
-        if self._overflow is not None:
-            self._overflow.remove_parts(owner, lambda pid: False)
+        self._of_overflow(lambda overflow: overflow.remove_parts(owner, lambda pid: False), None)
+
+    def _forget(self, session: str, owners: Iterable[Owner]) -> None:
+        """Remove the metadata of a dead session that has nothing else any more."""
+        for owner in owners:
+            self._ledger.close_account(owner)
+        if self._overflow is None:
+            self._ledger.forget_overflow(session)
+        else:
+            shared = SharedOverflow(self._overflow, session)
+            self._of_overflow(lambda overflow: shared.leave(self._ledger), None)
 
     def _remove_all(self, owner: Owner) -> bool:
         """Remove what a dead session has in Valkey, while it is dead; returns whether that is."""

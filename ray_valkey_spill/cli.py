@@ -317,6 +317,8 @@ def gc(dry_run: bool, as_json: bool, **options: str | None) -> None:
         click.echo(rendering.wrapped(f"{done} {rendering.summary(remains)}.", first=""))
     else:
         click.echo("Nothing to remove.")
+    if look.unavailable is not None:
+        raise look.unavailable
 
 
 # --- what the commands share ---

@@ -53,6 +53,7 @@ __all__ = [
     "format_version",
     "header_size",
     "key_id",
+    "largest_header",
     "scratch",
 ]
 
@@ -65,6 +66,10 @@ _TRAILER = struct.Struct("<4sHHIQ")
 TRAILER_SIZE = _TRAILER.size
 _SEALED = 1
 _BOUND = 12  # bytes of the trailer: all but what tells which key to try
+# Of a header without chunks: what Ray gives for one is some hundred bytes. And for each chunk: 13,
+# padded.
+_LARGEST_METADATA = 1 << 20
+_BYTES_PER_CHUNK = 16
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _NO_COLUMNS = pa.schema([])
 _CHUNKS = pa.schema(
@@ -267,6 +272,14 @@ def header_size(trailer: Buffer) -> int:
         return 0
     magic, _, _, stream_size, _ = _TRAILER.unpack(trailer)
     return stream_size + TRAILER_SIZE if magic == _MAGIC else 0
+
+
+def largest_header(chunks: int) -> int:
+    """More than the length of any header's value, without payload, that tells of `chunks` chunks.
+
+    What is longer was not written by us, and need not be read to know that.
+    """
+    return _LARGEST_METADATA + chunks * _BYTES_PER_CHUNK
 
 
 def _parse_stream(stream: memoryview) -> Header:

@@ -272,6 +272,8 @@ class Inventory:
 
     def close(self) -> None:
         self._link.close()
+        if self._overflow is not None:
+            self._overflow.close()
 
     def time(self) -> float:
         """The server's clock, in seconds since the epoch."""

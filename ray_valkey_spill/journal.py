@@ -73,8 +73,22 @@ class DeletionJournal:
         with self._lock:
             return [url for url, given_up in self._left.items() if given_up]
 
-    def of_the_dead(self, is_alive: Callable[[int], bool]) -> list[tuple[Path, list[str]]]:
-        """What killed processes of the node had left; each time a file to be removed, and URLs."""
+    def adopt(self, is_alive: Callable[[int], bool]) -> None:
+        """Take over what killed processes of the node had left: it is `left` to this one then.
+
+        Args:
+            is_alive: whether a process of this node, given by its id, still runs.
+        """
+        for path in self._of_the_dead(is_alive):
+            # Of all that find it, the one that renames it has it. If that one is killed before the
+            # URLs are in its own file, others find the new name.
+            taken = path.with_name(f"{self._name}-{os.getpid()}-{os.urandom(4).hex()}{_SUFFIX}")
+            with contextlib.suppress(OSError):
+                path.rename(taken)
+                self.put_off(_read(taken))
+                taken.unlink()
+
+    def _of_the_dead(self, is_alive: Callable[[int], bool]) -> list[Path]:
         directory = self._directory()
         own = self._path()
         found = []
@@ -86,7 +100,7 @@ class DeletionJournal:
                     and match
                     and (int(match[1]) == os.getpid() or not is_alive(int(match[1])))
                 ):
-                    found.append((path, _read(path)))
+                    found.append(path)
         return found
 
     def _append(self, sign: str, urls: Iterable[str]) -> None:

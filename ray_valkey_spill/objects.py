@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
-from typing import NamedTuple, TypeGuard, TypeVar
+from typing import NamedTuple, Self, TypeGuard, TypeVar
 
 from ray_valkey_spill.budget import Budget
 from ray_valkey_spill.config import Config
@@ -34,7 +34,14 @@ from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attemp
 from ray_valkey_spill.ledger import Ledger, Owner
 from ray_valkey_spill.observer import Loss, Observer, Tier
 from ray_valkey_spill.overflow import OverflowTier
-from ray_valkey_spill.packing import INLINE_LIMIT, Packer, SourceObject, Values, unpack_chunk
+from ray_valkey_spill.packing import (
+    INLINE_LIMIT,
+    Packer,
+    Receive,
+    SourceObject,
+    Values,
+    unpack_chunk,
+)
 from ray_valkey_spill.sealing import Key, KeyRing
 from ray_valkey_spill.server_info import MemoryInfo
 from ray_valkey_spill.shared_overflow import SharedOverflow
@@ -97,6 +104,30 @@ class _Removal(NamedTuple):
     seconds: float
 
 
+class _Failures:
+    """What failed of several things that are tried whatever becomes of the others.
+
+    The end of its `with` raises the first.
+    """
+
+    def __init__(self) -> None:
+        self._first: SpillError | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if raised == (None, None, None) and self._first is not None:
+            raise self._first
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        try:
+            yield
+        except SpillError as error:
+            self._first = self._first or error
+
+
 class ObjectStore:
     """Objects of one node of one Ray session.
 
@@ -154,6 +185,8 @@ class ObjectStore:
         self._budget.close()
         self._recovery.close()
         self._packer.close()
+        if self._overflow is not None:
+            self._overflow.close()
 
     @property
     def has_left_some(self) -> bool:
@@ -335,9 +368,21 @@ class ObjectStore:
             if isinstance(place, LostObjectError):
                 yield _Lost(place, "foreign", "valkey")
             elif place.overflow:
-                yield self._checked(place, object_id, self._reachable_overflow().stat(place))
+                yield self._checked(place, object_id, self._stat_in_overflow(place))
             else:
                 yield self._checked(place, object_id, next(stats))
+
+    def _stat_in_overflow(self, place: Place) -> Stat:
+        """What is there of an object in the overflow.
+
+        Without asking the server whether this is the session's overflow, as long as the object is
+        there: nothing is lost by reading it while the server is away.
+        """
+        if self._overflow is not None:
+            stat = self._overflow.overflow.stat(place)
+            if stat.header is not None:
+                return stat
+        return self._reachable_overflow().stat(place)
 
     def _reachable_overflow(self, ledger: Ledger | None = None) -> OverflowTier:
         """The session's overflow; `ledger` is that of another thread, if this is called in one.
@@ -387,12 +432,19 @@ class ObjectStore:
 
     def _fill_checked(self, found: StoredObject, target: memoryview) -> None:
         header = found.header
-        try:
-            unpack = functools.partial(self._packer.unpack, header, target)
-            receive = functools.partial(self._read, found)
-            damaged = unpack(range(len(header.chunks)), receive)
+
+        def unpack(receive: Receive) -> Sequence[int]:
+            damaged = self._packer.unpack(header, target, range(len(header.chunks)), receive)
             # Once more: it may have been the way here that flipped a bit.
-            damaged = damaged and unpack(damaged, receive)
+            return damaged and self._packer.unpack(header, target, damaged, receive)
+
+        try:
+            if found.place.overflow:
+                sizes = [chunk.stored_size for chunk in header.chunks]
+                assert self._overflow is not None  # where it was found
+                damaged = self._overflow.overflow.read(found.place, sizes, unpack)
+            else:
+                damaged = unpack(functools.partial(self._tier.read, found.place.name))
             if damaged:
                 raise LostObjectError(
                     f"chunk {damaged[0]} of {len(header.chunks)} is damaged "
@@ -400,14 +452,6 @@ class ObjectStore:
                 )
         except LostObjectError as error:
             raise self._lost(found.place, error) from error
-
-    def _read(
-        self, found: StoredObject, wanted: Iterable[tuple[int, memoryview]]
-    ) -> Iterator[None]:
-        if found.place.overflow:
-            sizes = [chunk.stored_size for chunk in found.header.chunks]
-            return self._reachable_overflow().read(found.place, sizes, wanted)
-        return self._tier.read(found.place.name, wanted)
 
     # --- delete ---
 
@@ -435,20 +479,26 @@ class ObjectStore:
         return places, foreign
 
     def _remove(self, valkey: ValkeyTier, places: Sequence[Place]) -> list[_Removal]:
-        """Remove objects of both tiers; `valkey` is that of the thread which this is called in."""
+        """Remove objects of both tiers; `valkey` is that of the thread which this is called in.
+
+        A tier that is away does not hold up the removals of the other.
+        """
         in_valkey = [place for place in places if not place.overflow]
         in_overflow = [place for place in places if place.overflow]
         removals = []
-        if in_valkey:
-            started = time.perf_counter()
-            valkey.remove(place.name for place in in_valkey)
-            removals.append(_removal("valkey", in_valkey, started))
-        if in_overflow:
-            started = time.perf_counter()
-            overflow = self._reachable_overflow(valkey.ledger)
-            for place in in_overflow:
-                overflow.remove(place)
-            removals.append(_removal("overflow", in_overflow, started))
+        with _Failures() as failures:
+            if in_valkey:
+                with failures.kept():
+                    started = time.perf_counter()
+                    valkey.remove(place.name for place in in_valkey)
+                    removals.append(_removal("valkey", in_valkey, started))
+            if in_overflow:
+                with failures.kept():
+                    started = time.perf_counter()
+                    overflow = self._reachable_overflow(valkey.ledger)
+                    for place in in_overflow:
+                        overflow.remove(place)
+                    removals.append(_removal("overflow", in_overflow, started))
         return removals
 
     def _tell_of_removals(self, removals: Iterable[_Removal]) -> None:
@@ -510,14 +560,14 @@ class ObjectStore:
         if self._overflow is not None:
             self._overflow.join(self._recovery.ledger)
 
-    def recover(self, is_alive: Callable[[int], bool], deleted: Sequence[str] = ()) -> int:
+    def recover(self, is_alive: Callable[[int], bool]) -> int:
         """Remove what failed puts left, and those of killed processes of this node.
 
-        This may run in another thread, over a connection of its own.
+        This may run in another thread, over a connection of its own. A tier that is away does not
+        hold up the other.
 
         Args:
             is_alive: whether a process of this node, given by its id, may still be putting.
-            deleted: URLs of objects that are to go too.
 
         Returns:
             How many objects were removed.
@@ -526,6 +576,34 @@ class ObjectStore:
             ServerError, OverflowUnavailableError: what could not be removed is left for the next
                 time.
         """
+        count = 0
+        try:
+            with _Failures() as failures:
+                with failures.kept():
+                    count += self._recover_valkey(is_alive)
+                with failures.kept():
+                    self._remove_parts(is_alive)
+        finally:
+            self._recovery.close()
+        return count
+
+    def delete_again(self, urls: Iterable[str]) -> None:
+        """Remove objects whose deletion failed, or was cut short. Errors as `delete`.
+
+        This may run in another thread, as `recover`.
+        """
+        places, _ = self._places(urls)
+        if not places:
+            return
+        if not all(place.overflow for place in places):
+            time.sleep(_LATE_ARRIVALS)
+        try:
+            self._tell_of_removals(self._remove(self._recovery, places))
+        finally:
+            self._recovery.close()
+
+    def _recover_valkey(self, is_alive: Callable[[int], bool]) -> int:
+        """Remove what failed puts and those of killed processes left in Valkey."""
         # Grants first: `_abandon`, in the other thread, adds them after what was written of them.
         grants = {*_all_of(self._abandoned_grants)}
         left = _all_of(self._abandoned)
@@ -534,8 +612,7 @@ class ObjectStore:
             # Before a look at what is pending, for a grant stands for what its writer has written.
             grants |= self._grants_of_the_dead(is_alive)
             dead = self._pending_of_the_dead(is_alive)
-            places, _ = self._places(deleted)
-            if dead or left or places:
+            if dead or left:
                 # The server may still have in its sockets what was sent, and carry it out later.
                 time.sleep(_LATE_ARRIVALS)
             self._recovery.remove(left)
@@ -550,20 +627,21 @@ class ObjectStore:
             if time.monotonic() > self._recount_at:
                 self._recovery.ledger.recount(self._owner)
                 self._recount_at = time.monotonic() + _BETWEEN_RECOUNTS
-            # Last, for an overflow can be away for long.
-            removals = self._remove(self._recovery, places)
-            if self._overflow is not None and not self._looked_for_parts:
-                # Whose writer dies from now on, another process will be started in its place.
-                overflow = self._reachable_overflow(self._recovery.ledger)
-                overflow.remove_parts(self._owner, is_alive)
-                self._looked_for_parts = True
         finally:
             if not removed:
                 self._abandoned.extendleft(left)
                 self._abandoned_grants.extendleft(grants)
-            self._recovery.close()
-        self._tell_of_removals(removals)
-        return count + len(places)
+        return count
+
+    def _remove_parts(self, is_alive: Callable[[int], bool]) -> None:
+        """Remove what killed processes of this node were writing to the overflow, once.
+
+        Whose writer dies from then on, another process will be started in its place.
+        """
+        if self._overflow is not None and not self._looked_for_parts:
+            overflow = self._reachable_overflow(self._recovery.ledger)
+            overflow.remove_parts(self._owner, is_alive)
+            self._looked_for_parts = True
 
     def _pending_of_the_dead(self, is_alive: Callable[[int], bool]) -> set[ObjectName]:
         pages = self._recovery.ledger.pending(self._owner)
@@ -608,8 +686,9 @@ class ObjectStore:
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
         """Remove every object of this store's node and session.
 
-        What another process is just putting is waited for: if it lost its entry in the index and
-        was then killed, nobody could find the chunks that it had gone on to write.
+        A tier that is away does not hold up the other. What another process is just putting is
+        waited for: if it lost its entry in the index and was then killed, nobody could find the
+        chunks that it had gone on to write.
 
         Args:
             is_alive: as for `recover`.
@@ -618,6 +697,17 @@ class ObjectStore:
         Returns:
             How many objects were removed.
         """
+        count = 0
+        with _Failures() as failures:
+            with failures.kept():
+                count += self._destroy_in_valkey(is_alive, patience)
+            if self._overflow is not None:
+                with failures.kept():
+                    count += self._overflow.overflow.destroy(self._owner)
+                    self._overflow.leave(self._tier.ledger)
+        return count
+
+    def _destroy_in_valkey(self, is_alive: Callable[[int], bool], patience: float) -> int:
         count = 0
         deadline = time.monotonic() + patience
         while True:
@@ -632,9 +722,6 @@ class ObjectStore:
                 break
             time.sleep(_DESTROY_PAUSE)
         self._tier.ledger.close_account(self._owner)
-        if self._overflow is not None:
-            count += self._overflow.overflow.destroy(self._owner)
-            self._overflow.leave(self._tier.ledger)
         return count
 
     # --- helpers ---

@@ -31,6 +31,10 @@ class SharedOverflow:
         self._session = session
         self._agreed: str | None = None  # the token, once it has been seen here
 
+    def close(self) -> None:
+        """End the threads of the overflow; the next use starts others."""
+        self.overflow.close()
+
     def probe(self) -> None:
         """Make sure that what is written to the overflow can be found there."""
         token = _new_token()

@@ -11,12 +11,14 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import logging
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -63,6 +65,7 @@ _DESTROY_PATIENCE = 3.0
 # node's lease, and between attempts to remove it.
 _BETWEEN_LOOKS, _BETWEEN_ATTEMPTS = RENEWAL, 2.0
 _ATTEMPTS_PER_WARNING = 6
+_DELETED_TOGETHER = 100
 # Until an IO worker that has just been started is connected.
 _BETWEEN_STARTS = 0.2
 
@@ -126,6 +129,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         )
         self._recovery = Background(self._recover)
         self._failed_recoveries = 0
+        self._lease_renewed = float("-inf")
         self._config: Config | None = None
         try:
             config = Config.load(params)
@@ -208,20 +212,27 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         wanted = [_text(url) for url in urls]
         self._recovery.start()
         self._deferred.forget(filter(None, map(self._object_of, wanted)))
-        later = [url for url in wanted if any(map(self._outages.is_on, self._needs(url)[:1]))]
-        if later:
-            self._journal.put_off(later)
-            wanted = [url for url in wanted if url not in later]
+        for _, of_tier in itertools.groupby(
+            sorted(wanted, key=self._needs), key=lambda url: self._needs(url)[:1]
+        ):
+            self._delete(list(of_tier))
+
+    def _delete(self, urls: Sequence[str]) -> None:
+        """Remove objects that are all in one tier, or put that off."""
+        tier = self._needs(urls[0])[:1]
+        if any(map(self._outages.is_on, tier)):
+            self._journal.put_off(urls)
+            return
         try:
-            with self._journal.deleting(wanted), self._store.hurried(_HOLD):
-                foreign = self._store.delete(wanted)
+            with self._journal.deleting(urls), self._store.hurried(_HOLD):
+                foreign = self._store.delete(urls)
         except SpillError as error:
             self._recovery.wake()
             self._failed("delete", resource_of(error), "deletions", error)
             return
         for url in foreign:
             logger.warning("not deleted, because it was not spilled here: %s", url)
-        for resource in {need for url in wanted for need in self._needs(url)[:1]}:
+        for resource in tier:
             self._outages.over(resource)
 
     def destroy_external_storage(self) -> None:
@@ -238,47 +249,83 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._store.close()
 
     def _recover(self) -> float:
-        """Show that this node lives; do what this process and killed ones have left undone."""
+        """Show that this node lives; do what this process and killed ones have left undone.
+
+        Each step is tried, whatever became of the others.
+        """
         if self._in_io_worker and not _is_connected():
             return _BETWEEN_STARTS
-        self._deferred.adopt(lambda url: (self._needs(url) or [VALKEY])[0])
-        mine = self._journal.left()
-        others = self._journal.of_the_dead(_is_alive)
-        try:
-            self._store.renew_lease(_gcs_address(), self._is_destroyed)
-            self._metrics.renewed_lease()
-            self._join_overflow()
-            self._measure_room()
-            self._store.recover(_is_alive, [*mine, *(url for _, urls in others for url in urls)])
-        except SpillError as error:
-            # Operations that suffer from the same have told of it by then, but there may be none.
-            self._metrics.failed("recover", error)
-            self._failed_recoveries += 1
-            if self._failed_recoveries % _ATTEMPTS_PER_WARNING == 0:
-                logger.warning("what failed operations left cannot be removed yet: %s", error)
-            return min(self._failed_recoveries * _BETWEEN_ATTEMPTS, _BETWEEN_LOOKS)
-        finally:
-            self._metrics.looked(self._store.breaks)
-        self._failed_recoveries = 0
-        self._journal.done(mine)
-        for path, _ in others:
-            path.unlink(missing_ok=True)
-        self._measure_overflow()
-        return _BETWEEN_LOOKS
+        failure: SpillError | None = None
+        for step in (
+            self._renew_lease,
+            self._join_overflow,
+            self._measure_room,
+            self._adopt,
+            lambda: self._store.recover(_is_alive),
+            self._delete_again,
+            self._measure_overflow,
+        ):
+            try:
+                step()
+            except SpillError as error:
+                # Operations that suffer from the same have reported it by then, but there may be
+                # none.
+                self._metrics.failed("recover", error)
+                failure = failure or error
+        self._metrics.looked(self._store.breaks)
+        if failure is None:
+            self._failed_recoveries = 0
+            return _BETWEEN_LOOKS
+        self._failed_recoveries += 1
+        if self._failed_recoveries % _ATTEMPTS_PER_WARNING == 0:
+            logger.warning("what failed operations left cannot be removed yet: %s", failure)
+        return min(self._failed_recoveries * _BETWEEN_ATTEMPTS, _BETWEEN_LOOKS)
+
+    def _renew_lease(self) -> None:
+        self._store.renew_lease(_gcs_address(), self._is_destroyed)
+        self._lease_renewed = time.monotonic()
+        self._metrics.renewed_lease()
 
     def _join_overflow(self) -> None:
         """Report an overflow that cannot be used before anything is lost to it."""
         try:
             self._store.join_overflow()
         except OverflowUnavailableError as error:
-            self._failed("recover", OVERFLOW, "spills and restores", error)
+            self._outages.failed(OVERFLOW, "spills and restores", error)
+            raise
+
+    def _adopt(self) -> None:
+        """Take over what killed IO workers of the node had put off."""
+        self._journal.adopt(_is_alive)
+        self._deferred.adopt(lambda url: (self._needs(url) or [VALKEY])[0])
+
+    def _delete_again(self) -> None:
+        """Delete what could not be deleted before; a tier that is away does not hold up the other.
+
+        That can be much, so the lease is renewed in between.
+        """
+        failure: SpillError | None = None
+        left = sorted(self._journal.left(), key=self._needs)
+        for _, of_tier in itertools.groupby(left, key=lambda url: self._needs(url)[:1]):
+            urls = list(of_tier)
+            try:
+                for start in range(0, len(urls), _DELETED_TOGETHER):
+                    page = urls[start : start + _DELETED_TOGETHER]
+                    self._store.delete_again(page)
+                    self._journal.done(page)
+                    if time.monotonic() - self._lease_renewed > _BETWEEN_LOOKS:
+                        self._renew_lease()
+            except SpillError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _measure_room(self) -> None:
         with contextlib.suppress(SpillError):  # another time
             self._metrics.found_room(self._store.room())
 
     def _measure_overflow(self) -> None:
-        with contextlib.suppress(SpillError):
+        with contextlib.suppress(SpillError):  # another time
             if (size := self._store.in_overflow()) is not None:
                 self._metrics.found_in_overflow(size)
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,16 +43,38 @@ def test_what_somebody_is_at_is_left_to_nobody_else(tmp_path: Path) -> None:
     assert journal.left() == ["a"]
 
 
-def test_what_a_killed_process_had_left_is_found_by_its_node_alone(tmp_path: Path) -> None:
+def adopted(directory: Path, is_alive: Callable[[int], bool], name: str = "node") -> list[str]:
+    journal = DeletionJournal(lambda: directory, name)
+    journal.adopt(is_alive)
+    return journal.left()
+
+
+def test_what_a_killed_process_had_left_is_its_nodes_alone(tmp_path: Path) -> None:
     pid = killed_writer(tmp_path, "node1")
     survivor = DeletionJournal(lambda: tmp_path, "node1")
     give_up(survivor, "mine")
-    assert list(survivor.of_the_dead(lambda other: True)) == []
-    ((path, urls),) = survivor.of_the_dead(lambda other: other != pid)
-    assert urls == ["a", "c", "d"]
-    path.unlink()
-    assert list(survivor.of_the_dead(lambda other: other != pid)) == []
-    assert list(DeletionJournal(lambda: tmp_path, "node2").of_the_dead(lambda pid: False)) == []
+    survivor.adopt(lambda other: True)
+    assert survivor.left() == ["mine"]
+    assert adopted(tmp_path, lambda pid: False, "node2") == []
+    survivor.adopt(lambda other: other != pid)
+    assert survivor.left() == ["mine", "a", "c", "d"]
+
+
+def test_of_many_processes_one_takes_over_what_a_killed_one_had_left(tmp_path: Path) -> None:
+    pid = killed_writer(tmp_path, "node")
+    survivors = [DeletionJournal(lambda: tmp_path, "node") for _ in range(4)]
+    for survivor in survivors:
+        survivor.adopt(lambda other: other != pid)
+    assert sorted(url for survivor in survivors for url in survivor.left()) == ["a", "c", "d"]
+
+
+def test_who_takes_over_and_is_killed_leaves_it_to_others(tmp_path: Path) -> None:
+    pid = killed_writer(tmp_path, "node")
+    adopting = WRITER.partition("with")[0] + (
+        f"journal.adopt(lambda other: other != {pid})\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", adopting, str(tmp_path), "node"], check=False)
+    assert sorted(adopted(tmp_path, lambda pid: False)) == ["a", "c", "d"]
 
 
 def test_nothing_is_left_on_disk_when_nothing_is_to_be_done(tmp_path: Path) -> None:
@@ -68,8 +91,7 @@ def test_nothing_is_left_on_disk_when_nothing_is_to_be_done(tmp_path: Path) -> N
 
 def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path: Path) -> None:
     Path(tmp_path, "node-17-abcd.deletions").write_text("\n+whole\n+ha")
-    ((_, urls),) = DeletionJournal(lambda: tmp_path, "node").of_the_dead(lambda pid: False)
-    assert urls == ["whole"]
+    assert adopted(tmp_path, lambda pid: False) == ["whole"]
 
 
 def test_what_an_earlier_process_of_the_same_id_had_left_is_found(tmp_path: Path) -> None:
@@ -77,16 +99,15 @@ def test_what_an_earlier_process_of_the_same_id_had_left_is_found(tmp_path: Path
     journal = DeletionJournal(lambda: tmp_path, "node")
     give_up(journal, "mine")
     journal.done(["mine"])
-    ((_, urls),) = journal.of_the_dead(lambda pid: True)
-    assert urls == ["theirs"]
+    journal.adopt(lambda pid: True)
+    assert journal.left() == ["theirs"]
 
 
 def test_what_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     for name in ("node-x.deletions", "node-1.deletions", "node-1-abcd.deletions.new"):
         Path(tmp_path, name).write_bytes(b"\xff")
     Path(tmp_path, "node-17-abcd.deletions").write_bytes(b"\n+cut off by a full \xff\n+whole\n")
-    ((_, urls),) = DeletionJournal(lambda: tmp_path, "node").of_the_dead(lambda pid: False)
-    assert urls[-1] == "whole"
+    assert adopted(tmp_path, lambda pid: False)[-1] == "whole"
 
 
 @pytest.mark.parametrize("directory", [None, "missing"])
@@ -97,4 +118,5 @@ def test_without_a_place_for_files_the_process_itself_knows(
     give_up(journal, "a", "b")
     journal.done(["a"])
     assert journal.left() == ["b"]
-    assert list(journal.of_the_dead(lambda pid: False)) == []
+    journal.adopt(lambda pid: False)
+    assert journal.left() == ["b"]

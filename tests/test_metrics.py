@@ -251,10 +251,10 @@ def test_a_deletion_that_failed_is_counted_when_it_is_made_up_for(
     with pytest.raises(ServerUnavailableError):
         it.store.delete(urls)
     with pytest.raises(ServerUnavailableError):
-        it.store.recover(is_alive, urls)
+        it.store.delete_again(urls)
     assert ("delete", "valkey") not in it.told.sums
     proxy.refusing = False
-    assert it.store.recover(is_alive, urls) == 4
+    it.store.delete_again(urls)
     assert it.told.sums["delete", "valkey"] == (4, 12 * CHUNK, None)
 
 

@@ -176,7 +176,7 @@ def test_everything_a_cluster_needs_works_with_the_advised_permissions(
         assert_nothing_lost(spills)
         # The budget was reached, and the rest is in the overflow.
         assert list(tmp_path.rglob(f"{0:040x}*"))
-        spills.store.recover(lambda pid: False, ["file:///not/ours"])
+        spills.store.recover(lambda pid: False)
         owner = Owner("session_1", "ab" * 28)
         assert ledger.owners() == {owner}
         assert sum(map(len, ledger.stored())) == ledger.usages()[owner].objects > 0

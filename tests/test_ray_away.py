@@ -143,8 +143,8 @@ class TestOneTierIsAway:
         push_out()
         with unmounted(tiers.overflow):
             waiting = count.remote(*tiers.far)
-            # More than there are restore workers.
-            wait_until(lambda: len(deferred()) == MANY)
+            # Far more than there are restore workers; the rest may still be in plasma.
+            wait_until(lambda: len(deferred()) > MANY // 2)
             assert_equal(tiers.near, range(10))
             assert not is_done(waiting)
         assert ray.get(waiting, timeout=120) == MANY
@@ -155,7 +155,7 @@ class TestOneTierIsAway:
         push_out()
         with refusing(tiers.proxy):
             waiting = count.remote(*tiers.near)
-            wait_until(lambda: len(deferred()) == len(tiers.near))
+            wait_until(lambda: len(deferred()) > len(tiers.near) // 2)
             assert_equal(tiers.far, range(100, 100 + MANY))
             assert not is_done(waiting)
         assert ray.get(waiting, timeout=120) == len(tiers.near)
@@ -165,11 +165,12 @@ class TestOneTierIsAway:
         push_out()
         with unmounted(tiers.overflow):
             waiting = count.remote(*tiers.far)
-            wait_until(lambda: len(deferred()) == MANY)
-            killed = {*deferred().values()}
+            wait_until(lambda: len(deferred()) > MANY // 2)
+            found = deferred()
+            killed = {*found.values()}
             for pid in killed:
                 kill(pid)
-            wait_until(lambda: len(deferred()) == MANY and not killed & {*deferred().values()})
+            wait_until(lambda: {*found} <= {*deferred()} and not killed & {*deferred().values()})
         assert ray.get(waiting, timeout=120) == MANY
         wait_until(lambda: not deferred())
 
@@ -180,7 +181,7 @@ class TestOneTierIsAway:
         with refusing(tiers.proxy):
             with contextlib.suppress(ray.exceptions.GetTimeoutError):
                 ray.get(refs, timeout=5)
-            wait_until(lambda: len(deferred()) == 2)
+            wait_until(deferred)
             refs.clear()
         wait_until(lambda: not deferred())
 
@@ -211,7 +212,7 @@ def test_an_object_that_is_sealed_with_a_key_that_the_node_lacks_holds_up_only_i
         spill(after, server)
         push_out()
         waiting = count.remote(*before)
-        wait_until(lambda: len(deferred()) == MANY)
+        wait_until(lambda: len(deferred()) > MANY // 2)
         assert_equal(after, range(100, 110))
         assert not is_done(waiting)
         write(new, old)
@@ -320,7 +321,7 @@ def test_restores_that_break_off_half_way_again_and_again_are_reported() -> None
         driver.send("big = ray.put(np.random.default_rng(1).random(3 << 20))")
         driver.send("more = [ray.put(np.full(1 << 18, i, np.uint64)) for i in range(150)]")
         wait_until(lambda: len(driver.heard("^done")) == 2)
-        # Less than a chunk, as a limit of a server or a proxy can be: whoever asks for one is cut off.
+        # Less than a chunk, as the limit of a server or a proxy can be.
         proxy.to_client.most = 1 * MIB
         driver.send("ray.get(big)")
         wait_until(lambda: driver.heard("restores wait for an unbroken read of object"))
