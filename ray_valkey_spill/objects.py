@@ -379,9 +379,10 @@ class ObjectStore:
         there: nothing is lost by reading it while the server is away.
         """
         if self._overflow is not None:
-            stat = self._overflow.overflow.stat(place)
-            if stat.header is not None:
-                return stat
+            with contextlib.suppress(OverflowUnavailableError):  # once more, below
+                stat = self._overflow.overflow.stat(place)
+                if stat.header is not None:
+                    return stat
         return self._reachable_overflow().stat(place)
 
     def _reachable_overflow(self, ledger: Ledger | None = None) -> OverflowTier:

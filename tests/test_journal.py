@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,12 +61,27 @@ def test_what_a_killed_process_had_left_is_its_nodes_alone(tmp_path: Path) -> No
     assert survivor.left() == ["mine", "a", "c", "d"]
 
 
+ADOPTER = """
+import pathlib, sys
+from ray_valkey_spill.journal import DeletionJournal
+
+journal = DeletionJournal(lambda: pathlib.Path(sys.argv[1]), "node")
+dead = int(sys.argv[2])
+journal.adopt(lambda pid: pid != dead)
+print(*journal.left(), flush=True)
+sys.stdin.read()  # alive for as long as the others look
+"""
+
+
 def test_of_many_processes_one_takes_over_what_a_killed_one_had_left(tmp_path: Path) -> None:
-    pid = killed_writer(tmp_path, "node")
-    survivors = [DeletionJournal(lambda: tmp_path, "node") for _ in range(4)]
-    for survivor in survivors:
-        survivor.adopt(lambda other: other != pid)
-    assert sorted(url for survivor in survivors for url in survivor.left()) == ["a", "c", "d"]
+    dead = killed_writer(tmp_path, "node")
+    command = [sys.executable, "-c", ADOPTER, str(tmp_path), str(dead)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes: list[Any] = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    printed = [process.stdout.readline().split() for process in processes]
+    for process in processes:
+        process.communicate("")
+    assert sorted(printed) == [[], [], [], ["a", "c", "d"]]
 
 
 def test_who_takes_over_and_is_killed_leaves_it_to_others(tmp_path: Path) -> None:

@@ -886,7 +886,7 @@ def test_recovery_stays_off_the_connection_of_the_other_thread(
 def test_an_overflow_that_is_away_holds_up_nothing_in_valkey(stores: Any, tmp_path: Path) -> None:
     place = Directory(tmp_path / "share")
     store = stores(place.uri)
-    (url,), _ = store.put([source(noise(3 * CHUNK))])
+    store.put([source(noise(3 * CHUNK))])
     place.path.rename(tmp_path / "away")
     place.path.mkdir()
     writer = f"{SESSION}:{NODE}:999999-dead"
