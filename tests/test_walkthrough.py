@@ -160,7 +160,7 @@ def test_the_walkthrough_leads_where_it_says(shell: Shell) -> None:
             assert len(messages) == wrong.count("!")
             for message in messages:
                 # What a node's drivers get begins with what cannot be done.
-                said = message.rpartition("until it works: ")[2]
+                said = message.rpartition("until it works (…): ")[2]
                 assert re.search(pattern(said), told, re.DOTALL), said
         shell.run(commands, shown)
     assert "30 of 30 objects are right" in shell.output
