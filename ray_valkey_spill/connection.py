@@ -22,7 +22,14 @@ from ray_valkey_spill import __version__, tls
 from ray_valkey_spill.config import KIB, MIB, Config, Endpoint
 from ray_valkey_spill.errors import ConfigError, NotValkeyError, ServerError, ServerRefusedError
 from ray_valkey_spill.format import Buffer
-from ray_valkey_spill.resp import ReplyReader, Request, TransientError, command
+from ray_valkey_spill.resp import (
+    ReplyReader,
+    Request,
+    TooManyClientsError,
+    TransientError,
+    command,
+    reply_error,
+)
 
 __all__ = ["Connection"]
 
@@ -95,17 +102,25 @@ class Connection:
         self._batch = min(_BATCH, self._window // 2)
         self._replies = ReplyReader(self._stream)
         try:
-            self.mode, self.is_replica = self._hello()
+            self.mode, self.is_replica = self._hello(config)
+        except NotValkeyError as error:
+            raise _not_valkey(endpoint, error) from error
+        except TooManyClientsError:
+            raise
         except OSError as error:
             # With TLS 1.3 a server tells only now what it thinks of a client's certificate.
-            if (refusal := tls.refusal(error, endpoint)) is None:
-                raise
-            raise refusal from error
+            raise tls.refusal(error, endpoint) or _silent(error) from error
 
-    def _hello(self) -> tuple[str, bool]:
+    def _hello(self, config: Config) -> tuple[str, bool]:
         request = command("HELLO", 2)
         self.add(request)
-        self.read()
+        if config.address.username is None:
+            # Shown by CLIENT LIST. A user with few permissions may not set it, and the server would
+            # note that in its ACL LOG each time.
+            self.add(command("CLIENT", "SETINFO", "LIB-NAME", "ray-valkey-spill"))
+            self.add(command("CLIENT", "SETINFO", "LIB-VER", __version__))
+        while self.waiting:
+            self.read()
         # A proxy may not know it, and what has one before it looks like a single server.
         reply = request.reply if isinstance(request.reply, list) else []
         told = dict(zip(map(_text, reply[::2]), map(_text, reply[1::2])))
@@ -244,10 +259,9 @@ def _connected(
         "password": password,
         "socket_timeout": timeout,
         "socket_connect_timeout": min(_CONNECT_TIMEOUT, timeout),
-        # Shown by CLIENT LIST. A user with few permissions may not tell it, and the server would
-        # note that in its ACL LOG each time.
-        "lib_name": None if username else "ray-valkey-spill",
-        "lib_version": None if username else __version__,
+        # Sent with HELLO, in the same round trip.
+        "lib_name": None,
+        "lib_version": None,
     }
     connection: Any
     if endpoint.path:
@@ -301,22 +315,35 @@ def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyE
     """What valkey-py failed to connect with, in our terms."""
     if isinstance(error, client_errors.BusyLoadingError):
         return TransientError(f"LOADING {error}")
+    try:
+        reply_error(str(error))
+    except (TransientError, TooManyClientsError) as known:
+        return known
     if isinstance(error, client_errors.AuthorizationError):
         return _refused(config, endpoint, error)
     if isinstance(error, client_errors.InvalidResponse):
-        return NotValkeyError(
-            f"what answers at {endpoint} does not speak the Valkey protocol ({error})",
-            "Correct url: it must name a Valkey or Redis server",
-        )
+        return _not_valkey(endpoint, error)
     if isinstance(error, client_errors.ConnectionError | client_errors.TimeoutError):
         # Met after connecting, in the first exchange: also what a TLS port or a web server gives.
         silent = "closed by server" in str(error) or "reading from" in str(error)
-        prefix = "it takes connections, but does not answer as a Valkey does: " if silent else ""
-        return ConnectionError(f"{prefix}{error}".rstrip("."))
+        return _silent(error) if silent else ConnectionError(str(error).rstrip("."))
     mend = ""
     if "DB index" in str(error) or "SELECT" in str(error):
         mend = "Give a database that it has; most clusters have 0 alone"
     return ServerRefusedError(f"{endpoint} refuses the connection: {error}", mend)
+
+
+def _not_valkey(endpoint: Endpoint, error: Exception) -> NotValkeyError:
+    return NotValkeyError(
+        f"what answers at {endpoint} does not speak the Valkey protocol ({error})",
+        "Correct url: it must name a Valkey or Redis server",
+    )
+
+
+def _silent(error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"it takes connections, but does not answer as a Valkey does: {error}".rstrip(".")
+    )
 
 
 def _refused(

@@ -198,12 +198,17 @@ def check_permissions(link: Link, config: Config, infos: Mapping[Endpoint, Serve
     for a spill to find, and may be over by then.
 
     Raises:
-        ServerRefusedError
+        ServerRefusedError: it does not.
+        ServerUnavailableError: it cannot now, such as without the replicas that it wants.
     """
     for endpoint, info in infos.items():
         base = _base_at(link, config, endpoint)
-        if base is not None:
+        if base is None:
+            continue
+        try:
             _try_commands(link, config, endpoint, base, is_cluster=info.mode == "cluster")
+        except ServerUnavailableError as error:
+            raise _unavailable(error) from None
 
 
 def _base_at(link: Link, config: Config, endpoint: Endpoint) -> str | None:
@@ -263,8 +268,8 @@ def _try_commands(
     for name, trial in trials.items():
         if trial.error is not None and not isinstance(trial.error, ServerFullError):
             raise ServerRefusedError(
-                f"Valkey at {config.address} fails {name}: {trial.error}",
-                f"Let it run {', '.join(COMMANDS)}, as they are named here",
+                f"Valkey at {config.address} fails {name}: {trial.error.what}",
+                trial.error.mend or f"Let it run {', '.join(COMMANDS)}, as they are named here",
             )
 
 
@@ -281,14 +286,8 @@ def _not_permitted(
 
 
 def _unavailable(error: ServerUnavailableError) -> ServerUnavailableError:
-    mend = (
-        "Wait until it has loaded its data, or raise retry_timeout"
-        if "LOADING" in error.what
-        else "Bring its failed nodes back, or give their slots to others (CLUSTER INFO tells)"
-        if "CLUSTERDOWN" in error.what
-        else "Raise its maxclients"
-        if "max number of clients" in error.what
-        else "Start it, or correct url (valkeys:// if it wants TLS, valkey:// if not); every node "
-        "of the Ray cluster must reach it"
+    mend = error.mend or (
+        "Start it, or correct url (valkeys:// if it wants TLS, valkey:// if not); every node of "
+        "the Ray cluster must reach it"
     )
     return ServerUnavailableError(f"Valkey at {error.what}", mend)

@@ -24,7 +24,13 @@ from ray_valkey_spill.errors import (
     UnconfirmedError,
 )
 from ray_valkey_spill.keys import Keyspace
-from ray_valkey_spill.resp import RedirectError, Request, TransientError, command
+from ray_valkey_spill.resp import (
+    RedirectError,
+    Request,
+    TooManyClientsError,
+    TransientError,
+    command,
+)
 from ray_valkey_spill.server_info import MemoryInfo, ServerInfo, fields_of
 from ray_valkey_spill.topology import Cluster, Single, Topology, cluster_at, primaries_of
 
@@ -76,7 +82,8 @@ class _Patience:
                 raise failure
             raise ServerUnavailableError(
                 f"{self._address} {'does not serve' if answered else 'cannot be reached'}: "
-                f"{str(failure) or type(failure).__name__} (tried for {limit:g} s)"
+                f"{str(failure) or type(failure).__name__} (tried for {limit:g} s)",
+                _mend(failure),
             ) from failure
         time.sleep(min(left, self._pause * random.uniform(0.5, 1.0)))
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
@@ -440,6 +447,10 @@ class Link:
         finally:
             if is_busy:
                 node.close()
+
+
+def _mend(failure: Exception) -> str:
+    return failure.mend if isinstance(failure, TransientError | TooManyClientsError) else ""
 
 
 def _is_lost(request: Request) -> bool:

@@ -64,7 +64,6 @@ def test_a_policy_that_spares_keys_without_a_ttl_is_accepted(server: Server, pol
 UNUSABLE = {
     "UNLINK renamed away": {"rename_command": 'UNLINK ""'},
     "ZADD renamed away": {"rename_command": 'ZADD ""'},
-    "too few replicas": {"min_replicas_to_write": 1},
 }
 
 
@@ -74,6 +73,25 @@ def test_a_server_on_which_no_spill_could_succeed_is_refused(options: dict[str, 
         with pytest.raises(ServerRefusedError, match=rf"{server.port}/0 fails (UNLINK|ZADD)"):
             preflight.run_all(load(server))
         assert server.our_keys() == []
+
+
+def test_a_server_without_the_replicas_that_it_wants_is_waited_for_and_then_named() -> None:
+    with (
+        valkey_server(min_replicas_to_write=1) as server,
+        pytest.raises(ServerUnavailableError, match=r"NOREPLICAS.*lower min-replicas-to-write"),
+    ):
+        preflight.run_all(load(server, retry_timeout=0.3))
+
+
+def test_a_server_that_cannot_save_is_named_with_its_cause(tmp_path: Path) -> None:
+    with valkey_server(enable_protected_configs="yes", data_dir=tmp_path) as server:
+        server.client.config_set("dir", "/proc")
+        server.client.config_set("save", "3600 1")
+        server.client.bgsave()
+        wait_until(lambda: server.client.info("persistence")["rdb_last_bgsave_status"] == "err")
+        with pytest.raises(ServerRefusedError, match=r"fails UNLINK: MISCONF.*Fix its disk"):
+            preflight.run_all(load(server))
+        server.client.config_set("save", "")
 
 
 def test_a_second_storage_with_another_server_is_checked_as_well(server: Server) -> None:

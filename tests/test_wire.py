@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import Rig, runs_a_long_script
 from proxy import Proxy, answering, proxy_to
 from servers import Server, acl_user, unix_socket_server, valkey_server
 
@@ -19,7 +22,7 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.resp import ReplyReader, Request, command, fetch, store
+from ray_valkey_spill.resp import ReplyReader, Request, TransientError, command, fetch, store
 from ray_valkey_spill.server_info import ServerInfo
 from ray_valkey_spill.wire import Link
 
@@ -326,6 +329,50 @@ def test_garbage_in_the_middle_is_said_to_be_no_valkey(server: Server, reply: by
         theirs.sendall(reply)
         with pytest.raises(NotValkeyError):
             ReplyReader(ours).read(command("GET", KEY))
+
+
+NOT_NOW = [
+    b"-LOADING Valkey is loading the dataset in memory",
+    b"-BUSY Valkey is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+    b"-CLUSTERDOWN Hash slot not served",
+    b"-TRYAGAIN Multiple keys request during rehashing of slot",
+    b"-NOREPLICAS Not enough good replicas to write.",
+    b"-MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+    b"-READONLY You can't write against a read only replica.",
+    b"-REDIRECT 127.0.0.1:6380",
+    b"-UNBLOCKED force unblock from blocking operation, instance state changed",
+    b"-ERR WAIT cannot be used with replica instances.",
+]
+
+
+@pytest.mark.parametrize("reply", NOT_NOW, ids=lambda reply: reply.split()[0].decode())
+def test_what_means_not_now_is_another_attempts_business(reply: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(reply + b"\r\n")
+        with pytest.raises(TransientError, match=re.escape(reply[1:].decode())):
+            ReplyReader(ours).read(command("SET", KEY, "x"))
+
+
+@pytest.mark.parametrize("clients", ["clients", "clients + cluster connections"])
+def test_too_many_clients_are_waited_for_and_then_named(clients: str) -> None:
+    with (
+        answering(f"-ERR max number of {clients} reached\r\n".encode()) as url,
+        pytest.raises(ServerUnavailableError, match=r"max number.*tried for 0\.3 s.*maxclients"),
+    ):
+        Link(config(url, retry_timeout=0.3)).info()
+
+
+def test_a_database_is_selected_once_a_busy_server_is_free(tmp_path: Path) -> None:
+    with contextlib.closing(Rig(tmp_path / "data")) as rig:
+        link = Link(config(f"valkey://127.0.0.1:{rig.proxy.port}/3", retry_timeout=30))
+        busy = contextlib.ExitStack()
+        busy.enter_context(runs_a_long_script(rig))
+        end = threading.Timer(0.5, busy.close)
+        end.start()
+        assert link.execute(command("STRLEN", KEY)) == [0]
+        end.join()
+        link.close()
 
 
 def test_what_closes_without_an_answer_is_said_to(mute_server: str) -> None:
