@@ -23,6 +23,7 @@ from ray_valkey_spill.config import KIB, MIB, Config, Endpoint
 from ray_valkey_spill.errors import ConfigError, NotValkeyError, ServerError, ServerRefusedError
 from ray_valkey_spill.format import Buffer
 from ray_valkey_spill.resp import (
+    ConnectionBrokenError,
     ReplyReader,
     Request,
     TooManyClientsError,
@@ -141,6 +142,7 @@ class Connection:
 
         Raises:
             OSError: the connection broke.
+            ProtocolError: the server refused what it was sent, and closed the connection.
         """
         self.waiting.append(request)
         self._unsent.append(request)
@@ -156,9 +158,28 @@ class Connection:
             self._unsent, self._unsent_weight = [], 0
             try:
                 self._send(parts)
+            except TimeoutError:
+                self.close()
+                raise
+            except OSError as error:
+                try:
+                    self._raise_last_words()
+                finally:
+                    self.close()
+                raise ConnectionBrokenError(str(error)) from error
             except BaseException:
                 self.close()
                 raise
+
+    def _raise_last_words(self) -> None:
+        """Raise what the server said about this connection before it closed it.
+
+        What cannot be sent any more is found out before that has been read; Linux keeps it.
+        """
+        with contextlib.suppress(OSError):
+            for request in self.waiting:
+                # Requests without a reply are sent again, and must come to that as they are.
+                self._replies.read(Request([], request.key))
 
     def read(self) -> Request:
         """Fill in the reply of the first request that waits, and return it.
@@ -166,12 +187,19 @@ class Connection:
         Raises:
             OSError: the connection broke.
             TransientError: the server cannot serve now.
+            ProtocolError: as `add`.
             NotValkeyError: what it sends is no reply.
         """
         self.flush()
         request = self.waiting[0]
         try:
             self._replies.read(request)
+        except (TimeoutError, TooManyClientsError):
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise ConnectionBrokenError(str(error)) from error
         except BaseException:
             self.close()
             raise

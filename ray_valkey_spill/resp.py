@@ -14,6 +14,8 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.format import Buffer
 
 __all__ = [
+    "ConnectionBrokenError",
+    "ProtocolError",
     "RedirectError",
     "ReplyReader",
     "Request",
@@ -53,6 +55,11 @@ _NO_PRIMARY = "cannot be used with replica instances"
 # In a cluster, "clients + cluster connections".
 _TOO_MANY_CLIENTS = "max number of clients"
 
+_MEND_LENGTH = (
+    "A chunk is longer than it takes: raise its proto-max-bulk-len, or lower chunk_size "
+    "(`ray-valkey-spill check` finds how far)"
+)
+
 # What Valkey, and Redis, answer if a script does what its user may not do.
 _REFUSED_IN_A_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
@@ -76,6 +83,19 @@ class TooManyClientsError(ConnectionError):
     """The server has as many connections as its `maxclients` allows."""
 
     mend = "Raise its maxclients: docs/operations.md has the number that a node needs"
+
+
+class ConnectionBrokenError(ConnectionError):
+    """A connection over which the server had answered is closed."""
+
+    mend = (
+        "If that goes on, look for limits below what is sent (client-output-buffer-limit, "
+        "maxmemory-clients, or those of a proxy): `ray-valkey-spill check` tries them"
+    )
+
+
+class ProtocolError(ServerRefusedError):
+    """The server, or a proxy, refuses the form of what it was sent, and closes the connection."""
 
 
 class RedirectError(ServerError):
@@ -288,19 +308,22 @@ def reply_error(text: str) -> ServerError:
     Raises:
         TransientError: it means "not now".
         TooManyClientsError: it refuses the connection, as one too many.
+        ProtocolError: it comes before the end of the connection.
     """
     code = text.partition(" ")[0]
     if code in _NOT_NOW or _NO_PRIMARY in text:
         raise TransientError(text)
     if _TOO_MANY_CLIENTS in text:
         raise TooManyClientsError(text.removeprefix("ERR "))
+    if "Protocol error" in text and "unauthenticated" not in text:
+        raise ProtocolError(text, _MEND_LENGTH if "bulk length" in text else "")
     if code in ("MOVED", "ASK"):
         return RedirectError(text)
     if code == "OOM":
         return ServerFullError(text, "Raise the server's maxmemory, or remove what else is in it")
     if code == "MISCONF":
         return ServerError(text, "Fix its disk: the server's log has the reason")
-    if code in ("NOAUTH", "WRONGPASS"):
+    if code in ("NOAUTH", "WRONGPASS") or "Protocol error" in text:
         return ServerRefusedError(
             text, "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has"
         )

@@ -25,6 +25,8 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.resp import (
+    ConnectionBrokenError,
+    ProtocolError,
     RedirectError,
     Request,
     TooManyClientsError,
@@ -273,7 +275,8 @@ class Link:
                     continue
                 except ServerRefusedError as refusal:
                     # Who was let in before may find that the password is being changed.
-                    if not self._has_served or self._config.password_file is None:
+                    may_change = self._has_served and self._config.password_file is not None
+                    if isinstance(refusal, ProtocolError) or not may_change:
                         raise
                     self._broke()
                     patience.wait(refusal)
@@ -450,7 +453,8 @@ class Link:
 
 
 def _mend(failure: Exception) -> str:
-    return failure.mend if isinstance(failure, TransientError | TooManyClientsError) else ""
+    known = TransientError | TooManyClientsError | ConnectionBrokenError
+    return failure.mend if isinstance(failure, known) else ""
 
 
 def _is_lost(request: Request) -> bool:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import weakref
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ import valkey
 from clusters import run_driver, starting_ray, system_config
 from proxy import proxy_to
 from samples import source
-from servers import Server, acl_user, free_port, valkey_server, wait_until
+from servers import (
+    PRODUCTS,
+    Server,
+    acl_user,
+    free_port,
+    server_of,
+    valkey_server,
+    wait_until,
+)
 
 from ray_valkey_spill import ValkeyStorage, preflight, storage
 from ray_valkey_spill.config import Config
@@ -155,6 +164,41 @@ def test_a_full_server_does_not_keep_the_head_from_starting(server: Server) -> N
     server.client.config_set("maxmemory", 1)
     preflight.run_all(load(server))
     server.client.config_set("maxmemory", 0)
+
+
+LIMITS = {
+    "proto-max-bulk-len": ("1mb", "written"),
+    "client-query-buffer-limit": ("1mb", "written"),
+    "maxmemory-clients": ("1500kb", "written"),
+    "client-output-buffer-limit": ("normal 1mb 0 0", "read"),
+}
+# Valkey 9 sends long values from where they are stored, and has no buffer for them.
+UNLIMITED = [("valkey", "client-output-buffer-limit")]
+
+
+@pytest.mark.parametrize(
+    ("product", "limit"), [c for c in product(PRODUCTS, LIMITS) if c not in UNLIMITED]
+)
+def test_a_limit_below_the_chunk_size_is_named_with_what_would_work(
+    tmp_path: Path, product: str, limit: str
+) -> None:
+    value, done = LIMITS[limit]
+    with server_of(product, tmp_path) as (url, client):
+        client.config_set(limit, value)
+        with pytest.raises(ServerRefusedError, match=rf"cannot be {done} at .*{limit}") as caught:
+            preflight.run_all(Config.load({"url": url, "chunk_size": 3 << 20}, {}))
+        advised = int(caught.value.mend.rpartition("chunk_size to at most ")[2])
+        preflight.run_all(Config.load({"url": url, "chunk_size": advised}, {}))
+        assert client.keys() == []
+
+
+def test_a_server_without_room_for_a_trial_evicts_nothing_for_it(server: Server) -> None:
+    server.client.config_set("maxmemory-policy", "volatile-lru")
+    server.client.set("session:1", bytes(2 << 20), ex=3600)
+    server.client.config_set("maxmemory", server.client.info("memory")["used_memory"] + (1 << 20))
+    preflight.run_all(load(server, chunk_size=4 << 20))
+    server.client.config_set("maxmemory", 0)
+    assert server.client.delete("session:1") == 1
 
 
 # --- the storage, as Ray makes it ---

@@ -70,6 +70,17 @@ def test_values_of_any_size_go_both_ways(start: Start, tmp_path: Path) -> None:
         assert targets == values
 
 
+def test_a_value_that_is_too_long_for_the_server_is_refused_as_such(
+    start: Start, tmp_path: Path
+) -> None:
+    with start(tmp_path) as server:
+        server.client.config_set("proto-max-bulk-len", "1mb")
+        link = Link(config(server, chunk_size=3 << 20))
+        with pytest.raises(ServerRefusedError, match=r"bulk length.*proto-max-bulk-len"):
+            link.execute(*[store(f"{KEY}:{i}", [bytes(3 << 20)]) for i in range(6)])
+        link.close()
+
+
 def test_many_small_requests_keep_in_step(start: Start, tmp_path: Path) -> None:
     with start(tmp_path) as server, contextlib.closing(Link(config(server))) as link:
         link.execute(*[store(f"{KEY}:{i}", [b"%d" % i] * 3) for i in range(2000)])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import re
 import socket
 import threading
@@ -9,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import Rig, runs_a_long_script
 from proxy import Proxy, answering, proxy_to
-from servers import Server, acl_user, unix_socket_server, valkey_server
+from servers import (
+    PRODUCTS,
+    Server,
+    acl_user,
+    server_of,
+    unix_socket_server,
+    valkey_server,
+)
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
@@ -250,6 +255,28 @@ def test_requests_are_carried_out_in_order_though_the_connection_breaks_between(
 # --- servers that refuse ---
 
 
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_value_that_is_too_long_for_the_server_is_refused_as_such(count: int) -> None:
+    with valkey_server(proto_max_bulk_len="1mb") as server, proxy_to(server.port) as proxy:
+        for url in (server.url, proxy.url):
+            link = Link(config(url, chunk_size=3 << 20, retry_timeout=60))
+            with pytest.raises(ServerRefusedError, match=r"bulk length.*proto-max-bulk-len"):
+                link.execute(*[store(f"{KEY}:{i}", [bytes(3 << 20)]) for i in range(count)])
+            assert link.execute(store(KEY, [b"x"])) == [b"OK"]
+            link.close()
+
+
+def test_a_server_that_breaks_connections_again_and_again_has_its_limits_named(
+    tmp_path: Path,
+) -> None:
+    with server_of(PRODUCTS[-1], tmp_path) as (url, client):
+        client.config_set("maxmemory-clients", "500kb")
+        link = Link(config(url, retry_timeout=0.3))
+        with pytest.raises(ServerUnavailableError, match=r"maxmemory-clients.*check"):
+            link.execute(store(KEY, [bytes(3 << 20)]))
+        link.close()
+
+
 def test_a_wrong_password_is_refused_at_once_and_not_repeated() -> None:
     with valkey_server(password="right") as server:
         for environ in ({}, {"RAY_VALKEY_SPILL_PASSWORD": "wrong-secret"}):
@@ -361,18 +388,6 @@ def test_too_many_clients_are_waited_for_and_then_named(clients: str) -> None:
         pytest.raises(ServerUnavailableError, match=r"max number.*tried for 0\.3 s.*maxclients"),
     ):
         Link(config(url, retry_timeout=0.3)).info()
-
-
-def test_a_database_is_selected_once_a_busy_server_is_free(tmp_path: Path) -> None:
-    with contextlib.closing(Rig(tmp_path / "data")) as rig:
-        link = Link(config(f"valkey://127.0.0.1:{rig.proxy.port}/3", retry_timeout=30))
-        busy = contextlib.ExitStack()
-        busy.enter_context(runs_a_long_script(rig))
-        end = threading.Timer(0.5, busy.close)
-        end.start()
-        assert link.execute(command("STRLEN", KEY)) == [0]
-        end.join()
-        link.close()
 
 
 def test_what_closes_without_an_answer_is_said_to(mute_server: str) -> None:
