@@ -11,6 +11,7 @@ import contextlib
 import socket
 import struct
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,14 @@ _MAX_PARTS = 1000
 # where the latest round trip is also how busy both sides have been.
 _TCP_MIN_RTT = slice(148, 152)
 _MAX_REQUESTS = 300
+_RESET = struct.pack("ii", 1, 0)  # struct linger
 # Seconds without a single byte moving after which a server counts as stalled.
 _STALL_TIMEOUT = 10.0
 _CONNECT_TIMEOUT = 5.0
 _SHORTEST_TIMEOUT = 1.0
+# When nothing has come for a minute: the load balancers and NATs of the large clouds forget a
+# connection after four (Azure) or six (AWS). A peer that is gone is noticed half a minute later.
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
 # There are other Sentinels to ask, and what they do takes no time.
 _SENTINEL_TIMEOUT = 0.5
 
@@ -72,6 +77,7 @@ class Connection:
 
     Attributes:
         waiting: in the order in which their replies will come.
+        used: when something was last sent, by `time.monotonic()`.
         weight: bytes that these have under way.
         mode: "standalone", "cluster" or "sentinel".
         is_replica: whether it was a replica when the connection was opened.
@@ -87,6 +93,7 @@ class Connection:
         self.endpoint = endpoint
         self.closed = False
         self.waiting: deque[Request] = deque()
+        self.used = time.monotonic()
         self._unsent: list[Request] = []
         self._unsent_weight = self.weight = 0
         timeout = (
@@ -156,6 +163,7 @@ class Connection:
         if self._unsent:
             parts = [part for request in self._unsent for part in request.parts]
             self._unsent, self._unsent_weight = [], 0
+            self.used = time.monotonic()
             try:
                 self._send(parts)
             except TimeoutError:
@@ -213,12 +221,16 @@ class Connection:
         """
         if not self.closed:
             self.closed = True
+            if self.waiting:
+                with contextlib.suppress(OSError):
+                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self.waiting.clear()
             self.weight = 0
             self._unsent = []
-            with contextlib.suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._client.disconnect()
+
+    def fileno(self) -> int:
+        return int(self._sock.fileno())
 
     def _send(self, parts: list[Buffer]) -> None:
         while parts:
@@ -295,7 +307,12 @@ def _connected(
     if endpoint.path:
         connection = client.UnixDomainSocketConnection(path=endpoint.path, **options)
     else:
-        options |= {"host": endpoint.host, "port": endpoint.port, "socket_keepalive": True}
+        options |= {
+            "host": endpoint.host,
+            "port": endpoint.port,
+            "socket_keepalive": True,
+            "socket_keepalive_options": _KEEPALIVE,
+        }
         connection = (
             _TlsConnection(config, **options)
             if config.address.tls

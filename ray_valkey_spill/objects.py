@@ -39,7 +39,7 @@ from ray_valkey_spill.sealing import Key, KeyRing
 from ray_valkey_spill.server_info import MemoryInfo
 from ray_valkey_spill.shared_overflow import SharedOverflow
 from ray_valkey_spill.tiers import Stat, ValkeyTier
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.wire import USUAL_SHARING, Link, Sharing
 
 __all__ = ["ObjectStore", "Room", "StoredObject", "problems"]
 
@@ -106,10 +106,16 @@ class ObjectStore:
         config: where, under which prefix, and how chunks are cut and compressed.
         session, node: whose the objects are that this store puts.
         observer: is told of what was done.
+        sharing: when connections are given back.
     """
 
     def __init__(
-        self, config: Config, session: str, node: str, observer: Observer | None = None
+        self,
+        config: Config,
+        session: str,
+        node: str,
+        observer: Observer | None = None,
+        sharing: Sharing = USUAL_SHARING,
     ) -> None:
         self.keys = Keyspace.of(config)
         self._observer = observer or Observer()
@@ -118,7 +124,9 @@ class ObjectStore:
         self._key_ring = KeyRing.of(config)
         # What this cannot do now in the background is done another time.
         impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
-        link, budget_link, recovery_link = Link(config), Link(config), Link(impatient)
+        link, budget_link, recovery_link = (
+            Link(each, sharing=sharing) for each in (config, config, impatient)
+        )
         self._links = link, budget_link, recovery_link
         self._tier = ValkeyTier(link, self.keys)
         self._recovery = ValkeyTier(recovery_link, self.keys)
@@ -148,6 +156,11 @@ class ObjectStore:
         self._recovery.close()
         self._packer.close()
 
+    def close_idle(self) -> None:
+        """Give back connections that were not used for a minute. For any thread."""
+        for link in self._links:
+            link.close_idle()
+
     @property
     def has_left_some(self) -> bool:
         """Whether `recover` has something to do that a failed put has left."""
@@ -174,9 +187,10 @@ class ObjectStore:
             return [], _without_frames(error)
         sealed = None if key is None else key.id
         started = time.perf_counter()
-        stored, failure = self._put_in_valkey(sources, key)
-        if isinstance(failure, UnconfirmedError):
+        with self._tier.operation():
             stored, failure = self._put_in_valkey(sources, key)
+            if isinstance(failure, UnconfirmedError):
+                stored, failure = self._put_in_valkey(sources, key)
         self._tell_of_put("valkey", stored, started)
         places = [Place(entry.name, entry.size, False, sealed) for entry in stored]
         if self._overflow is not None and isinstance(failure, ServerFullError):

@@ -192,6 +192,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Show that this node lives; do what this process and killed ones have left undone."""
         if self._in_io_worker and not _is_connected():
             return _BETWEEN_STARTS
+        self._store.close_idle()
         mine = self._journal.left()
         others = self._journal.of_the_dead(_is_alive)
         try:
@@ -368,6 +369,9 @@ class _Unusable:
         self._error = error
 
     def close(self) -> None:
+        """There is nothing to close."""
+
+    def close_idle(self) -> None:
         """There is nothing to close."""
 
     def __getattr__(self, name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -64,6 +65,10 @@ class ValkeyTier:
     def breaks(self) -> int:
         """How many times the connection has broken."""
         return self._link.breaks
+
+    def operation(self) -> AbstractContextManager[None]:
+        """See `wire.Link.operation`. What is written and then confirmed has to be in one."""
+        return self._link.operation()
 
     def register(self, names: Iterable[ObjectName]) -> None:
         """Enter objects into the books. Nothing of them may be written before this returns."""

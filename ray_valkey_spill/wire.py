@@ -8,10 +8,14 @@ yielded in order nevertheless.
 
 from __future__ import annotations
 
+import contextlib
 import random
+import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ray_valkey_spill.config import MIB, Address, Config, Endpoint
@@ -36,7 +40,7 @@ from ray_valkey_spill.resp import (
 from ray_valkey_spill.server_info import MemoryInfo, ServerInfo, fields_of
 from ray_valkey_spill.topology import Cluster, Single, Topology, cluster_at, primaries_of
 
-__all__ = ["Link"]
+__all__ = ["USUAL_SHARING", "Link", "Sharing"]
 
 # Seconds between attempts, doubled each time and drawn from the upper half of that.
 _FIRST_PAUSE = 0.05
@@ -91,23 +95,49 @@ class _Patience:
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How connections are shared with whoever else uses the server. Times are in seconds.
+
+    Attributes:
+        idle: a connection that was not used for that long is closed. Load balancers and NATs
+            forget connections without a word, the quickest of them after four minutes.
+    """
+
+    idle: float = 60.0
+
+
+USUAL_SHARING = Sharing()
+
+
 class Link:
     """The way to the servers that a config names. Connections are opened when first needed.
 
-    For one thread at a time.
+    Not thread-safe but for `close_idle`.
 
     Args:
         config: address, credentials and `retry_timeout`.
         unreachable_timeout: seconds for which a server that does not answer at all is tried,
             `retry_timeout` unless given: Ray's head start has to fail sooner than a spill.
+        sharing: when connections are given back.
 
     Attributes:
         breaks: how many times a connection broke or could not be had, or a server was not ready,
             or was found to be no primary any more: each may cost what it had acknowledged.
     """
 
-    def __init__(self, config: Config, *, unreachable_timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        unreachable_timeout: float | None = None,
+        sharing: Sharing = USUAL_SHARING,
+    ) -> None:
         self._config = config
+        self._sharing = sharing
+        # Held while `_operations` changes, and while connections are closed because it is 0.
+        self._lock = threading.Lock()
+        self._operations = 0
         self._unreachable_timeout = (
             config.retry_timeout if unreachable_timeout is None else unreachable_timeout
         )
@@ -133,6 +163,43 @@ class Link:
             connection.close()
         self._connections.clear()
         self._topology = None
+
+    @contextlib.contextmanager
+    def operation(self) -> Iterator[None]:
+        """Keep the connections there are from one run within to the next, unless they break.
+
+        Those that were idle for too long, or that the server has closed, are given up before: who
+        finds out by using them waits for an answer that never comes.
+        """
+        with self._lock:
+            if not self._operations:
+                self._close_stale()
+            self._operations += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._operations -= 1
+
+    def close_idle(self) -> None:
+        """Close the connections that were not used for a while. Any thread may call this."""
+        with self._lock:
+            if not self._operations:
+                self._close_stale()
+
+    def _close_stale(self) -> None:
+        since = time.monotonic() - self._sharing.idle
+        ends = select.poll()
+        for connection in self._connections.values():
+            if not connection.closed:
+                ends.register(connection, select.POLLIN)
+        # Without requests under way nothing comes but the end of a connection.
+        ended = {number for number, _ in ends.poll(0)}
+        for endpoint, connection in [*self._connections.items()]:
+            if not connection.closed and (connection.used <= since or connection.fileno() in ended):
+                self._connections.pop(endpoint).close()
+                # Others may serve by now.
+                self._topology = None
 
     def owner(self, key: str) -> Endpoint | None:
         """Who has `key`, as far as the latest run has found; None if it broke."""
@@ -245,6 +312,10 @@ class Link:
                 new connections. What was not yielded may or may not have been carried out.
             ServerRefusedError, NotValkeyError, ConfigError: if no connection can be had.
         """
+        with self.operation():
+            yield from self._run(requests)
+
+    def _run(self, requests: Iterable[Request]) -> Iterator[Request]:
         source = iter(requests)
         in_flight: deque[Request] = deque()
         held: Request | None = None

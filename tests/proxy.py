@@ -71,6 +71,7 @@ class Proxy:
         refusing: while True new connections are closed at once.
         connections: how many there have been.
         round_trips: how many times a client spoke after the server had.
+        swallowed: bytes that came over forgotten connections.
     """
 
     def __init__(self, port: int) -> None:
@@ -82,13 +83,27 @@ class Proxy:
         self.connections = 0
         self.round_trips = 0
         self._last_way: Way | None = None
+        self.swallowed = 0
         self._open: set[tuple[socket.socket, socket.socket]] = set()
+        self._forgotten: set[tuple[socket.socket, socket.socket]] = set()
         self._threads: set[threading.Thread] = set()
         self._start(self._accept)
+
+    def forget(self) -> None:
+        """Pass nothing on of the connections there are, as a NAT that has forgotten them.
+
+        Neither end learns of it. New connections work.
+        """
+        self._forgotten |= self._open
 
     @property
     def url(self) -> str:
         return f"valkey://127.0.0.1:{self.port}/0"
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is a connection now."""
+        return bool(self._open)
 
     def forward_to(self, port: int) -> None:
         """Connect to another server from the next connection on."""
@@ -147,6 +162,9 @@ class Proxy:
         ends = (source, target) if to_server else (target, source)
         try:
             while data := source.recv(way.piece):
+                if ends in self._forgotten:
+                    self.swallowed += len(data)
+                    continue
                 self.round_trips += to_server and self._last_way is not way
                 self._last_way = way
                 allowed, refuse = way.pass_on(len(data))

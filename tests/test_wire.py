@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import socket
 import threading
@@ -16,9 +18,11 @@ from servers import (
     server_of,
     unix_socket_server,
     valkey_server,
+    wait_until,
 )
 
 from ray_valkey_spill.config import Config
+from ray_valkey_spill.connection import Connection
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
@@ -29,7 +33,7 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.resp import ReplyReader, Request, TransientError, command, fetch, store
 from ray_valkey_spill.server_info import ServerInfo
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.wire import Link, Sharing
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -192,6 +196,49 @@ def test_an_idle_connection_that_was_closed_is_replaced(proxy: Proxy) -> None:
     proxy.reset()
     assert link.execute(command("STRLEN", KEY)) == [0]
     link.close()
+
+
+def test_an_idle_connection_that_a_nat_has_forgotten_carries_nothing(proxy: Proxy) -> None:
+    link = Link(config(proxy.url), sharing=Sharing(idle=0))
+    link.execute(command("STRLEN", KEY))
+    proxy.forget()
+    assert link.execute(command("STRLEN", KEY)) == [0]
+    assert (proxy.swallowed, link.breaks) == (0, 0)
+    link.close()
+
+
+def test_connections_stay_between_the_runs_of_an_operation(proxy: Proxy) -> None:
+    link = Link(config(proxy.url), sharing=Sharing(idle=0))
+    with link.operation():
+        link.execute(command("STRLEN", KEY))
+        link.close_idle()
+        link.execute(command("STRLEN", KEY))
+    assert proxy.connections == 1
+    link.close_idle()
+    wait_until(lambda: not proxy.is_used)
+    link.close()
+
+
+def test_connections_are_kept_alive_from_a_minute_on(server: Server) -> None:
+    params = config(server.url)
+    with (
+        contextlib.closing(Connection(params, params.address.endpoints[0], 5)) as connection,
+        socket.socket(fileno=os.dup(connection.fileno())) as sock,
+    ):
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+def test_a_connection_that_the_server_has_closed_for_being_idle_costs_nothing() -> None:
+    with valkey_server(timeout=1) as server:
+        link = Link(config(server.url, retry_timeout=0))
+        link.execute(command("STRLEN", KEY))
+        number = server.client.client_id()
+        # A client that asks is not idle.
+        wait_until(lambda: [c["id"] for c in server.client.client_list()] == [str(number)])
+        assert link.execute(command("STRLEN", KEY)) == [0]
+        assert link.breaks == 0
+        link.close()
 
 
 def test_a_server_that_stalls_is_given_up_after_retry_timeout(proxy: Proxy) -> None:
