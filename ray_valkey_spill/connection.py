@@ -8,6 +8,7 @@ ahead of their replies, and values are received right where they are wanted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import struct
 import sys
@@ -21,6 +22,7 @@ import valkey.exceptions as client_errors
 
 from ray_valkey_spill import __version__, tls
 from ray_valkey_spill.config import KIB, MIB, Config, Endpoint
+from ray_valkey_spill.dialing import DIALER
 from ray_valkey_spill.errors import ConfigError, NotValkeyError, ServerError, ServerRefusedError
 from ray_valkey_spill.format import Buffer
 from ray_valkey_spill.resp import (
@@ -208,6 +210,11 @@ class Connection:
         except OSError as error:
             self.close()
             raise ConnectionBrokenError(str(error)) from error
+        except TransientError:
+            # Others of its addresses may be those of servers that do serve.
+            self._avoid()
+            self.close()
+            raise
         except BaseException:
             self.close()
             raise
@@ -228,6 +235,11 @@ class Connection:
             self.weight = 0
             self._unsent = []
             self._client.disconnect()
+
+    def _avoid(self) -> None:
+        if not self.endpoint.path:
+            with contextlib.suppress(OSError):
+                DIALER.avoid(self.endpoint.host, self.endpoint.port, self._sock.getpeername())
 
     def fileno(self) -> int:
         return int(self._sock.fileno())
@@ -250,15 +262,28 @@ class Connection:
 # --- opening one ---
 
 
-class _TlsConnection(client.Connection):
-    """valkey-py's connection, over TLS with a context of ours, whose errors we can tell apart."""
+class _TcpConnection(client.Connection):
+    """valkey-py's connection, to whichever of a host's addresses answers first."""
+
+    def _connect(self) -> socket.socket:
+        sock = DIALER.dial(self.host, self.port, self.socket_connect_timeout or _CONNECT_TIMEOUT)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        sock.settimeout(self.socket_timeout)
+        return sock
+
+
+class _TlsConnection(_TcpConnection):
+    """The same, over TLS with a context of ours, whose errors we can tell apart."""
 
     def __init__(self, config: Config, **options: Any) -> None:
         super().__init__(**options)  # type: ignore[no-untyped-call]
         self._context = tls.context(config)
 
     def _connect(self) -> socket.socket:
-        sock = super()._connect()  # type: ignore[no-untyped-call]
+        sock = super()._connect()
         try:
             return self._context.wrap_socket(sock, server_hostname=self.host)
         except TimeoutError:
@@ -307,17 +332,9 @@ def _connected(
     if endpoint.path:
         connection = client.UnixDomainSocketConnection(path=endpoint.path, **options)
     else:
-        options |= {
-            "host": endpoint.host,
-            "port": endpoint.port,
-            "socket_keepalive": True,
-            "socket_keepalive_options": _KEEPALIVE,
-        }
-        connection = (
-            _TlsConnection(config, **options)
-            if config.address.tls
-            else client.Connection(**options)
-        )
+        options |= {"host": endpoint.host, "port": endpoint.port}
+        kind = functools.partial(_TlsConnection, config) if config.address.tls else _TcpConnection
+        connection = kind(**options)
     try:
         connection.connect()
     except BaseException:

@@ -202,9 +202,9 @@ def proxy_to(port: int) -> Iterator[Proxy]:
 
 
 @contextlib.contextmanager
-def answering(reply: bytes) -> Iterator[str]:
+def answering(reply: bytes, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """The url of a listener that answers whatever comes with `reply`, and closes."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server((host, port)) as listener:
 
         def serve() -> None:
             while True:
@@ -219,7 +219,7 @@ def answering(reply: bytes) -> Iterator[str]:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            yield f"valkey://127.0.0.1:{listener.getsockname()[1]}"
+            yield f"valkey://{host}:{listener.getsockname()[1]}"
         finally:
             listener.shutdown(socket.SHUT_RDWR)
             thread.join()

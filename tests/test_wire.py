@@ -3,9 +3,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +299,98 @@ def test_requests_are_carried_out_in_order_though_the_connection_breaks_between(
     # The first that are sent only have the kernel learn that nobody listens any more.
     link.execute(*[store(KEY, [bytes([i]) * 200_000]) for i in range(4)])
     assert server.client.get(KEY) == bytes([3]) * 200_000
+
+
+# --- hosts with several addresses ---
+
+
+@dataclass
+class Host:
+    """A name, and the addresses that it is resolved to."""
+
+    name: str
+    addresses: list[str]
+
+
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A host that nobody has connected to before, without addresses."""
+    host = Host(f"host-{secrets.token_hex(4)}", [])
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(name: str, port: int, *args: Any, **options: Any) -> Any:
+        hosts = host.addresses if name == host.name else [name]
+        return [info for each in hosts for info in resolve(each, port, *args, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return host
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hosts that connections were begun to."""
+    tried: list[str] = []
+
+    class Counting(socket.socket):
+        def connect(self, address: Any) -> None:
+            tried.append(address[0])
+            super().connect(address)
+
+        def connect_ex(self, address: Any) -> int:
+            tried.append(address[0])
+            return super().connect_ex(address)
+
+    monkeypatch.setattr(socket, "socket", Counting)
+    return tried
+
+
+@contextlib.contextmanager
+def black_hole(host: str, port: int) -> Iterator[None]:
+    """A host that does not answer: a listener whose backlog is full."""
+    with socket.create_server((host, port), backlog=0), contextlib.ExitStack() as full:
+        for _ in range(2):
+            waiting = full.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex((host, port))
+        yield
+
+
+def test_of_several_addresses_the_dead_one_is_tried_once(
+    server: Server, several: Host, attempts: list[str]
+) -> None:
+    several.addresses += ["127.0.0.2", "127.0.0.1"]
+    with black_hole("127.0.0.2", server.port):
+        attempts.clear()
+        for _ in range(3):
+            link = Link(config(f"valkey://{several.name}:{server.port}"))
+            assert link.execute(command("STRLEN", KEY)) == [0]
+            link.close()
+    assert attempts == ["127.0.0.2", *["127.0.0.1"] * 3]
+
+
+def test_an_address_that_refuses_is_passed_over(
+    server: Server, several: Host, attempts: list[str]
+) -> None:
+    several.addresses += ["127.0.0.3", "127.0.0.1"]
+    link = Link(config(f"valkey://{several.name}:{server.port}", retry_timeout=0))
+    assert link.execute(command("STRLEN", KEY)) == [0]
+    link.close()
+    several.addresses.remove("127.0.0.1")
+    with pytest.raises(ServerUnavailableError, match=r"host-.*refused"):
+        link.execute(command("STRLEN", KEY))
+
+
+def test_an_address_where_a_replica_answers_is_tried_last(
+    server: Server, several: Host, attempts: list[str]
+) -> None:
+    several.addresses += ["127.0.0.4", "127.0.0.1"]
+    with answering(b"-READONLY You can't write\r\n" * 4, "127.0.0.4", server.port):
+        link = Link(config(f"valkey://{several.name}:{server.port}", retry_timeout=30))
+        assert link.execute(command("STRLEN", KEY)) == [0]
+        link.close()
+        assert link.execute(command("STRLEN", KEY)) == [0]
+        link.close()
+    assert attempts[-3:] == ["127.0.0.4", "127.0.0.1", "127.0.0.1"]
 
 
 # --- servers that refuse ---
