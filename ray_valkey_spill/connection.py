@@ -80,6 +80,7 @@ class Connection:
     Attributes:
         waiting: in the order in which their replies will come.
         used: when something was last sent, by `time.monotonic()`.
+        turn_began: since when its user has kept it from others, by the same.
         weight: bytes that these have under way.
         mode: "standalone", "cluster" or "sentinel".
         is_replica: whether it was a replica when the connection was opened.
@@ -95,7 +96,7 @@ class Connection:
         self.endpoint = endpoint
         self.closed = False
         self.waiting: deque[Request] = deque()
-        self.used = time.monotonic()
+        self.used = self.turn_began = time.monotonic()
         self._unsent: list[Request] = []
         self._unsent_weight = self.weight = 0
         timeout = (

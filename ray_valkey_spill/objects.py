@@ -124,13 +124,12 @@ class ObjectStore:
         self._key_ring = KeyRing.of(config)
         # What this cannot do now in the background is done another time.
         impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
-        link, budget_link, recovery_link = (
-            Link(each, sharing=sharing) for each in (config, config, impatient)
-        )
-        self._links = link, budget_link, recovery_link
+        link = Link(config, sharing=sharing)
+        recovery_link = Link(impatient, sharing=sharing, spare=link.close_unused)
+        self._links = link, recovery_link
         self._tier = ValkeyTier(link, self.keys)
         self._recovery = ValkeyTier(recovery_link, self.keys)
-        self._budget = self._new_budget(config, budget_link)
+        self._budget = self._new_budget(config, link)
         self._max_bytes = config.max_bytes
         overflow = OverflowTier.of(config)
         self._overflow = SharedOverflow(overflow, self._owner.session) if overflow else None
@@ -152,7 +151,6 @@ class ObjectStore:
     def close(self) -> None:
         """Drop the connections and the threads; the next operation gets new ones."""
         self._tier.close()
-        self._budget.close()
         self._recovery.close()
         self._packer.close()
 

@@ -50,6 +50,8 @@ _LONGEST_PAUSE = 2.0
 _DEPTH_IN_CLUSTER = 2
 # Bytes, however many shards there are: what is compressed or sealed lies in this process's memory.
 _MOST_IN_CLUSTER = 16 * MIB
+# Seconds for which one keeps a connection while others are refused theirs.
+_CROWDED_TURN = 1.0
 # Of one request; nodes that send it back and forth do not agree yet on who has its key.
 _REDIRECTS = 8
 # How long a server waits for its replicas before it tells how many have confirmed, in ms.
@@ -102,9 +104,15 @@ class Sharing:
     Attributes:
         idle: a connection that was not used for that long is closed. Load balancers and NATs
             forget connections without a word, the quickest of them after four minutes.
+        turn: a connection that is used all the time is given up after that long, at the end of an
+            operation, if the server has refused connections to others meanwhile.
+        away: for that long it is left to them then: somewhat longer than they wait between two
+            attempts.
     """
 
     idle: float = 60.0
+    turn: float = 10.0
+    away: float = 3.0
 
 
 USUAL_SHARING = Sharing()
@@ -120,6 +128,8 @@ class Link:
         unreachable_timeout: seconds for which a server that does not answer at all is tried,
             `retry_timeout` unless given: Ray's head start has to fail sooner than a spill.
         sharing: when connections are given back.
+        spare: closes what else this process has open and does not use. It is called when the server
+            has no connection left for this link.
 
     Attributes:
         breaks: how many times a connection broke or could not be had, or a server was not ready,
@@ -132,8 +142,10 @@ class Link:
         *,
         unreachable_timeout: float | None = None,
         sharing: Sharing = USUAL_SHARING,
+        spare: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
+        self._spare = spare
         self._sharing = sharing
         # Held while `_operations` changes, and while connections are closed because it is 0.
         self._lock = threading.Lock()
@@ -150,8 +162,11 @@ class Link:
         self._primaries: frozenset[Endpoint] = frozenset()
         self._connections: dict[Endpoint, Connection] = {}
         self.breaks = 0
-        # What the latest run waits for replies to.
-        self._running: deque[Request] = deque()
+        # Whether somebody was refused a connection lately; how many were by each server; until when
+        # this leaves its own to them.
+        self._is_crowded = False
+        self._rejected: dict[Endpoint, int] = {}
+        self._away_until = float("-inf")
 
     @property
     def address(self) -> Address:
@@ -159,10 +174,13 @@ class Link:
 
     def close(self) -> None:
         """Drop the connections; the next request finds out anew who has what, and opens others."""
+        self._close_all()
+        self._topology = None
+
+    def _close_all(self) -> None:
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
-        self._topology = None
 
     @contextlib.contextmanager
     def operation(self) -> Iterator[None]:
@@ -177,9 +195,58 @@ class Link:
             self._operations += 1
         try:
             yield
+            if self._operations == 1:
+                self._end_turn()
         finally:
             with self._lock:
                 self._operations -= 1
+
+    def close_unused(self) -> None:
+        """Close all connections unless an operation uses them. Any thread may call this."""
+        with self._lock:
+            if not self._operations:
+                self.close()
+
+    def _end_turn(self) -> None:
+        """Leave connections to others for a while, if a server has refused some to them."""
+        now = time.monotonic()
+        turn = min(self._sharing.turn, _CROWDED_TURN) if self._is_crowded else self._sharing.turn
+        due = [
+            connection
+            for connection in self._connections.values()
+            if not connection.closed
+            and not connection.waiting
+            and now - connection.turn_began >= turn
+        ]
+        if not due:
+            return
+        self._is_crowded = False
+        for connection in due:
+            connection.turn_began = now
+            try:
+                self._is_crowded |= self._has_refused(connection)
+            except (OSError, TransientError):
+                connection.close()  # it is replaced when it is needed
+        if self._is_crowded:
+            # All of them: whoever gets one that is left alone may need the others as well.
+            self._close_all()
+            self._away_until = now + self._sharing.away
+
+    def _has_refused(self, connection: Connection) -> bool:
+        """Whether a server has refused connections since this was last asked. Errors as `read`."""
+        request = command("INFO", "clients", "stats")
+        connection.add(request)
+        connection.read()
+        if not isinstance(request.reply, bytearray):
+            return False
+        info = fields_of(request.reply.decode(errors="replace"))
+        rejected = int(info.get("rejected_connections", 0))
+        before = self._rejected.get(connection.endpoint)
+        self._rejected[connection.endpoint] = rejected
+        if before is not None:
+            return rejected > before
+        clients = int(info.get("connected_clients", 0)) + int(info.get("cluster_connections", 0))
+        return 0 < int(info.get("maxclients", 0)) <= clients
 
     def close_idle(self) -> None:
         """Close the connections that were not used for a while. Any thread may call this."""
@@ -301,8 +368,10 @@ class Link:
         """Send `requests` and yield each once its reply is there, in order.
 
         `requests` is read one further than the window allows. A request's buffers must stay
-        unchanged until it is yielded. A consumer that stops early, or that runs something else
-        before it goes on, costs the connections that have replies under way.
+        unchanged until it is yielded. A consumer that stops early costs the connections that have
+        its replies under way. Runs may alternate, and what yields requests may run others
+        meanwhile: all share the connections, and replies to one are received while those to
+        another are waited for.
 
         Requests may be carried out in any order where they go to several servers, but a fenced one
         only after all before it; the run ends there if one of these was seen to fail.
@@ -334,14 +403,13 @@ class Link:
                     if self._is_outdated and not in_flight:
                         self._discover()
                         continue
-                    self._take_over(in_flight)
                     if held is not None and self._give(held, in_flight):
                         in_flight.append(held)
                         held = None
                         continue
                     self._await(in_flight)
                 except (OSError, TransientError) as failure:
-                    self._broke()
+                    self._broke(failure)
                     patience.wait(failure)
                     continue
                 except ServerRefusedError as refusal:
@@ -349,7 +417,7 @@ class Link:
                     may_change = self._has_served and self._config.password_file is not None
                     if isinstance(refusal, ProtocolError) or not may_change:
                         raise
-                    self._broke()
+                    self._broke(refusal)
                     patience.wait(refusal)
                     continue
                 patience.renew()
@@ -358,22 +426,20 @@ class Link:
                 failed = failed or request.error is not None
                 yield request
         finally:
-            if self._running is in_flight:
-                self._drop_waiting()
+            for request in in_flight:
+                # Nobody is there any more whose buffers may be used.
+                if request.connection is not None and not request.done:
+                    request.connection.close()
 
-    def _take_over(self, in_flight: deque[Request]) -> None:
-        if self._running is not in_flight:
-            self._drop_waiting()
-            self._running = in_flight
-
-    def _drop_waiting(self) -> None:
-        for connection in self._connections.values():
-            if connection.waiting:
-                connection.close()
-
-    def _broke(self) -> None:
+    def _broke(self, failure: Exception) -> None:
         self.breaks += 1
         self._topology = None
+        if isinstance(failure, TooManyClientsError):
+            # Who holds some connections while waiting for others keeps those from going on who
+            # do the same.
+            self._is_crowded = True
+            self._close_all()
+            self._spare()
 
     def _give(self, request: Request, in_flight: deque[Request]) -> bool:
         """Give a request to its connection, unless it has to wait; returns whether."""
@@ -447,6 +513,7 @@ class Link:
         return connection
 
     def _open(self, endpoint: Endpoint) -> Connection:
+        time.sleep(max(0.0, self._away_until - time.monotonic()))
         return Connection(self._config, endpoint, self._unreachable_timeout)
 
     def _discover(self) -> Topology:

@@ -101,9 +101,9 @@ class Proxy:
         return f"valkey://127.0.0.1:{self.port}/0"
 
     @property
-    def is_used(self) -> bool:
-        """Whether there is a connection now."""
-        return bool(self._open)
+    def open_connections(self) -> int:
+        """How many there are now."""
+        return len(self._open)
 
     def forward_to(self, port: int) -> None:
         """Connect to another server from the next connection on."""

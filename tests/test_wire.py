@@ -217,7 +217,7 @@ def test_connections_stay_between_the_runs_of_an_operation(proxy: Proxy) -> None
         link.execute(command("STRLEN", KEY))
     assert proxy.connections == 1
     link.close_idle()
-    wait_until(lambda: not proxy.is_used)
+    wait_until(lambda: proxy.open_connections == 0)
     link.close()
 
 
