@@ -295,9 +295,11 @@ def test_requests_are_carried_out_in_order_though_the_connection_breaks_between(
     server: Server, link: Link
 ) -> None:
     link.execute(store(KEY, [b"0"]))
-    server.client.client_kill_filter(_type="normal", skipme=True)
-    # The first that are sent only have the kernel learn that nobody listens any more.
-    link.execute(*[store(KEY, [bytes([i]) * 200_000]) for i in range(4)])
+    # In an operation: what is closed before one is replaced unnoticed.
+    with link.operation():
+        server.client.client_kill_filter(_type="normal", skipme=True)
+        # The first that are sent only have the kernel learn that nobody listens any more.
+        link.execute(*[store(KEY, [bytes([i]) * 200_000]) for i in range(4)])
     assert server.client.get(KEY) == bytes([3]) * 200_000
 
 
