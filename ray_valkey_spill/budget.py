@@ -75,7 +75,7 @@ class Budget:
     """What one writer may still write. For one thread.
 
     Args:
-        link: its own connection: what is asked is asked while data are under way on another.
+        link: the one that the data are written over, too: no connection more than that is needed.
         writer: of all writers of the namespace this one, `<session>:<node>:<process>…`.
         max_bytes: what the namespace may have stored, in bytes as `cost` counts them; or None.
         advice: how a user can get more room.
@@ -148,9 +148,6 @@ class Budget:
         self._abandoned += len(standing)
         self._name = f"{self._writer}-{self._abandoned}"
         return standing
-
-    def close(self) -> None:
-        self._link.close()
 
     def _begin_anew(self) -> None:
         self._grant, self._look_at = Grant(0, 0), float("inf")

@@ -169,6 +169,10 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
         preflight.check_permissions(link, config, infos)
         return f"every command that spilling needs, tried on keys below {keys.root}"
 
+    def chunk_size() -> str:
+        preflight.check_chunk_size(link, config, infos)
+        return f"values of {config.chunk_size:,} bytes can be written and read"
+
     yield (serves := _attempt("topology", topology))
     enough = True
     if config.min_replicas or config.wait_aof:
@@ -180,6 +184,8 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
         return
     yield (allowed := _attempt("permissions", permissions))
     if allowed.status == OK:
+        yield (passing := _attempt("chunk size", chunk_size))
+        enough = enough and passing.status != FAILED
         if config.overflow_uri is not None:
             yield _attempt("overflow", lambda: _overflow(config))
         yield _attempt("latency", lambda: _latency(link, keys))

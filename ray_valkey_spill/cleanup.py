@@ -205,23 +205,27 @@ class CleanUp:
     ) -> set[Owner]:
         """Those of `owners` whose leases, of `lease` seconds, run out while they are looked at."""
         undecided, dead = set(owners), set[Owner]()
-        breaks, looked = self._link.breaks, time.monotonic()
-        first, deadlines = self._deadlines(undecided, lease)
-        if undecided:
-            longest = max(deadlines.values()) - looked
-            tell(f"Watching {len(undecided)} nodes' leases for up to {longest:.0f} s")
-        while undecided:
-            time.sleep(_BETWEEN_LOOKS)
-            renewed = self._renewed()
-            now = time.monotonic()
-            undecided -= {owner for owner in undecided if renewed.get(owner) != first.get(owner)}
-            if self._link.breaks != breaks or now - looked > _LONGEST_BLINK:
-                breaks, now = self._link.breaks, time.monotonic()
-                first, deadlines = self._deadlines(undecided, lease)
-            out = {owner for owner in undecided if now >= deadlines[owner]}
-            dead |= out
-            undecided -= out
-            looked = now
+        # One operation: a connection that was closed meanwhile has to count as broken.
+        with self._link.operation():
+            breaks, looked = self._link.breaks, time.monotonic()
+            first, deadlines = self._deadlines(undecided, lease)
+            if undecided:
+                longest = max(deadlines.values()) - looked
+                tell(f"Watching {len(undecided)} nodes' leases for up to {longest:.0f} s")
+            while undecided:
+                time.sleep(_BETWEEN_LOOKS)
+                renewed = self._renewed()
+                now = time.monotonic()
+                undecided -= {
+                    owner for owner in undecided if renewed.get(owner) != first.get(owner)
+                }
+                if self._link.breaks != breaks or now - looked > _LONGEST_BLINK:
+                    breaks, now = self._link.breaks, time.monotonic()
+                    first, deadlines = self._deadlines(undecided, lease)
+                out = {owner for owner in undecided if now >= deadlines[owner]}
+                dead |= out
+                undecided -= out
+                looked = now
         return dead
 
     def _renewed(self) -> dict[Owner, int]:

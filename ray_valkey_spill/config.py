@@ -25,6 +25,7 @@ __all__ = [
     "ENV_PREFIX",
     "KIB",
     "MIB",
+    "MIN_CHUNK_SIZE",
     "RAY_SETTINGS",
     "Address",
     "Config",

@@ -8,9 +8,11 @@ ahead of their replies, and values are received right where they are wanted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import struct
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,18 @@ import valkey.exceptions as client_errors
 
 from ray_valkey_spill import __version__, tls
 from ray_valkey_spill.config import KIB, MIB, Config, Endpoint
+from ray_valkey_spill.dialing import DIALER
 from ray_valkey_spill.errors import ConfigError, NotValkeyError, ServerError, ServerRefusedError
 from ray_valkey_spill.format import Buffer
-from ray_valkey_spill.resp import ReplyReader, Request, TransientError
+from ray_valkey_spill.resp import (
+    ConnectionBrokenError,
+    ReplyReader,
+    Request,
+    TooManyClientsError,
+    TransientError,
+    command,
+    reply_error,
+)
 from ray_valkey_spill.roles import HELLO, QUESTIONS, Question, Role, hello_fields
 
 __all__ = ["Connection"]
@@ -44,10 +55,14 @@ _MAX_PARTS = 1000
 # where the latest round trip is also how busy both sides have been.
 _TCP_MIN_RTT = slice(148, 152)
 _MAX_REQUESTS = 300
+_RESET = struct.pack("ii", 1, 0)  # struct linger
 # Seconds without a single byte moving after which a server counts as stalled.
 _STALL_TIMEOUT = 10.0
 _CONNECT_TIMEOUT = 5.0
 _SHORTEST_TIMEOUT = 1.0
+# When nothing has come for a minute: the load balancers and NATs of the large clouds forget a
+# connection after four (Azure) or six (AWS). A peer that is gone is noticed half a minute later.
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
 # There are other Sentinels to ask, and what they do takes no time.
 _SENTINEL_TIMEOUT = 0.5
 
@@ -65,6 +80,8 @@ class Connection:
 
     Attributes:
         waiting: in the order in which their replies will come.
+        used: when something was last sent, by `time.monotonic()`.
+        turn_began: since when its user has kept it from others, by the same.
         weight: bytes that these have under way.
         mode: "standalone", "cluster" or "sentinel".
         role: of the server when the connection was opened. Where a proxy does not know HELLO, one
@@ -81,6 +98,7 @@ class Connection:
         self.endpoint = endpoint
         self.closed = False
         self.waiting: deque[Request] = deque()
+        self.used = self.turn_began = time.monotonic()
         self._unsent: list[Request] = []
         self._unsent_weight = self.weight = 0
         timeout = (
@@ -98,21 +116,31 @@ class Connection:
         self._replies = ReplyReader(self._stream)
         self._question: Question | None = None
         try:
-            self.mode, self.role = self._hello()
+            self.mode, self.role = self._hello(config)
+        except NotValkeyError as error:
+            raise _not_valkey(endpoint, error) from error
+        except TooManyClientsError:
+            raise
         except OSError as error:
             # With TLS 1.3 a server tells only now what it thinks of a client's certificate.
-            if (refusal := tls.refusal(error, endpoint)) is None:
-                raise
-            raise refusal from error
+            raise tls.refusal(error, endpoint) or _silent(error) from error
 
-    def _hello(self) -> tuple[str, Role]:
+    def _hello(self, config: Config) -> tuple[str, Role]:
+        hello = HELLO.ask()
+        self.add(hello)
+        if config.address.username is None:
+            # Shown by CLIENT LIST. A user with few permissions may not set it, and the server would
+            # note that in its ACL LOG each time.
+            self.add(command("CLIENT", "SETINFO", "LIB-NAME", "ray-valkey-spill"))
+            self.add(command("CLIENT", "SETINFO", "LIB-VER", __version__))
+        while self.waiting:
+            self.read()
         # A proxy may not know it, and what has one before it looks like a single server.
-        reply = self._ask(HELLO)
-        mode = hello_fields(reply).get("mode", "standalone")
+        mode = hello_fields(hello.reply).get("mode", "standalone")
         if mode == "sentinel":
             return mode, Role.UNKNOWN
         for question in QUESTIONS:
-            role = question.role(reply if question is HELLO else self._ask(question))
+            role = question.role(hello.reply if question is HELLO else self._ask(question))
             if role is not Role.UNKNOWN:
                 self._question = question
                 return mode, role
@@ -148,6 +176,7 @@ class Connection:
 
         Raises:
             OSError: the connection broke.
+            ProtocolError: the server refused what it was sent, and closed the connection.
         """
         self.waiting.append(request)
         self._unsent.append(request)
@@ -161,11 +190,31 @@ class Connection:
         if self._unsent:
             parts = [part for request in self._unsent for part in request.parts]
             self._unsent, self._unsent_weight = [], 0
+            self.used = time.monotonic()
             try:
                 self._send(parts)
+            except TimeoutError:
+                self.close()
+                raise
+            except OSError as error:
+                try:
+                    self._raise_last_words()
+                finally:
+                    self.close()
+                raise ConnectionBrokenError(str(error)) from error
             except BaseException:
                 self.close()
                 raise
+
+    def _raise_last_words(self) -> None:
+        """Raise what the server said about this connection before it closed it.
+
+        What cannot be sent any more is found out before that has been read; Linux keeps it.
+        """
+        with contextlib.suppress(OSError):
+            for request in self.waiting:
+                # Requests without a reply are sent again, and must come to that as they are.
+                self._replies.read(Request([], request.key))
 
     def read(self) -> Request:
         """Fill in the reply of the first request that waits, and return it.
@@ -173,12 +222,24 @@ class Connection:
         Raises:
             OSError: the connection broke.
             TransientError: the server cannot serve now.
+            ProtocolError: as `add`.
             NotValkeyError: what it sends is no reply.
         """
         self.flush()
         request = self.waiting[0]
         try:
             self._replies.read(request)
+        except (TimeoutError, TooManyClientsError):
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise ConnectionBrokenError(str(error)) from error
+        except TransientError:
+            # Others of its addresses may be those of servers that do serve.
+            self._avoid()
+            self.close()
+            raise
         except BaseException:
             self.close()
             raise
@@ -192,12 +253,21 @@ class Connection:
         """
         if not self.closed:
             self.closed = True
+            if self.waiting:
+                with contextlib.suppress(OSError):
+                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self.waiting.clear()
             self.weight = 0
             self._unsent = []
-            with contextlib.suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._client.disconnect()
+
+    def _avoid(self) -> None:
+        if not self.endpoint.path:
+            with contextlib.suppress(OSError):
+                DIALER.avoid(self.endpoint.host, self.endpoint.port, self._sock.getpeername())
+
+    def fileno(self) -> int:
+        return int(self._sock.fileno())
 
     def _send(self, parts: list[Buffer]) -> None:
         while parts:
@@ -217,15 +287,28 @@ class Connection:
 # --- opening one ---
 
 
-class _TlsConnection(client.Connection):
-    """valkey-py's connection, over TLS with a context of ours, whose errors we can tell apart."""
+class _TcpConnection(client.Connection):
+    """valkey-py's connection, to whichever of a host's addresses answers first."""
+
+    def _connect(self) -> socket.socket:
+        sock = DIALER.dial(self.host, self.port, self.socket_connect_timeout or _CONNECT_TIMEOUT)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        sock.settimeout(self.socket_timeout)
+        return sock
+
+
+class _TlsConnection(_TcpConnection):
+    """The same, over TLS with a context of ours, whose errors we can tell apart."""
 
     def __init__(self, config: Config, **options: Any) -> None:
         super().__init__(**options)  # type: ignore[no-untyped-call]
         self._context = tls.context(config)
 
     def _connect(self) -> socket.socket:
-        sock = super()._connect()  # type: ignore[no-untyped-call]
+        sock = super()._connect()
         try:
             return self._context.wrap_socket(sock, server_hostname=self.host)
         except TimeoutError:
@@ -266,21 +349,17 @@ def _connected(
         "password": password,
         "socket_timeout": timeout,
         "socket_connect_timeout": min(_CONNECT_TIMEOUT, timeout),
-        # Shown by CLIENT LIST. A user with few permissions may not tell it, and the server would
-        # note that in its ACL LOG each time.
-        "lib_name": None if username else "ray-valkey-spill",
-        "lib_version": None if username else __version__,
+        # Sent with HELLO, in the same round trip.
+        "lib_name": None,
+        "lib_version": None,
     }
     connection: Any
     if endpoint.path:
         connection = client.UnixDomainSocketConnection(path=endpoint.path, **options)
     else:
-        options |= {"host": endpoint.host, "port": endpoint.port, "socket_keepalive": True}
-        connection = (
-            _TlsConnection(config, **options)
-            if config.address.tls
-            else client.Connection(**options)
-        )
+        options |= {"host": endpoint.host, "port": endpoint.port}
+        kind = functools.partial(_TlsConnection, config) if config.address.tls else _TcpConnection
+        connection = kind(**options)
     try:
         connection.connect()
     except BaseException:
@@ -323,22 +402,35 @@ def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyE
     """What valkey-py failed to connect with, in our terms."""
     if isinstance(error, client_errors.BusyLoadingError):
         return TransientError(f"LOADING {error}")
+    try:
+        reply_error(str(error))
+    except (TransientError, TooManyClientsError) as known:
+        return known
     if isinstance(error, client_errors.AuthorizationError):
         return _refused(config, endpoint, error)
     if isinstance(error, client_errors.InvalidResponse):
-        return NotValkeyError(
-            f"what answers at {endpoint} does not speak the Valkey protocol ({error})",
-            "Correct url: it must name a Valkey or Redis server",
-        )
+        return _not_valkey(endpoint, error)
     if isinstance(error, client_errors.ConnectionError | client_errors.TimeoutError):
         # Met after connecting, in the first exchange: also what a TLS port or a web server gives.
         silent = "closed by server" in str(error) or "reading from" in str(error)
-        prefix = "it takes connections, but does not answer as a Valkey does: " if silent else ""
-        return ConnectionError(f"{prefix}{error}".rstrip("."))
+        return _silent(error) if silent else ConnectionError(str(error).rstrip("."))
     mend = ""
     if "DB index" in str(error) or "SELECT" in str(error):
         mend = "Give a database that it has; most clusters have 0 alone"
     return ServerRefusedError(f"{endpoint} refuses the connection: {error}", mend)
+
+
+def _not_valkey(endpoint: Endpoint, error: Exception) -> NotValkeyError:
+    return NotValkeyError(
+        f"what answers at {endpoint} does not speak the Valkey protocol ({error})",
+        "Correct url: it must name a Valkey or Redis server",
+    )
+
+
+def _silent(error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"it takes connections, but does not answer as a Valkey does: {error}".rstrip(".")
+    )
 
 
 def _refused(

@@ -46,7 +46,7 @@ from ray_valkey_spill.sealing import Key, KeyRing
 from ray_valkey_spill.server_info import MemoryInfo
 from ray_valkey_spill.shared_overflow import SharedOverflow
 from ray_valkey_spill.tiers import Stat, ValkeyTier
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.wire import USUAL_SHARING, Link, Sharing
 
 __all__ = ["ObjectStore", "Room", "StoredObject", "problems"]
 
@@ -138,10 +138,16 @@ class ObjectStore:
         config: where, under which prefix, and how chunks are cut and compressed.
         session, node: whose the objects are that this store puts.
         observer: is told of what was done.
+        sharing: when connections are given back.
     """
 
     def __init__(
-        self, config: Config, session: str, node: str, observer: Observer | None = None
+        self,
+        config: Config,
+        session: str,
+        node: str,
+        observer: Observer | None = None,
+        sharing: Sharing = USUAL_SHARING,
     ) -> None:
         self.keys = Keyspace.of(config)
         self._observer = observer or Observer()
@@ -150,15 +156,12 @@ class ObjectStore:
         self._key_ring = KeyRing.of(config)
         # What this cannot do now in the background is done another time.
         impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
-        link, budget_link, recovery_link = (
-            Link(config, waiting=self._observer.waiting),
-            Link(config, waiting=self._observer.waiting),
-            Link(impatient),
-        )
-        self._links = link, budget_link, recovery_link
+        link = Link(config, sharing=sharing, waiting=self._observer.waiting)
+        recovery_link = Link(impatient, sharing=sharing, spare=link.close_unused)
+        self._links = link, recovery_link
         self._tier = ValkeyTier(link, self.keys)
         self._recovery = ValkeyTier(recovery_link, self.keys)
-        self._budget = self._new_budget(config, budget_link)
+        self._budget = self._new_budget(config, link)
         self._max_bytes = config.max_bytes
         overflow = OverflowTier.of(config)
         self._overflow = SharedOverflow(overflow, self._owner.session) if overflow else None
@@ -182,11 +185,15 @@ class ObjectStore:
     def close(self) -> None:
         """Drop the connections and the threads; the next operation gets new ones."""
         self._tier.close()
-        self._budget.close()
         self._recovery.close()
         self._packer.close()
         if self._overflow is not None:
             self._overflow.close()
+
+    def close_idle(self) -> None:
+        """Give back connections that were not used for a minute. For any thread."""
+        for link in self._links:
+            link.close_idle()
 
     @property
     def has_left_some(self) -> bool:
@@ -221,9 +228,10 @@ class ObjectStore:
             return [], _without_frames(error)
         sealed = None if key is None else key.id
         started = time.perf_counter()
-        stored, failure = self._put_in_valkey(sources, key)
-        if isinstance(failure, UnconfirmedError):
+        with self._tier.operation():
             stored, failure = self._put_in_valkey(sources, key)
+            if isinstance(failure, UnconfirmedError):
+                stored, failure = self._put_in_valkey(sources, key)
         self._tell_of_put("valkey", stored, started)
         places = [Place(entry.name, entry.size, False, sealed) for entry in stored]
         if self._overflow is not None and isinstance(failure, ServerFullError):

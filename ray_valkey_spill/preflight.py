@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from ray_valkey_spill.budget import free_room
-from ray_valkey_spill.config import MIB, Config, Endpoint
+from ray_valkey_spill.budget import free_room, margin
+from ray_valkey_spill.config import MIB, MIN_CHUNK_SIZE, Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
@@ -20,15 +21,16 @@ from ray_valkey_spill.errors import (
     ServerUnavailableError,
 )
 from ray_valkey_spill.keys import Keyspace, new_attempt
-from ray_valkey_spill.resp import command
-from ray_valkey_spill.sealing import KeyRing
-from ray_valkey_spill.server_info import ServerInfo
+from ray_valkey_spill.resp import ProtocolError, command, fetch, store
+from ray_valkey_spill.sealing import TAG_SIZE, KeyRing
+from ray_valkey_spill.server_info import ServerInfo, fields_of
 from ray_valkey_spill.wire import Link
 
 __all__ = [
     "COMMANDS",
     "HEAD_START_PATIENCE",
     "acl_rules",
+    "check_chunk_size",
     "check_permissions",
     "check_policy",
     "check_reachable",
@@ -53,6 +55,19 @@ COMMANDS = (
 )
 # A key lies on one of a thousand shards, if there were as many, within this many tries.
 _TRIES = 10_000
+
+# Bytes of replies that a connection may have under way, in chunks, but no more of them than this.
+_UNDER_WAY, _MOST_CHUNKS = 8 * MIB, 100
+# Settings for which a server closes connections, and the fields of `INFO stats` that count those
+# closed; not all versions have all of them.
+_WRITING_LIMITS = {
+    "client-query-buffer-limit": "client_query_buffer_limit_disconnections",
+    "maxmemory-clients": "evicted_clients",
+}
+_READING_LIMITS = {
+    "client-output-buffer-limit": "client_output_buffer_limit_disconnections",
+    "maxmemory-clients": "evicted_clients",
+}
 
 # And to the nodes of a cluster.
 _CLUSTER_COMMANDS = ("CLUSTER|SLOTS", "ASKING")
@@ -94,6 +109,7 @@ def run_all(config: Config) -> ServerInfo:
         check_replicas(config, infos)
         check_policy(config, infos)
         check_permissions(link, config, infos)
+        check_chunk_size(link, config, infos)
         if (warning := tenancy_warning(config, infos)) is not None:
             logger.warning("%s. %s", *warning)
         return next(iter(infos.values()))
@@ -236,12 +252,17 @@ def check_permissions(link: Link, config: Config, infos: Mapping[Endpoint, Serve
     for a spill to find, and may be over by then.
 
     Raises:
-        ServerRefusedError
+        ServerRefusedError: it does not.
+        ServerUnavailableError: it cannot now, such as without the replicas that it wants.
     """
     for endpoint, info in infos.items():
         base = _base_at(link, config, endpoint)
-        if base is not None:
+        if base is None:
+            continue
+        try:
             _try_commands(link, config, endpoint, base, is_cluster=info.mode == "cluster")
+        except ServerUnavailableError as error:
+            raise _unavailable(error) from None
 
 
 def _base_at(link: Link, config: Config, endpoint: Endpoint) -> str | None:
@@ -301,9 +322,121 @@ def _try_commands(
     for name, trial in trials.items():
         if trial.error is not None and not isinstance(trial.error, ServerFullError):
             raise ServerRefusedError(
-                f"Valkey at {config.address} fails {name}: {trial.error}",
-                f"Let it run {', '.join(COMMANDS)}, as they are named here",
+                f"Valkey at {config.address} fails {name}: {trial.error.what}",
+                trial.error.mend or f"Let it run {', '.join(COMMANDS)}, as they are named here",
             )
+
+
+def check_chunk_size(link: Link, config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
+    """Each server, and any proxy before it, takes and returns values as long as chunks are.
+
+    Tries that below our prefix, as far as there is free memory for it, and leaves nothing behind.
+
+    Raises:
+        ServerRefusedError: names the limit, and the longest chunks that work if there are any.
+        ServerUnavailableError: a server cannot be reached any more.
+    """
+    overhead = TAG_SIZE if config.encryption_key_file is not None else 0
+    # It tries everything twice: a connection that breaks once may do so by chance.
+    probe = Link(config, unreachable_timeout=0)
+    try:
+        for endpoint, info in infos.items():
+            base = _base_at(link, config, endpoint)
+            memory = info.memory
+            free = memory.maxmemory - memory.used - margin(memory.maxmemory)
+            # A chunk, and as much for the server's buffers.
+            if base is None or (memory.maxmemory and free < 2 * config.chunk_size):
+                continue
+            trial = _Trial(link, probe, endpoint, f"{base}:value", overhead)
+            problem = trial.problem(config.chunk_size)
+            if problem is not None:
+                raise problem.error(endpoint, config.chunk_size, trial.longest(config.chunk_size))
+    except ServerUnavailableError as error:
+        raise _unavailable(error) from None
+    finally:
+        probe.close()
+
+
+class _Trial:
+    """Writes and reads values of different lengths.
+
+    Args:
+        link: for what has to work.
+        probe: for what may break connections.
+        endpoint: the server.
+        key: of the values; it is removed after each.
+        overhead: by how much what is stored of a chunk may be longer than the chunk, in bytes.
+    """
+
+    def __init__(
+        self, link: Link, probe: Link, endpoint: Endpoint, key: str, overhead: int
+    ) -> None:
+        self._link = link
+        self._probe = probe
+        self._endpoint = endpoint
+        self._key = key
+        self._overhead = overhead
+
+    def problem(self, chunk_size: int) -> _Problem | None:
+        """What keeps chunks of this size from being written and read, if anything does."""
+        size = chunk_size + self._overhead
+        before = self._stats()
+        is_written = False
+        try:
+            self._probe.execute(store(self._key, [bytes(size)]))
+            is_written = True
+            count = min(max(2, _UNDER_WAY // size), _MOST_CHUNKS)
+            for _ in self._probe.run(fetch(self._key, expected=size) for _ in range(count)):
+                pass
+        except ServerFullError:
+            return None
+        except ProtocolError as error:
+            return _Problem("written", "proto-max-bulk-len", error.what)
+        except ServerUnavailableError as error:
+            after = self._stats()
+            limits = _READING_LIMITS if is_written else _WRITING_LIMITS
+            met = [
+                limit for limit, field in limits.items() if after.get(field) != before.get(field)
+            ]
+            uncounted = [limit for limit, field in limits.items() if field not in after]
+            return _Problem(
+                "read" if is_written else "written",
+                " or ".join(met or [*uncounted, "the limits of a proxy"]),
+                f"the connection breaks: {error.__cause__}",
+            )
+        finally:
+            self._link.execute(command("UNLINK", self._key))
+        return None
+
+    def longest(self, chunk_size: int) -> int | None:
+        """The longest chunks that work, of those 2, 4, 8, … times shorter than `chunk_size`."""
+        while (chunk_size := chunk_size // 2) >= MIN_CHUNK_SIZE:
+            if self.problem(chunk_size) is None:
+                return chunk_size
+        return None
+
+    def _stats(self) -> dict[str, str]:
+        request = command("INFO", "stats")
+        request.target = self._endpoint
+        (text,) = self._link.execute(request)
+        return fields_of(text.decode(errors="replace"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """Values cannot be `done`, "written" or "read", because of `limits`."""
+
+    done: str
+    limits: str
+    reason: str
+
+    def error(self, endpoint: Endpoint, size: int, longest: int | None) -> ServerRefusedError:
+        lower = f", or lower chunk_size to at most {longest}" if longest is not None else ""
+        return ServerRefusedError(
+            f"values of chunk_size, {size} bytes, cannot be {self.done} at {endpoint} because of "
+            f"{self.limits} ({self.reason})",
+            f"Raise that limit{lower}",
+        )
 
 
 def _not_permitted(
@@ -319,16 +452,8 @@ def _not_permitted(
 
 
 def _unavailable(error: ServerUnavailableError) -> ServerUnavailableError:
-    mend = (
-        "Wait until it has loaded its data, or raise retry_timeout"
-        if "LOADING" in error.what
-        else "Bring its failed nodes back, or give their slots to others (CLUSTER INFO tells)"
-        if "CLUSTERDOWN" in error.what
-        else "Wait until the failover is over, or correct url"
-        if "is a replica" in error.what
-        else "Raise its maxclients"
-        if "max number of clients" in error.what
-        else "Start it, or correct url (valkeys:// if it wants TLS, valkey:// if not); every node "
-        "of the Ray cluster must reach it"
+    mend = error.mend or (
+        "Start it, or correct url (valkeys:// if it wants TLS, valkey:// if not); every node of "
+        "the Ray cluster must reach it"
     )
     return ServerUnavailableError(f"Valkey at {error.what}", mend)

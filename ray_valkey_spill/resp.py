@@ -14,12 +14,16 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.format import Buffer
 
 __all__ = [
+    "ConnectionBrokenError",
+    "ProtocolError",
     "RedirectError",
     "ReplyReader",
     "Request",
+    "TooManyClientsError",
     "TransientError",
     "command",
     "fetch",
+    "reply_error",
     "store",
 ]
 
@@ -29,21 +33,69 @@ _LARGEST = 512 << 20
 _LARGEST_INTEGER = 2**63
 _MOST_DIGITS = 19
 
-# Error replies that mean "not now": a server that restarts, fails over or reshards gives them.
-_TRANSIENT = {
-    *("LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "CLUSTERDOWN", "BUSY"),
+_USE_PRIMARY = "Wait for the failover to end, or give the url of the primary"
+# Error replies that mean "not now", and what helps where they do not pass by themselves: a server
+# that restarts, fails over or reshards sends them. Those of other commands than ours are left out
+# (UNKILLABLE, INPROG, NOGOODSLAVE, NOMASTERLINK, IOERR); MISCONF lasts until somebody helps.
+_NOT_NOW = {
+    "LOADING": "Wait until it has loaded its data, or raise retry_timeout",
+    "BUSY": "Wait until the script or module command that it runs has ended",
+    "CLUSTERDOWN": "Bring its failed nodes back, or assign their slots to others (CLUSTER INFO)",
+    "TRYAGAIN": "",
+    "NOREPLICAS": "Bring its replicas back, or lower min-replicas-to-write",
+    "MASTERDOWN": _USE_PRIMARY,
+    "READONLY": _USE_PRIMARY,
+    # Instead of READONLY, for clients that asked for it: a proxy may have.
+    "REDIRECT": _USE_PRIMARY,
     # A primary that became a replica, while WAIT waited there.
-    "UNBLOCKED",
+    "UNBLOCKED": "",
 }
 # And what such a one answers to WAIT and WAITAOF from then on.
 _NO_PRIMARY = "cannot be used with replica instances"
+# In a cluster, "clients + cluster connections".
+_TOO_MANY_CLIENTS = "max number of clients"
+
+_MEND_LENGTH = (
+    "A chunk is longer than it takes: raise its proto-max-bulk-len, or lower chunk_size "
+    "(`ray-valkey-spill check` finds how far)"
+)
 
 # What Valkey, and Redis, answer if a script does what its user may not do.
 _REFUSED_IN_A_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
 
 class TransientError(Exception):
-    """A failure that another attempt may cure: its text tells the user what it was."""
+    """A failure that another attempt may cure.
+
+    Args:
+        text: what it was, for the user; it begins with the server's code, if it has one.
+
+    Attributes:
+        mend: what the user can do if no attempt cures it; empty if that is not known.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.mend = _NOT_NOW.get(text.partition(" ")[0], "")
+
+
+class TooManyClientsError(ConnectionError):
+    """The server has as many connections as its `maxclients` allows."""
+
+    mend = "Raise its maxclients: docs/operations.md has the number that a node needs"
+
+
+class ConnectionBrokenError(ConnectionError):
+    """A connection over which the server had answered is closed."""
+
+    mend = (
+        "If that goes on, look for limits below what is sent (client-output-buffer-limit, "
+        "maxmemory-clients, or those of a proxy): `ray-valkey-spill check` tries them"
+    )
+
+
+class ProtocolError(ServerRefusedError):
+    """The server, or a proxy, refuses the form of what it was sent, and closes the connection."""
 
 
 class RedirectError(ServerError):
@@ -65,7 +117,8 @@ class RedirectError(ServerError):
 
 # Commands that are about no key; of others, but EVAL, the first argument is one.
 _KEYLESS = {
-    *("ASKING", "CLUSTER", "HELLO", "INFO", "PING", "ROLE", "SENTINEL", "TIME", "WAIT", "WAITAOF"),
+    *("ASKING", "CLIENT", "CLUSTER", "HELLO", "INFO", "PING", "ROLE", "SENTINEL", "TIME"),
+    *("WAIT", "WAITAOF"),
 }
 
 
@@ -181,7 +234,7 @@ class ReplyReader:
         if kind == b"+":
             return rest
         if kind == b"-":
-            return _reply_error(rest.decode(errors="replace"))
+            return reply_error(rest.decode(errors="replace"))
         if kind == b"*":
             return [self._parse() for _ in range(_number(rest))] if rest != b"-1" else None
         raise NotValkeyError(f"a reply begins with {line[:20]!r}: this is no Valkey")
@@ -241,16 +294,28 @@ def _number(text: bytes, most: int = _LARGEST) -> int:
     return int(text)
 
 
-def _reply_error(text: str) -> ServerError:
-    """The error for an error reply. Raises `TransientError` for those that mean "not now"."""
+def reply_error(text: str) -> ServerError:
+    """The error for an error reply.
+
+    Raises:
+        TransientError: it means "not now".
+        TooManyClientsError: it refuses the connection, as one too many.
+        ProtocolError: it comes before the end of the connection.
+    """
     code = text.partition(" ")[0]
-    if code in _TRANSIENT or _NO_PRIMARY in text:
+    if code in _NOT_NOW or _NO_PRIMARY in text:
         raise TransientError(text)
+    if _TOO_MANY_CLIENTS in text:
+        raise TooManyClientsError(text.removeprefix("ERR "))
+    if "Protocol error" in text and "unauthenticated" not in text:
+        raise ProtocolError(text, _MEND_LENGTH if "bulk length" in text else "")
     if code in ("MOVED", "ASK"):
         return RedirectError(text)
     if code == "OOM":
         return ServerFullError(text, "Raise the server's maxmemory, or remove what else is in it")
-    if code in ("NOAUTH", "WRONGPASS"):
+    if code == "MISCONF":
+        return ServerError(text, "Fix its disk: the server's log has the reason")
+    if code in ("NOAUTH", "WRONGPASS") or "Protocol error" in text:
         return ServerRefusedError(
             text, "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has"
         )

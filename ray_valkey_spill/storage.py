@@ -255,6 +255,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """
         if self._in_io_worker and not _is_connected():
             return _BETWEEN_STARTS
+        self._store.close_idle()
         failure: SpillError | None = None
         for step in (
             self._renew_lease,
@@ -587,6 +588,9 @@ class _Unusable:
         self._error = error
 
     def close(self) -> None:
+        """There is nothing to close."""
+
+    def close_idle(self) -> None:
         """There is nothing to close."""
 
     def __getattr__(self, name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -67,6 +68,10 @@ class ValkeyTier:
     def breaks(self) -> int:
         """How many times the connection has broken."""
         return self._link.breaks
+
+    def operation(self) -> AbstractContextManager[None]:
+        """See `wire.Link.operation`. What is written and then confirmed has to be in one."""
+        return self._link.operation()
 
     def register(self, names: Iterable[ObjectName]) -> None:
         """Enter objects into the books. Nothing of them may be written before this returns."""
@@ -243,17 +248,19 @@ class ValkeyTier:
             UnconfirmedError: connections broke again and again.
         """
         for reading in range(_READINGS):
-            names = self._link.confirmed(
-                lambda: [n for page in self.ledger.pending(owner) for n in page]
-            )
-            names = [name for name in names if is_half_written(name)]
-            try:
-                self.remove(names, since=self._link.generation)
-            except UnconfirmedError:
-                if reading == _READINGS - 1:
-                    raise
-            else:
-                break
+            # In one operation: between two the link may replace its connections by itself.
+            with self._link.operation():
+                names = self._link.confirmed(
+                    lambda: [n for page in self.ledger.pending(owner) for n in page]
+                )
+                names = [name for name in names if is_half_written(name)]
+                try:
+                    self.remove(names, since=self._link.generation)
+                except UnconfirmedError:
+                    if reading == _READINGS - 1:
+                        raise
+                else:
+                    break
         return len(names)
 
     def remove_stored(self, owner: Owner) -> int:

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import random
+import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ray_valkey_spill.config import MIB, Address, Config, Endpoint
@@ -32,12 +35,20 @@ from ray_valkey_spill.errors import (
     UnconfirmedError,
 )
 from ray_valkey_spill.keys import Keyspace
-from ray_valkey_spill.resp import RedirectError, Request, TransientError, command
+from ray_valkey_spill.resp import (
+    ConnectionBrokenError,
+    ProtocolError,
+    RedirectError,
+    Request,
+    TooManyClientsError,
+    TransientError,
+    command,
+)
 from ray_valkey_spill.roles import Role
 from ray_valkey_spill.server_info import MemoryInfo, ServerInfo, fields_of
 from ray_valkey_spill.topology import Cluster, Single, Topology, cluster_at, primaries_of
 
-__all__ = ["Link"]
+__all__ = ["USUAL_SHARING", "Link", "Sharing"]
 
 # Seconds between attempts, doubled each time and drawn from the upper half of that.
 _FIRST_PAUSE = 0.05
@@ -47,6 +58,8 @@ _LONGEST_PAUSE = 2.0
 _DEPTH_IN_CLUSTER = 2
 # Bytes, however many shards there are: what is compressed or sealed lies in this process's memory.
 _MOST_IN_CLUSTER = 16 * MIB
+# Seconds for which one keeps a connection while others are refused theirs.
+_CROWDED_TURN = 1.0
 # Of one request; nodes that send it back and forth do not agree yet on who has its key.
 _REDIRECTS = 8
 # How long a server waits for its replicas before it tells how many have confirmed, in ms.
@@ -111,14 +124,36 @@ class _Patience:
     ) -> ServerUnavailableError:
         return ServerUnavailableError(
             f"{self._address} {'does not serve' if answered else 'cannot be reached'}: "
-            f"{str(failure) or type(failure).__name__} (tried for {round(tried, 1):g} s)"
+            f"{str(failure) or type(failure).__name__} (tried for {round(tried, 1):g} s)",
+            _mend(failure),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How connections are shared with whoever else uses the server. Times are in seconds.
+
+    Attributes:
+        idle: a connection that was not used for that long is closed. Load balancers and NATs
+            forget connections without a word, the quickest of them after four minutes.
+        turn: a connection that is used all the time is given up after that long, at the end of an
+            operation, if the server has refused connections to others meanwhile.
+        away: for that long it is left to them then: somewhat longer than they wait between two
+            attempts.
+    """
+
+    idle: float = 60.0
+    turn: float = 10.0
+    away: float = 3.0
+
+
+USUAL_SHARING = Sharing()
 
 
 class Link:
     """The way to the servers that a config names. Connections are opened when first needed.
 
-    For one thread at a time.
+    Not thread-safe but for `close_idle`.
 
     Args:
         config: address, credentials and `retry_timeout`.
@@ -128,6 +163,9 @@ class Link:
             that the run would end with. It must not raise, nor use this link.
         any_role: whether the server of a url is used even if it is a replica, to look at what it
             is.
+        sharing: when connections are given back.
+        spare: closes what else this process has open and does not use. It is called when the server
+            has no connection left for this link.
 
     Attributes:
         breaks: how many times a connection broke or could not be had, or a server was not ready,
@@ -143,10 +181,17 @@ class Link:
         unreachable_timeout: float | None = None,
         waiting: Callable[[SpillError], None] = lambda error: None,
         any_role: bool = False,
+        sharing: Sharing = USUAL_SHARING,
+        spare: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._retry_timeout = config.retry_timeout
         self._any_role = any_role and config.sentinel_service is None
+        self._spare = spare
+        self._sharing = sharing
+        # Held while `_operations` changes, and while connections are closed because it is 0.
+        self._lock = threading.Lock()
+        self._operations = 0
         self._unreachable_timeout = (
             config.retry_timeout if unreachable_timeout is None else unreachable_timeout
         )
@@ -161,8 +206,11 @@ class Link:
         self._connections: dict[Endpoint, Connection] = {}
         self.breaks = self.generation = 0
         self._is_confirming = False
-        # What the latest run waits for replies to.
-        self._running: deque[Request] = deque()
+        # Whether somebody was refused a connection lately; how many were by each server; until when
+        # this leaves its own to them.
+        self._is_crowded = False
+        self._rejected: dict[Endpoint, int] = {}
+        self._away_until = float("-inf")
 
     @property
     def address(self) -> Address:
@@ -170,10 +218,13 @@ class Link:
 
     def close(self) -> None:
         """Drop the connections; the next request finds out anew who has what, and opens others."""
+        self._close_all()
+        self._topology = None
+
+    def _close_all(self) -> None:
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
-        self._topology = None
         self.generation += 1
 
     @contextlib.contextmanager
@@ -191,6 +242,93 @@ class Link:
     def under_way(self) -> int:
         """Bytes of requests that have no reply yet, and of the replies that are expected."""
         return sum(connection.weight for connection in self._connections.values())
+
+    @contextlib.contextmanager
+    def operation(self) -> Iterator[None]:
+        """Keep the connections there are from one run within to the next, unless they break.
+
+        Those that were idle for too long, or that the server has closed, are given up before: who
+        finds out by using them waits for an answer that never comes.
+        """
+        with self._lock:
+            if not self._operations:
+                self._close_stale()
+            self._operations += 1
+        try:
+            yield
+            if self._operations == 1:
+                self._end_turn()
+        finally:
+            with self._lock:
+                self._operations -= 1
+
+    def close_unused(self) -> None:
+        """Close all connections unless an operation uses them. Any thread may call this."""
+        with self._lock:
+            if not self._operations:
+                self.close()
+
+    def _end_turn(self) -> None:
+        """Leave connections to others for a while, if a server has refused some to them."""
+        now = time.monotonic()
+        turn = min(self._sharing.turn, _CROWDED_TURN) if self._is_crowded else self._sharing.turn
+        due = [
+            connection
+            for connection in self._connections.values()
+            if not connection.closed
+            and not connection.waiting
+            and now - connection.turn_began >= turn
+        ]
+        if not due:
+            return
+        self._is_crowded = False
+        for connection in due:
+            connection.turn_began = now
+            try:
+                self._is_crowded |= self._has_refused(connection)
+            except (OSError, TransientError):
+                connection.close()  # it is replaced when it is needed
+        if self._is_crowded:
+            # All of them: whoever gets one that is left alone may need the others as well.
+            self._close_all()
+            self._away_until = now + self._sharing.away
+
+    def _has_refused(self, connection: Connection) -> bool:
+        """Whether a server has refused connections since this was last asked. Errors as `read`."""
+        request = command("INFO", "clients", "stats")
+        connection.add(request)
+        connection.read()
+        if not isinstance(request.reply, bytearray):
+            return False
+        info = fields_of(request.reply.decode(errors="replace"))
+        rejected = int(info.get("rejected_connections", 0))
+        before = self._rejected.get(connection.endpoint)
+        self._rejected[connection.endpoint] = rejected
+        if before is not None:
+            return rejected > before
+        clients = int(info.get("connected_clients", 0)) + int(info.get("cluster_connections", 0))
+        return 0 < int(info.get("maxclients", 0)) <= clients
+
+    def close_idle(self) -> None:
+        """Close the connections that were not used for a while. Any thread may call this."""
+        with self._lock:
+            if not self._operations:
+                self._close_stale()
+
+    def _close_stale(self) -> None:
+        since = time.monotonic() - self._sharing.idle
+        ends = select.poll()
+        for connection in self._connections.values():
+            if not connection.closed:
+                ends.register(connection, select.POLLIN)
+        # Without requests under way nothing comes but the end of a connection.
+        ended = {number for number, _ in ends.poll(0)}
+        for endpoint, connection in [*self._connections.items()]:
+            if not connection.closed and (connection.used <= since or connection.fileno() in ended):
+                self._connections.pop(endpoint).close()
+                self.generation += 1
+                # Others may serve by now.
+                self._topology = None
 
     def owner(self, key: str) -> Endpoint | None:
         """Who has `key`, as far as the latest run has found; None if it broke."""
@@ -327,20 +465,24 @@ class Link:
                 if not keep:
                     self.close()
                 try:
-                    before = self.generation
-                    found = look()
-                    if lacks_nothing(found):
-                        return found
-                    if self.generation != before:
-                        raise TransientError("a connection broke while something was missing")
-                    self._require_primaries()
-                    return found
+                    with self.operation():
+                        return self._looked(look, lacks_nothing)
                 except (OSError, TransientError) as failure:
                     keep = False
-                    self._broke()
+                    self._broke(failure)
                     patience.wait(failure)
         finally:
             self._is_confirming = False
+
+    def _looked(self, look: Callable[[], _T], lacks_nothing: Callable[[_T], bool]) -> _T:
+        """Errors as `confirmed`; OSError and TransientError where another look is due."""
+        before = self.generation
+        found = look()
+        if not lacks_nothing(found):
+            if self.generation != before:
+                raise TransientError("a connection broke while something was missing")
+            self._require_primaries()
+        return found
 
     def _require_primaries(self) -> None:
         """Raise TransientError unless all servers connected to are the primaries now."""
@@ -410,8 +552,10 @@ class Link:
         """Send `requests` and yield each once its reply is there, in order.
 
         `requests` is read one further than the window allows. A request's buffers must stay
-        unchanged until it is yielded. A consumer that stops early, or that runs something else
-        before it goes on, costs the connections that have replies under way.
+        unchanged until it is yielded. A consumer that stops early costs the connections that have
+        its replies under way. Runs may alternate, and what yields requests may run others
+        meanwhile: all share the connections, and replies to one are received while those to
+        another are waited for.
 
         Requests may be carried out in any order where they go to several servers, but a fenced one
         only after all before it; the run ends there if one of these was seen to fail.
@@ -427,6 +571,10 @@ class Link:
                 new connections. What was not yielded may or may not have been carried out.
             ServerRefusedError, NotValkeyError, ConfigError: if no connection can be had.
         """
+        with self.operation():
+            yield from self._run(requests, since)
+
+    def _run(self, requests: Iterable[Request], since: int | None) -> Iterator[Request]:
         source = iter(requests)
         in_flight: deque[Request] = deque()
         held: Request | None = None
@@ -445,22 +593,22 @@ class Link:
                     if self._is_outdated and not in_flight:
                         self._discover()
                         continue
-                    self._take_over(in_flight)
                     if held is not None and self._give(held, in_flight, since):
                         in_flight.append(held)
                         held = None
                         continue
                     self._await(in_flight)
                 except (OSError, TransientError) as failure:
-                    self._broke()
+                    self._broke(failure)
                     self._require_generation(since)
                     patience.wait(failure)
                     continue
                 except ServerRefusedError as refusal:
                     # Who was let in before may find that the password is being changed.
-                    if not self._has_served or self._config.password_file is None:
+                    may_change = self._has_served and self._config.password_file is not None
+                    if isinstance(refusal, ProtocolError) or not may_change:
                         raise
-                    self._broke()
+                    self._broke(refusal)
                     patience.wait(refusal)
                     continue
                 patience.renew()
@@ -469,8 +617,10 @@ class Link:
                 failed = failed or request.error is not None
                 yield request
         finally:
-            if self._running is in_flight:
-                self._drop_waiting()
+            for request in in_flight:
+                # Nobody is there any more whose buffers may be used.
+                if request.connection is not None and not request.done:
+                    request.connection.close()
 
     def _new_patience(self) -> _Patience:
         return _Patience(
@@ -480,21 +630,16 @@ class Link:
             self._waiting,
         )
 
-    def _take_over(self, in_flight: deque[Request]) -> None:
-        if self._running is not in_flight:
-            self._drop_waiting()
-            self._running = in_flight
-
-    def _drop_waiting(self) -> None:
-        for connection in self._connections.values():
-            if connection.waiting:
-                connection.close()
-                self.generation += 1
-
-    def _broke(self) -> None:
+    def _broke(self, failure: Exception) -> None:
         self.breaks += 1
         self.generation += 1
         self._topology = None
+        if isinstance(failure, TooManyClientsError):
+            # Who holds some connections while waiting for others keeps those from going on who
+            # do the same.
+            self._is_crowded = True
+            self._close_all()
+            self._spare()
 
     def _require_generation(self, since: int | None) -> None:
         if since not in (None, self.generation):
@@ -597,6 +742,7 @@ class Link:
         return TransientError(f"READONLY {endpoint} is a replica, {reason}")
 
     def _open(self, endpoint: Endpoint) -> Connection:
+        time.sleep(max(0.0, self._away_until - time.monotonic()))
         return Connection(self._config, endpoint, self._unreachable_timeout)
 
     def _discover(self) -> Topology:
@@ -680,6 +826,11 @@ class Link:
         cluster = cluster_at(node)
         self._nodes = cluster.nodes
         return cluster
+
+
+def _mend(failure: Exception) -> str:
+    known = TransientError | TooManyClientsError | ConnectionBrokenError
+    return failure.mend if isinstance(failure, known) else ""
 
 
 def _is_lost(request: Request) -> bool:

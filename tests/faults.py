@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -209,6 +210,40 @@ def becomes_a_replica(rig: Rig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def lacks_replicas(rig: Rig) -> Iterator[None]:
+    """`NOREPLICAS`, as for a moment in every failover of a server that has min-replicas-to-write"""
+    rig.client.config_set("min-replicas-to-write", 1)
+    yield
+    rig.client.config_set("min-replicas-to-write", 0)
+
+
+@contextlib.contextmanager
+def runs_a_long_script(rig: Rig) -> Iterator[None]:
+    """`BUSY`"""
+    rig.client.config_set("busy-reply-threshold", 1)
+
+    def run() -> None:
+        client = valkey.Valkey(port=rig.client.connection_pool.connection_kwargs["port"])
+        with client, contextlib.suppress(valkey.ResponseError):
+            client.eval("while true do end", 0)
+
+    script = threading.Thread(target=run)
+    script.start()
+    wait_until(lambda: _is_busy(rig))
+    yield
+    rig.client.script_kill()
+    script.join()
+
+
+def _is_busy(rig: Rig) -> bool:
+    try:
+        rig.client.get("busy")
+    except valkey.ResponseError as error:
+        return str(error).startswith("BUSY")
+    return False
+
+
+@contextlib.contextmanager
 def is_full(rig: Rig) -> Iterator[None]:
     rig.client.config_set("maxmemory", 1)
     yield
@@ -317,6 +352,8 @@ PASSING: list[Fault] = [
     kills_our_connections,
     takes_no_more_clients,
     becomes_a_replica,
+    lacks_replicas,
+    runs_a_long_script,
 ]
 REFUSING: list[Fault] = [
     is_full,

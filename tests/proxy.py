@@ -76,6 +76,7 @@ class Proxy:
         refusing: while True new connections are closed at once.
         connections: how many there have been.
         round_trips: how many times a client spoke after the server had.
+        swallowed: bytes that came over forgotten connections.
     """
 
     def __init__(self, port: int) -> None:
@@ -87,13 +88,27 @@ class Proxy:
         self.connections = 0
         self.round_trips = 0
         self._last_way: Way | None = None
+        self.swallowed = 0
         self._open: set[tuple[socket.socket, socket.socket]] = set()
+        self._forgotten: set[tuple[socket.socket, socket.socket]] = set()
         self._threads: set[threading.Thread] = set()
         self._start(self._accept)
+
+    def forget(self) -> None:
+        """Pass nothing on of the connections there are, as a NAT that has forgotten them.
+
+        Neither end learns of it. New connections work.
+        """
+        self._forgotten |= self._open
 
     @property
     def url(self) -> str:
         return f"valkey://127.0.0.1:{self.port}/0"
+
+    @property
+    def open_connections(self) -> int:
+        """How many there are now."""
+        return len(self._open)
 
     def forward_to(self, port: int) -> None:
         """Connect to another server from the next connection on."""
@@ -153,6 +168,9 @@ class Proxy:
         carried = 0
         try:
             while data := source.recv(way.piece):
+                if ends in self._forgotten:
+                    self.swallowed += len(data)
+                    continue
                 self.round_trips += to_server and self._last_way is not way
                 self._last_way = way
                 for word, other in way.replaced.items():
@@ -193,9 +211,9 @@ def proxy_to(port: int) -> Iterator[Proxy]:
 
 
 @contextlib.contextmanager
-def answering(reply: bytes) -> Iterator[str]:
+def answering(reply: bytes, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """The url of a listener that answers whatever comes with `reply`, and closes."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server((host, port)) as listener:
 
         def serve() -> None:
             while True:
@@ -209,6 +227,8 @@ def answering(reply: bytes) -> Iterator[str]:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield f"valkey://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join()
+        try:
+            yield f"valkey://{host}:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()

@@ -664,10 +664,12 @@ def test_a_move_is_noticed_while_another_connection_breaks(cluster: Cluster, lin
     moving, cut = key_at(cluster, one), key_at(cluster, other)
     link.execute(store(moving, [b"moving"]), store(cut, [b"cut"]))
     cluster.migrate_slot(key_slot(moving.encode()), another(cluster, one))
-    other.client.client_kill_filter(_type="normal", skipme=True)
-    # The first of what is sent there only has the kernel learn that nobody listens any more.
-    requests = [fetch(moving), store(cut, [bytes(200_000)]), fetch(cut)]
-    value, _, there = link.execute(*requests)
+    # In an operation: what is closed before one is replaced unnoticed.
+    with link.operation():
+        other.client.client_kill_filter(_type="normal", skipme=True)
+        # The first of what is sent there only has the kernel learn that nobody listens any more.
+        requests = [fetch(moving), store(cut, [bytes(200_000)]), fetch(cut)]
+        value, _, there = link.execute(*requests)
     assert (value, len(there)) == (b"moving", 200_000)
     assert link.breaks == 1
     cluster.migrate_slot(key_slot(moving.encode()), one)

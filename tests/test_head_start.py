@@ -14,6 +14,7 @@ import textwrap
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ import valkey
 from clusters import run_driver, starting_ray, system_config
 from proxy import proxy_to
 from samples import source
-from servers import Server, acl_user, free_port, valkey_server, wait_until
+from servers import (
+    PRODUCTS,
+    Server,
+    acl_user,
+    free_port,
+    server_of,
+    valkey_server,
+    wait_until,
+)
 
 from ray_valkey_spill import ValkeyStorage, preflight, storage
 from ray_valkey_spill.config import Config
@@ -66,7 +75,6 @@ def test_a_policy_that_spares_keys_without_a_ttl_is_accepted(server: Server, pol
 UNUSABLE = {
     "UNLINK renamed away": {"rename_command": 'UNLINK ""'},
     "ZADD renamed away": {"rename_command": 'ZADD ""'},
-    "too few replicas": {"min_replicas_to_write": 1},
 }
 
 
@@ -76,6 +84,25 @@ def test_a_server_on_which_no_spill_could_succeed_is_refused(options: dict[str, 
         with pytest.raises(ServerRefusedError, match=rf"{server.port}/0 fails (UNLINK|ZADD)"):
             preflight.run_all(load(server))
         assert server.our_keys() == []
+
+
+def test_a_server_without_the_replicas_that_it_wants_is_waited_for_and_then_named() -> None:
+    with (
+        valkey_server(min_replicas_to_write=1) as server,
+        pytest.raises(ServerUnavailableError, match=r"NOREPLICAS.*lower min-replicas-to-write"),
+    ):
+        preflight.run_all(load(server, retry_timeout=0.3))
+
+
+def test_a_server_that_cannot_save_is_named_with_its_cause(tmp_path: Path) -> None:
+    with valkey_server(enable_protected_configs="yes", data_dir=tmp_path) as server:
+        server.client.config_set("dir", "/proc")
+        server.client.config_set("save", "3600 1")
+        server.client.bgsave()
+        wait_until(lambda: server.client.info("persistence")["rdb_last_bgsave_status"] == "err")
+        with pytest.raises(ServerRefusedError, match=r"fails UNLINK: MISCONF.*Fix its disk"):
+            preflight.run_all(load(server))
+        server.client.config_set("save", "")
 
 
 def test_a_second_storage_with_another_server_is_checked_as_well(server: Server) -> None:
@@ -139,6 +166,41 @@ def test_a_full_server_does_not_keep_the_head_from_starting(server: Server) -> N
     server.client.config_set("maxmemory", 1)
     preflight.run_all(load(server))
     server.client.config_set("maxmemory", 0)
+
+
+LIMITS = {
+    "proto-max-bulk-len": ("1mb", "written"),
+    "client-query-buffer-limit": ("1mb", "written"),
+    "maxmemory-clients": ("1500kb", "written"),
+    "client-output-buffer-limit": ("normal 1mb 0 0", "read"),
+}
+# Valkey 9 sends long values from where they are stored, and has no buffer for them.
+UNLIMITED = [("valkey", "client-output-buffer-limit")]
+
+
+@pytest.mark.parametrize(
+    ("product", "limit"), [c for c in product(PRODUCTS, LIMITS) if c not in UNLIMITED]
+)
+def test_a_limit_below_the_chunk_size_is_named_with_what_would_work(
+    tmp_path: Path, product: str, limit: str
+) -> None:
+    value, done = LIMITS[limit]
+    with server_of(product, tmp_path) as (url, client):
+        client.config_set(limit, value)
+        with pytest.raises(ServerRefusedError, match=rf"cannot be {done} at .*{limit}") as caught:
+            preflight.run_all(Config.load({"url": url, "chunk_size": 3 << 20}, {}))
+        advised = int(caught.value.mend.rpartition("chunk_size to at most ")[2])
+        preflight.run_all(Config.load({"url": url, "chunk_size": advised}, {}))
+        assert client.keys() == []
+
+
+def test_a_server_without_room_for_a_trial_evicts_nothing_for_it(server: Server) -> None:
+    server.client.config_set("maxmemory-policy", "volatile-lru")
+    server.client.set("session:1", bytes(2 << 20), ex=3600)
+    server.client.config_set("maxmemory", server.client.info("memory")["used_memory"] + (1 << 20))
+    preflight.run_all(load(server, chunk_size=4 << 20))
+    server.client.config_set("maxmemory", 0)
+    assert server.client.delete("session:1") == 1
 
 
 # --- the storage, as Ray makes it ---

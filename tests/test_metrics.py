@@ -595,13 +595,21 @@ def test_a_nodes_endpoint_tells_what_the_server_and_the_overflow_hold(short_dir:
         (short_dir / "elsewhere").rename(overflow)
         reader.join()
 
-        # Broken connections: whichever IO worker restores next had one.
-        breaks = endpoint.total("connection_breaks_total")
+        # Broken connections: they are in use.
+        breaks, stop = endpoint.total("connection_breaks_total"), threading.Event()
+
+        def kill() -> None:
+            while not stop.wait(0.005):
+                server.client.client_kill_filter(_type="normal", skipme=True)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
         for ref in refs:
             if ref != lost:
-                server.client.client_kill_filter(_type="normal", skipme=True)
                 ray.get(ref, timeout=60)
         wait_until(lambda: endpoint.total("connection_breaks_total") > breaks)
+        stop.set()
+        killer.join()
 
         # Deleted.
         spilled = {tier: endpoint.moved("spill", tier)[0] for tier in ("valkey", "overflow")}

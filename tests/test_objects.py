@@ -47,6 +47,7 @@ from ray_valkey_spill.ledger import Owner
 from ray_valkey_spill.objects import ObjectStore, StoredObject
 from ray_valkey_spill.packing import INLINE_LIMIT, SourceObject
 from ray_valkey_spill.sealing import TAG_SIZE
+from ray_valkey_spill.wire import Sharing
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -904,7 +905,29 @@ def test_cuts_in_both_directions_go_unnoticed(server: Server, make: Any) -> None
         url = put(store, data)
         proxy.to_client.reset_after = 30_000
         assert get(store, url) == data
-        assert proxy.connections == 4  # one of them is the budget's
+        assert proxy.connections == 3
+        store.delete([url])
+        store.close()
+
+
+def test_objects_go_both_ways_without_a_stall_after_a_nat_forgot_the_connections(
+    server: Server,
+) -> None:
+    with proxy_to(server.port) as proxy:
+        params = {"url": proxy.url, "max_bytes": 64 << 20}
+        config = Config.load(params, {})
+        store = ObjectStore(config, "session", "node", sharing=Sharing(idle=0))
+        data = noise(3 << 20)
+        url = put(store, data)
+        for _ in range(2):
+            proxy.forget()
+            assert get(store, url) == data
+            proxy.forget()
+            store.delete([url])
+            proxy.forget()
+            url = put(store, data)
+        assert proxy.swallowed == 0
+        assert store.breaks == 0
         store.delete([url])
         store.close()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from certificates import make_certificates
 from proxy import answering, proxy_to
-from servers import ROOT, valkey_server, wait_until
+from servers import ROOT, valkey_server
 from tls import TLSServer, tls_binary, tls_front, tls_server
 
 from ray_valkey_spill import preflight
@@ -68,6 +68,17 @@ def test_values_of_any_size_go_both_ways(start: Start, tmp_path: Path) -> None:
         requests = [fetch(f"{KEY}:{i}", into=memoryview(t)) for i, t in enumerate(targets)]
         assert [request.result() for request in link.run(requests)] == sizes
         assert targets == values
+
+
+def test_a_value_that_is_too_long_for_the_server_is_refused_as_such(
+    start: Start, tmp_path: Path
+) -> None:
+    with start(tmp_path) as server:
+        server.client.config_set("proto-max-bulk-len", "1mb")
+        link = Link(config(server, chunk_size=3 << 20))
+        with pytest.raises(ServerRefusedError, match=r"bulk length.*proto-max-bulk-len"):
+            link.execute(*[store(f"{KEY}:{i}", [bytes(3 << 20)]) for i in range(6)])
+        link.close()
 
 
 def test_many_small_requests_keep_in_step(start: Start, tmp_path: Path) -> None:
@@ -230,5 +241,3 @@ def test_renewed_certificates_are_found_with_the_next_connection(
                     proxy.reset()
                     renewed.client.set(KEY, "renewed")
                     assert link.execute(command("GET", KEY)) == [b"renewed"]
-                    proxy.reset()
-                    wait_until(lambda: link.breaks == 1)

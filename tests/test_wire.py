@@ -1,16 +1,30 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from proxy import Proxy, answering, proxy_to
-from servers import Server, acl_user, unix_socket_server, valkey_server
+from servers import (
+    PRODUCTS,
+    Server,
+    acl_user,
+    server_of,
+    unix_socket_server,
+    valkey_server,
+    wait_until,
+)
 
 from ray_valkey_spill.config import Config
+from ray_valkey_spill.connection import Connection
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
@@ -19,9 +33,9 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.resp import ReplyReader, Request, command, fetch, store
+from ray_valkey_spill.resp import ReplyReader, Request, TransientError, command, fetch, store
 from ray_valkey_spill.server_info import ServerInfo
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.wire import Link, Sharing
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -186,6 +200,49 @@ def test_an_idle_connection_that_was_closed_is_replaced(proxy: Proxy) -> None:
     link.close()
 
 
+def test_an_idle_connection_that_a_nat_has_forgotten_carries_nothing(proxy: Proxy) -> None:
+    link = Link(config(proxy.url), sharing=Sharing(idle=0))
+    link.execute(command("STRLEN", KEY))
+    proxy.forget()
+    assert link.execute(command("STRLEN", KEY)) == [0]
+    assert (proxy.swallowed, link.breaks) == (0, 0)
+    link.close()
+
+
+def test_connections_stay_between_the_runs_of_an_operation(proxy: Proxy) -> None:
+    link = Link(config(proxy.url), sharing=Sharing(idle=0))
+    with link.operation():
+        link.execute(command("STRLEN", KEY))
+        link.close_idle()
+        link.execute(command("STRLEN", KEY))
+    assert proxy.connections == 1
+    link.close_idle()
+    wait_until(lambda: proxy.open_connections == 0)
+    link.close()
+
+
+def test_connections_are_kept_alive_from_a_minute_on(server: Server) -> None:
+    params = config(server.url)
+    with (
+        contextlib.closing(Connection(params, params.address.endpoints[0], 5)) as connection,
+        socket.socket(fileno=os.dup(connection.fileno())) as sock,
+    ):
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+def test_a_connection_that_the_server_has_closed_for_being_idle_costs_nothing() -> None:
+    with valkey_server(timeout=1) as server:
+        link = Link(config(server.url, retry_timeout=0))
+        link.execute(command("STRLEN", KEY))
+        number = server.client.client_id()
+        # A client that asks is not idle.
+        wait_until(lambda: [c["id"] for c in server.client.client_list()] == [str(number)])
+        assert link.execute(command("STRLEN", KEY)) == [0]
+        assert link.breaks == 0
+        link.close()
+
+
 def test_a_server_that_stalls_is_given_up_after_retry_timeout(proxy: Proxy) -> None:
     link = Link(config(proxy.url, retry_timeout=1))
     link.execute(command("STRLEN", KEY))
@@ -238,13 +295,129 @@ def test_requests_are_carried_out_in_order_though_the_connection_breaks_between(
     server: Server, link: Link
 ) -> None:
     link.execute(store(KEY, [b"0"]))
-    server.client.client_kill_filter(_type="normal", skipme=True)
-    # The first that are sent only have the kernel learn that nobody listens any more.
-    link.execute(*[store(KEY, [bytes([i]) * 200_000]) for i in range(4)])
+    # In an operation: what is closed before one is replaced unnoticed.
+    with link.operation():
+        server.client.client_kill_filter(_type="normal", skipme=True)
+        # The first that are sent only have the kernel learn that nobody listens any more.
+        link.execute(*[store(KEY, [bytes([i]) * 200_000]) for i in range(4)])
     assert server.client.get(KEY) == bytes([3]) * 200_000
 
 
+# --- hosts with several addresses ---
+
+
+@dataclass
+class Host:
+    """A name, and the addresses that it is resolved to."""
+
+    name: str
+    addresses: list[str]
+
+
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A host that nobody has connected to before, without addresses."""
+    host = Host(f"host-{secrets.token_hex(4)}", [])
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(name: str, port: int, *args: Any, **options: Any) -> Any:
+        hosts = host.addresses if name == host.name else [name]
+        return [info for each in hosts for info in resolve(each, port, *args, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return host
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hosts that connections were begun to."""
+    tried: list[str] = []
+
+    class Counting(socket.socket):
+        def connect(self, address: Any) -> None:
+            tried.append(address[0])
+            super().connect(address)
+
+        def connect_ex(self, address: Any) -> int:
+            tried.append(address[0])
+            return super().connect_ex(address)
+
+    monkeypatch.setattr(socket, "socket", Counting)
+    return tried
+
+
+@contextlib.contextmanager
+def black_hole(host: str, port: int) -> Iterator[None]:
+    """A host that does not answer: a listener whose backlog is full."""
+    with socket.create_server((host, port), backlog=0), contextlib.ExitStack() as full:
+        for _ in range(2):
+            waiting = full.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex((host, port))
+        yield
+
+
+def test_of_several_addresses_the_dead_one_is_tried_once(
+    server: Server, several: Host, attempts: list[str]
+) -> None:
+    several.addresses += ["127.0.0.2", "127.0.0.1"]
+    with black_hole("127.0.0.2", server.port):
+        attempts.clear()
+        for _ in range(3):
+            link = Link(config(f"valkey://{several.name}:{server.port}"))
+            assert link.execute(command("STRLEN", KEY)) == [0]
+            link.close()
+    assert attempts == ["127.0.0.2", *["127.0.0.1"] * 3]
+
+
+def test_an_address_that_refuses_is_passed_over(
+    server: Server, several: Host, attempts: list[str]
+) -> None:
+    several.addresses += ["127.0.0.3", "127.0.0.1"]
+    link = Link(config(f"valkey://{several.name}:{server.port}", retry_timeout=0))
+    assert link.execute(command("STRLEN", KEY)) == [0]
+    link.close()
+    several.addresses.remove("127.0.0.1")
+    with pytest.raises(ServerUnavailableError, match=r"host-.*refused"):
+        link.execute(command("STRLEN", KEY))
+
+
+def test_an_address_where_a_replica_answers_is_tried_last(
+    server: Server, several: Host, attempts: list[str]
+) -> None:
+    several.addresses += ["127.0.0.4", "127.0.0.1"]
+    with answering(b"-READONLY You can't write\r\n" * 4, "127.0.0.4", server.port):
+        link = Link(config(f"valkey://{several.name}:{server.port}", retry_timeout=30))
+        assert link.execute(command("STRLEN", KEY)) == [0]
+        link.close()
+        assert link.execute(command("STRLEN", KEY)) == [0]
+        link.close()
+    assert attempts[-3:] == ["127.0.0.4", "127.0.0.1", "127.0.0.1"]
+
+
 # --- servers that refuse ---
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_value_that_is_too_long_for_the_server_is_refused_as_such(count: int) -> None:
+    with valkey_server(proto_max_bulk_len="1mb") as server, proxy_to(server.port) as proxy:
+        for url in (server.url, proxy.url):
+            link = Link(config(url, chunk_size=3 << 20, retry_timeout=60))
+            with pytest.raises(ServerRefusedError, match=r"bulk length.*proto-max-bulk-len"):
+                link.execute(*[store(f"{KEY}:{i}", [bytes(3 << 20)]) for i in range(count)])
+            assert link.execute(store(KEY, [b"x"])) == [b"OK"]
+            link.close()
+
+
+def test_a_server_that_breaks_connections_again_and_again_has_its_limits_named(
+    tmp_path: Path,
+) -> None:
+    with server_of(PRODUCTS[-1], tmp_path) as (url, client):
+        client.config_set("maxmemory-clients", "500kb")
+        link = Link(config(url, retry_timeout=0.3))
+        with pytest.raises(ServerUnavailableError, match=r"maxmemory-clients.*check"):
+            link.execute(store(KEY, [bytes(3 << 20)]))
+        link.close()
 
 
 def test_a_wrong_password_is_refused_at_once_and_not_repeated() -> None:
@@ -326,6 +499,38 @@ def test_garbage_in_the_middle_is_said_to_be_no_valkey(server: Server, reply: by
         theirs.sendall(reply)
         with pytest.raises(NotValkeyError):
             ReplyReader(ours).read(command("GET", KEY))
+
+
+NOT_NOW = [
+    b"-LOADING Valkey is loading the dataset in memory",
+    b"-BUSY Valkey is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+    b"-CLUSTERDOWN Hash slot not served",
+    b"-TRYAGAIN Multiple keys request during rehashing of slot",
+    b"-NOREPLICAS Not enough good replicas to write.",
+    b"-MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+    b"-READONLY You can't write against a read only replica.",
+    b"-REDIRECT 127.0.0.1:6380",
+    b"-UNBLOCKED force unblock from blocking operation, instance state changed",
+    b"-ERR WAIT cannot be used with replica instances.",
+]
+
+
+@pytest.mark.parametrize("reply", NOT_NOW, ids=lambda reply: reply.split()[0].decode())
+def test_what_means_not_now_is_another_attempts_business(reply: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(reply + b"\r\n")
+        with pytest.raises(TransientError, match=re.escape(reply[1:].decode())):
+            ReplyReader(ours).read(command("SET", KEY, "x"))
+
+
+@pytest.mark.parametrize("clients", ["clients", "clients + cluster connections"])
+def test_too_many_clients_are_waited_for_and_then_named(clients: str) -> None:
+    with (
+        answering(f"-ERR max number of {clients} reached\r\n".encode()) as url,
+        pytest.raises(ServerUnavailableError, match=r"max number.*tried for 0\.3 s.*maxclients"),
+    ):
+        Link(config(url, retry_timeout=0.3)).info()
 
 
 def test_what_closes_without_an_answer_is_said_to(mute_server: str) -> None:
