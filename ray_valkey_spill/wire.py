@@ -742,7 +742,8 @@ class Link:
         return TransientError(f"READONLY {endpoint} is a replica, {reason}")
 
     def _open(self, endpoint: Endpoint) -> Connection:
-        time.sleep(max(0.0, self._away_until - time.monotonic()))
+        if (away := self._away_until - time.monotonic()) > 0:
+            time.sleep(away)
         return Connection(self._config, endpoint, self._unreachable_timeout)
 
     def _discover(self) -> Topology:

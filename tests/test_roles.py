@@ -92,7 +92,7 @@ class Pair:
 
     def lag(self) -> None:
         """Let the replica have all there is, and nothing that comes."""
-        wait_until(lambda: self.primary.client.wait(1, 100))
+        wait_until(lambda: _offset(self.primary) == _offset(self.replica))
         self.replication.to_client.stall()
 
     def demote(self) -> None:
@@ -102,6 +102,11 @@ class Pair:
         """
         self.replica.client.replicaof("NO", "ONE")
         self.primary.client.replicaof(*NOWHERE)
+
+
+def _offset(server: Server) -> int:
+    """How much of the replication stream it has."""
+    return int(server.client.info("replication")["master_repl_offset"])
 
 
 @pytest.fixture
