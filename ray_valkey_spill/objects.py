@@ -688,8 +688,8 @@ class ObjectStore:
         """
         if self._overflow is not None and time.monotonic() > self._look_at_overflow_at:
             overflow = self._reachable_overflow(self._recovery.ledger)
-            self._look_at_overflow_at = time.monotonic() + _BETWEEN_RECOUNTS
             self._in_overflow = sum(file.entry.stored for file in overflow.files(self._owner))
+            self._look_at_overflow_at = time.monotonic() + _BETWEEN_RECOUNTS
         return self._in_overflow
 
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:

@@ -121,7 +121,8 @@ class Namespace:
         owner = Owner(session, node)
         overflow = OverflowTier.of(self.config)
         assert overflow is not None
-        parts = [file for file in overflow.files(owner) if not file.is_whole]
+        with contextlib.closing(overflow):
+            parts = [file for file in overflow.files(owner) if not file.is_whole]
         return sum(map(len, self.ledger.pending(owner))), len(parts)
 
     def renew(self, session: str, node: str = NODES[0], address: str | None = None) -> None:
@@ -613,6 +614,34 @@ def test_what_is_left_of_a_session_is_found_with_and_without_the_overflow(
     namespace.config = Config.load(namespace.params, {})
     namespace.gc()
     namespace.expect_nothing()
+
+
+def test_an_overflow_that_is_away_holds_up_nothing_in_valkey_and_is_found_when_it_is_back(
+    namespace: Namespace, tmp_path: Path
+) -> None:
+    namespace.node(DEAD)
+    urls = namespace.node(LIVING)
+    away = namespace.directory.rename(tmp_path / "away")
+    namespace.directory.write_bytes(b"not a directory")
+    namespace.clock.every(RENEWAL, lambda: namespace.renew(LIVING))
+    look = namespace.look()
+    found = look.find(namespace.told.append)
+    removed = look.remove(found)
+    assert [(each.owner.session, each.usage.objects, each.files) for each in removed] == [
+        (DEAD, 2, 0)
+    ]
+    assert look.unavailable is not None
+    assert any("Kept: all that is in the overflow" in note for note in namespace.told)
+    assert [key for key in namespace.data_keys() if DEAD.encode() in key] == []
+    assert DEAD in namespace.ledger.overflows()
+    namespace.directory.unlink()
+    away.rename(namespace.directory)
+    namespace.clock.every(RENEWAL, lambda: namespace.renew(LIVING))
+    look = namespace.look()
+    assert [each.files for each in look.remove(look.find())] == [3]
+    assert look.unavailable is None
+    assert namespace.left_of(DEAD) == []
+    namespace.expect_all(urls)
 
 
 def test_a_recount_corrects_everybodys_usage(namespace: Namespace) -> None:
