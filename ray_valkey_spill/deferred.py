@@ -215,6 +215,10 @@ class DeferredRestores:
                 time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, _LONGEST_PAUSE)
         finally:
+            with self._lock:
+                # Where it did not end by itself, the next deferral starts another.
+                if self._threads.get(resource) is threading.current_thread():
+                    del self._threads[resource]
             if restorer is not None:
                 restorer.close()
 

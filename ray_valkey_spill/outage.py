@@ -33,7 +33,16 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.observer import Loss, Tier
 
-__all__ = ["CONFIG", "OVERFLOW", "ROOM", "VALKEY", "Drivers", "Losses", "Outages", "resource_of"]
+__all__ = [
+    "CONFIG",
+    "OVERFLOW",
+    "ROOM",
+    "VALKEY",
+    "Drivers",
+    "Losses",
+    "Outages",
+    "resource_of",
+]
 
 logger = logging.getLogger("ray_valkey_spill")
 
@@ -71,19 +80,14 @@ class Drivers(Protocol):
         """The ids of the jobs whose drivers run; none if they cannot be found out."""
 
 
-def resource_of(error: SpillError, otherwise: str = VALKEY) -> str:
-    """The resource that `error` shows to be away.
-
-    Args:
-        error: what an attempt failed with.
-        otherwise: what is away unless the class of the error says something else.
-    """
+def resource_of(error: SpillError) -> str:
+    """The resource that `error` shows to be away."""
     kinds = (
         (OverflowUnavailableError, OVERFLOW),
         (ServerFullError, ROOM),
         (ConfigError, CONFIG),
     )
-    return next((name for kind, name in kinds if isinstance(error, kind)), otherwise)
+    return next((name for kind, name in kinds if isinstance(error, kind)), VALKEY)
 
 
 # --- what the IO workers of a node know together ---
@@ -171,6 +175,8 @@ class _Outage:
 
     Attributes:
         since: when it began; None if there is none.
+        kinds: what waits for it, such as "spills", and when each last failed. One succeeds and
+            another does not where a server takes reads and no writes.
         failures: how many attempts have failed since.
         last: when the latest failed.
         logged: when a line was written to a log.
@@ -182,6 +188,7 @@ class _Outage:
     """
 
     since: float | None = None
+    kinds: dict[str, float] = field(default_factory=dict)
     failures: int = 0
     last: float = _NEVER
     logged: float = _NEVER
@@ -200,6 +207,13 @@ class _Outage:
 
     def is_on(self, now: float) -> bool:
         return self.since is not None and now - self.last < _FRESH
+
+    def is_failing(self, now: float) -> bool:
+        return any(now - at < _FRESH for at in self.kinds.values())
+
+    def is_forgotten(self, now: float) -> bool:
+        """Whether nothing depends on it any more, and on what was reported of it."""
+        return now - max(self.last, self.logged, self.reported) > _FORGOTTEN
 
     def waiters(self, now: float) -> int:
         return int(sum(count for count, at in self.waiting.values() if now - at < _FRESH))
@@ -250,7 +264,7 @@ class Outages:
                 outage = _Outage(since=now, logged=outage.logged, reported=outage.reported)
             assert outage.since is not None
             outage.failures += 1
-            outage.last = now
+            outage.last = outage.kinds[what] = now
             outage.waiting[str(os.getpid())] = [waiting, now]
             seconds = now - outage.since
             log = now - outage.logged >= _BETWEEN_LOG_LINES
@@ -265,6 +279,9 @@ class Outages:
             if report:
                 outage.heard, outage.reported = True, now
             failures, waiters = outage.failures, outage.waiters(now)
+            for name in [*state]:
+                if _Outage.of(state, name).is_forgotten(now):
+                    del state[name]
             state[resource] = asdict(outage)
         count = f"{failures} failures in {seconds:.0f} s" if failures > 1 else "for now"
         count += f", {waiters} wait on this node" if waiters else ""
@@ -276,8 +293,11 @@ class Outages:
         if look:
             self._notify_new_drivers(resource, f"{_PREFIX}{text}", all_have_heard=report)
 
-    def over(self, resource: str) -> None:
-        """Note that `resource` can be used. Costs next to nothing while nothing is away."""
+    def over(self, resource: str, what: str) -> None:
+        """Note that `what` need not wait for `resource`. Costs next to nothing while nothing is away.
+
+        The outage is over when that is so for all that failed, or tries no more.
+        """
         self._pause = _FIRST_PAUSE
         now = self._clock()
         if now - self._glanced >= _BETWEEN_GLANCES:
@@ -289,7 +309,9 @@ class Outages:
         self._on = self._on - {resource}
         with self._state.locked() as state:
             outage = _Outage.of(state, resource)
-            if outage.since is None:
+            outage.kinds.pop(what, None)
+            if outage.since is None or outage.is_failing(now):
+                state[resource] = asdict(outage)
                 return
             rested = _Outage(logged=outage.logged, reported=outage.reported)
             state[resource] = asdict(rested)

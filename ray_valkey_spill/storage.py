@@ -47,7 +47,14 @@ from ray_valkey_spill.keys import Keyspace, Place
 from ray_valkey_spill.metrics import Metrics
 from ray_valkey_spill.objects import ObjectStore, StoredObject
 from ray_valkey_spill.observer import Loss, Operation, Tier
-from ray_valkey_spill.outage import OVERFLOW, ROOM, VALKEY, Losses, Outages, resource_of
+from ray_valkey_spill.outage import (
+    OVERFLOW,
+    ROOM,
+    VALKEY,
+    Losses,
+    Outages,
+    resource_of,
+)
 from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.packing import SourceObject
 
@@ -130,6 +137,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._recovery = Background(self._recover)
         self._failed_recoveries = 0
         self._lease_renewed = float("-inf")
+        self._cannot_join = False
         self._config: Config | None = None
         try:
             config = Config.load(params)
@@ -233,7 +241,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         for url in foreign:
             logger.warning("not deleted, because it was not spilled here: %s", url)
         for resource in tier:
-            self._outages.over(resource)
+            self._outages.over(resource, "deletions")
 
     def destroy_external_storage(self) -> None:
         """Remove this node's objects, and no others. Never raises: Ray is shutting down."""
@@ -292,8 +300,13 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         try:
             self._store.join_overflow()
         except OverflowUnavailableError as error:
+            self._cannot_join = True
             self._outages.failed(OVERFLOW, "spills and restores", error)
             raise
+        # Once it has joined, this says nothing about the overflow any more.
+        if self._cannot_join:
+            self._cannot_join = False
+            self._outages.over(OVERFLOW, "spills and restores")
 
     def _adopt(self) -> None:
         """Take over what killed IO workers of the node had put off."""
@@ -392,10 +405,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._cannot_spill(error)
             return []
         if not isinstance(failure, ServerFullError):
-            self._outages.over(ROOM)
+            self._outages.over(ROOM, "spills")
         # Those in the overflow come last.
         for resource in {need for url in (*urls[:1], *urls[-1:]) for need in self._needs(url)}:
-            self._outages.over(resource)
+            self._outages.over(resource, "spills")
         if failure is not None:
             self._cannot_spill(failure)
         return urls
@@ -472,7 +485,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                 self._abandon(store, found, error)
             raise
         for resource in (*self._needs(wanted.url), _whole_read(wanted.object_id)):
-            self._outages.over(resource)
+            self._outages.over(resource, "restores")
         return header.size if source.started else 0
 
     def _abandon(self, store: ObjectStore, found: StoredObject, error: Exception) -> None:

@@ -398,7 +398,7 @@ class Link:
         if not wanted and not aof:
             return
         waiting = ("WAITAOF", 1, wanted, _WAIT) if aof else ("WAIT", wanted, _WAIT)
-        deadline = time.monotonic() + self._config.retry_timeout
+        deadline = time.monotonic() + self._retry_timeout
         while True:
             found = self._ask_all(lambda: command(*waiting))
             if self.breaks != breaks:
@@ -410,19 +410,21 @@ class Link:
             behind = {e: n for e, n in confirmed.items() if n[0] < 1 or n[1] < wanted}
             if not behind:
                 return
+            endpoint, (local, replicas) = behind.popitem()
+            have = (
+                f"only {replicas} of {wanted} replicas of {endpoint} have"
+                if local
+                else f"the append-only file of {endpoint} does not have"
+            )
+            error = ServerUnavailableError(
+                f"{have} what was written to it (waited for {self._retry_timeout:g} s)",
+                "Bring its replicas back, or lower min_replicas"
+                if local
+                else "Set appendfsync everysec or always on it, or wait_aof to false",
+            )
             if time.monotonic() > deadline:
-                endpoint, (local, replicas) = behind.popitem()
-                have = (
-                    f"only {replicas} of {wanted} replicas of {endpoint} have"
-                    if local
-                    else f"the append-only file of {endpoint} does not have"
-                )
-                raise ServerUnavailableError(
-                    f"{have} what was written to it (waited for {self._config.retry_timeout:g} s)",
-                    "Bring its replicas back, or lower min_replicas"
-                    if local
-                    else "Set appendfsync everysec or always on it, or wait_aof to false",
-                )
+                raise error
+            self._waiting(error)
 
     # --- what is missing ---
 

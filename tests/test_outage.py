@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def test_drivers_hear_of_an_outage_once_after_five_seconds_and_when_it_is_over(
         "ray-valkey-spill: spills wait for room in Valkey, and are tried again until it works "
         f"(6 failures in 5 s): {FULL}"
     )
-    it.over(ROOM)
+    it.over(ROOM, "spills")
     assert drivers.all[1:] == [
         "ray-valkey-spill: room in Valkey can be used again, after 45 failures in 45 s"
     ]
@@ -133,7 +134,7 @@ def test_the_log_has_a_line_a_minute_with_the_count(
 def test_a_blip_is_not_reported(directory: Path | None, drivers: Drivers, clock: Clock) -> None:
     it = outages(directory, drivers, clock)
     fail_for(it, clock, 4)
-    it.over(ROOM)
+    it.over(ROOM, "spills")
     assert drivers.all == []
 
 
@@ -143,7 +144,7 @@ def test_an_outage_that_comes_and_goes_is_no_storm(
     it = outages(directory, drivers, clock)
     for _ in range(1000):
         it.failed(ROOM, "spills", FULL)
-        it.over(ROOM)
+        it.over(ROOM, "spills")
         clock.pass_(0.1)
     assert drivers.all == []
     assert len(caplog.records) <= 4
@@ -154,7 +155,7 @@ def test_a_second_outage_soon_after_the_first_is_reported_once_a_minute_has_pass
 ) -> None:
     it = outages(directory, drivers, clock)
     fail_for(it, clock, 10)
-    it.over(ROOM)
+    it.over(ROOM, "spills")
     drivers.all.clear()
     fail_for(it, clock, 50)
     assert drivers.all == []
@@ -192,8 +193,8 @@ def test_resources_are_apart(
     it = outages(directory, drivers, clock)
     for _ in range(60):
         it.failed(OVERFLOW, "restores", AWAY)
-        it.over(VALKEY)
-        it.over(ROOM)
+        it.over(VALKEY, "spills")
+        it.over(ROOM, "spills")
         clock.pass_(1)
     assert "can be used again" not in caplog.text
     assert len(drivers.all) == 1
@@ -206,6 +207,41 @@ def test_an_error_shows_what_is_away() -> None:
     assert resource_of(FULL) == ROOM
     assert resource_of(ServerUnavailableError("x")) == VALKEY
     assert resource_of(ConfigError("x")) == CONFIG
+
+
+def test_reads_that_work_do_not_end_an_outage_of_writes(
+    directory: Path | None, drivers: Drivers, clock: Clock
+) -> None:
+    it = outages(directory, drivers, clock)
+    for _ in range(60):
+        it.failed(VALKEY, "spills", FULL)
+        it.failed(VALKEY, "restores", FULL)
+        it.over(VALKEY, "restores")
+        clock.pass_(1)
+    assert [message.count("spills wait for Valkey") for message in drivers.all] == [1]
+    it.over(VALKEY, "spills")
+    assert "can be used again" in drivers.all[1]
+
+
+def test_what_tries_no_more_does_not_keep_an_outage_going(
+    directory: Path | None, drivers: Drivers, clock: Clock
+) -> None:
+    it = outages(directory, drivers, clock)
+    fail_for(it, clock, 10)
+    clock.pass_(20)
+    it.over(ROOM, "restores")
+    assert "can be used again" in drivers.all[1]
+
+
+def test_what_is_over_for_long_leaves_nothing_behind(
+    tmp_path: Path, drivers: Drivers, clock: Clock
+) -> None:
+    it = outages(tmp_path, drivers, clock)
+    for number in range(100):
+        it.failed(f"an unbroken read of object {number}", "restores", AWAY)
+        it.over(f"an unbroken read of object {number}", "restores")
+        clock.pass_(2)
+    assert len(json.loads((tmp_path / "outages").read_text())) < 70
 
 
 def test_what_is_on_is_forgotten_where_nobody_tries(
@@ -228,10 +264,10 @@ def test_one_process_reports_for_all(
         clock.pass_(1)
     assert len(drivers.all) == 1
     assert len(caplog.records) == 1
-    processes[2].over(ROOM)
+    processes[2].over(ROOM, "spills")
     assert "after 40 failures" in caplog.text
     for process in processes:
-        process.over(ROOM)
+        process.over(ROOM, "spills")
     assert caplog.text.count("can be used again") == 1
     assert len(drivers.all) == 2
 
@@ -257,7 +293,7 @@ def test_the_success_of_one_process_ends_the_outage_of_one_that_was_killed(
     subprocess.run([sys.executable, "-c", FAILING, str(tmp_path)], check=False)
     it = Outages(lambda: tmp_path, "outages", drivers)
     assert it.is_on(ROOM)
-    it.over(ROOM)
+    it.over(ROOM, "spills")
     assert not it.is_on(ROOM)
 
 
@@ -283,7 +319,7 @@ def test_pauses_grow_to_seconds_and_start_anew(drivers: Drivers, clock: Clock) -
         it.pause()
     assert 0.25 <= clock.slept[0] <= 0.5
     assert all(1 <= pause <= 2 for pause in clock.slept[2:])
-    it.over(ROOM)
+    it.over(ROOM, "spills")
     it.pause()
     assert clock.slept[-1] <= 0.5
 
@@ -311,7 +347,7 @@ def test_a_file_that_cannot_be_written_makes_no_storm(
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:
         fail_for(it, clock, 10)
-        it.over(ROOM)
+        it.over(ROOM, "spills")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(drivers.all) == 2
