@@ -294,7 +294,7 @@ class Outages:
             self._notify_new_drivers(resource, f"{_PREFIX}{text}", all_have_heard=report)
 
     def over(self, resource: str, what: str) -> None:
-        """Note that `what` need not wait for `resource`. Costs next to nothing while nothing is away.
+        """Note that `what` need not wait for `resource`; costs next to nothing while none is away.
 
         The outage is over when that is so for all that failed, or tries no more.
         """
