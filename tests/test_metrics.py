@@ -129,9 +129,9 @@ def files(directory: Path) -> list[int]:
     config = Config.load({"url": "valkey://h", "overflow_uri": str(directory)}, {})
     tier = OverflowTier.of(config)
     assert tier is not None
-    return [
-        file.entry.stored for owner in tier.owners() for file in tier.files(owner) if file.is_whole
-    ]
+    with contextlib.closing(tier):
+        found = [file for owner in tier.owners() for file in tier.files(owner)]
+    return [file.entry.stored for file in found if file.is_whole]
 
 
 # --- the object store ---
