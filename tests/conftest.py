@@ -26,7 +26,16 @@ LONGEST = [
     for name in (
         *("ray_cluster", "benchmarks", "ray_upstream", "walkthrough", "sentinel", "ray_faults"),
         *("cli", "cluster", "ray_values", "cleanup", "ray_lost", "metrics", "objects"),
-        *("neighbours", "ray_large", "secrets", "overflow", "sealing", "faults", "head_start"),
+        *(
+            "neighbours",
+            "ray_large",
+            "secrets",
+            "overflow",
+            "overflow_away",
+            "sealing",
+            "faults",
+            "head_start",
+        ),
     )
 ]
 

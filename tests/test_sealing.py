@@ -471,17 +471,20 @@ def test_what_the_way_here_has_damaged_is_fetched_once_more(
     data = noise(SIZE)
     store = vault.store()
     url = put(store, data)
-    read, damaged = store._read, []
+    unpack, damaged = store._packer.unpack, []
 
-    def damages_one(found: Any, wanted: Any) -> Iterator[None]:
-        asked = [*wanted]
-        for (number, memory), _ in zip(asked, read(found, iter(asked)), strict=True):
-            if number == 2 and not damaged:
-                damaged.append(number)
-                memory[5] ^= 1
-            yield
+    def damages_one(header: Any, target: Any, numbers: Any, receive: Any) -> Any:
+        def received(wanted: Any) -> Iterator[None]:
+            asked = [*wanted]
+            for (number, memory), _ in zip(asked, receive(iter(asked)), strict=True):
+                if number == 2 and not damaged:
+                    damaged.append(number)
+                    memory[5] ^= 1
+                yield
 
-    monkeypatch.setattr(store, "_read", damages_one)
+        return unpack(header, target, numbers, received)
+
+    monkeypatch.setattr(store._packer, "unpack", damages_one)
     assert get(store, url, data) == data
     assert damaged == [2]
 
