@@ -178,7 +178,8 @@ class _Outage:
         heard: whether drivers have heard of this one.
         jobs: those whose drivers have.
         looked: when somebody last looked for drivers that have not.
-        waiting: what waits for it: by process id, how many, and when that was so.
+        waiting: what waits for it: by process id, or as `Outages.failed` was told, how many, and
+            when that was so.
     """
 
     since: float | None = None
@@ -233,7 +234,14 @@ class Outages:
         self._on: set[str] = set()
         self._glanced = _NEVER
 
-    def failed(self, resource: str, what: str, error: SpillError, waiting: int = 0) -> None:
+    def failed(
+        self,
+        resource: str,
+        what: str,
+        error: SpillError,
+        waiting: int = 0,
+        waiter: str | None = None,
+    ) -> None:
         """Note that `what` waits for `resource`, and report that if it is time to.
 
         Args:
@@ -241,6 +249,7 @@ class Outages:
             what: what waits for it, in the plural: "spills".
             error: what the latest attempt failed with.
             waiting: how many of them this process has waiting.
+            waiter: who that is instead of this process; see `over`.
         """
         self._glanced = _NEVER
         now = self._clock()
@@ -251,7 +260,9 @@ class Outages:
             assert outage.since is not None
             outage.failures += 1
             outage.last = now
-            outage.waiting[str(os.getpid())] = [waiting, now]
+            known = outage.waiting.items()
+            outage.waiting = {each: n for each, n in known if now - n[1] <= _FORGOTTEN}
+            outage.waiting[waiter or str(os.getpid())] = [waiting, now]
             seconds = now - outage.since
             log = now - outage.logged >= _BETWEEN_LOG_LINES
             report = (
@@ -276,8 +287,14 @@ class Outages:
         if look:
             self._notify_new_drivers(resource, f"{_PREFIX}{text}", all_have_heard=report)
 
-    def over(self, resource: str) -> None:
-        """Note that `resource` can be used. Costs next to nothing while nothing is away."""
+    def over(self, resource: str, waiter: str | None = None) -> None:
+        """Note that `resource` can be used. Costs next to nothing while nothing is away.
+
+        Args:
+            resource: what can be used.
+            waiter: who could use it, where that says nothing about others: the outage is over with
+                the last of those that `failed` was given.
+        """
         self._pause = _FIRST_PAUSE
         now = self._clock()
         if now - self._glanced >= _BETWEEN_GLANCES:
@@ -286,16 +303,49 @@ class Outages:
             self._glanced = now
         if resource not in self._on:
             return
-        self._on = self._on - {resource}
         with self._state.locked() as state:
             outage = _Outage.of(state, resource)
+            if outage.since is not None and waiter is not None:
+                if outage.waiting.pop(waiter, None) is None:
+                    return
+                if outage.waiting:
+                    state[resource] = asdict(outage)
+                    return
+            self._on = self._on - {resource}
             if outage.since is None:
                 return
             rested = _Outage(logged=outage.logged, reported=outage.reported)
             state[resource] = asdict(rested)
         seconds = now - outage.since
         text = f"{resource} can be used again, after {outage.failures} failures in {seconds:.0f} s"
-        if outage.logged >= outage.since:
+        self._report_end(outage, outage.since, text)
+
+    def forget(self) -> None:
+        """End the outages of what nobody has waited for in the last two minutes."""
+        now = self._clock()
+        if not self._forgotten(self._state.glance(), now):
+            return
+        with self._state.locked() as state:
+            ended = self._forgotten(state, now)
+            for resource, outage in ended.items():
+                rested = _Outage(logged=outage.logged, reported=outage.reported)
+                state[resource] = asdict(rested)
+        for resource, outage in ended.items():
+            assert outage.since is not None
+            text = f"nothing has waited for {resource} for {now - outage.last:.0f} s"
+            self._report_end(outage, outage.since, text)
+
+    @staticmethod
+    def _forgotten(state: Mapping[str, Any], now: float) -> dict[str, _Outage]:
+        outages = {resource: _Outage.of(state, resource) for resource in state}
+        return {
+            resource: outage
+            for resource, outage in outages.items()
+            if outage.since is not None and now - outage.last > _FORGOTTEN
+        }
+
+    def _report_end(self, outage: _Outage, since: float, text: str) -> None:
+        if outage.logged >= since:
             logger.warning("%s", text)
         if outage.heard:
             self._drivers.notify(f"{_PREFIX}{text}")
