@@ -114,8 +114,6 @@ class _SharedState:
                 yield self._alone
             return
         with file:
-            # Each `open` has a lock of its own, so this also keeps threads apart.
-            fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             content = file.read()
             state = _parsed(content)
@@ -142,12 +140,20 @@ class _SharedState:
             return self._alone
 
     def _opened(self) -> Any:
+        """The file, locked for this thread; None where it cannot be had, or locked."""
         path = self._path()
-        try:
-            # Unbuffered: what a full disk refuses must not come up again at the end.
-            return path and path.open("ab+", buffering=0)
-        except OSError:
+        if path is None:
             return None
+        with contextlib.ExitStack() as stack:
+            try:
+                # Unbuffered: what a full disk refuses must not come up again at the end.
+                file = stack.enter_context(path.open("ab+", buffering=0))
+                # Each `open` has a lock of its own, so this also keeps threads apart.
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # some file systems have no locks
+                return None
+            stack.pop_all()
+            return file
 
     def _path(self) -> Path | None:
         directory = self._directory()

@@ -619,7 +619,10 @@ class _Drivers:
         if _is_connected():
             worker = ray._private.worker.global_worker
             job_id = None if job is None else ray.JobID.from_hex(job)
-            push_error_to_driver(worker, "spill_objects_error", message, job_id)
+            try:
+                push_error_to_driver(worker, "spill_objects_error", message, job_id)
+            except Exception as error:  # an operation must not fail for it
+                logger.warning("drivers cannot be notified: %s", error)
 
     def running(self) -> list[str]:
         client: Any = getattr(ray._private.worker.global_worker, "gcs_client", None)
