@@ -73,6 +73,8 @@ class _Claims:
         self._session = directory
         self._name = name
         self._is_alive = is_alive
+        # Those with a file; the others are this process's as long as it lives.
+        self._filed: set[str] = set()
 
     def take(self, restore: Restore) -> bool:
         """Claim a restore for this process; returns False if another living one has it."""
@@ -88,6 +90,7 @@ class _Claims:
             for _ in range(2):
                 with contextlib.suppress(FileExistsError):
                     path.hardlink_to(written)
+                    self._filed.add(restore.object_id)
                     return True
                 owner, _ = _read(path)
                 if owner != os.getpid() and self._is_alive(owner):
@@ -101,10 +104,22 @@ class _Claims:
                 written.unlink()
         return False
 
-    def drop(self, restore: Restore) -> None:
+    def has(self, restore: Restore) -> bool:
+        """Whether a claim of this process still stands."""
+        directory = self._directory()
+        if directory is None or restore.object_id not in self._filed:
+            return True
+        try:
+            return (directory / restore.object_id).exists()
+        except OSError:
+            return True
+
+    def drop(self, object_id: str) -> None:
+        """Give up the claim to an object, whichever process has it."""
+        self._filed.discard(object_id)
         if (directory := self._directory()) is not None:
             with contextlib.suppress(OSError):
-                (directory / restore.object_id).unlink()
+                (directory / object_id).unlink()
 
     def of_the_dead(self) -> list[Restore]:
         """What killed processes of the node had deferred."""
@@ -183,18 +198,22 @@ class DeferredRestores:
         """
         for restore in self._claims.of_the_dead():
             self.add(resource_of(restore.url), [restore])
+        with self._lock:
+            without_thread = [each for each in self._waiting if each not in self._threads]
+        for resource in without_thread:
+            self.add(resource, [])
 
     def count(self, resource: str) -> int:
         with self._lock:
             return len(self._waiting.get(resource, ()))
 
     def forget(self, object_ids: Iterable[str]) -> None:
-        """Let objects wait no more: their last reference is gone."""
+        """Let objects wait no more, in any IO worker of the node: their last reference is gone."""
         for object_id in object_ids:
             with self._lock:
-                left = [each.pop(object_id, None) for each in self._waiting.values()]
-            for restore in filter(None, left):
-                self._claims.drop(restore)
+                for each in self._waiting.values():
+                    each.pop(object_id, None)
+            self._claims.drop(object_id)
 
     def _has(self, restore: Restore) -> bool:
         with self._lock:
@@ -207,8 +226,13 @@ class DeferredRestores:
         pause = _FIRST_PAUSE
         try:
             while waiting := self._next(resource):
-                restorer = restorer or self._new_restorer()
-                done = self._attempt_all(restorer, resource, waiting)
+                done = 0
+                # The thread must not end: nobody else restores what this process has claimed.
+                try:
+                    restorer = restorer or self._new_restorer()
+                    done = self._attempt_all(restorer, resource, waiting)
+                except Exception:
+                    logger.exception("what waits for %s cannot be tried now", resource)
                 if done == len(waiting):
                     pause = _FIRST_PAUSE
                     continue
@@ -235,12 +259,18 @@ class DeferredRestores:
         """Try each until the resource turns out to be away still; returns how many are done."""
         done = 0
         for restore in waiting:
+            if not self._has(restore) or not self._claims.has(restore):
+                # Ray has had it deleted, perhaps by another IO worker.
+                self._take(resource, restore)
+                done += 1
+                continue
             try:
                 if not restorer.restore(restore):
                     continue
             except SpillError as error:
                 found = self._failed(restore, error, self.count(resource))
                 if found == resource:
+                    self._put_last(resource, restore)
                     return done
                 # It waits for something else, then.
                 self._take(resource, restore)
@@ -250,9 +280,16 @@ class DeferredRestores:
                 continue
             else:
                 self._take(resource, restore)
-                self._claims.drop(restore)
+                self._claims.drop(restore.object_id)
             done += 1
         return done
+
+    def _put_last(self, resource: str, restore: Restore) -> None:
+        """Try the others before it the next time: it may be the only one that cannot be read."""
+        with self._lock:
+            waiting = self._waiting.get(resource, {})
+            if restore.object_id in waiting:
+                waiting[restore.object_id] = waiting.pop(restore.object_id)
 
     def _take(self, resource: str, restore: Restore) -> None:
         with self._lock:

@@ -118,8 +118,6 @@ class _SharedState:
                 yield self._alone
             return
         with file:
-            # Each `open` has a lock of its own, so this also keeps threads apart.
-            fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             content = file.read()
             state = _parsed(content)
@@ -146,12 +144,20 @@ class _SharedState:
             return self._alone
 
     def _opened(self) -> Any:
+        """The file, locked for this thread; None where it cannot be had, or locked."""
         path = self._path()
-        try:
-            # Unbuffered: what a full disk refuses must not come up again at the end.
-            return path and path.open("ab+", buffering=0)
-        except OSError:
+        if path is None:
             return None
+        with contextlib.ExitStack() as stack:
+            try:
+                # Unbuffered: what a full disk refuses must not come up again at the end.
+                file = stack.enter_context(path.open("ab+", buffering=0))
+                # Each `open` has a lock of its own, so this also keeps threads apart.
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # some file systems have no locks
+                return None
+            stack.pop_all()
+            return file
 
     def _path(self) -> Path | None:
         directory = self._directory()
@@ -175,8 +181,8 @@ class _Outage:
 
     Attributes:
         since: when it began; None if there is none.
-        kinds: what waits for it, such as "spills", and when each last failed. One succeeds and
-            another does not where a server takes reads and no writes.
+        kinds: what waits for it, such as "spills" or one object, and when each last failed. One
+            succeeds and another does not where a server takes reads and no writes.
         failures: how many attempts have failed since.
         last: when the latest failed.
         logged: when a line was written to a log.
@@ -184,7 +190,7 @@ class _Outage:
         heard: whether drivers have heard of this one.
         jobs: those whose drivers have.
         looked: when somebody last looked for drivers that have not.
-        waiting: what waits for it: by process id, how many, and when that was so.
+        waiting: what waits for it: by process id, or each by itself, how many, and when that was so.
     """
 
     since: float | None = None
@@ -209,7 +215,7 @@ class _Outage:
         return self.since is not None and now - self.last < _FRESH
 
     def is_failing(self, now: float) -> bool:
-        return any(now - at < _FRESH for at in self.kinds.values())
+        return any(now - at < _FORGOTTEN for at in self.kinds.values())
 
     def is_forgotten(self, now: float) -> bool:
         """Whether nothing depends on it any more, and on what was reported of it."""
@@ -245,9 +251,17 @@ class Outages:
         self._pause = _FIRST_PAUSE
         # What was on at the latest glance, and when that was.
         self._on: set[str] = set()
+        self._noted: set[tuple[str, str]] = set()
         self._glanced = _NEVER
 
-    def failed(self, resource: str, what: str, error: SpillError, waiting: int = 0) -> None:
+    def failed(
+        self,
+        resource: str,
+        what: str,
+        error: SpillError,
+        waiting: int = 0,
+        each: str | None = None,
+    ) -> None:
         """Note that `what` waits for `resource`, and report that if it is time to.
 
         Args:
@@ -255,6 +269,7 @@ class Outages:
             what: what waits for it, in the plural: "spills".
             error: what the latest attempt failed with.
             waiting: how many of them this process has waiting.
+            each: which of them failed, where the success of another would say nothing about it.
         """
         self._glanced = _NEVER
         now = self._clock()
@@ -264,8 +279,8 @@ class Outages:
                 outage = _Outage(since=now, logged=outage.logged, reported=outage.reported)
             assert outage.since is not None
             outage.failures += 1
-            outage.last = outage.kinds[what] = now
-            outage.waiting[str(os.getpid())] = [waiting, now]
+            outage.last = outage.kinds[each or what] = now
+            outage.waiting[each or str(os.getpid())] = [waiting, now]
             seconds = now - outage.since
             log = now - outage.logged >= _BETWEEN_LOG_LINES
             report = (
@@ -293,23 +308,29 @@ class Outages:
         if look:
             self._notify_new_drivers(resource, f"{_PREFIX}{text}", all_have_heard=report)
 
-    def over(self, resource: str, what: str) -> None:
-        """Note that `what` need not wait for `resource`; costs next to nothing while none is away.
+    def over(self, resource: str, each: str) -> None:
+        """Note that something need not wait for `resource`; costs little while none is away.
 
         The outage is over when that is so for all that failed, or tries no more.
+
+        Args:
+            resource: what can be used.
+            each: what could use it: as `failed` had it in `each`, or in `what`.
         """
         self._pause = _FIRST_PAUSE
         now = self._clock()
         if now - self._glanced >= _BETWEEN_GLANCES:
             state = self._state.glance()
-            self._on = {each for each in state if _Outage.of(state, each).since is not None}
+            self._on = {name for name in state if _Outage.of(state, name).since is not None}
+            self._noted.clear()
             self._glanced = now
-        if resource not in self._on:
+        if resource not in self._on or (resource, each) in self._noted:
             return
-        self._on = self._on - {resource}
+        self._noted.add((resource, each))
         with self._state.locked() as state:
             outage = _Outage.of(state, resource)
-            outage.kinds.pop(what, None)
+            outage.kinds.pop(each, None)
+            outage.waiting.pop(each, None)
             if outage.since is None or outage.is_failing(now):
                 state[resource] = asdict(outage)
                 return
@@ -317,7 +338,34 @@ class Outages:
             state[resource] = asdict(rested)
         seconds = now - outage.since
         text = f"{resource} can be used again, after {outage.failures} failures in {seconds:.0f} s"
-        if outage.logged >= outage.since:
+        self._report_end(outage, outage.since, text)
+
+    def forget(self) -> None:
+        """End the outages of what nobody has waited for in the last two minutes."""
+        now = self._clock()
+        if not self._forgotten(self._state.glance(), now):
+            return
+        with self._state.locked() as state:
+            ended = self._forgotten(state, now)
+            for resource, outage in ended.items():
+                rested = _Outage(logged=outage.logged, reported=outage.reported)
+                state[resource] = asdict(rested)
+        for resource, outage in ended.items():
+            assert outage.since is not None
+            text = f"nothing has waited for {resource} for {now - outage.last:.0f} s"
+            self._report_end(outage, outage.since, text)
+
+    @staticmethod
+    def _forgotten(state: Mapping[str, Any], now: float) -> dict[str, _Outage]:
+        outages = {resource: _Outage.of(state, resource) for resource in state}
+        return {
+            resource: outage
+            for resource, outage in outages.items()
+            if outage.since is not None and now - outage.last > _FORGOTTEN
+        }
+
+    def _report_end(self, outage: _Outage, since: float, text: str) -> None:
+        if outage.logged >= since:
             logger.warning("%s", text)
         if outage.heard:
             self._drivers.notify(f"{_PREFIX}{text}")

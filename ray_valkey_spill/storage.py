@@ -83,6 +83,9 @@ _HOLD, _HOLD_HALF_WAY = 2.0, 5.0
 # And of a deferred restore, whose thread tries again by itself.
 _HOLD_DEFERRED = 1.0
 
+# An object that is read without a break says nothing about others, which may be larger.
+_WHOLE_READS = "reads that do not break off"
+
 # Seconds in which the GCS has to list the jobs.
 _JOBS_TIMEOUT = 2.0
 
@@ -264,6 +267,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         if self._in_io_worker and not _is_connected():
             return _BETWEEN_STARTS
         self._store.close_idle()
+        self._outages.forget()
         failure: SpillError | None = None
         for step in (
             self._renew_lease,
@@ -327,6 +331,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                     page = urls[start : start + _DELETED_TOGETHER]
                     self._store.delete_again(page)
                     self._journal.done(page)
+                    for resource in self._needs(page[0])[:1]:
+                        self._outages.over(resource, "deletions")
                     if time.monotonic() - self._lease_renewed > _BETWEEN_LOOKS:
                         self._renew_lease()
             except SpillError as error:
@@ -484,8 +490,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             if source.started:
                 self._abandon(store, found, error)
             raise
-        for resource in (*self._needs(wanted.url), _whole_read(wanted.object_id)):
+        for resource in self._needs(wanted.url):
             self._outages.over(resource, "restores")
+        if source.started:
+            self._outages.over(_WHOLE_READS, wanted.object_id)
         return header.size if source.started else 0
 
     def _abandon(self, store: ObjectStore, found: StoredObject, error: Exception) -> None:
@@ -503,8 +511,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             except SpillError as unmarked:
                 logger.error("the lost object could not be marked as such: %s", unmarked)
         elif isinstance(error, SpillError):
+            object_id = found.header.object_id
             self._outages.failed(
-                _whole_read(found.header.object_id), "restores", _half_way(error), 1
+                _WHOLE_READS, "restores", _half_way(object_id, error), 1, object_id
             )
         if self._in_io_worker:
             logging.shutdown()
@@ -557,10 +566,6 @@ def _key_named(key_id: int) -> str:
     return f"encryption key {key_id:016x}"
 
 
-def _whole_read(object_id: str) -> str:
-    return f"an unbroken read of object {object_id}"
-
-
 def _away(error: SpillError, needed: Sequence[str]) -> str:
     """What is away that a restore needs, given what it failed with."""
     if isinstance(error, ConfigError) and len(needed) > 1:
@@ -568,9 +573,9 @@ def _away(error: SpillError, needed: Sequence[str]) -> str:
     return resource_of(error)
 
 
-def _half_way(error: SpillError) -> SpillError:
+def _half_way(object_id: str, error: SpillError) -> SpillError:
     return SpillError(
-        f"it broke off half way: {error.what.rstrip('.')}",
+        f"the read of object {object_id} broke off half way: {error.what.rstrip('.')}",
         "If that happens again and again, the server or a proxy closes connections that have much "
         "under way: raise client-output-buffer-limit normal and maxmemory-clients, or lower "
         "chunk_size",
@@ -627,7 +632,10 @@ class _Drivers:
         if _is_connected():
             worker = ray._private.worker.global_worker
             job_id = None if job is None else ray.JobID.from_hex(job)
-            push_error_to_driver(worker, "spill_objects_error", message, job_id)
+            try:
+                push_error_to_driver(worker, "spill_objects_error", message, job_id)
+            except Exception as error:  # an operation must not fail for it
+                logger.warning("drivers cannot be notified: %s", error)
 
     def running(self) -> list[str]:
         client: Any = getattr(ray._private.worker.global_worker, "gcs_client", None)

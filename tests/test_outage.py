@@ -228,7 +228,10 @@ def test_what_tries_no_more_does_not_keep_an_outage_going(
 ) -> None:
     it = outages(directory, drivers, clock)
     fail_for(it, clock, 10)
-    clock.pass_(20)
+    clock.pass_(100)
+    it.over(ROOM, "restores")
+    assert len(drivers.all) == 1
+    clock.pass_(30)
     it.over(ROOM, "restores")
     assert "can be used again" in drivers.all[1]
 
@@ -405,3 +408,42 @@ def test_one_process_reports_the_losses_of_all(
     processes[1].report()
     (message,) = drivers.all
     assert "4 spilled objects are missing" in message
+
+
+# --- what says nothing about others ---
+
+
+def test_many_that_fail_with_the_same_are_one_outage_that_ends_with_the_last(
+    directory: Path | None, clock: Clock, drivers: Drivers
+) -> None:
+    it = outages(directory, drivers, clock)
+    for _ in range(3):
+        for number in range(50):
+            it.failed("whole reads", "restores", AWAY, 1, f"object {number}")
+        clock.pass_(10)
+    (message,) = drivers.all
+    assert "50 wait on this node" in message
+    it.over("whole reads", "another object")
+    for number in range(49):
+        it.over("whole reads", f"object {number}")
+    assert len(drivers.all) == 1
+    it.over("whole reads", "object 49")
+    (_, message) = drivers.all
+    assert "can be used again" in message
+
+
+def test_an_outage_that_nobody_waits_for_any_more_ends(
+    directory: Path | None, clock: Clock, drivers: Drivers
+) -> None:
+    it = outages(directory, drivers, clock)
+    fail_for(it, clock, 10)
+    clock.pass_(60)
+    it.forget()
+    assert len(drivers.all) == 1
+    clock.pass_(61)
+    it.forget()
+    it.forget()
+    (_, message) = drivers.all
+    assert f"nothing has waited for {ROOM} for" in message
+    it.over(ROOM, "spills")
+    assert len(drivers.all) == 2

@@ -1,0 +1,154 @@
+"""Restores that wait: whose they are, and that none of them waits for another."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from servers import wait_until
+
+from ray_valkey_spill.deferred import DeferredRestores, Restore
+from ray_valkey_spill.errors import ServerUnavailableError, SpillError
+
+AWAY = ServerUnavailableError("the server cannot be reached")
+SERVER = "the server"
+
+
+class World:
+    """What can be restored, and what was. A fake: real ones are for `test_ray_away`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.errors: dict[str, Exception] = {}
+        self.reports = 0
+        self.restored: list[str] = []
+        self.tried: list[str] = []
+        self.open = 0
+        self.refused_restorers = self.failing_reports = 0
+        self._all: list[DeferredRestores] = []
+
+    def node(self, is_alive: Callable[[int], bool] = lambda pid: True) -> DeferredRestores:
+        it = DeferredRestores(
+            lambda: self.directory, "restores", is_alive, self._new_restorer, self._failed
+        )
+        self._all.append(it)
+        return it
+
+    def _new_restorer(self) -> Restorer:
+        if self.refused_restorers:
+            self.refused_restorers -= 1
+            raise OSError("too many open files")
+        self.open += 1
+        return Restorer(self)
+
+    def _failed(self, restore: Restore, error: SpillError, waiting: int) -> str:
+        self.reports += 1
+        if self.failing_reports:
+            self.failing_reports -= 1
+            raise RuntimeError("the raylet cannot be reached")
+        return SERVER
+
+    @property
+    def claims(self) -> list[str]:
+        directory = self.directory / "restores"
+        return [path.name for path in directory.iterdir()] if directory.exists() else []
+
+    def end(self) -> None:
+        self.errors.clear()
+        wait_until(lambda: not threads())
+        assert not self.open
+
+
+class Restorer:
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def restore(self, wanted: Restore) -> bool:
+        self._world.tried.append(wanted.object_id)
+        if (error := self._world.errors.get(wanted.object_id)) is not None:
+            raise error
+        self._world.restored.append(wanted.object_id)
+        return True
+
+    def close(self) -> None:
+        self._world.open -= 1
+
+
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("ray-valkey-spill-deferred")]
+
+
+def restores(*names: str) -> list[Restore]:
+    return [Restore(name, f"ray:{name}") for name in names]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.end()
+
+
+def test_what_waits_is_restored_once_it_can_be(world: World) -> None:
+    world.errors = {"aa": AWAY, "bb": AWAY}
+    it = world.node()
+    it.add(SERVER, restores("aa", "bb"))
+    wait_until(lambda: world.reports > 1)
+    assert sorted(world.claims) == ["aa", "bb"]
+    world.errors.clear()
+    wait_until(lambda: sorted(world.restored) == ["aa", "bb"] and not world.claims)
+    assert it.count(SERVER) == 0
+
+
+def test_one_that_fails_again_and_again_does_not_hold_up_those_after_it(world: World) -> None:
+    world.errors = {"aa": AWAY}
+    it = world.node()
+    it.add(SERVER, restores("aa", "bb", "cc"))
+    wait_until(lambda: sorted(world.restored) == ["bb", "cc"])
+    assert it.count(SERVER) == 1
+
+
+@pytest.mark.parametrize("what", ["refused_restorers", "failing_reports"])
+def test_whatever_else_fails_is_tried_again(world: World, what: str) -> None:
+    world.errors = {"aa": AWAY}
+    setattr(world, what, 1)
+    world.node().add(SERVER, restores("aa"))
+    wait_until(lambda: getattr(world, what) == 0)
+    world.errors.clear()
+    wait_until(lambda: world.restored == ["aa"])
+
+
+def test_what_another_process_was_asked_to_delete_is_waited_for_no_more(world: World) -> None:
+    world.errors = {"aa": AWAY, "bb": AWAY}
+    it, another = world.node(), world.node()
+    it.add(SERVER, restores("aa", "bb"))
+    wait_until(lambda: world.reports > 1)
+    another.forget(["aa"])
+    wait_until(lambda: it.count(SERVER) == 1)
+    world.errors.clear()
+    wait_until(lambda: world.restored == ["bb"] and not world.claims)
+
+
+def test_without_a_directory_nothing_is_taken_for_deleted(world: World) -> None:
+    world.directory = world.directory / "missing"
+    world.errors = {"aa": AWAY}
+    world.node().add(SERVER, restores("aa"))
+    wait_until(lambda: world.reports > 1)
+    world.errors.clear()
+    wait_until(lambda: world.restored == ["aa"])
+
+
+def test_what_a_killed_process_had_is_adopted_by_one(world: World) -> None:
+    directory = world.directory / "restores"
+    directory.mkdir()
+    (directory / "aa").write_text("1 ray:aa\n")
+    world.errors = {"aa": AWAY}
+    nodes = [world.node(is_alive=lambda pid: pid == os.getpid()) for _ in range(2)]
+    nodes[0].adopt(lambda url: SERVER)
+    wait_until(lambda: nodes[0].count(SERVER) == 1)
+    nodes[1].adopt(lambda url: SERVER)
+    assert nodes[1].count(SERVER) == 0
+    assert world.claims == ["aa"]
