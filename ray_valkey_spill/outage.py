@@ -190,7 +190,7 @@ class _Outage:
         heard: whether drivers have heard of this one.
         jobs: those whose drivers have.
         looked: when somebody last looked for drivers that have not.
-        waiting: what waits for it: by process id, or each by itself, how many, and when that was so.
+        waiting: what waits for it: by process id, or by itself, how many, and when that was so.
     """
 
     since: float | None = None
