@@ -102,6 +102,12 @@ def test_config_names_the_file_that_has_the_password() -> None:
     assert in_environment.endswith("RAY_VALKEY_SPILL_PASSWORD in the environment, on every node.\n")
 
 
+def test_config_takes_parameters_whose_url_is_in_the_environment() -> None:
+    result = cli("config", "--username", "ray", "--tls-ca-file", "/ca.pem")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("in the environment, on every node.\n")
+
+
 def test_config_without_options_is_complete_too() -> None:
     printed = cli("config").stdout
     assert 'export RAY_object_spilling_config=\'{"type": "valkey", "params": {}}\'' in printed
