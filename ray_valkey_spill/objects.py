@@ -430,10 +430,13 @@ class ObjectStore:
             ServerError, OverflowUnavailableError: as `wire.Link.run`, and as the overflow tells.
         """
         header, started = found.header, time.perf_counter()
-        if header.inline:
-            unpack_chunk(header.chunks[0], found.payload, target)
-        else:
-            self._fill_checked(found, target)
+        try:
+            if header.inline:
+                unpack_chunk(header.chunks[0], found.payload, target)
+            else:
+                self._fill_checked(found, target)
+        except LostObjectError as error:
+            raise self._lost(found.place, error) from error
         seconds = found.seconds + time.perf_counter() - started
         self._observer.done(
             "restore", _tier_of(found.place), 1, header.size, header.stored_size, seconds
@@ -447,20 +450,17 @@ class ObjectStore:
             # Once more: it may have been the way here that flipped a bit.
             return damaged and self._packer.unpack(header, target, damaged, receive)
 
-        try:
-            if found.place.overflow:
-                sizes = [chunk.stored_size for chunk in header.chunks]
-                assert self._overflow is not None  # where it was found
-                damaged = self._overflow.overflow.read(found.place, sizes, unpack)
-            else:
-                damaged = unpack(functools.partial(self._tier.read, found.place.name))
-            if damaged:
-                raise LostObjectError(
-                    f"chunk {damaged[0]} of {len(header.chunks)} is damaged "
-                    f"({'wrong checksum' if header.seal is None else 'broken seal'})"
-                )
-        except LostObjectError as error:
-            raise self._lost(found.place, error) from error
+        if found.place.overflow:
+            sizes = [chunk.stored_size for chunk in header.chunks]
+            assert self._overflow is not None  # where it was found
+            damaged = self._overflow.overflow.read(found.place, sizes, unpack)
+        else:
+            damaged = unpack(functools.partial(self._tier.read, found.place.name))
+        if damaged:
+            raise LostObjectError(
+                f"chunk {damaged[0]} of {len(header.chunks)} is damaged "
+                f"({'wrong checksum' if header.seal is None else 'broken seal'})"
+            )
 
     # --- delete ---
 
