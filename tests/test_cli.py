@@ -19,6 +19,8 @@ from servers import Server, acl_user, valkey_server, wait_until
 from ray_valkey_spill import __version__
 from ray_valkey_spill.cli import cli as in_process
 from ray_valkey_spill.config import MIB, parameters
+from ray_valkey_spill.demo import Report
+from ray_valkey_spill.ledger import Owner
 
 
 def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -281,6 +283,14 @@ def test_demo_that_is_interrupted_leaves_nothing_either(nothing_left: dict[str, 
     finally:
         os.killpg(process.pid, signal.SIGINT)
         process.wait(timeout=60)
+
+
+def test_demo_says_that_ray_did_not_spill() -> None:
+    report = Report(objects=3, verified_objects=3, keys_left=0)
+    report.note_stored({}, Owner("session", "node"))
+    report.note_failure()
+    assert report.failure == "Ray did not spill"
+    assert ("stored in Valkey", "0.0 MiB") in report.rows()
 
 
 def test_demo_says_when_the_hook_is_off() -> None:
