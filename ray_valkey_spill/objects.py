@@ -131,8 +131,9 @@ class _Failures:
 class ObjectStore:
     """Objects of one node of one Ray session.
 
-    For one thread at a time, and a second one for the methods that say so, such as `recover`, which
-    have a connection of their own. Connections are opened by the first operation.
+    For one thread at a time, a second one for the methods that say so, such as `recover`, and a
+    third one for `keep_lease`; each has a connection of its own. Connections are opened by the
+    first operation.
 
     Args:
         config: where, under which prefix, and how chunks are cut and compressed.
@@ -158,9 +159,11 @@ class ObjectStore:
         impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
         link = Link(config, sharing=sharing, waiting=self._observer.waiting)
         recovery_link = Link(impatient, sharing=sharing, spare=link.close_unused)
-        self._links = link, recovery_link
+        lease_link = Link(impatient, sharing=sharing, spare=link.close_unused)
+        self._links = link, recovery_link, lease_link
         self._tier = ValkeyTier(link, self.keys)
         self._recovery = ValkeyTier(recovery_link, self.keys)
+        self._lease = ValkeyTier(lease_link, self.keys)
         self._budget = self._new_budget(config, link)
         self._max_bytes = config.max_bytes
         overflow = OverflowTier.of(config)
@@ -186,6 +189,7 @@ class ObjectStore:
         """Drop the connections and the threads; the next operation gets new ones."""
         self._tier.close()
         self._recovery.close()
+        self._lease.close()
         self._packer.close()
         if self._overflow is not None:
             self._overflow.close()
@@ -534,6 +538,16 @@ class ObjectStore:
         """
         self._renew_lease(self._recovery.ledger, gcs_address, is_destroyed)
 
+    def keep_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
+        """As `renew_lease`, in a third thread, however long `recover` and the like take.
+
+        The connection is closed again: renewals by this method are rare.
+        """
+        try:
+            self._renew_lease(self._lease.ledger, gcs_address, is_destroyed)
+        finally:
+            self._lease.close()
+
     def begin_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
         """As `renew_lease`, before the first `put` and in its thread: nobody may know of the node
         yet, nor where its GCS is.
@@ -672,7 +686,7 @@ class ObjectStore:
         Raises:
             ServerError
         """
-        *_, link = self._links
+        _, link, _ = self._links
         ledger = self._recovery.ledger
         stored = sum(usage.stored for usage in ledger.usages().values())
         granted = sum(grant.granted for grant in ledger.grants().values())
