@@ -24,10 +24,12 @@ class Background:
     Args:
         work: returns after how many seconds, or somewhat more, it is to be done again. If it
             raises, that is logged, and it is done again soon.
+        name: of the thread.
     """
 
-    def __init__(self, work: Callable[[], float]) -> None:
+    def __init__(self, work: Callable[[], float], name: str = "background") -> None:
         self._work = work
+        self._name = f"ray-valkey-spill-{name}"
         self._waking = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -38,9 +40,7 @@ class Background:
         Where no thread can be had there is none until the next call.
         """
         if self._thread is None:
-            thread = threading.Thread(
-                target=self._run, name="ray-valkey-spill-background", daemon=True
-            )
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             with contextlib.suppress(RuntimeError):
                 thread.start()
                 self._thread = thread

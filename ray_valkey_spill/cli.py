@@ -22,6 +22,7 @@ from ray_valkey_spill.config import (
     ENV_PREFIX,
     RAY_SETTINGS,
     Config,
+    check_params,
     parameters,
     spilling_config,
     system_config,
@@ -189,7 +190,7 @@ def config(acl: bool, as_json: bool, **options: str | None) -> None:
         )
         return
     _print_forms(forms)
-    if Config.load(given, environ={}).address.username:
+    if check_params(given).username:
         where = given.get("password_file") or "RAY_VALKEY_SPILL_PASSWORD in the environment"
         click.echo(f"# The password: {where}, on every node.")
 

@@ -31,6 +31,7 @@ __all__ = [
     "Config",
     "Endpoint",
     "Parameter",
+    "check_params",
     "parameters",
     "spilling_config",
     "system_config",
@@ -306,26 +307,10 @@ class Config:
             ConfigError: naming the parameter, the nearest valid name, or what was expected.
         """
         environ = os.environ if environ is None else environ
-        params = params or {}
-        values, sources = _collect(params, environ)
-        # The url is parsed before anything else is checked, so that no later message can be the
-        # first to meet, and repeat, a url with a password in it.
-        address = _parse_url(
-            values.get("url", _PARAMETERS["url"].default),
-            from_config=params.get("url") is not None,
-            port=_SENTINEL_PORT if values.get("sentinel_service") else _PORT,
-        )
-        _refuse_credentials(values.get("overflow_uri"))
-        checked = {
-            name: _PARAMETERS[name].check(value, sources[name]) for name, value in values.items()
-        }
-        _require_fitting(address, checked)
+        address, checked = _check_each(params or {}, environ)
+        _refuse_contradictions(address, checked)
+        _require_partners(checked)
         username = checked.get("username")
-        if username and address.username and username != address.username:
-            raise ConfigError(
-                f"username is {username!r}, but url names the user {address.username!r}: "
-                "give one of them"
-            )
         password = environ.get(f"{ENV_PREFIX}PASSWORD") or address.password
         address = replace(address, username=username or address.username, password=password)
         return cls(**{**checked, "url": str(address), "address": address})
@@ -339,6 +324,43 @@ _PARAMETERS = {
 def parameters() -> list[Parameter]:
     """All parameters, in the order of the documentation."""
     return list(_PARAMETERS.values())
+
+
+def check_params(params: Mapping[str, Any]) -> Address:
+    """Check a spilling config's parameters without the environment of the process that uses them.
+
+    Each value is checked, and so are contradictions between given parameters. The environment can
+    still supply what is missing, such as a `valkeys://` url for `tls_ca_file`: `Config.load` checks
+    that where the environment is known.
+
+    Returns:
+        The address, as far as `params` give it.
+
+    Raises:
+        ConfigError: no environment can make these parameters valid.
+    """
+    address, checked = _check_each(params, {})
+    if "url" in checked:
+        _refuse_contradictions(address, checked)
+    return replace(address, username=checked.get("username") or address.username)
+
+
+def _check_each(
+    params: Mapping[str, Any], environ: Mapping[str, str]
+) -> tuple[Address, dict[str, Any]]:
+    """Check each parameter by itself; returns the parsed url and the values given."""
+    values, sources = _collect(params, environ)
+    # The url is parsed before anything else is checked, so that no later message can be the
+    # first to meet, and repeat, a url with a password in it.
+    address = _parse_url(
+        values.get("url", _PARAMETERS["url"].default),
+        from_config=params.get("url") is not None,
+        port=_SENTINEL_PORT if values.get("sentinel_service") else _PORT,
+    )
+    _refuse_credentials(values.get("overflow_uri"))
+    return address, {
+        name: _PARAMETERS[name].check(value, sources[name]) for name, value in values.items()
+    }
 
 
 def _collect(
@@ -475,19 +497,29 @@ def _endpoints(parts: SplitResult, default_port: int) -> tuple[Endpoint, ...]:
     return tuple(endpoints)
 
 
-def _require_fitting(address: Address, values: Mapping[str, Any]) -> None:
-    """Refuse parameters that contradict one another."""
+def _refuse_contradictions(address: Address, values: Mapping[str, Any]) -> None:
+    """Refuse parameters that cannot be used with the url that `address` was parsed from."""
     given = [name for name in values if name.startswith("tls_")]
     if given and not address.tls:
         raise ConfigError(f"{given[0]} is given, but url is not for TLS", "Use valkeys:// in url")
-    for name, other in (("tls_cert_file", "tls_key_file"), ("tls_key_file", "tls_cert_file")):
-        if name in values and other not in values:
-            raise ConfigError(f"{name} is given without {other}", "Give both or none")
     if values.get("sentinel_service") and address.endpoints[0].path:
         raise ConfigError(
             "sentinel_service is given, but url names a unix socket",
             "Give the Sentinels' hosts, as in valkey://host1:26379,host2:26379/0",
         )
+    username = values.get("username")
+    if username and address.username and username != address.username:
+        raise ConfigError(
+            f"username is {username!r}, but url names the user {address.username!r}: "
+            "give one of them"
+        )
+
+
+def _require_partners(values: Mapping[str, Any]) -> None:
+    """Refuse a parameter that is of no use without another that is missing."""
+    for name, other in (("tls_cert_file", "tls_key_file"), ("tls_key_file", "tls_cert_file")):
+        if name in values and other not in values:
+            raise ConfigError(f"{name} is given without {other}", "Give both or none")
 
 
 def _database(text: str) -> int:
@@ -506,12 +538,15 @@ def spilling_config(url: str | None = None, **params: Any) -> str:
         url: the server; without it every node takes `RAY_VALKEY_SPILL_URL` or the default.
         **params: any other parameter of `Config`.
 
+    The result depends on the arguments alone: the environment in which Ray starts may add to them,
+    and is checked there.
+
     Raises:
-        ConfigError: if Ray would refuse to start with it.
+        ConfigError: if Ray would refuse to start with it, whatever the environment there.
     """
     given = {"url": url, **params}
     given = {name: value for name, value in given.items() if value is not None}
-    Config.load(given, environ={})
+    check_params(given)
     return json.dumps({"type": STORAGE_TYPE, "params": given})
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ray_valkey_spill import _startup
 from ray_valkey_spill.config import KIB, MIB, Config, system_config
 from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.keys import Keyspace
-from ray_valkey_spill.ledger import Ledger, Owner
+from ray_valkey_spill.ledger import Ledger, Owner, Usage
 from ray_valkey_spill.resp import command
 from ray_valkey_spill.wire import Link
 
@@ -55,6 +55,22 @@ class Report:
     keys_left: int = -1
     seconds: float = 0.0
     failure: str = ""
+
+    def note_stored(self, usages: Mapping[Owner, Usage], owner: Owner) -> None:
+        """Set the figures of what `owner` has in Valkey; it has no usage if Ray did not spill."""
+        usage = usages.get(owner, Usage())
+        self.stored_bytes = usage.stored
+        if usage.stored:
+            self.compression_ratio = usage.size / usage.stored
+
+    def note_failure(self) -> None:
+        """Set `failure` by the figures."""
+        if self.verified_objects != self.objects:
+            self.failure = f"{self.objects - self.verified_objects} objects came back different"
+        elif self.keys_left:
+            self.failure = f"{self.keys_left} keys were left on the server"
+        elif not self.spilled_objects or not self.restored_objects:
+            self.failure = "Ray did not spill"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -218,7 +234,7 @@ def _exercise(
             refs.append(ray.put(value))
             report.objects += 1
     session = (directory / "session_latest").resolve()
-    _count_stored(report, Ledger(link, keys), Owner(session.name, node_id))
+    report.note_stored(Ledger(link, keys).usages(), Owner(session.name, node_id))
     with _progress("Reading", show_progress) as steps:
         for step in steps:
             value = ray.get(refs[step], timeout=_PATIENCE)
@@ -234,12 +250,7 @@ def _exercise(
         if report.keys_left == 0:
             break
         time.sleep(0.05)
-    if report.verified_objects != report.objects:
-        report.failure = f"{report.objects - report.verified_objects} objects came back different"
-    elif report.keys_left:
-        report.failure = f"{report.keys_left} keys were left on the server"
-    elif not report.spilled_objects or not report.restored_objects:
-        report.failure = "Ray did not spill"
+    report.note_failure()
 
 
 @contextlib.contextmanager
@@ -281,13 +292,6 @@ def _same(left: Any, right: Any) -> bool:
 
 
 # --- figures ---
-
-
-def _count_stored(report: Report, ledger: Ledger, owner: Owner) -> None:
-    """What is stored once everything has been written."""
-    usage = ledger.usages()[owner]
-    report.stored_bytes = usage.stored
-    report.compression_ratio = usage.size / usage.stored
 
 
 def _count_as_ray_does(report: Report, session: Path, refs: list[Any]) -> None:

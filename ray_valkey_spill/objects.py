@@ -131,8 +131,9 @@ class _Failures:
 class ObjectStore:
     """Objects of one node of one Ray session.
 
-    For one thread at a time, and a second one for the methods that say so, such as `recover`, which
-    have a connection of their own. Connections are opened by the first operation.
+    For one thread at a time, a second one for the methods that say so, such as `recover`, and a
+    third one for `keep_lease`; each has a connection of its own. Connections are opened by the
+    first operation.
 
     Args:
         config: where, under which prefix, and how chunks are cut and compressed.
@@ -158,9 +159,11 @@ class ObjectStore:
         impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
         link = Link(config, sharing=sharing, waiting=self._observer.waiting)
         recovery_link = Link(impatient, sharing=sharing, spare=link.close_unused)
-        self._links = link, recovery_link
+        lease_link = Link(impatient, sharing=sharing, spare=link.close_unused)
+        self._links = link, recovery_link, lease_link
         self._tier = ValkeyTier(link, self.keys)
         self._recovery = ValkeyTier(recovery_link, self.keys)
+        self._lease = ValkeyTier(lease_link, self.keys)
         self._budget = self._new_budget(config, link)
         self._max_bytes = config.max_bytes
         overflow = OverflowTier.of(config)
@@ -186,6 +189,7 @@ class ObjectStore:
         """Drop the connections and the threads; the next operation gets new ones."""
         self._tier.close()
         self._recovery.close()
+        self._lease.close()
         self._packer.close()
         if self._overflow is not None:
             self._overflow.close()
@@ -430,10 +434,13 @@ class ObjectStore:
             ServerError, OverflowUnavailableError: as `wire.Link.run`, and as the overflow tells.
         """
         header, started = found.header, time.perf_counter()
-        if header.inline:
-            unpack_chunk(header.chunks[0], found.payload, target)
-        else:
-            self._fill_checked(found, target)
+        try:
+            if header.inline:
+                unpack_chunk(header.chunks[0], found.payload, target)
+            else:
+                self._fill_checked(found, target)
+        except LostObjectError as error:
+            raise self._lost(found.place, error) from error
         seconds = found.seconds + time.perf_counter() - started
         self._observer.done(
             "restore", _tier_of(found.place), 1, header.size, header.stored_size, seconds
@@ -447,20 +454,17 @@ class ObjectStore:
             # Once more: it may have been the way here that flipped a bit.
             return damaged and self._packer.unpack(header, target, damaged, receive)
 
-        try:
-            if found.place.overflow:
-                sizes = [chunk.stored_size for chunk in header.chunks]
-                assert self._overflow is not None  # where it was found
-                damaged = self._overflow.overflow.read(found.place, sizes, unpack)
-            else:
-                damaged = unpack(functools.partial(self._tier.read, found.place.name))
-            if damaged:
-                raise LostObjectError(
-                    f"chunk {damaged[0]} of {len(header.chunks)} is damaged "
-                    f"({'wrong checksum' if header.seal is None else 'broken seal'})"
-                )
-        except LostObjectError as error:
-            raise self._lost(found.place, error) from error
+        if found.place.overflow:
+            sizes = [chunk.stored_size for chunk in header.chunks]
+            assert self._overflow is not None  # where it was found
+            damaged = self._overflow.overflow.read(found.place, sizes, unpack)
+        else:
+            damaged = unpack(functools.partial(self._tier.read, found.place.name))
+        if damaged:
+            raise LostObjectError(
+                f"chunk {damaged[0]} of {len(header.chunks)} is damaged "
+                f"({'wrong checksum' if header.seal is None else 'broken seal'})"
+            )
 
     # --- delete ---
 
@@ -533,6 +537,16 @@ class ObjectStore:
                 must be so before they are. A server may also have lost a lease with all its data.
         """
         self._renew_lease(self._recovery.ledger, gcs_address, is_destroyed)
+
+    def keep_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
+        """As `renew_lease`, in a third thread, however long `recover` and the like take.
+
+        The connection is closed again: renewals by this method are rare.
+        """
+        try:
+            self._renew_lease(self._lease.ledger, gcs_address, is_destroyed)
+        finally:
+            self._lease.close()
 
     def begin_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
         """As `renew_lease`, before the first `put` and in its thread: nobody may know of the node
@@ -672,7 +686,7 @@ class ObjectStore:
         Raises:
             ServerError
         """
-        *_, link = self._links
+        _, link, _ = self._links
         ledger = self._recovery.ledger
         stored = sum(usage.stored for usage in ledger.usages().values())
         granted = sum(grant.granted for grant in ledger.grants().values())

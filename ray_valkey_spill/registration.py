@@ -14,7 +14,7 @@ from typing import Any
 
 from ray_valkey_spill import __version__
 from ray_valkey_spill._startup import RAY_FUNCTION, RAY_MODULE
-from ray_valkey_spill.config import Config
+from ray_valkey_spill.config import check_params
 from ray_valkey_spill.errors import ConfigError, IncompatibleRayError
 
 __all__ = ["require_compatible", "set_up"]
@@ -47,7 +47,7 @@ def set_up(
             f"the spilling config has {min(unknown)!r} beside 'type' and 'params': "
             "parameters belong inside 'params'"
         )
-    Config.load(params, environ={})  # or a parameter "node_id" would meet Ray's argument first
+    check_params(params)  # or a parameter "node_id" would meet Ray's argument first
 
     from ray_valkey_spill.storage import ValkeyStorage
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,16 @@ _READ_SIZE = 8 << 10
 _LARGEST = 512 << 20
 _LARGEST_INTEGER = 2**63
 _MOST_DIGITS = 19
+
+# A proxy may put more behind the address. Host names have labels of 1 to 63 bytes; Python raises
+# UnicodeError for others.
+_REDIRECT = re.compile(
+    r"(?P<code>MOVED|ASK) [0-9]+ "
+    r"(?P<host>\??|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[!-~]+)?|[\w-]{1,63}(\.[\w-]{1,63})*\.?)"
+    r":(?P<port>[0-9]{1,5})( |$)",
+    re.ASCII,
+)
+_LARGEST_PORT = 65535
 
 _USE_PRIMARY = "Wait for the failover to end, or give the url of the primary"
 # Error replies that mean "not now", and what helps where they do not pass by themselves: a server
@@ -102,15 +113,20 @@ class RedirectError(ServerError):
     """A node of a cluster says who has the key: from now on, or (`ask`) this once.
 
     `host` is empty if it is the same as the node's that says so, or if that does not know it.
+
+    Raises:
+        NotValkeyError: `text` is not `MOVED <slot> <host>:<port>`, or the same with ASK.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        code, _, address = text.split(" ")[:3]
-        self.ask = code == "ASK"
-        host, _, port = address.rpartition(":")
-        self.host = "" if host == "?" else host
-        self.port = int(port)
+        match = _REDIRECT.match(text)
+        port = int(match["port"]) if match else 0
+        if match is None or not 0 < port <= _LARGEST_PORT:
+            raise NotValkeyError(f"a reply redirects to no address: {text[:80]!r}")
+        self.ask = match["code"] == "ASK"
+        self.host = "" if match["host"] == "?" else match["host"]
+        self.port = port
 
 
 # --- requests ---

@@ -71,6 +71,9 @@ _DESTROY_PATIENCE = 3.0
 # Seconds between looks for what failed operations and killed IO workers left, which also renew the
 # node's lease, and between attempts to remove it.
 _BETWEEN_LOOKS, _BETWEEN_ATTEMPTS = RENEWAL, 2.0
+# Recovery can take longer than a lease lasts: many objects to remove, or an overflow that is slow.
+# Another thread renews the lease if that was not done for so many seconds.
+_LATEST_RENEWAL = 2 * RENEWAL
 _ATTEMPTS_PER_WARNING = 6
 _DELETED_TOGETHER = 100
 # Until an IO worker that has just been started is connected.
@@ -138,8 +141,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._still_waits,
         )
         self._recovery = Background(self._recover)
+        self._lease_keeper = Background(self._keep_lease, "lease")
         self._failed_recoveries = 0
-        self._lease_renewed = float("-inf")
+        # By one of the two; the first renewal is due to the recovery.
+        self._lease_renewed = time.monotonic()
         self._cannot_join = False
         self._config: Config | None = None
         try:
@@ -156,7 +161,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         )
         self._store = self._new_store()
         if self._in_io_worker:
-            self._recovery.start()
+            self._start_background()
         if not self._in_io_worker and (session_name, config) not in _checked:
             try:
                 preflight.run_all(config)
@@ -184,7 +189,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """
         if not object_refs:
             return []
-        self._recovery.start()
+        self._start_background()
         urls = self._spill(object_refs, owner_addresses)
         if not urls:
             self._outages.pause()
@@ -202,7 +207,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         Raises:
             SpillError: an object could not be filled, outside of an IO worker; see `_abandon`.
         """
-        self._recovery.start()
+        self._start_background()
         wanted = [
             Restore(ref.hex(), _text(url)) for ref, url in zip(object_refs, url_with_offset_list)
         ]
@@ -221,7 +226,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         What cannot be removed now is removed once it can be: Ray never asks again.
         """
         wanted = [_text(url) for url in urls]
-        self._recovery.start()
+        self._start_background()
         self._deferred.forget(filter(None, map(self._object_of, wanted)))
         for _, of_tier in itertools.groupby(
             sorted(wanted, key=self._needs), key=lambda url: self._needs(url)[:1]
@@ -256,8 +261,13 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             logger.warning("spilled objects of this node may be left on the server: %s", error)
         finally:
             self._recovery.stop()
+            self._lease_keeper.stop()
             self._impatient_store.close()
             self._store.close()
+
+    def _start_background(self) -> None:
+        self._recovery.start()
+        self._lease_keeper.start()
 
     def _recover(self) -> float:
         """Show that this node lives; do what this process and killed ones have left undone.
@@ -296,8 +306,25 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
     def _renew_lease(self) -> None:
         self._store.renew_lease(_gcs_address(), self._is_destroyed)
+        self._note_renewal()
+
+    def _note_renewal(self) -> None:
         self._lease_renewed = time.monotonic()
         self._metrics.renewed_lease()
+
+    def _keep_lease(self) -> float:
+        """Renew the lease if `_recover` has not come round to that; returns when to look again."""
+        if self._in_io_worker and not _is_connected():
+            return _BETWEEN_STARTS
+        due = self._lease_renewed + _LATEST_RENEWAL - time.monotonic()
+        if due > 0:
+            return due
+        try:
+            self._store.keep_lease(_gcs_address(), self._is_destroyed)
+        except SpillError:  # which `_recover` reports if it lasts
+            return _BETWEEN_ATTEMPTS
+        self._note_renewal()
+        return _LATEST_RENEWAL
 
     def _join_overflow(self) -> None:
         """Report an overflow that cannot be used before anything is lost to it."""
@@ -318,10 +345,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._deferred.adopt(lambda url: (self._needs(url) or [VALKEY])[0])
 
     def _delete_again(self) -> None:
-        """Delete what could not be deleted before; a tier that is away does not hold up the other.
-
-        That can be much, so the lease is renewed in between.
-        """
+        """Delete what could not be deleted before, in each tier whatever becomes of the other."""
         failure: SpillError | None = None
         left = sorted(self._journal.left(), key=self._needs)
         for _, of_tier in itertools.groupby(left, key=lambda url: self._needs(url)[:1]):
@@ -333,8 +357,6 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                     self._journal.done(page)
                     for resource in self._needs(page[0])[:1]:
                         self._outages.over(resource, "deletions")
-                    if time.monotonic() - self._lease_renewed > _BETWEEN_LOOKS:
-                        self._renew_lease()
             except SpillError as error:
                 failure = failure or error
         if failure is not None:

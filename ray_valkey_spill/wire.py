@@ -481,6 +481,8 @@ class Link:
         before = self.generation
         found = look()
         if not lacks_nothing(found):
+            if self._is_outdated:
+                self._discover()
             if self.generation != before:
                 raise TransientError("a connection broke while something was missing")
             self._require_primaries()
@@ -589,7 +591,8 @@ class Link:
                     exhausted = held is None
                 if held is not None and held.fenced and failed:
                     held, exhausted = None, True
-                if held is None and not in_flight and not self._is_outdated:
+                if held is None and not in_flight:
+                    # What has moved is looked up by the next run: this one needs it no more.
                     return
                 try:
                     if self._is_outdated and not in_flight:
@@ -701,6 +704,10 @@ class Link:
         if not error.ask and isinstance(self._topology, Cluster):
             self._topology.move(request.key, endpoint)
             self._is_outdated = True
+            if endpoint not in self._primaries:
+                # A replica that took over may lack what the primary before it had acknowledged.
+                self.breaks += 1
+                self._primaries |= {endpoint}
         target = self._connect(endpoint)
         if error.ask:
             target.add(command("ASKING"))

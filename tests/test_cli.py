@@ -19,6 +19,8 @@ from servers import Server, acl_user, valkey_server, wait_until
 from ray_valkey_spill import __version__
 from ray_valkey_spill.cli import cli as in_process
 from ray_valkey_spill.config import MIB, parameters
+from ray_valkey_spill.demo import Report
+from ray_valkey_spill.ledger import Owner
 
 
 def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -100,6 +102,12 @@ def test_config_names_the_file_that_has_the_password() -> None:
     assert "need /etc/valkey/password" in form
     in_environment = cli("config", "--username", "ray").stdout
     assert in_environment.endswith("RAY_VALKEY_SPILL_PASSWORD in the environment, on every node.\n")
+
+
+def test_config_takes_parameters_whose_url_is_in_the_environment() -> None:
+    result = cli("config", "--username", "ray", "--tls-ca-file", "/ca.pem")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("in the environment, on every node.\n")
 
 
 def test_config_without_options_is_complete_too() -> None:
@@ -275,6 +283,14 @@ def test_demo_that_is_interrupted_leaves_nothing_either(nothing_left: dict[str, 
     finally:
         os.killpg(process.pid, signal.SIGINT)
         process.wait(timeout=60)
+
+
+def test_demo_says_that_ray_did_not_spill() -> None:
+    report = Report(objects=3, verified_objects=3, keys_left=0)
+    report.note_stored({}, Owner("session", "node"))
+    report.note_failure()
+    assert report.failure == "Ray did not spill"
+    assert ("stored in Valkey", "0.0 MiB") in report.rows()
 
 
 def test_demo_says_when_the_hook_is_off() -> None:

@@ -568,6 +568,45 @@ def test_slots_that_moved_between_runs_are_found(cluster: Cluster, link: Link) -
     assert link.breaks == 0
 
 
+def test_a_move_is_looked_up_by_the_next_run_and_not_by_one_that_is_over(
+    cluster: Cluster,
+) -> None:
+    """Who cannot look it up any more has got its replies nevertheless."""
+    nodes = [node.client for node in cluster.nodes]
+    slot, home = key_slot(KEY.encode()), cluster.primary_of(KEY)
+    to = another(cluster, home)
+    with (
+        acl_user(nodes, "~ray:* +@all", password="pw"),
+        linked(cluster.url, username="ray", password="pw") as link,
+    ):
+        link.execute(store(KEY, [b"value"]))
+        for client in nodes:
+            client.execute_command("ACL SETUSER ray -cluster|slots")
+        cluster.migrate_slot(slot, to)
+        assert link.execute(fetch(KEY)) == [b"value"]
+        with pytest.raises(ServerRefusedError, match="NOPERM"):
+            link.execute(fetch(KEY))
+        for client in nodes:
+            client.execute_command("ACL SETUSER ray +cluster|slots")
+        assert link.execute(fetch(KEY), command("UNLINK", KEY)) == [b"value", 1]
+        assert link.owner(KEY) == Endpoint("127.0.0.1", to.port)
+        assert link.breaks == 0
+    cluster.migrate_slot(slot, home)
+
+
+def test_a_failover_that_only_the_last_reply_shows_counts_as_a_break(
+    cluster: Cluster, link: Link
+) -> None:
+    """What the primary before had acknowledged may be lost, so that it has to be confirmed."""
+    link.execute(store(KEY, [b"value"]))
+    wait_until_replicated(cluster)
+    (replica,) = cluster.replicas_of(cluster.primary_of(KEY))
+    cluster.failover(replica)
+    before = link.breaks
+    assert link.execute(fetch(KEY)) == [b"value"]
+    assert link.breaks > before
+
+
 def test_slots_that_move_during_a_run_are_followed(cluster: Cluster, link: Link) -> None:
     keys = [f"{KEY}:{i}" for i in range(100)]
     link.execute(*[store(key, [key.encode()]) for key in keys])

@@ -215,6 +215,55 @@ def test_parameters_that_contradict_one_another_are_refused(
         load(**params)
 
 
+PARTLY_IN_THE_ENVIRONMENT: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "the url": ({"tls_ca_file": "/ca.pem"}, {"URL": "valkeys://h"}),
+    "the key": (
+        {"url": "valkeys://h", "tls_cert_file": "/cert.pem"},
+        {"TLS_KEY_FILE": "/key.pem"},
+    ),
+    "the certificate and the url": (
+        {"tls_key_file": "/key.pem"},
+        {"TLS_CERT_FILE": "/cert.pem", "URL": "valkeys://h"},
+    ),
+    "the url of several Sentinels": ({"sentinel_service": "primary"}, {"URL": "valkey://a,b"}),
+    "the user": ({"username": "a"}, {"URL": f"valkey://a:{SECRET}@h"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("params", "environ"), PARTLY_IN_THE_ENVIRONMENT.values(), ids=PARTLY_IN_THE_ENVIRONMENT
+)
+def test_the_environment_may_supply_what_a_spilling_config_lacks(
+    params: dict[str, Any], environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {f"RAY_VALKEY_SPILL_{name}": value for name, value in environ.items()}
+    load(variables, **params)
+    alone = spilling_config(**params)
+    assert json.loads(alone)["params"] == params
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert spilling_config(**params) == alone
+
+
+NEVER_RIGHT = {
+    "a CA for a url without TLS": (
+        {"url": "valkey://h", "tls_ca_file": "/ca.pem"},
+        "tls_ca_file.*valkeys://",
+    ),
+    "Sentinels at a socket": CONTRADICTIONS["Sentinels at a socket"],
+    "two users": ({"url": "valkey://b@h", "username": "a"}, r"username is 'a'.*'b'"),
+}
+
+
+@pytest.mark.parametrize(("params", "says"), NEVER_RIGHT.values(), ids=NEVER_RIGHT)
+def test_a_spilling_config_that_no_environment_can_make_right_is_refused(
+    params: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_VALKEY_SPILL_URL", "valkeys://a@h")
+    with pytest.raises(ConfigError, match=says):
+        spilling_config(**params)
+
+
 def test_sentinels_have_a_port_of_their_own() -> None:
     config = load(url="valkey://a,b:7000", sentinel_service="primary")
     assert str(config.address) == "valkey://a:26379,b:7000/0"

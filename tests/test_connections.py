@@ -39,6 +39,9 @@ def test_an_io_worker_needs_one_connection_and_one_more_for_a_moment(server: Ser
         store.recover(is_alive)
         wait_until(lambda: proxy.open_connections == 1)
         assert proxy.connections == 2
+        store.keep_lease("", lambda: False)
+        wait_until(lambda: proxy.open_connections == 1)
+        assert proxy.connections == 3
         store.delete(urls)
         store.destroy(is_alive)
         store.close()

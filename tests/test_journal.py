@@ -84,6 +84,31 @@ def test_of_many_processes_one_takes_over_what_a_killed_one_had_left(tmp_path: P
     assert sorted(printed) == [[], [], [], ["a", "c", "d"]]
 
 
+def test_what_one_process_is_taking_over_is_found_by_no_other(tmp_path: Path) -> None:
+    dead = killed_writer(tmp_path, "node")
+    found: list[int] = []
+    by_another: list[str] = []
+
+    def directory() -> Path:
+        """Let another process look once this one has found the file, and before it is through."""
+        if found:
+            found.clear()
+            command = [sys.executable, "-c", ADOPTER, str(tmp_path), str(dead)]
+            by_another.append(
+                subprocess.run(command, input="", capture_output=True, text=True).stdout
+            )
+        return tmp_path
+
+    def is_alive(pid: int) -> bool:
+        found.append(pid)
+        return False
+
+    journal = DeletionJournal(directory, "node")
+    journal.adopt(is_alive)
+    assert by_another == ["\n"]
+    assert journal.left() == ["a", "c", "d"]
+
+
 def test_who_takes_over_and_is_killed_leaves_it_to_others(tmp_path: Path) -> None:
     pid = killed_writer(tmp_path, "node")
     adopting = WRITER.partition("with")[0] + (

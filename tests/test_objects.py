@@ -41,7 +41,13 @@ from topologies import Cluster, cluster_servers, sentinel_servers
 from ray_valkey_spill import preflight
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
-from ray_valkey_spill.format import FORMAT_VERSION
+from ray_valkey_spill.format import (
+    FORMAT_VERSION,
+    Codec,
+    checksum,
+    decode_header,
+    encode_header,
+)
 from ray_valkey_spill.keys import Entry
 from ray_valkey_spill.ledger import Owner
 from ray_valkey_spill.objects import ObjectStore, StoredObject
@@ -537,6 +543,22 @@ def test_damage_is_noticed_and_never_read(backend: Backend, damage: Any, make: A
         get(store, url)
     assert store.delete([url]) == []
     backend.client.delete(*backend.all_keys() or ["x"])
+
+
+@pytest.mark.parametrize("running", ["tcp"], indirect=True, scope="module")
+def test_an_inline_object_that_cannot_be_decompressed_is_named(backend: Backend) -> None:
+    store = backend.store()
+    url = put(store, pattern(CHUNK))
+    value = backend.client.get(backend.header_key())
+    header, payload = decode_header(value)
+    (chunk,) = header.chunks
+    assert header.inline
+    assert chunk.codec is not Codec.RAW
+    garbage = noise(len(payload))
+    header.chunks = [chunk._replace(checksum=checksum(garbage))]
+    backend.client.set(backend.header_key(), b"".join(encode_header(header, [garbage])))
+    with pytest.raises(LostObjectError, match=rf"object {0:056x}, spilled as .* is lost: a chunk"):
+        get(store, url)
 
 
 def test_most_damage_is_found_before_any_data_move(backend: Backend) -> None:

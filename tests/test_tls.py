@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import json
 import shutil
 import ssl
 from collections.abc import Callable, Iterator
@@ -16,7 +18,8 @@ from proxy import answering, proxy_to
 from servers import ROOT, valkey_server
 from tls import TLSServer, tls_binary, tls_front, tls_server
 
-from ray_valkey_spill import preflight
+from ray_valkey_spill import preflight, spilling_config
+from ray_valkey_spill._startup import RAY_MODULE
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
@@ -163,6 +166,19 @@ def test_a_server_may_want_a_certificate_of_its_clients(start: Start, tmp_path: 
         for shown in (nothing_shown, anothers):
             with pytest.raises(ServerRefusedError, match=r"refuses the TLS conn.*tls_cert_file"):
                 info(config(server, **shown, retry_timeout=60))
+
+
+def test_ray_takes_certificates_for_a_url_that_is_in_the_environment(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(RAY_MODULE)
+    monkeypatch.setattr(module, "_external_storage", None)
+    with start(tmp_path, client_certificate_required=True) as server:
+        params = server.certificates.params()
+        monkeypatch.setenv("RAY_VALKEY_SPILL_URL", server.url)
+        monkeypatch.setenv("RAY_VALKEY_SPILL_TLS_KEY_FILE", params.pop("tls_key_file"))
+        config = json.loads(spilling_config(**params))
+        module.setup_external_storage(config, "ab" * 28, "session").destroy_external_storage()
 
 
 def test_old_versions_of_tls_are_not_spoken(tmp_path: Path) -> None:

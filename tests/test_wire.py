@@ -33,7 +33,15 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.resp import ReplyReader, Request, TransientError, command, fetch, store
+from ray_valkey_spill.resp import (
+    RedirectError,
+    ReplyReader,
+    Request,
+    TransientError,
+    command,
+    fetch,
+    store,
+)
 from ray_valkey_spill.server_info import ServerInfo
 from ray_valkey_spill.wire import Link, Sharing
 
@@ -499,6 +507,49 @@ def test_garbage_in_the_middle_is_said_to_be_no_valkey(server: Server, reply: by
         theirs.sendall(reply)
         with pytest.raises(NotValkeyError):
             ReplyReader(ours).read(command("GET", KEY))
+
+
+REDIRECTIONS = [
+    (b"MOVED 3999 127.0.0.1:6381", ("127.0.0.1", 6381)),
+    (b"MOVED 3999 ::1:6381", ("::1", 6381)),
+    (b"MOVED 3999 node-1.valkey.example.:6381", ("node-1.valkey.example.", 6381)),
+    (b"ASK 3999 :6381", ("", 6381)),
+    (b"ASK 3999 ?:6381", ("", 6381)),
+    (b"MOVED 3999 10.0.0.1:6381 and more", ("10.0.0.1", 6381)),
+]
+
+
+@pytest.mark.parametrize(("reply", "address"), REDIRECTIONS)
+def test_a_redirection_names_an_address(reply: bytes, address: tuple[str, int]) -> None:
+    error = answer_to_get(b"-" + reply + b"\r\n").error
+    assert isinstance(error, RedirectError)
+    assert (error.host, error.port) == address
+    assert error.ask == reply.startswith(b"ASK")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *(b"MOVED", b"ASK", b"MOVED 3999", b"MOVED 3999 ", b"ASK 3999 host", b"ASK x host:6379"),
+        *(b"MOVED 3999 host:", b"MOVED 3999 host:port", b"MOVED 3999 host:0", b"ASK 1 host:65536"),
+        *(b"MOVED 3999 host:-1", b"MOVED 3999 host:6379x", "MOVED 1 host:٣".encode()),
+        *(b"MOVED 1 a..b:6379", b"MOVED 1 " + b"a" * 64 + b":6379", b"MOVED 1 \xff:6379"),
+        b"MOVED  3999 host:6379",
+    ],
+)
+def test_a_redirection_to_nowhere_comes_from_no_valkey(reply: bytes) -> None:
+    with pytest.raises(NotValkeyError, match="redirects to no address"):
+        answer_to_get(b"-" + reply + b"\r\n")
+
+
+def answer_to_get(reply: bytes) -> Request:
+    """A GET to which a server has replied `reply`."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(reply)
+        request = command("GET", KEY)
+        ReplyReader(ours).read(request)
+        return request
 
 
 NOT_NOW = [
