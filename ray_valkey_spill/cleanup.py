@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -272,11 +272,7 @@ class CleanUp:
             self._remove_half_written(each.owner)
         for session in self._dead:
             of_session = [each for each in remains if each.owner.session == session]
-            if all(self._remove_all(each.owner) for each in of_session) and self._is_dead(session):
-                destroy = functools.partial(OverflowTier.destroy_session, session=session)
-                self._of_overflow(destroy, None)
-                if self.unavailable is None:
-                    self._forget(session, [each.owner for each in of_session])
+            if self._remove_session(session, [each.owner for each in of_session]):
                 removed += of_session
         if self.unavailable is not None:
             removed = [replace(each, files=0, file_bytes=0) for each in removed]
@@ -286,6 +282,24 @@ class CleanUp:
         self._tier.remove_half_written(owner)
         self._ledger.release_all(owner)
         self._of_overflow(lambda overflow: overflow.remove_parts(owner, lambda pid: False), None)
+
+    def _remove_session(self, session: str, owners: Sequence[Owner]) -> bool:
+        """Remove what a session has, while it is dead; returns whether it still is at the end."""
+        if not all(map(self._remove_from_valkey, owners)):
+            return False
+        steps: list[Callable[[OverflowTier], object]] = [
+            functools.partial(OverflowTier.destroy, owner=owner) for owner in owners
+        ]
+        steps.append(functools.partial(OverflowTier.destroy_session, session=session))
+        for step in steps:
+            if not self._is_dead(session):
+                return False
+            self._of_overflow(step, None)
+        if not self._is_dead(session):
+            return False
+        if self.unavailable is None:
+            self._forget(session, owners)
+        return True
 
     def _forget(self, session: str, owners: Iterable[Owner]) -> None:
         """Remove the metadata of a dead session that has nothing else any more."""
@@ -297,7 +311,7 @@ class CleanUp:
             shared = SharedOverflow(self._overflow, session)
             self._of_overflow(lambda overflow: shared.leave(self._ledger), None)
 
-    def _remove_all(self, owner: Owner) -> bool:
+    def _remove_from_valkey(self, owner: Owner) -> bool:
         """Remove what a dead session has in Valkey, while it is dead; returns whether that is."""
         for names in self._ledger.pending(owner):
             if not self._is_dead(owner.session):

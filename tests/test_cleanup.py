@@ -486,6 +486,44 @@ def test_a_session_that_comes_to_life_while_it_is_removed_keeps_the_rest(
     assert namespace.half_written(LIVING, NODES[0]) == (0, 1)
 
 
+def test_a_session_that_comes_to_life_while_its_files_are_removed_keeps_those_of_other_nodes(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = {node: namespace.node(LIVING, node) for node in NODES}
+    look = namespace.look()
+    remains = look.find()
+    destroy = OverflowTier.destroy
+
+    def and_it_comes_to_life(self: OverflowTier, owner: Owner) -> int:
+        count = destroy(self, owner)
+        namespace.renew(LIVING, NODES[1])
+        return count
+
+    monkeypatch.setattr(OverflowTier, "destroy", and_it_comes_to_life)
+    assert look.remove(remains) == []
+    namespace.expect_all([url for url in urls[NODES[1]] if url.startswith("overflow:")])
+    assert LIVING in namespace.ledger.overflows()
+    assert {lease.owner.node for lease in namespace.ledger.leases()} == {*NODES}
+
+
+def test_a_session_that_comes_to_life_after_its_files_were_removed_keeps_its_leases(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace.node(LIVING)
+    look = namespace.look()
+    remains = look.find()
+    destroy = OverflowTier.destroy_session
+
+    def and_it_comes_to_life(self: OverflowTier, session: str) -> None:
+        destroy(self, session)
+        namespace.renew(LIVING)
+
+    monkeypatch.setattr(OverflowTier, "destroy_session", and_it_comes_to_life)
+    assert look.remove(remains) == []
+    assert LIVING in namespace.ledger.overflows()
+    assert [lease.owner.node for lease in namespace.ledger.leases()] == [NODES[0]]
+
+
 class Killed(BaseException):
     pass
 
@@ -525,6 +563,7 @@ def _kill_after(steps: int, patched: pytest.MonkeyPatch) -> None:
 
     for kind, name in [
         (Link, "run"),
+        (OverflowTier, "destroy"),
         (OverflowTier, "destroy_session"),
         (OverflowTier, "unsign"),
         (OverflowTier, "remove_parts"),
