@@ -9,7 +9,8 @@ IO workers may also be stopped, or be gone, while their node lives. So for whoev
 session's GCS is asked too: a session is dead only if nobody answers for it there, and a node of a
 running session only if the GCS says so. Where it cannot be asked, because its host does not answer
 or because no lease tells where it is, all of the session may be cut off from here, or stopped with
-its machines, and then it is dead only after ten times as long.
+its machines, and then it is dead only after ten times as long. A GCS at a loopback address can only
+be asked on the session's own host. Elsewhere nothing that is found there is evidence.
 
 A server that lags shows leases as they were, and objects as half-written that are stored by now. So
 nothing is removed for what such a one may have said: see `wire.Link.confirmed`.
@@ -29,7 +30,13 @@ from typing import TypeVar
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import OverflowUnavailableError
-from ray_valkey_spill.gcs import UNKNOWN, UNREACHABLE, RunningSession
+from ray_valkey_spill.gcs import (
+    UNKNOWN,
+    UNREACHABLE,
+    RunningSession,
+    has_run_here,
+    is_loopback,
+)
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.ledger import Lease, Owner, Usage
 from ray_valkey_spill.overflow import OverflowTier, StoredFile
@@ -179,13 +186,20 @@ class CleanUp:
 
     def _running(self, session: str, addresses: Iterable[str]) -> RunningSession | None:
         """As `gcs.running_at`, for all the addresses that a session's GCS may have."""
-        found = [self._running_at(address) for address in sorted(addresses) if address]
+        found = [self._ask(session, address) for address in sorted(addresses) if address]
         for running in found:
             if running is not None and running.name == session:
                 return running
         if UNKNOWN in found:
             return UNKNOWN
         return UNREACHABLE if UNREACHABLE in found or not found else None
+
+    def _ask(self, session: str, address: str) -> RunningSession | None:
+        running = self._running_at(address)
+        is_it = running is not None and running.name == session
+        if not is_it and is_loopback(address) and not has_run_here(session):
+            return UNREACHABLE
+        return running
 
     def _dead_nodes(
         self, running: RunningSession, silent: Collection[Owner], tell: Callable[[str], None]

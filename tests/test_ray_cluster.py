@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -332,11 +333,18 @@ ray.shutdown()
 
 
 @pytest.mark.slow
-def test_a_node_destroyed_after_its_driver_has_left_gets_no_lease_again(spilling: Server) -> None:
-    with cluster(spilling.url, nodes=1) as made:
+@pytest.mark.parametrize("is_default", [True, False], ids=["default", "other temp_dir"])
+def test_a_node_destroyed_after_its_driver_has_left_gets_no_lease_again(
+    spilling: Server, short_dir: Path, is_default: bool
+) -> None:
+    options = {} if is_default else {"temp_dir": str(short_dir)}
+    with cluster_with(system_config(spilling.url), nodes=1, **options) as made:
+        session_dir = Path(made.head_node.get_session_dir_path())
+        assert session_dir.is_relative_to(short_dir) != is_default
         spill([ray.put(np.full(MIB, i)) for i in range(8)], spilling)
         ray.shutdown()
         made.head_node.destroy_external_storage()
+        assert (session_dir / f"ray_valkey_spill-{made.head_node.node_id}.destroyed").exists()
         # IO workers still live, and renew a lease each few seconds. One that was spilling meanwhile
         # may have put more, but not without it.
         renewed = [False]
