@@ -256,7 +256,8 @@ return 1
 # KEYS: overflows. ARGV: session, token. Returns the token that the session has now.
 _AGREE = _script(
     """
-local agreed = redis.call('HGET', KEYS[1], ARGV[1]) or ''
+redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
+local agreed = redis.call('HGET', KEYS[1], ARGV[1])
 if agreed:match('^[ -%.0-~]+$') then return agreed end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 return ARGV[2]
@@ -429,9 +430,9 @@ class Ledger:
 
     def release_all(self, owner: Owner) -> None:
         """Release the grants of all writers of a node."""
-        (writers,) = self._link.execute(command("HKEYS", self._keys.grants))
+        (found,) = self._link.execute(command("HGETALL", self._keys.grants))
         prefix = f"{owner}:".encode()
-        self.release([bytes(writer) for writer in writers if writer.startswith(prefix)])
+        self.release([bytes(writer) for writer in found[::2] if writer.startswith(prefix)])
 
     def grants(self) -> dict[str, Grant]:
         """By writer: `<session>:<node>:<process>…`."""

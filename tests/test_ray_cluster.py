@@ -173,8 +173,11 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_a_head_that_was_killed_and_started_again_removes_what_is_left_of_its_past(
-    spilling: Server,
+    spilling: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The working directory has a module that the clean-up must not import.
+    (tmp_path / "click.py").write_text("raise ImportError")
+    monkeypatch.chdir(tmp_path)
     script = starting_ray(system_config(spilling.url)) + HEAD
     assert run_driver(script).endswith("killed\n")
     past = data_keys(spilling)
