@@ -175,9 +175,6 @@ os._exit(0)
 def test_a_head_that_was_killed_and_started_again_removes_what_is_left_of_its_past(
     spilling: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The working directory has a module that the clean-up must not import.
-    (tmp_path / "click.py").write_text("raise ImportError")
-    monkeypatch.chdir(tmp_path)
     script = starting_ray(system_config(spilling.url)) + HEAD
     assert run_driver(script).endswith("killed\n")
     past = data_keys(spilling)
@@ -185,6 +182,9 @@ def test_a_head_that_was_killed_and_started_again_removes_what_is_left_of_its_pa
     # As if that had been a minute ago: so long does a lease last.
     for lease in spilling.client.zrange(LEASES, 0, -1):
         spilling.client.zincrby(LEASES, -60_000, lease)
+    # The working directory has a module that the clean-up must not import.
+    (tmp_path / "click.py").write_text("raise ImportError")
+    monkeypatch.chdir(tmp_path)
     with local_ray(spilling.url):
         refs = [ray.put(np.full(MIB, i)) for i in range(30)]
         wait_until(lambda: not past & data_keys(spilling))
