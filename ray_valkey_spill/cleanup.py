@@ -9,7 +9,8 @@ IO workers may also be stopped, or be gone, while their node lives. So for whoev
 session's GCS is asked too: a session is dead only if nobody answers for it there, and a node of a
 running session only if the GCS says so. Where it cannot be asked, because its host does not answer
 or because no lease tells where it is, all of the session may be cut off from here, or stopped with
-its machines, and then it is dead only after ten times as long.
+its machines, and then it is dead only after ten times as long. A GCS at a loopback address can only
+be asked on the session's own host. Elsewhere nothing that is found there is evidence.
 
 A server that lags shows leases as they were, and objects as half-written that are stored by now. So
 nothing is removed for what such a one may have said: see `wire.Link.confirmed`.
@@ -23,13 +24,19 @@ from __future__ import annotations
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import OverflowUnavailableError
-from ray_valkey_spill.gcs import UNKNOWN, UNREACHABLE, RunningSession
+from ray_valkey_spill.gcs import (
+    UNKNOWN,
+    UNREACHABLE,
+    RunningSession,
+    has_run_here,
+    is_loopback,
+)
 from ray_valkey_spill.keys import Keyspace
 from ray_valkey_spill.ledger import Lease, Owner, Usage
 from ray_valkey_spill.overflow import OverflowTier, StoredFile
@@ -179,13 +186,20 @@ class CleanUp:
 
     def _running(self, session: str, addresses: Iterable[str]) -> RunningSession | None:
         """As `gcs.running_at`, for all the addresses that a session's GCS may have."""
-        found = [self._running_at(address) for address in sorted(addresses) if address]
+        found = [self._ask(session, address) for address in sorted(addresses) if address]
         for running in found:
             if running is not None and running.name == session:
                 return running
         if UNKNOWN in found:
             return UNKNOWN
         return UNREACHABLE if UNREACHABLE in found or not found else None
+
+    def _ask(self, session: str, address: str) -> RunningSession | None:
+        running = self._running_at(address)
+        is_it = running is not None and running.name == session
+        if not is_it and is_loopback(address) and not has_run_here(session):
+            return UNREACHABLE
+        return running
 
     def _dead_nodes(
         self, running: RunningSession, silent: Collection[Owner], tell: Callable[[str], None]
@@ -272,11 +286,7 @@ class CleanUp:
             self._remove_half_written(each.owner)
         for session in self._dead:
             of_session = [each for each in remains if each.owner.session == session]
-            if all(self._remove_all(each.owner) for each in of_session) and self._is_dead(session):
-                destroy = functools.partial(OverflowTier.destroy_session, session=session)
-                self._of_overflow(destroy, None)
-                if self.unavailable is None:
-                    self._forget(session, [each.owner for each in of_session])
+            if self._remove_session(session, [each.owner for each in of_session]):
                 removed += of_session
         if self.unavailable is not None:
             removed = [replace(each, files=0, file_bytes=0) for each in removed]
@@ -286,6 +296,24 @@ class CleanUp:
         self._tier.remove_half_written(owner)
         self._ledger.release_all(owner)
         self._of_overflow(lambda overflow: overflow.remove_parts(owner, lambda pid: False), None)
+
+    def _remove_session(self, session: str, owners: Sequence[Owner]) -> bool:
+        """Remove what a session has, while it is dead; returns whether it still is at the end."""
+        if not all(map(self._remove_from_valkey, owners)):
+            return False
+        steps: list[Callable[[OverflowTier], object]] = [
+            functools.partial(OverflowTier.destroy, owner=owner) for owner in owners
+        ]
+        steps.append(functools.partial(OverflowTier.destroy_session, session=session))
+        for step in steps:
+            if not self._is_dead(session):
+                return False
+            self._of_overflow(step, None)
+        if not self._is_dead(session):
+            return False
+        if self.unavailable is None:
+            self._forget(session, owners)
+        return True
 
     def _forget(self, session: str, owners: Iterable[Owner]) -> None:
         """Remove the metadata of a dead session that has nothing else any more."""
@@ -297,7 +325,7 @@ class CleanUp:
             shared = SharedOverflow(self._overflow, session)
             self._of_overflow(lambda overflow: shared.leave(self._ledger), None)
 
-    def _remove_all(self, owner: Owner) -> bool:
+    def _remove_from_valkey(self, owner: Owner) -> bool:
         """Remove what a dead session has in Valkey, while it is dead; returns whether that is."""
         for names in self._ledger.pending(owner):
             if not self._is_dead(owner.session):

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["UNKNOWN", "UNREACHABLE", "RunningSession", "running_at"]
+from ray_valkey_spill.interpreter import module_command
+
+__all__ = [
+    "UNKNOWN",
+    "UNREACHABLE",
+    "RunningSession",
+    "has_run_here",
+    "is_loopback",
+    "running_at",
+]
 
 _CONNECT_TIMEOUT = 3.0
 _ANSWER_TIMEOUT = 20.0
@@ -42,7 +55,7 @@ def running_at(address: str) -> RunningSession | None:
     # In a process of its own, because Ray's client ends the process where it cannot connect.
     try:
         answer = subprocess.run(  # noqa: S603 (our own module, and an address)
-            [sys.executable, "-m", __name__, address],
+            module_command(__name__, address),
             capture_output=True,
             text=True,
             timeout=_ANSWER_TIMEOUT,
@@ -54,6 +67,26 @@ def running_at(address: str) -> RunningSession | None:
         return UNKNOWN
     name, *nodes = json.loads(answer.stdout.splitlines()[-1])
     return RunningSession(name, frozenset(nodes))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `address` (host:port) means another host on each host that asks."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def has_run_here(session: str) -> bool:
+    """Whether a node of the session is known to have run on this host.
+
+    Ray keeps the directory of each session. It is looked for where Ray makes it unless it is given
+    another `--temp-dir`: see `get_default_ray_temp_dir` in Ray's `_common/utils.py`.
+    """
+    # What is in the environment now may not have been there when the session began.
+    directories = {os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"}  # noqa: S108
+    return any(Path(each, "ray", session).is_dir() for each in directories if each)
 
 
 def _main(address: str) -> None:

@@ -20,7 +20,7 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.format import Codec, Header, decode_header, format_version
 from ray_valkey_spill.inventory import age, tier_name
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place
-from ray_valkey_spill.ledger import Owner
+from ray_valkey_spill.ledger import Owner, parse_entry, parse_pending, well_formed
 from ray_valkey_spill.objects import problems
 from ray_valkey_spill.overflow import OverflowTier
 from ray_valkey_spill.resp import command
@@ -263,10 +263,9 @@ class Inspector:
             command("ZRANGEBYLEX", self.keys.index, f"[{base}.", stop),
         )
         found: dict[ObjectName, Entry | None] = {}
-        for member in (*pending, *more):
-            found[ObjectName.parse(member.decode())] = None
-        for member in stored:
-            entry = Entry.parse(member.decode())
+        for name in well_formed(self.keys.pending, (*pending, *more), parse_pending):
+            found[name] = None
+        for entry in well_formed(self.keys.index, stored, parse_entry):
             found[entry.name] = entry
         return found
 

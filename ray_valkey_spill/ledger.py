@@ -11,29 +11,59 @@ run on a full server too (`allow-oom`): they write a few bytes where data has ma
     grants   hash         <session>:<node>:<writer> → "<granted> <written>", in bytes
     leases   sorted set   <session>:<node>:<GCS address>, by when it was last renewed, in ms
     overflows  hash       <session> → the token of the overflow that its nodes have
+
+Members and fields that this package cannot have written are skipped: nobody is stopped by what
+somebody else left here, and no session or node has a name that leads elsewhere. The first one that
+a process finds of each key is logged.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from ray_valkey_spill.keys import Entry, Keyspace, ObjectName
 from ray_valkey_spill.resp import Request, command
 from ray_valkey_spill.wire import Link
 
-__all__ = ["Grant", "Lease", "Ledger", "Owner", "Reservation", "Usage", "pages"]
+__all__ = [
+    "Grant",
+    "Lease",
+    "Ledger",
+    "Owner",
+    "Reservation",
+    "Usage",
+    "pages",
+    "parse_entry",
+    "parse_pending",
+    "well_formed",
+]
+
+logger = logging.getLogger("ray_valkey_spill")
 
 # What one script handles, which nobody else is served meanwhile; and what one reply brings.
 _NAMES_PER_SCRIPT = 100
 _MEMBERS_PER_PAGE = 500
 _RECOUNTS = 5
 
-_LEASE = re.compile("([A-Za-z0-9_-]+):([A-Za-z0-9_-]+):([!-~]*)")
+# Names of sessions and nodes become paths in the overflow, which a clean-up removes.
+_OWNER = re.compile("([A-Za-z0-9_-]+):([A-Za-z0-9_-]+)")
+_LEASE = re.compile(f"{_OWNER.pattern}:([!-~]*)")
+_WRITER = re.compile(f"{_OWNER.pattern}:.+")
+_SESSION = re.compile("[A-Za-z0-9_-]+")
+_TOKEN = re.compile("[ -.0-~]+")  # part of a file's name
+_USAGE = re.compile(rb"(\d+) (\d+) (\d+) (\d+)")
+_GRANT = re.compile(rb"(\d+) (\d+)")
 
+# The keys of which this process has logged that they have something malformed.
+_logged: set[str] = set()
+
+_F = TypeVar("_F", bytes, tuple[bytes, bytes])
+_K = TypeVar("_K")
 _T = TypeVar("_T")
 
 
@@ -91,19 +121,21 @@ def _script(body: str) -> str:
 
 _FIND = """
 local function find(name)
-    return redis.call('ZRANGEBYLEX', KEYS[2], '[' .. name .. '.', '(' .. name .. '/',
-                      'LIMIT', 0, 1)[1]
+    local entries = redis.call('ZRANGEBYLEX', KEYS[2], '[' .. name .. '.', '(' .. name .. '/')
+    for _, entry in ipairs(entries) do
+        if entry:sub(#name + 1):match('^%.%d+%.%d+$') then return entry end
+    end
 end
 """
 
 _CHANGE = """
 local function change(owner, objects, size, stored)
-    local was = redis.call('HGET', KEYS[3], owner)
-    if not was then
+    local was = redis.call('HGET', KEYS[3], owner) or ''
+    local o, z, s, c = was:match('^(%d+) (%d+) (%d+) (%d+)$')
+    if not o then
         local now = redis.call('TIME')
-        was = string.format('0 0 0 %.0f', now[1] * 1000000 + now[2])
+        o, z, s, c = 0, 0, 0, now[1] * 1000000 + now[2]
     end
-    local o, z, s, c = was:match('^(%S+) (%S+) (%S+) (%S+)$')
     if o + objects <= 0 then
         redis.call('HDEL', KEYS[3], owner)
     else
@@ -179,14 +211,14 @@ _RESERVE = _script(
     """
 local used, unwritten = 0, 0
 for _, value in ipairs(redis.call('HVALS', KEYS[1])) do
-    used = used + value:match('^%S+ %S+ (%S+)')
+    used = used + (value:match('^%d+ %d+ (%d+) %d+$') or 0)
 end
 -- Its own may not be there yet: a writer asks for nothing while there are no limits.
 used, unwritten = used + ARGV[2], ARGV[2] - ARGV[3]
 local grants = redis.call('HGETALL', KEYS[2])
 for i = 1, #grants, 2 do
-    local granted, written = grants[i + 1]:match('^(%S+) (%S+)$')
-    if grants[i] ~= ARGV[1] then
+    local granted, written = grants[i + 1]:match('^(%d+) (%d+)$')
+    if granted and grants[i] ~= ARGV[1] then
         used, unwritten = used + granted, unwritten + granted - written
     end
 end
@@ -225,7 +257,10 @@ return 1
 _AGREE = _script(
     """
 redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
-return redis.call('HGET', KEYS[1], ARGV[1])
+local agreed = redis.call('HGET', KEYS[1], ARGV[1])
+if agreed:match('^[ -%.0-~]+$') then return agreed end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+return ARGV[2]
 """
 )
 
@@ -279,80 +314,94 @@ class Ledger:
     def _books(self) -> list[str]:
         return [self._keys.pending, self._keys.index, self._keys.usage]
 
-    def _eval(self, script: str, keys: Sequence[str], *args: str | int) -> Request:
+    def _eval(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Request:
         return command("EVAL", script, len(keys), *keys, *args)
 
     # --- what there is ---
 
     def stored(self, owner: Owner | None = None) -> Iterator[list[Entry]]:
         """The objects of a node of a session, or all there are, in order, by the page."""
+        key = self._keys.index
+        start: str | bytes
         start, stop = ("-", "+") if owner is None else _range(str(owner))
         while True:
             (members,) = self._link.execute(
-                command("ZRANGEBYLEX", self._keys.index, start, stop, "LIMIT", 0, _MEMBERS_PER_PAGE)
+                command("ZRANGEBYLEX", key, start, stop, "LIMIT", 0, _MEMBERS_PER_PAGE)
             )
             if not members:
                 return
-            yield [Entry.parse(member.decode()) for member in members]
-            start = f"({members[-1].decode()}"
+            yield list(well_formed(key, members, parse_entry))
+            start = b"(" + members[-1]
 
     def pending(self, owner: Owner) -> Iterator[list[ObjectName]]:
         """What is being written, or was when its writer was killed, by the page."""
+        start: str | bytes
         start, stop = _range(str(owner))
         while True:
             request = self._eval(_PENDING, self._books[:2], start, stop, _MEMBERS_PER_PAGE)
             ((last, members),) = self._link.execute(request)
             if not last:
                 return
-            yield [ObjectName.parse(member.decode()) for member in members]
-            start = f"({last.decode()}"
+            yield list(well_formed(self._keys.pending, members, parse_pending))
+            start = b"(" + last
 
     def owners(self) -> set[Owner]:
         """Everybody who is in any book, found by hopping from one to the next."""
         usages = self.usages()
-        grants = {Owner(*field.split(":")[:2]) for field in self.grants()}
+        writers = [writer.encode() for writer in self.grants()]
+        grants = well_formed(self._keys.grants, writers, _owner_of_writer)
         leases = {lease.owner for lease in self.leases()}
-        return {*usages, *grants, *leases, *self._hop(self._keys.index, self._keys.pending)}
+        stored = self._hop(self._keys.index, lambda member: parse_entry(member).name)
+        return {*usages, *grants, *leases, *stored, *self._hop(self._keys.pending, parse_pending)}
 
-    def _hop(self, *keys: str) -> Iterator[Owner]:
-        for key in keys:
-            start = "-"
-            while True:
-                (members,) = self._link.execute(
-                    command("ZRANGEBYLEX", key, start, "+", "LIMIT", 0, 1)
-                )
-                if not members:
-                    break
-                owner = Owner(*members[0].decode().split(":")[:2])
+    def _hop(self, key: str, parse: Callable[[bytes], ObjectName]) -> Iterator[Owner]:
+        start: str | bytes = "-"
+        while True:
+            (members,) = self._link.execute(command("ZRANGEBYLEX", key, start, "+", "LIMIT", 0, 1))
+            if not members:
+                return
+            start = b"(" + members[0]
+            for name in well_formed(key, members, parse):
+                owner = Owner(name.session, name.node)
                 yield owner
                 start = f"[{owner};"  # ";" comes right after ":"
 
     # --- usage ---
 
     def usages(self) -> dict[Owner, Usage]:
-        found = self._hash(self._keys.usage)
-        return {Owner(*owner.split(":")): _usage(value) for owner, value in found.items()}
+        return dict(
+            self._fields(self._keys.usage, lambda field, value: (_owner(field), _usage(value)))
+        )
 
     def recount(self, owner: Owner) -> bool:
         """Correct an owner's usage by what the index has; returns False if it changes too fast."""
         for _ in range(_RECOUNTS):
             (was,) = self._link.execute(command("HGET", self._keys.usage, str(owner)))
-            text = (was or b"").decode()
             objects = size = stored = 0
             for page in self.stored(owner):
                 objects += len(page)
                 size += sum(entry.size for entry in page)
                 stored += sum(entry.stored for entry in page)
-            if _usage(text)[:3] == (objects, size, stored):
-                return True
-            counted = f"{objects} {size} {stored} {_usage(text).changes + 1}" if objects else ""
-            if not text:
+            if was is None:
+                if not objects:
+                    return True
                 # Counted anew: that something came and went meanwhile would not show in nothing.
-                counted = f"0 0 0 {time.time_ns() // 1000}"
-            request = self._eval(_CORRECT, [self._keys.usage], str(owner), text, counted)
-            if self._link.execute(request) == [1] and text:
+                self._correct(owner, b"", Usage(changes=_now()))
+                continue
+            known = next(well_formed(self._keys.usage, [was], _usage), None)
+            if objects and known is not None and known[:3] == (objects, size, stored):
+                return True
+            changes = _now() if known is None else known.changes + 1
+            counted = Usage(objects, size, stored, changes) if objects else None
+            if self._correct(owner, bytes(was), counted):
                 return True
         return False
+
+    def _correct(self, owner: Owner, was: bytes, usage: Usage | None) -> bool:
+        """Replace an owner's usage, if it still is what it was; returns whether."""
+        text = "" if usage is None else " ".join(map(str, usage))
+        request = self._eval(_CORRECT, [self._keys.usage], str(owner), was, text)
+        return self._link.execute(request) == [1]
 
     # --- grants ---
 
@@ -375,18 +424,21 @@ class Ledger:
         (reply,) = self._link.execute(request)
         return Reservation(*reply)
 
-    def release(self, writers: Sequence[str]) -> None:
+    def release(self, writers: Sequence[str | bytes]) -> None:
         if writers:
             self._link.execute(command("HDEL", self._keys.grants, *writers))
 
     def release_all(self, owner: Owner) -> None:
         """Release the grants of all writers of a node."""
-        self.release([writer for writer in self.grants() if writer.startswith(f"{owner}:")])
+        (found,) = self._link.execute(command("HGETALL", self._keys.grants))
+        prefix = f"{owner}:".encode()
+        self.release([bytes(writer) for writer in found[::2] if writer.startswith(prefix)])
 
     def grants(self) -> dict[str, Grant]:
         """By writer: `<session>:<node>:<process>…`."""
-        found = self._hash(self._keys.grants)
-        return {writer: Grant(*map(int, value.split())) for writer, value in found.items()}
+        return dict(
+            self._fields(self._keys.grants, lambda field, value: (field.decode(), _grant(value)))
+        )
 
     # --- leases ---
 
@@ -399,13 +451,8 @@ class Ledger:
 
     def leases(self) -> list[Lease]:
         (found,) = self._link.execute(command("ZRANGE", self._keys.leases, 0, -1, "WITHSCORES"))
-        members = [member.decode(errors="replace") for member in found[::2]]
-        return [
-            Lease(Owner(match[1], match[2]), match[3], int(float(score)))
-            for member, score in zip(members, found[1::2])
-            # Whoever may write here could else lead a clean-up elsewhere.
-            if (match := _LEASE.fullmatch(member))
-        ]
+        pairs = zip(found[::2], found[1::2])
+        return list(well_formed(self._keys.leases, pairs, lambda pair: _lease(*pair)))
 
     def close_account(self, owner: Owner) -> None:
         """Forget everything of an owner that has nothing stored any more."""
@@ -429,7 +476,15 @@ class Ledger:
 
     def overflows(self) -> dict[str, str]:
         """The tokens, by session."""
-        return self._hash(self._keys.overflows)
+        return dict(
+            self._fields(
+                self._keys.overflows,
+                lambda field, value: (
+                    _matched(_SESSION, field)[0],
+                    _matched(_TOKEN, value)[0],
+                ),
+            )
+        )
 
     def forget_overflow(self, session: str) -> bool:
         """Forget which overflow a session has, unless a node of it lives; returns whether."""
@@ -437,10 +492,51 @@ class Ledger:
         request = self._eval(_FORGET_OVERFLOW, keys, session, f"{session}:")
         return self._link.execute(request) == [1]
 
-    def _hash(self, key: str) -> dict[str, str]:
+    def _fields(
+        self, key: str, parse: Callable[[bytes, bytes], tuple[_K, _T]]
+    ) -> Iterator[tuple[_K, _T]]:
         (found,) = self._link.execute(command("HGETALL", key))
-        texts = [text.decode() for text in found]
-        return dict(zip(texts[::2], texts[1::2]))
+        return well_formed(key, zip(found[::2], found[1::2]), lambda pair: parse(*pair))
+
+
+def well_formed(key: str, found: Iterable[_F], parse: Callable[[_F], _T]) -> Iterator[_T]:
+    """Yield what `parse` returns for what was `found` at `key`, skipping what is malformed.
+
+    Args:
+        key: named in the log, once in this process.
+        found: members, or pairs of fields and values.
+        parse: raises ValueError for what is malformed.
+    """
+    for each in found:
+        try:
+            parsed = parse(each)
+        except (ValueError, OverflowError):
+            if key not in _logged:
+                _logged.add(key)
+                pieces = each if isinstance(each, tuple) else (each,)
+                logger.warning(
+                    "%s has malformed content, which is skipped, for example %.200s. Another "
+                    "program may write below this prefix: give each its own key_prefix, and delete "
+                    "what is malformed",
+                    key,
+                    " ".join(repr(bytes(piece)) for piece in pieces),
+                )
+            continue
+        yield parsed
+
+
+def parse_entry(member: bytes) -> Entry:
+    """A member of the index. Raises ValueError if it is none."""
+    entry = Entry.parse(member.decode())
+    _matched(_OWNER, f"{entry.name.session}:{entry.name.node}".encode())
+    return entry
+
+
+def parse_pending(member: bytes) -> ObjectName:
+    """A member of the pending set. Raises ValueError if it is none."""
+    name = ObjectName.parse(member.decode())
+    _matched(_OWNER, f"{name.session}:{name.node}".encode())
+    return name
 
 
 def pages(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
@@ -454,6 +550,41 @@ def _range(prefix: str) -> tuple[str, str]:
     return f"[{prefix}:", f"({prefix};"
 
 
-def _usage(text: str) -> Usage:
-    numbers: Any = map(int, text.split())
-    return Usage(*numbers)
+def _matched(pattern: re.Pattern[str], text: bytes) -> re.Match[str]:
+    match = pattern.fullmatch(text.decode())
+    if match is None:
+        raise ValueError
+    return match
+
+
+def _owner(field: bytes) -> Owner:
+    return Owner(*_matched(_OWNER, field).groups())
+
+
+def _owner_of_writer(writer: bytes) -> Owner:
+    return Owner(*_matched(_WRITER, writer).groups())
+
+
+def _lease(member: bytes, score: bytes) -> Lease:
+    session, node, gcs_address = _matched(_LEASE, member).groups()
+    return Lease(Owner(session, node), gcs_address, int(float(score)))
+
+
+def _usage(value: bytes) -> Usage:
+    return Usage(*_numbers(_USAGE, value))
+
+
+def _grant(value: bytes) -> Grant:
+    return Grant(*_numbers(_GRANT, value))
+
+
+def _numbers(pattern: re.Pattern[bytes], value: bytes) -> Iterator[int]:
+    match = pattern.fullmatch(value)
+    if match is None:
+        raise ValueError
+    return map(int, match.groups())
+
+
+def _now() -> int:
+    """Microseconds since the epoch, by the clock of this process."""
+    return time.time_ns() // 1000

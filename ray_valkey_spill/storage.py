@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import itertools
 import logging
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +42,7 @@ from ray_valkey_spill.errors import (
     SpillError,
 )
 from ray_valkey_spill.gcs import running_at
+from ray_valkey_spill.interpreter import module_command
 from ray_valkey_spill.journal import DeletionJournal
 from ray_valkey_spill.keys import Keyspace, Place
 from ray_valkey_spill.metrics import Metrics
@@ -92,6 +93,9 @@ _WHOLE_READS = "reads that do not break off"
 # Seconds in which the GCS has to list the jobs.
 _JOBS_TIMEOUT = 2.0
 
+# The methods of Ray's node that make a storage.
+_OF_NODES = ("validate_external_storage", "destroy_external_storage")
+
 # What this process has checked: see `ValkeyStorage.__init__`.
 _checked: set[tuple[str, Config]] = set()
 
@@ -124,7 +128,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         if self._in_io_worker:
             logs.set_default_format()
         self._shared = f"ray_valkey_spill-{node_id}"
-        self._session_dir = functools.partial(_session_dir, session_name)
+        self._session_dir = functools.partial(
+            _session_dir, session_name, _calling_node_dir(session_name)
+        )
         self._outages = Outages(self._session_dir, f"{self._shared}.outages", _Drivers())
         self._losses = Losses(
             self._session_dir, f"{self._shared}.losses", _Drivers(), self._place_of
@@ -637,14 +643,36 @@ class _Unusable:
         raise self._error
 
 
-def _session_dir(session: str) -> Path | None:
-    """Ray's directory for the session, for what IO workers have to know of each other."""
+def _session_dir(session: str, calling_node: Path | None) -> Path | None:
+    """Ray's directory for the session, for what IO workers have to know of each other.
+
+    Args:
+        session: its name.
+        calling_node: what `_calling_node_dir` returned. A driver that has shut down may still
+            destroy nodes, and then knows none but the one that is being destroyed.
+    """
+    if calling_node is not None:
+        return calling_node
     node = ray._private.worker._global_node
-    if node is not None:
-        return Path(node.get_session_dir_path())
-    # A driver that has shut down may still destroy nodes. Where they are unless Ray was told so:
-    directory = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", session)
-    return directory if directory.is_dir() else None
+    is_it = node is not None and node.session_name == session
+    return Path(node.get_session_dir_path()) if is_it else None
+
+
+def _calling_node_dir(session: str) -> Path | None:
+    """The session's directory of the node that is making a storage now, if one is.
+
+    Ray gives a storage neither the directory nor the node, whose `validate_external_storage` and
+    `destroy_external_storage` (`python/ray/_private/node.py`) make one; so the callers are asked.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        # No others: reading the local variables of a frame can keep their values alive.
+        if frame.f_code.co_name in _OF_NODES:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, ray._private.node.Node) and caller.session_name == session:
+                return Path(caller.get_session_dir_path())
+        frame = frame.f_back
+    return None
 
 
 class _Drivers:
@@ -707,7 +735,7 @@ def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
             if value is not None
         ]
         process = subprocess.Popen(  # noqa: S603 (our own module, and checked parameters)
-            [sys.executable, "-m", "ray_valkey_spill", "gc", *options],
+            module_command("ray_valkey_spill", "gc", *options),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -96,11 +96,15 @@ def cluster(url: str, nodes: int = 2, **params: Any) -> Iterator[Cluster]:
 
 
 @contextlib.contextmanager
-def cluster_with(system_config: dict[str, Any], nodes: int) -> Iterator[Cluster]:
-    """A cluster whose node i has the resource `node<i>`; the driver is on node 0."""
+def cluster_with(system_config: dict[str, Any], nodes: int, **options: Any) -> Iterator[Cluster]:
+    """A cluster whose node i has the resource `node<i>`; the driver is on node 0.
+
+    Args:
+        options: of node 0, beside those of all nodes.
+    """
     cluster = Cluster()
     try:
-        add_node(cluster, 0, _system_config=system_config)
+        add_node(cluster, 0, _system_config=system_config, **options)
         # Before there are others: older Rays connect to any node of the machine.
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         for i in range(1, nodes):

@@ -37,6 +37,7 @@ from ray_valkey_spill.cleanup import LEASE, RENEWAL, CleanUp, Remains
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
 from ray_valkey_spill.gcs import UNKNOWN, UNREACHABLE, RunningSession, running_at
+from ray_valkey_spill.interpreter import module_command
 from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
 from ray_valkey_spill.ledger import Grant, Ledger, Owner
 from ray_valkey_spill.objects import ObjectStore
@@ -314,6 +315,34 @@ def test_another_session_at_a_dead_ones_address_does_not_keep_it(namespace: Name
     namespace.expect_nothing()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "[::1]:6379", "localhost:6379"])
+@pytest.mark.parametrize(
+    "found",
+    [None, UNKNOWN, RunningSession("session_other", frozenset())],
+    ids=["refused", "who does not tell", "another session"],
+)
+def test_what_is_at_a_loopback_address_is_believed_only_on_the_sessions_host(
+    namespace: Namespace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    address: str,
+    found: RunningSession | None,
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setitem(GCS, LIVING, address)
+    namespace.running[address] = found
+    urls = namespace.node(LIVING)
+    namespace.clock.at(9 * LEASE, lambda: namespace.renew(LIVING))
+    assert namespace.gc() == []
+    assert namespace.clock.now >= 9 * LEASE
+    namespace.expect_all(urls)
+    (tmp_path / "ray" / LIVING).mkdir(parents=True)
+    began = namespace.clock.now
+    namespace.gc()
+    assert namespace.clock.now < began + 2 * LEASE
+    assert (namespace.left_of(LIVING) == []) == (found is not UNKNOWN)
+
+
 def test_one_of_the_addresses_that_a_gcs_had_is_enough(namespace: Namespace) -> None:
     urls = namespace.node(LIVING)
     owner = Owner(LIVING, NODES[0])
@@ -486,6 +515,44 @@ def test_a_session_that_comes_to_life_while_it_is_removed_keeps_the_rest(
     assert namespace.half_written(LIVING, NODES[0]) == (0, 1)
 
 
+def test_a_session_that_comes_to_life_while_its_files_are_removed_keeps_those_of_other_nodes(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = {node: namespace.node(LIVING, node) for node in NODES}
+    look = namespace.look()
+    remains = look.find()
+    destroy = OverflowTier.destroy
+
+    def and_it_comes_to_life(self: OverflowTier, owner: Owner) -> int:
+        count = destroy(self, owner)
+        namespace.renew(LIVING, NODES[1])
+        return count
+
+    monkeypatch.setattr(OverflowTier, "destroy", and_it_comes_to_life)
+    assert look.remove(remains) == []
+    namespace.expect_all([url for url in urls[NODES[1]] if url.startswith("overflow:")])
+    assert LIVING in namespace.ledger.overflows()
+    assert {lease.owner.node for lease in namespace.ledger.leases()} == {*NODES}
+
+
+def test_a_session_that_comes_to_life_after_its_files_were_removed_keeps_its_leases(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace.node(LIVING)
+    look = namespace.look()
+    remains = look.find()
+    destroy = OverflowTier.destroy_session
+
+    def and_it_comes_to_life(self: OverflowTier, session: str) -> None:
+        destroy(self, session)
+        namespace.renew(LIVING)
+
+    monkeypatch.setattr(OverflowTier, "destroy_session", and_it_comes_to_life)
+    assert look.remove(remains) == []
+    assert LIVING in namespace.ledger.overflows()
+    assert [lease.owner.node for lease in namespace.ledger.leases()] == [NODES[0]]
+
+
 class Killed(BaseException):
     pass
 
@@ -525,6 +592,7 @@ def _kill_after(steps: int, patched: pytest.MonkeyPatch) -> None:
 
     for kind, name in [
         (Link, "run"),
+        (OverflowTier, "destroy"),
         (OverflowTier, "destroy_session"),
         (OverflowTier, "unsign"),
         (OverflowTier, "remove_parts"),
@@ -677,6 +745,43 @@ def test_a_server_of_another_kind_does_not_tell(
 ) -> None:
     monkeypatch.setattr(gcs, "_ANSWER_TIMEOUT", 4.0)
     assert running_at(f"127.0.0.1:{server.port}") is UNKNOWN
+
+
+@pytest.fixture
+def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory whose modules must not be imported; returns what exists if they are."""
+    directory, imported = tmp_path / "trapped", tmp_path / "imported"
+    directory.mkdir()
+    for module in ("json", "click", "runpy", "ray", "ray_valkey_spill"):
+        trap = f"import pathlib; pathlib.Path({str(imported)!r}).touch()"
+        (directory / f"{module}.py").write_text(trap)
+    monkeypatch.chdir(directory)
+    return imported
+
+
+@pytest.mark.parametrize("safe_path", [True, False])
+def test_no_module_is_taken_from_the_working_directory(
+    trapped: Path, monkeypatch: pytest.MonkeyPatch, safe_path: bool
+) -> None:
+    if safe_path:
+        monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    result = subprocess.run(
+        module_command("ray_valkey_spill", "gc", "--help"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "--dry-run" in result.stdout, result.stderr
+    assert not trapped.exists()
+
+
+def test_to_ask_a_gcs_imports_nothing_from_the_working_directory(
+    trapped: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gcs, "_ANSWER_TIMEOUT", 10.0)
+    assert running_at(f"127.0.0.1:{server.port}") is UNKNOWN
+    assert not trapped.exists()
 
 
 # --- with Ray ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -235,6 +236,16 @@ def test_a_recount_of_a_node_that_has_nothing_leaves_nothing(books: Books) -> No
     books.client.hset(books.keys.usage, str(OWNER), "3 3 3 5")
     assert books.ledger.recount(OWNER)
     assert books.client.keys("*") == []
+
+
+def test_a_recount_removes_a_usage_of_nothing(books: Books) -> None:
+    """As a recount leaves it that is killed, or gives up, while it counts anew."""
+    books.client.config_set("maxmemory", 0)
+    books.client.hset(books.keys.usage, str(OWNER), "0 0 0 5")
+    assert books.ledger.owners() == {OWNER}
+    assert books.ledger.recount(OWNER)
+    assert books.client.keys("*") == []
+    assert books.ledger.owners() == set()
 
 
 def test_usage_is_never_negative(books: Books) -> None:
@@ -483,6 +494,101 @@ def test_a_place_is_not_forgotten_while_a_node_of_its_session_has_a_lease(books:
     ledger.close_account(OWNER)
     assert ledger.forget_overflow("session_1")
     assert ledger.overflows() == {}
+
+
+# --- what this package cannot have written ---
+
+MALFORMED_NAMES = [
+    b"",
+    b"\xff",
+    b"session",
+    b"session_1:aa",
+    b"session_1:aa:\xff",
+    f"{OWNER}:0000.{0:027x}.1".encode(),  # of the index: without sizes
+    f"..:aa:0000.{0:027x}.1.10.20".encode(),  # a path that leads elsewhere
+    f"../../victim:aa:0000.{0:027x}.1".encode(),
+    f"session_1:..:0000.{0:027x}.1.10.20".encode(),
+]
+MALFORMED_NUMBERS = [b"", b"\xff", b"x", b"1 x", b"a b c d", b"1 2 3 -4", b"nan nan nan nan"]
+
+
+@pytest.fixture
+def littered(books: Books) -> Books:
+    """A server with all kinds of what is malformed, and nothing else."""
+    client, keys = books.client, books.keys
+    client.config_set("maxmemory", 0)
+    client.zadd(keys.index, dict.fromkeys([*MALFORMED_NAMES, b"session_1:aa:zz"], 0))
+    client.zadd(keys.pending, dict.fromkeys([*MALFORMED_NAMES[:5], b"~"], 0))
+    for book in (keys.usage, keys.grants):
+        end = ":writer" if book == keys.grants else ""
+        for number, value in enumerate(MALFORMED_NUMBERS):
+            client.hset(book, f"session_{number}:aa{end}", value)
+        for field in MALFORMED_NAMES:
+            client.hset(book, field, "x")
+    client.hset(keys.usage, b"..:..", "1 1 1 1")
+    client.hset(keys.grants, b"..:..:writer", "0 0")
+    client.hset(keys.overflows, b"../..", "token")
+    client.hset(keys.overflows, b"\xff", "token")
+    client.hset(keys.overflows, "session_1", b"../\xff")
+    client.zadd(keys.leases, {b"\xff": 1, "session_1:aa:": float("inf")})
+    return books
+
+
+def test_what_is_malformed_belongs_to_nobody(littered: Books) -> None:
+    ledger = littered.ledger
+    assert ledger.owners() == set()
+    assert ledger.overflows() == {}
+    assert ledger.usages() == {}
+    assert ledger.leases() == []
+    assert [*ledger.grants()] == ["..:..:writer"]
+    for owner in (OWNER, Owner("..", "..")):
+        assert [entry for page in ledger.stored(owner) for entry in page] == []
+        assert [name for page in ledger.pending(owner) for name in page] == []
+
+
+def test_objects_are_stored_and_forgotten_beside_what_is_malformed(littered: Books) -> None:
+    ledger = littered.ledger
+    first, second = entry(1), entry(2)
+    littered.client.zadd(littered.keys.index, {f"{first.name}.x": 0, f"{first.name}.1": 0})
+    littered.client.hset(littered.keys.usage, str(OWNER), "some thing")
+    littered.store(first, second)
+    assert littered.stored(OWNER) == [first, second]
+    assert littered.usage() == (2, 20, 40)
+    littered.client.hset(littered.keys.usage, str(OWNER), b"\xff")
+    assert ledger.recount(OWNER)
+    assert littered.usage() == (2, 20, 40)
+    assert ledger.owners() == {OWNER}
+    littered.forget(first.name)
+    assert littered.stored(OWNER) == [second]
+    assert littered.usage() == (1, 10, 20)
+
+
+def test_bytes_are_granted_beside_what_is_malformed(littered: Books) -> None:
+    ledger = littered.ledger
+    littered.client.hdel(littered.keys.usage, "..:..")
+    assert ledger.reserve("w", Grant(0, 0), 5, 50, 10_000, 1000) == (50, 0, 50)
+    ledger.close_account(Owner("session_1", "aa"))
+    assert not littered.client.hexists(littered.keys.grants, "session_1:aa:writer")
+    assert ledger.grants()["w"] == Grant(50, 0)
+
+
+def test_a_malformed_token_of_an_overflow_is_replaced(littered: Books) -> None:
+    assert littered.ledger.agree_on_overflow("session_1", "token") == "token"
+    assert littered.ledger.overflows() == {"session_1": "token"}
+
+
+def test_what_is_malformed_is_reported_once_for_each_key(
+    littered: Books, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = Keyspace(f"of_this_test_{secrets.token_hex(4)}:")
+    ledger = Ledger(littered.link, elsewhere)
+    for field in ("one", "other"):
+        littered.client.hset(elsewhere.usage, field, "x")
+    for _ in range(2):
+        ledger.usages()
+        ledger.owners()
+    (message,) = [text for text in caplog.messages if elsewhere.usage in text]
+    assert "b'one' b'x'" in message
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -172,7 +173,7 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_a_head_that_was_killed_and_started_again_removes_what_is_left_of_its_past(
-    spilling: Server,
+    spilling: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = starting_ray(system_config(spilling.url)) + HEAD
     assert run_driver(script).endswith("killed\n")
@@ -181,6 +182,9 @@ def test_a_head_that_was_killed_and_started_again_removes_what_is_left_of_its_pa
     # As if that had been a minute ago: so long does a lease last.
     for lease in spilling.client.zrange(LEASES, 0, -1):
         spilling.client.zincrby(LEASES, -60_000, lease)
+    # The working directory has a module that the clean-up must not import.
+    (tmp_path / "click.py").write_text("raise ImportError")
+    monkeypatch.chdir(tmp_path)
     with local_ray(spilling.url):
         refs = [ray.put(np.full(MIB, i)) for i in range(30)]
         wait_until(lambda: not past & data_keys(spilling))
@@ -332,11 +336,18 @@ ray.shutdown()
 
 
 @pytest.mark.slow
-def test_a_node_destroyed_after_its_driver_has_left_gets_no_lease_again(spilling: Server) -> None:
-    with cluster(spilling.url, nodes=1) as made:
+@pytest.mark.parametrize("is_default", [True, False], ids=["default", "other temp_dir"])
+def test_a_node_destroyed_after_its_driver_has_left_gets_no_lease_again(
+    spilling: Server, short_dir: Path, is_default: bool
+) -> None:
+    options = {} if is_default else {"temp_dir": str(short_dir)}
+    with cluster_with(system_config(spilling.url), nodes=1, **options) as made:
+        session_dir = Path(made.head_node.get_session_dir_path())
+        assert session_dir.is_relative_to(short_dir) != is_default
         spill([ray.put(np.full(MIB, i)) for i in range(8)], spilling)
         ray.shutdown()
         made.head_node.destroy_external_storage()
+        assert (session_dir / f"ray_valkey_spill-{made.head_node.node_id}.destroyed").exists()
         # IO workers still live, and renew a lease each few seconds. One that was spilling meanwhile
         # may have put more, but not without it.
         renewed = [False]

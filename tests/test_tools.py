@@ -815,6 +815,29 @@ def test_gc_removes_of_a_running_session_only_what_is_half_written_of_the_dead(
     assert tool("gc", *stock.options).stdout.endswith("\nNothing to remove.\n")
 
 
+@pytest.mark.usefixtures("quick")
+def test_every_command_works_beside_what_is_malformed(stock: Stock) -> None:
+    urls = stock.put(SESSIONS[0], NODES[0], 1)
+    client = stock.server.client
+    base = f"{SESSIONS[0]}:{NODES[0]}:{object_id(1)}"
+    for key in (KEYS.index, KEYS.pending):
+        client.zadd(key, dict.fromkeys(["", "x", b"\xff", base, f"{base}.x", f"{base}.\n"], 0))
+    for key in (KEYS.usage, KEYS.grants, KEYS.overflows):
+        client.hset(key, mapping={"": "", "x": "1 2 3 4", b"\xff": b"\xff", base: "x"})
+    client.zadd(KEYS.leases, {f"{SESSIONS[1]}:{NODES[0]}:": float("inf"), "x": 1})
+    assert [row["url"] for row in printed("ls", *stock.options)] == urls
+    (session,) = printed("stats", *stock.options)["sessions"]
+    assert session["valkey"]["objects"] == 1
+    (inspected,) = printed("inspect", *stock.options, object_id(1))
+    assert inspected["is_whole"]
+    (remains,) = printed("gc", *stock.options)["remains"]
+    assert remains["session"] == SESSIONS[0]
+    assert printed("ls", *stock.options) == []
+    assert printed("gc", *stock.options) == {"dry_run": False, "remains": [], "notes": []}
+    for key in (KEYS.index, KEYS.pending, KEYS.usage, KEYS.grants, KEYS.overflows, KEYS.leases):
+        client.delete(key)
+
+
 def test_gc_takes_every_parameter_that_a_spilling_config_may_have(server: Server) -> None:
     # As the head start passes them.
     values = {p.name: p.default for p in parameters() if p.default is not None}
