@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ray_valkey_spill.errors import SpillError
 
@@ -56,6 +56,14 @@ class Restorer(Protocol):
         """Drop the connections."""
 
 
+class _Claim(NamedTuple):
+    """That a process, given by its id and what tells it from others of that id, has a restore."""
+
+    pid: int
+    identity: str
+    url: str
+
+
 class _Claims:
     """Which IO worker of the node has which deferred restore: a file for each, named by the object.
 
@@ -64,15 +72,19 @@ class _Claims:
     Args:
         directory: returns the session's directory, or None if there is none.
         name: of the directory in it that the files are in.
-        is_alive: whether a process of this node, given by its id, still runs.
+        identity_of: returns what tells a process, given by its id, from others that had that id or
+            will have it; None if none has it now.
     """
 
     def __init__(
-        self, directory: Callable[[], Path | None], name: str, is_alive: Callable[[int], bool]
+        self,
+        directory: Callable[[], Path | None],
+        name: str,
+        identity_of: Callable[[int], str | None],
     ) -> None:
         self._session = directory
         self._name = name
-        self._is_alive = is_alive
+        self._identity_of = identity_of
         # Those with a file; the others are this process's as long as it lives.
         self._filed: set[str] = set()
 
@@ -86,14 +98,15 @@ class _Claims:
         written = path.with_suffix(f".{os.urandom(4).hex()}")
         try:
             directory.mkdir(exist_ok=True)
-            written.write_text(f"{os.getpid()} {restore.url}\n")
+            pid = os.getpid()
+            written.write_text(f"{pid} {self._identity_of(pid)} {restore.url}\n")
             for _ in range(2):
                 with contextlib.suppress(FileExistsError):
                     path.hardlink_to(written)
                     self._filed.add(restore.object_id)
                     return True
-                owner, _ = _read(path)
-                if owner != os.getpid() and self._is_alive(owner):
+                claim = _read(path)
+                if claim.pid != pid and self._stands(claim):
                     return False
                 # Of those that find it left, the one that moves it away may claim it.
                 path.rename(path.with_suffix(f".{os.urandom(4).hex()}")).unlink()
@@ -128,20 +141,23 @@ class _Claims:
         with contextlib.suppress(OSError):
             for path in list(directory.iterdir()) if directory else ():
                 with contextlib.suppress(OSError, ValueError):
-                    owner, url = _read(path)
-                    if not path.suffix and not self._is_alive(owner):
-                        left.append(Restore(path.name, url))
+                    claim = _read(path)
+                    if not path.suffix and not self._stands(claim):
+                        left.append(Restore(path.name, claim.url))
         return left
+
+    def _stands(self, claim: _Claim) -> bool:
+        return self._identity_of(claim.pid) == claim.identity
 
     def _directory(self) -> Path | None:
         directory = self._session()
         return directory and directory / self._name
 
 
-def _read(path: Path) -> tuple[int, str]:
-    """The process that has a deferred restore, and the URL. Raises OSError, or ValueError."""
-    owner, _, url = path.read_text(errors="replace").partition(" ")
-    return int(owner), url.rstrip("\n")
+def _read(path: Path) -> _Claim:
+    """Raises OSError, or ValueError."""
+    pid, identity, url = path.read_text(errors="replace").rstrip("\n").split(" ", 2)
+    return _Claim(int(pid), identity, url)
 
 
 class DeferredRestores:
@@ -150,7 +166,7 @@ class DeferredRestores:
     For any number of threads.
 
     Args:
-        directory, name, is_alive: where the IO workers of the node share who has deferred what:
+        directory, name, identity_of: where the IO workers of the node share who has deferred what:
             see `_Claims`.
         new_restorer: makes one for a thread.
         failed: is given a restore that failed, its error, and how many wait for the same; returns
@@ -161,16 +177,18 @@ class DeferredRestores:
         self,
         directory: Callable[[], Path | None],
         name: str,
-        is_alive: Callable[[int], bool],
+        identity_of: Callable[[int], str | None],
         new_restorer: Callable[[], Restorer],
         failed: Callable[[Restore, SpillError, int], str],
     ) -> None:
-        self._claims = _Claims(directory, name, is_alive)
+        self._claims = _Claims(directory, name, identity_of)
         self._new_restorer = new_restorer
         self._failed = failed
         self._lock = threading.Lock()
         self._waiting: dict[str, dict[str, Restore]] = {}
         self._threads: dict[str, threading.Thread] = {}
+        # Objects whose unexpected errors the log has.
+        self._complained: set[str] = set()
 
     def add(self, resource: str, restores: Iterable[Restore]) -> None:
         """Let `restores` wait for `resource`, but for those that wait already."""
@@ -276,7 +294,9 @@ class DeferredRestores:
                 self._take(resource, restore)
                 self.add(found, [restore])
             except Exception:
-                logger.exception("object %s cannot be restored yet", restore.object_id)
+                if restore.object_id not in self._complained:
+                    self._complained.add(restore.object_id)
+                    logger.exception("object %s cannot be restored yet", restore.object_id)
                 continue
             else:
                 self._take(resource, restore)
@@ -292,5 +312,6 @@ class DeferredRestores:
                 waiting[restore.object_id] = waiting.pop(restore.object_id)
 
     def _take(self, resource: str, restore: Restore) -> None:
+        self._complained.discard(restore.object_id)
         with self._lock:
             self._waiting.get(resource, {}).pop(restore.object_id, None)

@@ -142,7 +142,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._deferred = DeferredRestores(
             self._session_dir,
             f"{self._shared}.restores",
-            _is_alive,
+            _identity_of,
             self._new_restorer,
             self._still_waits,
         )
@@ -347,6 +347,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
     def _adopt(self) -> None:
         """Take over what killed IO workers of the node had put off."""
+        if self._config is None:
+            return  # nothing can be done here
         self._journal.adopt(_is_alive)
         self._deferred.adopt(lambda url: (self._needs(url) or [VALKEY])[0])
 
@@ -540,6 +542,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                 logger.error("the lost object could not be marked as such: %s", unmarked)
         elif isinstance(error, SpillError):
             object_id = found.header.object_id
+            # Ray asks again, ever later: no IO worker is to follow this one at once.
+            self._deferred.forget([object_id])
             self._outages.failed(
                 _WHOLE_READS, "restores", _half_way(object_id, error), 1, object_id
             )
@@ -701,8 +705,12 @@ class _Drivers:
 
 
 def _is_in_plasma(object_id: str) -> bool:
+    """Whether plasma has an object; False if it cannot be found out."""
     worker = ray._private.worker.global_worker
-    return bool(worker.core_worker.object_exists(ObjectRef(bytes.fromhex(object_id))))
+    try:
+        return bool(worker.core_worker.object_exists(ObjectRef(bytes.fromhex(object_id))))
+    except Exception:  # what is there is then found by putting it
+        return False
 
 
 def _is_connected() -> bool:
@@ -753,6 +761,18 @@ def _in_io_worker() -> bool:
     """Whether this process is one of Ray's IO workers (`default_worker.py --worker-type=…`)."""
     kinds = ("SPILL_WORKER", "RESTORE_WORKER")
     return any(argument.removeprefix("--worker-type=") in kinds for argument in sys.argv)
+
+
+def _identity_of(pid: int) -> str | None:
+    """What no other process of this machine with that id has: when it started; None if it is dead.
+
+    It is field 22 of `/proc/<pid>/stat`, in clock ticks since boot (proc_pid_stat(5)).
+    """
+    if not _is_alive(pid):
+        return None
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
 
 
 def _is_alive(pid: int) -> bool:

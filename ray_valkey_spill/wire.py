@@ -286,7 +286,7 @@ class Link:
             connection.turn_began = now
             try:
                 self._is_crowded |= self._has_refused(connection)
-            except (OSError, TransientError):
+            except (OSError, TransientError, ServerError):
                 connection.close()  # it is replaced when it is needed
         if self._is_crowded:
             # All of them: whoever gets one that is left alone may need the others as well.

@@ -30,9 +30,9 @@ class World:
         self.refused_restorers = self.failing_reports = 0
         self._all: list[DeferredRestores] = []
 
-    def node(self, is_alive: Callable[[int], bool] = lambda pid: True) -> DeferredRestores:
+    def node(self, identity_of: Callable[[int], str | None] = str) -> DeferredRestores:
         it = DeferredRestores(
-            lambda: self.directory, "restores", is_alive, self._new_restorer, self._failed
+            lambda: self.directory, "restores", identity_of, self._new_restorer, self._failed
         )
         self._all.append(it)
         return it
@@ -141,14 +141,33 @@ def test_without_a_directory_nothing_is_taken_for_deleted(world: World) -> None:
     wait_until(lambda: world.restored == ["aa"])
 
 
-def test_what_a_killed_process_had_is_adopted_by_one(world: World) -> None:
+def leave_claim(world: World, pid: int, started: str) -> None:
     directory = world.directory / "restores"
     directory.mkdir()
-    (directory / "aa").write_text("1 ray:aa\n")
+    (directory / "aa").write_text(f"{pid} {started} ray:aa\n")
     world.errors = {"aa": AWAY}
-    nodes = [world.node(is_alive=lambda pid: pid == os.getpid()) for _ in range(2)]
+
+
+def test_what_a_killed_process_had_is_adopted_by_one(world: World) -> None:
+    leave_claim(world, 1, "1000")
+    nodes = [world.node(lambda pid: str(pid) if pid == os.getpid() else None) for _ in range(2)]
     nodes[0].adopt(lambda url: SERVER)
     wait_until(lambda: nodes[0].count(SERVER) == 1)
     nodes[1].adopt(lambda url: SERVER)
     assert nodes[1].count(SERVER) == 0
     assert world.claims == ["aa"]
+
+
+def test_what_a_killed_process_had_is_not_that_of_another_with_its_id(world: World) -> None:
+    leave_claim(world, 1, "1000")
+    node = world.node(lambda pid: f"{pid}000" if pid == os.getpid() else "2000")
+    node.add(SERVER, restores("aa"))
+    assert node.count(SERVER) == 1
+
+
+def test_what_a_living_process_has_is_left_to_it(world: World) -> None:
+    leave_claim(world, 1, "1000")
+    node = world.node(lambda pid: "1000")
+    node.add(SERVER, restores("aa"))
+    node.adopt(lambda url: SERVER)
+    assert node.count(SERVER) == 0
