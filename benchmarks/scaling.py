@@ -28,9 +28,9 @@ from benchmarks.common import (
     valkey_server,
 )
 from benchmarks.wire import columns, floats
-from ray_valkey_spill import packing
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.objects import ObjectStore, StoredObject
+from ray_valkey_spill.format import packing
+from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
 
 # A command that takes longer on the server is one too many, in microseconds.
 SLOW = 10_000

@@ -35,8 +35,8 @@ from servers import BOOKS, wait_until
 from benchmarks.common import MIB, machine, note, results_only, table
 from benchmarks.soak_driver import HANG
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.keys import Keyspace, ObjectName
-from ray_valkey_spill.overflow import OverflowTier
+from ray_valkey_spill.format.names import Keyspace, ObjectName
+from ray_valkey_spill.tiers.overflow import OverflowTier
 
 DRIVERS = 2
 SAMPLE_INTERVAL = 5.0

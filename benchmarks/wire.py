@@ -39,7 +39,7 @@ from benchmarks.common import (
     valkey_server,
 )
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.objects import ObjectStore, StoredObject
+from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
 
 CHUNK = MIB - 128
 WINDOW = 8

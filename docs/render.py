@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ray_valkey_spill.config import parameters
-from ray_valkey_spill.metrics import markdown_table
+from ray_valkey_spill.plugin.metrics import markdown_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

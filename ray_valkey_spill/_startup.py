@@ -98,7 +98,7 @@ def _extend(module: "ModuleType") -> None:
     def setup_external_storage(*args: "Any", **kwargs: "Any") -> "Any":
         config = args[0] if args else kwargs.get("config")
         if isinstance(config, dict) and config.get("type") == STORAGE_TYPE:
-            from ray_valkey_spill.registration import set_up
+            from ray_valkey_spill.plugin.registration import set_up
 
             return set_up(module, original, *args, **kwargs)
         if original is None:

@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 from servers import Server, wait_until
 
 import ray_valkey_spill
-from ray_valkey_spill.demo import shut_down
+from ray_valkey_spill.cli.demo import shut_down
 
 MIB = 1 << 20
 OBJECT_STORE = 100 * MIB

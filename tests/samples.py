@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.packing import SourceObject
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.store.object_store import ObjectStore
 
 METADATA, OWNER = b"PYTHON", b"\x00owner"
 

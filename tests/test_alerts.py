@@ -20,7 +20,7 @@ import pytest
 import yaml
 from promql_parser import AggregateExpr, VectorSelector
 
-from ray_valkey_spill.metrics import DEFINITIONS
+from ray_valkey_spill.plugin.metrics import DEFINITIONS
 
 ROOT = Path(__file__).parent.parent
 RULES: Any = yaml.safe_load((ROOT / "deploy/prometheus-rules.yaml").read_text())

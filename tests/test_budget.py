@@ -19,16 +19,16 @@ from faults import Rig
 from samples import noise, source
 from servers import PRODUCTS, Server, server_of, valkey_server, wait_until
 
-from ray_valkey_spill import budget as budget_module
-from ray_valkey_spill import objects
-from ray_valkey_spill.budget import Budget, cost, margin, member_cost
 from ray_valkey_spill.config import MIB, Config
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
-from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
-from ray_valkey_spill.ledger import Grant, Ledger, Owner, Usage
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.server_info import MemoryInfo
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.format.names import Keyspace, ObjectName, new_attempt
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.server_info import MemoryInfo
+from ray_valkey_spill.store import object_store
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers import budget as budget_module
+from ray_valkey_spill.tiers.budget import Budget, cost, margin, member_cost
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, Owner, Usage
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -361,7 +361,7 @@ def test_a_grant_that_is_abandoned_while_others_are_recovered_stands_with_its_da
     store = ours.store()
     name = ObjectName(SESSION, NODE, "cd" * 28, new_attempt(), 1)
     writer = f"{SESSION}:{NODE}:{os.getpid()}-other"
-    take_all = objects._all_of
+    take_all = object_store._all_of
 
     def interrupted(items: Any) -> Any:
         taken = take_all(items)
@@ -374,7 +374,7 @@ def test_a_grant_that_is_abandoned_while_others_are_recovered_stands_with_its_da
         return taken
 
     with monkeypatch.context() as patch:
-        patch.setattr(objects, "_all_of", interrupted)
+        patch.setattr(object_store, "_all_of", interrupted)
         store.recover(is_alive=lambda pid: True)
     is_there = ours.client.exists(f"{store.keys.header(name)}:0") == 1
     assert list(ours.ledger.grants()) == [writer] or not is_there
@@ -650,8 +650,8 @@ _WRITER = """
 import json, random, sys
 import numpy as np
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.packing import SourceObject
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.format.packing import SourceObject
 
 params, node, seed, scale = json.loads(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 chance = random.Random(seed)

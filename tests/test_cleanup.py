@@ -32,18 +32,19 @@ from packaging.version import Version
 from samples import source
 from servers import Server, free_port, wait_until
 
-from ray_valkey_spill import cleanup, gcs
-from ray_valkey_spill.cleanup import LEASE, RENEWAL, CleanUp, Remains
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
-from ray_valkey_spill.gcs import UNKNOWN, UNREACHABLE, RunningSession, running_at
-from ray_valkey_spill.interpreter import module_command
-from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
-from ray_valkey_spill.ledger import Grant, Ledger, Owner
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.overflow import OverflowTier
-from ray_valkey_spill.tiers import ValkeyTier
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.format.names import Keyspace, ObjectName, new_attempt
+from ray_valkey_spill.plugin import gcs
+from ray_valkey_spill.plugin.gcs import UNKNOWN, UNREACHABLE, RunningSession, running_at
+from ray_valkey_spill.plugin.interpreter import module_command
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.store import cleanup
+from ray_valkey_spill.store.cleanup import LEASE, RENEWAL, CleanUp, Remains
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, Owner
+from ray_valkey_spill.tiers.overflow import OverflowTier
+from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 DEAD, LIVING = "session_dead", "session_living"
 GCS = {DEAD: "10.0.0.1:6379", LIVING: "10.0.0.2:6379"}
@@ -436,7 +437,8 @@ def test_what_was_removed_while_its_writer_was_stopped_is_not_reported_as_stored
         return settlements(self, *args)
 
     monkeypatch.setattr(Ledger, "settlements", stopped)
-    monkeypatch.setattr("ray_valkey_spill.objects.INLINE_LIMIT", 0)  # it registers on its own
+    # It registers on its own.
+    monkeypatch.setattr("ray_valkey_spill.store.object_store.INLINE_LIMIT", 0)
     urls, failure = store.put([source(bytes(size))])
     assert urls == []
     assert isinstance(failure, LostObjectError)

@@ -35,9 +35,7 @@ from servers import (
 from topologies import SLOTS, Cluster, cluster_servers
 from valkey.crc import key_slot
 
-from ray_valkey_spill import budget, check, cleanup, preflight
-from ray_valkey_spill import cli as commands
-from ray_valkey_spill.cleanup import CleanUp
+from ray_valkey_spill.cli import check, commands
 from ray_valkey_spill.config import Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
@@ -47,10 +45,13 @@ from ray_valkey_spill.errors import (
     ServerUnavailableError,
     SpillError,
 )
-from ray_valkey_spill.keys import ObjectName, new_attempt
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.resp import Request, command, fetch, store
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.format.names import ObjectName, new_attempt
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.resp import Request, command, fetch, store
+from ray_valkey_spill.store import cleanup
+from ray_valkey_spill.store.cleanup import CleanUp
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers import budget, preflight
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 

@@ -14,8 +14,8 @@ from servers import Server, valkey_server, wait_until
 from topologies import cluster_servers
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.wire import Sharing
+from ray_valkey_spill.protocol.link import Sharing
+from ray_valkey_spill.store.object_store import ObjectStore
 
 
 def load(url: str, **params: object) -> Config:

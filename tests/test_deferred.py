@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from servers import wait_until
 
-from ray_valkey_spill.deferred import DeferredRestores, Restore
 from ray_valkey_spill.errors import ServerUnavailableError, SpillError
+from ray_valkey_spill.plugin.deferred import DeferredRestores, Restore
 
 AWAY = ServerUnavailableError("the server cannot be reached")
 SERVER = "the server"

@@ -25,9 +25,9 @@ from click.testing import CliRunner
 from servers import Node, free_port, wait_until
 from tenants import Embeddings, KVCache, LastingSessions, Neighbour, Sessions, Spills
 
-from ray_valkey_spill import preflight
-from ray_valkey_spill.cli import cli
+from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import RAY_SETTINGS, Config
+from ray_valkey_spill.tiers import preflight
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

@@ -25,11 +25,11 @@ import yaml
 from click.testing import CliRunner
 from servers import Server
 
-from ray_valkey_spill.cli import cli
+from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.packing import SourceObject
-from ray_valkey_spill.sealing import KeyRing
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.format.sealing import KeyRing
+from ray_valkey_spill.store.object_store import ObjectStore
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]

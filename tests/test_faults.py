@@ -34,7 +34,6 @@ from faults import (
 )
 from servers import wait_until
 
-from ray_valkey_spill import connection
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     LostObjectError,
@@ -45,8 +44,9 @@ from ray_valkey_spill.errors import (
     SpillError,
     UnconfirmedError,
 )
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.packing import SourceObject
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.protocol import connection
+from ray_valkey_spill.store.object_store import ObjectStore
 
 CHUNK = 256 << 10
 DATA = np.random.default_rng(0).bytes(24 * CHUNK + 17)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_valkey_spill.errors import ConfigError, LostObjectError
-from ray_valkey_spill.format import (
+from ray_valkey_spill.format.header import (
     FORMAT_VERSION,
     TRAILER_SIZE,
     Chunk,
@@ -26,7 +26,7 @@ from ray_valkey_spill.format import (
     format_version,
     header_size,
 )
-from ray_valkey_spill.sealing import TAG_SIZE, KeyRing
+from ray_valkey_spill.format.sealing import TAG_SIZE, KeyRing
 
 
 def header(
@@ -163,7 +163,7 @@ def test_garbage_is_no_header(value: bytes) -> None:
 
 
 def test_a_newer_format_is_refused_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray_valkey_spill.format.FORMAT_VERSION", FORMAT_VERSION + 1)
+    monkeypatch.setattr("ray_valkey_spill.format.header.FORMAT_VERSION", FORMAT_VERSION + 1)
     newer = encoded(header())
     monkeypatch.undo()
     with pytest.raises(LostObjectError, match=f"format {FORMAT_VERSION + 1}.*upgrade"):

@@ -35,13 +35,15 @@ from servers import (
     wait_until,
 )
 
-from ray_valkey_spill import ValkeyStorage, preflight, storage
+from ray_valkey_spill import ValkeyStorage
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
     ServerRefusedError,
     ServerUnavailableError,
 )
+from ray_valkey_spill.plugin import storage
+from ray_valkey_spill.tiers import preflight
 
 # --- the checks themselves ---
 

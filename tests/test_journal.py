@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from ray_valkey_spill.journal import DeletionJournal
+from ray_valkey_spill.plugin.deletions import DeletionJournal
 
 WRITER = """
 import os, pathlib, signal, sys
-from ray_valkey_spill.journal import DeletionJournal
+from ray_valkey_spill.plugin.deletions import DeletionJournal
 
 journal = DeletionJournal(lambda: pathlib.Path(sys.argv[1]), sys.argv[2])
 with journal.deleting(["a", "b", "c"]), journal.deleting(["d", "e"]):
@@ -63,7 +63,7 @@ def test_what_a_killed_process_had_left_is_its_nodes_alone(tmp_path: Path) -> No
 
 ADOPTER = """
 import pathlib, sys
-from ray_valkey_spill.journal import DeletionJournal
+from ray_valkey_spill.plugin.deletions import DeletionJournal
 
 journal = DeletionJournal(lambda: pathlib.Path(sys.argv[1]), "node")
 dead = int(sys.argv[2])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
-from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attempt
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Place, new_attempt
 
 NAME = ObjectName("session_2026-01-02_03-04-05_6_7", "ab" * 28, "cd" * 28, "0" * 27, 3)
 KEYS = Keyspace("ray:spill:default:")

@@ -13,11 +13,11 @@ import pytest
 from servers import Server, wait_until
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.keys import Keyspace, ObjectName, new_attempt
-from ray_valkey_spill.ledger import Ledger
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.storage import ValkeyStorage
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.format.names import Keyspace, ObjectName, new_attempt
+from ray_valkey_spill.plugin.storage import ValkeyStorage
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 CONFIGURED = 'logging.basicConfig(format="mine %(message)s")'
-FORMATTED = "from ray_valkey_spill.logs import set_default_format; set_default_format()"
+FORMATTED = "from ray_valkey_spill.plugin.logs import set_default_format; set_default_format()"
 LINE = 'logging.getLogger("ray_valkey_spill").warning("message")'
 
 
@@ -34,4 +34,4 @@ def test_users_handlers_are_used_as_they_are(configured: tuple[str, str]) -> Non
 
 
 def test_importing_the_package_configures_no_logging() -> None:
-    assert printed("import ray_valkey_spill.storage", LINE) == "message\n"
+    assert printed("import ray_valkey_spill.plugin.storage", LINE) == "message\n"

@@ -22,7 +22,7 @@ from ray.exceptions import ObjectLostError
 from samples import get, noise, object_id, source
 from servers import ROOT, Server, valkey_server, wait_until
 
-from ray_valkey_spill import errors, metrics
+from ray_valkey_spill import errors
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
@@ -32,14 +32,15 @@ from ray_valkey_spill.errors import (
     SpillError,
     UnconfirmedError,
 )
-from ray_valkey_spill.keys import Keyspace
-from ray_valkey_spill.ledger import Owner
-from ray_valkey_spill.metrics import DEFINITIONS, Metrics
-from ray_valkey_spill.objects import ObjectStore, Room, StoredObject
-from ray_valkey_spill.observer import Observer, Tier
-from ray_valkey_spill.overflow import OverflowTier
-from ray_valkey_spill.packing import SourceObject
-from ray_valkey_spill.server_info import MemoryInfo
+from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.plugin import metrics
+from ray_valkey_spill.plugin.metrics import DEFINITIONS, Metrics
+from ray_valkey_spill.protocol.server_info import MemoryInfo
+from ray_valkey_spill.store.object_store import ObjectStore, Room, StoredObject
+from ray_valkey_spill.store.observer import Observer, Tier
+from ray_valkey_spill.tiers.ledger import Owner
+from ray_valkey_spill.tiers.overflow import OverflowTier
 
 OWNER = Owner("session_1", "ab" * 28)
 CHUNK = 10_000

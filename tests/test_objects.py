@@ -38,22 +38,22 @@ from servers import Server, acl_user, redis_server, unix_socket_server, valkey_s
 from tls import tls_binary, tls_front, tls_server
 from topologies import Cluster, cluster_servers, sentinel_servers
 
-from ray_valkey_spill import preflight
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
-from ray_valkey_spill.format import (
+from ray_valkey_spill.format.header import (
     FORMAT_VERSION,
     Codec,
     checksum,
     decode_header,
     encode_header,
 )
-from ray_valkey_spill.keys import Entry
-from ray_valkey_spill.ledger import Owner
-from ray_valkey_spill.objects import ObjectStore, StoredObject
-from ray_valkey_spill.packing import INLINE_LIMIT, SourceObject
-from ray_valkey_spill.sealing import TAG_SIZE
-from ray_valkey_spill.wire import Sharing
+from ray_valkey_spill.format.names import Entry
+from ray_valkey_spill.format.packing import INLINE_LIMIT, SourceObject
+from ray_valkey_spill.format.sealing import TAG_SIZE
+from ray_valkey_spill.protocol.link import Sharing
+from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
+from ray_valkey_spill.tiers import preflight
+from ray_valkey_spill.tiers.ledger import Owner
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -576,7 +576,7 @@ def test_a_header_of_a_newer_format_is_refused(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = backend.store()
-    monkeypatch.setattr("ray_valkey_spill.format.FORMAT_VERSION", FORMAT_VERSION + 1)
+    monkeypatch.setattr("ray_valkey_spill.format.header.FORMAT_VERSION", FORMAT_VERSION + 1)
     url = put(store, noise(3 * CHUNK))
     monkeypatch.undo()
     with pytest.raises(LostObjectError, match="upgrade"):
@@ -778,9 +778,9 @@ DYING_WRITER = """
 import json
 import sys
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.keys import ObjectName
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.packing import SourceObject
+from ray_valkey_spill.format.names import ObjectName
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.format.packing import SourceObject
 
 params, session, node, kill_point = sys.argv[1:]
 store = ObjectStore(Config.load({"chunk_size": 10000, **json.loads(params)}, {}), session, node)

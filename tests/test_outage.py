@@ -17,8 +17,7 @@ from ray_valkey_spill.errors import (
     ServerFullError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.observer import Tier
-from ray_valkey_spill.outage import (
+from ray_valkey_spill.plugin.outage import (
     CONFIG,
     OVERFLOW,
     ROOM,
@@ -27,6 +26,7 @@ from ray_valkey_spill.outage import (
     Outages,
     resource_of,
 )
+from ray_valkey_spill.store.observer import Tier
 
 FULL = ServerFullError("OOM command not allowed", "Raise maxmemory")
 AWAY = OverflowUnavailableError("the overflow at /mnt/x cannot be used", "Mount it")
@@ -278,7 +278,7 @@ def test_one_process_reports_for_all(
 FAILING = """
 import os, pathlib, sys
 from ray_valkey_spill.errors import ServerFullError
-from ray_valkey_spill.outage import Outages
+from ray_valkey_spill.plugin.outage import Outages
 
 class Drivers:
     def notify(self, message, job=None): pass

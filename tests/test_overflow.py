@@ -26,12 +26,12 @@ from servers import Server, valkey_server, wait_until
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, OverflowUnavailableError
-from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, Place, new_attempt
-from ray_valkey_spill.ledger import Grant, Owner
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.overflow import OverflowTier
-from ray_valkey_spill.packing import Receive
-from ray_valkey_spill.tiers import Value
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Place, new_attempt
+from ray_valkey_spill.format.packing import Receive
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers.ledger import Grant, Owner
+from ray_valkey_spill.tiers.overflow import OverflowTier
+from ray_valkey_spill.tiers.valkey import Value
 
 SESSION, NODE = "session_1", "ab" * 28
 OWNER = Owner(SESSION, NODE)
@@ -449,9 +449,9 @@ def test_what_is_sealed_is_not_to_be_read_or_changed_there(
 
 DYING_WRITER = """
 import sys
-from ray_valkey_spill.keys import Entry, Keyspace, ObjectName, new_attempt
-from ray_valkey_spill.overflow import OverflowTier
-from ray_valkey_spill.tiers import Value
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, new_attempt
+from ray_valkey_spill.tiers.overflow import OverflowTier
+from ray_valkey_spill.tiers.valkey import Value
 
 uri, session, node, sent = sys.argv[1:]
 tier = OverflowTier(uri, Keyspace("ray:spill:default:"))
@@ -590,9 +590,9 @@ def test_wrong_credentials_are_told_and_not_shown(bucket: Bucket) -> None:
 
 ENDLESS = """
 import sys
-from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.errors import OverflowUnavailableError
-from ray_valkey_spill.overflow import OverflowTier
+from ray_valkey_spill.tiers.overflow import OverflowTier
 try:
     OverflowTier(sys.argv[1], Keyspace("ray:spill:default:")).sign("session", "token")
 except OverflowUnavailableError as error:

@@ -215,11 +215,12 @@ def test_the_wheel_is_for_every_python_and_has_nothing_but_the_package(wheel: Pa
         names = archive.namelist()
     name_and_version, _, tags = wheel.stem.partition("-py")
     assert tags == "3-none-any"
-    package = {path.name for path in (PROJECT / "ray_valkey_spill").glob("*.py")} | {"py.typed"}
+    modules = (PROJECT / "ray_valkey_spill").rglob("*.py")
+    package = {str(path.relative_to(PROJECT)) for path in modules}
     about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
     assert sorted(names) == sorted(
         [
-            *(f"ray_valkey_spill/{name}" for name in package),
+            *(package | {"ray_valkey_spill/py.typed"}),
             *(f"{name_and_version}.dist-info/{name}" for name in about),
             *START_UP_FILES,
         ]
@@ -312,7 +313,7 @@ def test_ray_gets_a_storage_of_this_package(
     import types
     sys.path.insert(0, {str(fake_ray(FITTING_RAY))!r})
     # Stands in for the one module that needs Ray itself.
-    storage = sys.modules["ray_valkey_spill.storage"] = types.ModuleType("storage")
+    storage = sys.modules["ray_valkey_spill.plugin.storage"] = types.ModuleType("storage")
     storage.ValkeyStorage = lambda *args, **params: [args, params]
     import ray._private.external_storage as module
     config = {{"type": "valkey", "params": {{"url": "valkey://u"}}}}

@@ -21,9 +21,9 @@ import click
 import pytest
 
 import ray_valkey_spill
-from ray_valkey_spill.cli import cli
+from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import _NOT_PARAMETERS, ENV_PREFIX, Config, parameters, spilling_config
-from ray_valkey_spill.metrics import DEFINITIONS
+from ray_valkey_spill.plugin.metrics import DEFINITIONS
 
 ROOT = Path(__file__).parents[1]
 PINNED = Path(__file__).parent / "data" / "public_api.txt"
@@ -154,7 +154,7 @@ def test_the_version_stands_in_one_place_and_in_the_changelog() -> None:
     version = ray_valkey_spill.__version__
     assert DISTRIBUTION.version == version
     # Not docs/ and benchmarks' results: what they show of a run names what it was made with.
-    places = ["*.md", "*.toml", "*.cfg", ".ci/*", "deploy/*.*ml", "*/*.py"]
+    places = ["*.md", "*.toml", "*.cfg", ".ci/*", "deploy/*.*ml", "*/*.py", "*/*/*.py"]
     alone = re.compile(rf"(?<![\w.]){re.escape(version)}(?![\w.]*\d)")
     found = [
         str(path.relative_to(ROOT))

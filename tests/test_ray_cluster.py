@@ -38,7 +38,7 @@ from packaging.version import Version
 from ray.cluster_utils import Cluster
 from servers import BOOKS, INDEX, ROOT, Server, valkey_server, wait_until
 
-from ray_valkey_spill.keys import Keyspace
+from ray_valkey_spill.format.names import Keyspace
 
 LEASES = Keyspace(ROOT).leases
 

@@ -66,7 +66,7 @@ with open(f"{disk}/filler", "wb", buffering=0) as file:
         print(error)
 assert spill_and_restore()
 print("spilled and restored")
-from ray_valkey_spill.demo import shut_down
+from ray_valkey_spill.cli.demo import shut_down
 shut_down()
 """
 

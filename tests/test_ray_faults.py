@@ -185,9 +185,9 @@ def in_the_middle(owner, name, after):
     setattr(owner, name, stepwise)
 
 if any("SPILL_WORKER" in argument or "RESTORE_WORKER" in argument for argument in sys.orig_argv):
-    from ray_valkey_spill.objects import ObjectStore
-    from ray_valkey_spill.packing import Packer
-    from ray_valkey_spill.tiers import ValkeyTier
+    from ray_valkey_spill.store.object_store import ObjectStore
+    from ray_valkey_spill.format.packing import Packer
+    from ray_valkey_spill.tiers.valkey import ValkeyTier
 
     before_and_after(ValkeyTier, "register")
     in_the_middle(Packer, "pack", 3)

@@ -13,7 +13,7 @@ from clusters import MIB, expect_no_keys, local_ray, spill
 from ray.exceptions import ObjectLostError
 from servers import Server, valkey_server
 
-from ray_valkey_spill.format import FORMAT_VERSION
+from ray_valkey_spill.format.header import FORMAT_VERSION
 
 # Far above what it takes, and far below Ray's retries for hours.
 PATIENCE = 60

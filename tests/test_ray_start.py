@@ -18,7 +18,7 @@ from clusters import ray_start, run_driver
 from servers import free_ports, valkey_server, wait_until
 
 import ray_valkey_spill
-from ray_valkey_spill.gcs import running_at
+from ray_valkey_spill.plugin.gcs import running_at
 
 DRIVER = """
 import sys, time, numpy as np, ray

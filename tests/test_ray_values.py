@@ -14,7 +14,7 @@ import ray
 from clusters import MIB, expect_no_keys, local_ray, spill
 from servers import Server, valkey_server
 
-from ray_valkey_spill.packing import INLINE_LIMIT
+from ray_valkey_spill.format.packing import INLINE_LIMIT
 
 CHUNK = 1_000_000
 

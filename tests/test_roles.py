@@ -20,16 +20,17 @@ from samples import get, noise, object_id, source
 from servers import INDEX, ROOT, Node, Server, acl_user, valkey_server, wait_until
 from topologies import cluster_servers, one_sentinel
 
-from ray_valkey_spill import cleanup, preflight
-from ray_valkey_spill.cleanup import RENEWAL, CleanUp
+from ray_valkey_spill.cli.inspection import Inspector, Target
+from ray_valkey_spill.cli.inventory import Inventory
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerUnavailableError
-from ray_valkey_spill.inspection import Inspector, Target
-from ray_valkey_spill.inventory import Inventory
-from ray_valkey_spill.keys import Keyspace
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.resp import command
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.resp import command
+from ray_valkey_spill.store import cleanup
+from ray_valkey_spill.store.cleanup import RENEWAL, CleanUp
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers import preflight
 
 below_ray = pytest.mark.usefixtures("no_thread_left")
 

@@ -25,15 +25,15 @@ from ray.exceptions import ObjectLostError
 from samples import noise
 from servers import Server, wait_until
 
-from ray_valkey_spill import cli
-from ray_valkey_spill.budget import cost, member_cost
+from ray_valkey_spill.cli import commands
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, SpillError
-from ray_valkey_spill.format import Codec, decode_header
-from ray_valkey_spill.keys import Entry
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.packing import SourceObject
-from ray_valkey_spill.sealing import TAG_SIZE, Key, KeyRing
+from ray_valkey_spill.format.header import Codec, decode_header
+from ray_valkey_spill.format.names import Entry
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.format.sealing import TAG_SIZE, Key, KeyRing
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers.budget import cost, member_cost
 
 CHUNK = 1024
 SIZE = 3 * CHUNK + 100
@@ -620,7 +620,7 @@ def test_what_is_counted_is_what_is_stored(server: Server, tmp_path: Path) -> No
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner(env={"COLUMNS": "80"}).invoke(cli.cli, arguments)
+    return CliRunner(env={"COLUMNS": "80"}).invoke(commands.cli, arguments)
 
 
 @pytest.mark.parametrize("size", [500, SIZE])

@@ -17,12 +17,12 @@ from click.testing import CliRunner
 from clusters import MIB, io_workers, local_ray, spill
 from servers import INDEX, acl_user, valkey_server, wait_until
 
-from ray_valkey_spill import preflight
-from ray_valkey_spill.cli import cli
+from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import SpillError
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers import preflight
 
 PASSWORD = "correct-horse-battery-staple"
 WRONG = "wrong-horse-battery-staple"

@@ -19,7 +19,6 @@ from proxy import Proxy, proxy_to
 from servers import ROOT, Node, acl_user, free_port, server_version, valkey_server, wait_until
 from topologies import SentinelGroup, one_sentinel, sentinel_servers
 
-from ray_valkey_spill import preflight
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
@@ -27,11 +26,12 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.packing import Packer, SourceObject
-from ray_valkey_spill.resp import command
-from ray_valkey_spill.tiers import ValkeyTier
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.format.packing import Packer, SourceObject
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.resp import command
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers import preflight
+from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 KEY = f"{ROOT}test"
 INLINE, CHUNKED = b"x" * 5000, random.Random(0).randbytes(MIB)

@@ -18,7 +18,7 @@ from proxy import answering, proxy_to
 from servers import ROOT, valkey_server
 from tls import TLSServer, tls_binary, tls_front, tls_server
 
-from ray_valkey_spill import preflight, spilling_config
+from ray_valkey_spill import spilling_config
 from ray_valkey_spill._startup import RAY_MODULE
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
@@ -27,8 +27,9 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.resp import command, fetch, store
-from ray_valkey_spill.wire import Link
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.resp import command, fetch, store
+from ray_valkey_spill.tiers import preflight
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -183,7 +184,7 @@ def test_ray_takes_certificates_for_a_url_that_is_in_the_environment(
 
 def test_old_versions_of_tls_are_not_spoken(tmp_path: Path) -> None:
     with behind_a_front(tmp_path) as server:
-        from ray_valkey_spill import tls
+        from ray_valkey_spill.protocol import tls
 
         assert tls.context(config(server)).minimum_version == ssl.TLSVersion.TLSv1_2
 

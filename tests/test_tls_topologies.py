@@ -13,11 +13,11 @@ from certificates import Certificates, make_certificates
 from tls import tls_binary
 from topologies import Cluster, SentinelGroup, cluster_servers, sentinel_servers
 
-from ray_valkey_spill import check
+from ray_valkey_spill.cli import check
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerRefusedError
-from ray_valkey_spill.objects import ObjectStore
-from ray_valkey_spill.packing import SourceObject
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.store.object_store import ObjectStore
 
 pytestmark = [
     pytest.mark.usefixtures("no_thread_left"),

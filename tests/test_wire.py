@@ -24,7 +24,6 @@ from servers import (
 )
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.connection import Connection
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
@@ -33,7 +32,9 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.resp import (
+from ray_valkey_spill.protocol.connection import Connection
+from ray_valkey_spill.protocol.link import Link, Sharing
+from ray_valkey_spill.protocol.resp import (
     RedirectError,
     ReplyReader,
     Request,
@@ -42,8 +43,7 @@ from ray_valkey_spill.resp import (
     fetch,
     store,
 )
-from ray_valkey_spill.server_info import ServerInfo
-from ray_valkey_spill.wire import Link, Sharing
+from ray_valkey_spill.protocol.server_info import ServerInfo
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 

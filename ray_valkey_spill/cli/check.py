@@ -1,0 +1,289 @@
+"""`ray-valkey-spill check`: what spilling needs of this environment and of the server."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from typing import Any
+
+from ray_valkey_spill import __version__, _startup
+from ray_valkey_spill.config import MIB, Config, Endpoint
+from ray_valkey_spill.errors import ServerFullError, SpillError
+from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.format.sealing import KeyRing
+from ray_valkey_spill.plugin.registration import require_compatible
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.resp import command
+from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.tiers import preflight
+from ray_valkey_spill.tiers.budget import free_room, margin
+from ray_valkey_spill.tiers.overflow import OverflowTier
+
+__all__ = ["FAILED", "OK", "WARNING", "Finding", "run"]
+
+OK, WARNING, FAILED = "ok", "warn", "failed"
+
+_ROUND_TRIPS = 200
+_PROBE_SIZE = 32 * MIB
+_PROBE_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at: how it stands, and what to do about it if it does not stand well."""
+
+    status: str
+    subject: str
+    detail: str
+    mend: str = ""
+
+    @property
+    def color(self) -> str:
+        return {OK: "green", WARNING: "yellow", FAILED: "red"}[self.status]
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def run(params: Mapping[str, Any]) -> Iterator[Finding]:
+    """Look at everything that can still be looked at, given what has been found before."""
+    yield _attempt("Ray", _ray)
+    yield _hook()
+    yield from _overridden()
+    try:
+        config = Config.load(params)
+    except SpillError as error:
+        yield Finding(FAILED, "parameters", error.what, error.mend)
+        return
+    yield Finding(OK, "parameters", f"url {config.address}, keys below {Keyspace.of(config).root}")
+    if (ring := KeyRing.of(config)) is not None:
+        yield _attempt("sealing", lambda: _sealing(ring))
+    link = Link(config, unreachable_timeout=preflight.HEAD_START_PATIENCE, any_role=True)
+    try:
+        yield from _server(config, link)
+    finally:
+        link.close()
+
+
+def _attempt(subject: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(OK, subject, look())
+    except ServerFullError as error:
+        # Which it will not be for ever; what to do about it is said for its memory.
+        return Finding(WARNING, subject, error.what, error.mend)
+    except SpillError as error:
+        return Finding(FAILED, subject, error.what, error.mend)
+
+
+# --- this environment ---
+
+
+def _ray() -> str:
+    try:
+        module = importlib.import_module(_startup.RAY_MODULE)
+    except ImportError as error:
+        raise SpillError(f"Ray cannot be imported ({error})", "pip install ray") from error
+    function = getattr(module, _startup.RAY_FUNCTION, None)
+    require_compatible(module, getattr(function, "ray_valkey_spill_original", function))
+    return f"Ray {metadata.version('ray')} fits ray-valkey-spill {__version__}"
+
+
+def _hook() -> Finding:
+    if _startup.is_disabled():
+        return Finding(
+            FAILED,
+            "start-up hook",
+            "switched off by RAY_VALKEY_SPILL_DISABLE",
+            "Unset it in the environment of every Ray process",
+        )
+    if not _startup.is_installed():
+        return Finding(
+            FAILED,
+            "start-up hook",
+            "not active in this interpreter, so Ray does not know the type 'valkey'",
+            "Install ray-valkey-spill with pip into the environment that runs Ray, and start "
+            "Python without -S",
+        )
+    return Finding(OK, "start-up hook", "active: Ray knows the type 'valkey' here")
+
+
+def _overridden() -> Iterator[Finding]:
+    if os.environ.get("RAY_object_spilling_directory"):  # noqa: SIM112 (Ray spells it so)
+        yield Finding(
+            FAILED,
+            "environment",
+            "RAY_object_spilling_directory is set, and Ray prefers it to any spilling config",
+            "Unset it",
+        )
+
+
+def _sealing(ring: KeyRing) -> str:
+    first, *others = (f"{key.id:016x}" for key in ring.current())
+    return f"key {first} seals" + (f", and {', '.join(others)} open too" if others else "")
+
+
+# --- the server ---
+
+
+def _server(config: Config, link: Link) -> Iterator[Finding]:
+    keys = Keyspace.of(config)
+    try:
+        infos = preflight.check_reachable(link, config)
+    except SpillError as error:
+        yield Finding(FAILED, "server", error.what, error.mend)
+        return
+    info = next(iter(infos.values()))
+    memory = MemoryInfo.of_all(infos.values())
+    yield Finding(OK, "server", f"{info.product} {info.version} at {config.address}")
+
+    def topology() -> str:
+        preflight.check_topology(config, infos)
+        preflight.check_serving(link, config)
+        if info.mode == "cluster":
+            return f"a cluster of {len(infos)} shards that serve"
+        by_sentinels = (
+            f", as Sentinels say of {config.sentinel_service!r}" if config.sentinel_service else ""
+        )
+        return f"a primary that serves{by_sentinels}"
+
+    def replicas() -> str:
+        preflight.check_replicas(config, infos)
+        counts = ", ".join(f"{each.replicas} of {where}" for where, each in infos.items())
+        return f"in step: {counts}; a spill waits for {config.min_replicas}" + (
+            ", and for append-only files" if config.wait_aof else ""
+        )
+
+    def policy() -> str:
+        preflight.check_policy(config, infos)
+        accepted = ", accepted by allow_eviction" if memory.evicts_all else ": spilled objects stay"
+        return f"maxmemory-policy {memory.policy}{accepted}"
+
+    def permissions() -> str:
+        preflight.check_permissions(link, config, infos)
+        return f"every command that spilling needs, tried on keys below {keys.root}"
+
+    def chunk_size() -> str:
+        preflight.check_chunk_size(link, config, infos)
+        return f"values of {config.chunk_size:,} bytes can be written and read"
+
+    yield (serves := _attempt("topology", topology))
+    enough = True
+    if config.min_replicas or config.wait_aof:
+        yield (followed := _attempt("replicas", replicas))
+        enough = followed.status != FAILED
+    yield _attempt("policy", policy)
+    yield _memory(config, infos)
+    if serves.status == FAILED:
+        return
+    yield (allowed := _attempt("permissions", permissions))
+    if allowed.status == OK:
+        yield (passing := _attempt("chunk size", chunk_size))
+        enough = enough and passing.status != FAILED
+        if config.overflow_uri is not None:
+            yield _attempt("overflow", lambda: _overflow(config))
+        yield _attempt("latency", lambda: _latency(link, keys))
+        if enough:
+            yield _attempt("throughput", lambda: _throughput(config, _free(infos)))
+
+
+def _memory(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> Finding:
+    memory = MemoryInfo.of_all(infos.values())
+    budget = (
+        "no budget (max_bytes)"
+        if config.max_bytes is None
+        else f"a budget of {_mib(config.max_bytes)}"
+    )
+    if not memory.maxmemory:
+        detail = f"no maxmemory, {_mib(memory.used)} used, {budget}"
+        if config.max_bytes is not None:
+            return Finding(OK, "memory", detail)
+        return Finding(
+            WARNING,
+            "memory",
+            f"{detail}: spilling may fill the machine",
+            "Set maxmemory below the memory that the server may have, or max_bytes",
+        )
+    detail = f"maxmemory {_mib(memory.maxmemory)}, {_mib(memory.used)} used, {budget}"
+    left = sum(margin(info.memory.maxmemory) for info in infos.values())
+    free = _free(infos) or 0
+    detail += f": {_mib(free)} free for spilling with nothing evicted, {_mib(left)} left to others"
+    if (warning := preflight.tenancy_warning(config, infos)) is not None:
+        return Finding(WARNING, "memory", f"{detail}. {warning[0]}", warning[1])
+    if free < memory.maxmemory // 10 and not (config.max_bytes and memory.evicts_others):
+        return Finding(WARNING, "memory", detail, "Raise maxmemory, or free some of it")
+    return Finding(OK, "memory", detail)
+
+
+def _free(infos: Mapping[Endpoint, ServerInfo]) -> int | None:
+    """Bytes that may be written with nothing evicted; None if no server has a `maxmemory`.
+
+    Each shard of a cluster gets its share, so the fullest decides.
+    """
+    rooms = [free_room(info.memory) for info in infos.values() if info.memory.maxmemory]
+    return len(infos) * max(0, min(rooms)) if rooms else None
+
+
+def _latency(link: Link, keys: Keyspace) -> str:
+    times = []
+    for _ in range(_ROUND_TRIPS):
+        start = time.perf_counter()
+        link.execute(command("GET", f"{keys.root}latency"))
+        times.append(time.perf_counter() - start)
+    median, p99 = statistics.median(times), statistics.quantiles(times, n=100)[98]
+    return f"{median * 1e3:.2f} ms median, {p99 * 1e3:.2f} ms p99, over {_ROUND_TRIPS} round trips"
+
+
+def _overflow(config: Config) -> str:
+    overflow = OverflowTier.of(config)
+    with contextlib.closing(ObjectStore(config, "check", f"pid{os.getpid()}")) as store:
+        store.probe_overflow()
+    return f"{overflow} can be written, read and removed from; every node has to reach it"
+
+
+def _throughput(config: Config, free: int | None) -> str:
+    """Spill and restore incompressible data, no more than a quarter of `free` bytes at once."""
+    size = _PROBE_SIZE if free is None else min(_PROBE_SIZE, free // 4)
+    if config.max_bytes is not None:
+        size = min(size, config.max_bytes // 4)
+    if size < MIB:
+        raise ServerFullError(
+            "not measured: there is no room for it", "Raise maxmemory or max_bytes"
+        )
+    data = memoryview(os.urandom(size))
+    target = memoryview(bytearray(size))
+    store = ObjectStore(replace(config, overflow_uri=None), "check", f"pid{os.getpid()}")
+    spill, restore = [], []
+    try:
+        for _ in range(_PROBE_ROUNDS):
+            start = time.perf_counter()
+            urls, failure = store.put([SourceObject("check", b"", b"", data)])
+            spill.append(time.perf_counter() - start)
+            if failure is not None:
+                raise failure
+            (url,) = urls
+            start = time.perf_counter()
+            store.fill(store.find(url, "check"), target)
+            restore.append(time.perf_counter() - start)
+            if target != data:
+                raise SpillError("what was read back is not what was written")
+            store.delete([url])
+    finally:
+        store.destroy(lambda pid: False)
+        store.close()
+    # The first round also pays for connecting, and for memory never touched before.
+    return (
+        f"spill {size / min(spill) / 1e6:,.0f} MB/s, restore {size / min(restore) / 1e6:,.0f} MB/s "
+        f"({_mib(size)} incompressible, best of {_PROBE_ROUNDS})"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.0f} MiB"

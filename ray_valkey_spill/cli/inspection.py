@@ -1,0 +1,319 @@
+"""One spilled object, looked at closely: what its header tells, and whether its chunks are there.
+
+Nothing but keys below the namespace's root is ever read, whatever a user gives for one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ray_valkey_spill.cli.inventory import age, tier_name
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import (
+    ConfigError,
+    LostObjectError,
+    OverflowUnavailableError,
+    SpillError,
+)
+from ray_valkey_spill.format.header import Codec, Header, decode_header, format_version
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Place
+from ray_valkey_spill.format.sealing import KeyRing
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.resp import command
+from ray_valkey_spill.store.object_store import problems
+from ray_valkey_spill.tiers.ledger import Owner, parse_entry, parse_pending, well_formed
+from ray_valkey_spill.tiers.overflow import OverflowTier
+from ray_valkey_spill.tiers.valkey import Stat, ValkeyTier
+
+__all__ = [
+    "HALF_WRITTEN",
+    "STORED",
+    "UNKNOWN",
+    "Inspection",
+    "Inspector",
+    "Target",
+    "parse_target",
+]
+
+# What the books tell of an object; of a file in the overflow its name does.
+STORED, HALF_WRITTEN, UNKNOWN = "stored", "half-written", "not in the books"
+
+_OVERFLOW_PREFIX = "overflow:"
+
+
+class Target(NamedTuple):
+    """What a user means by a KEY: one attempt to spill an object, or all of an object.
+
+    `size` is the one that a URL tells; `overflow` is None where either tier may be meant; `chunk`
+    is the one whose key was given.
+    """
+
+    object_id: str
+    name: ObjectName | None = None
+    size: int | None = None
+    overflow: bool | None = None
+    chunk: int | None = None
+
+
+def parse_target(text: str, keys: Keyspace) -> Target:
+    """What `text` means: a key, a URL, an object's name or its id.
+
+    Raises:
+        ConfigError: it is none of these, or of another namespace.
+    """
+    if re.fullmatch("[0-9a-fA-F]+", text):
+        return Target(text.lower())
+    try:
+        if "?" in text:
+            place = keys.parse_url(text)
+            return Target(place.name.object_id, place.name, place.size, place.overflow)
+        overflow = True if text.startswith(_OVERFLOW_PREFIX) else None
+        return _parse_key(text.removeprefix(_OVERFLOW_PREFIX).removeprefix(keys.root), overflow)
+    except (LostObjectError, ValueError):
+        raise ConfigError(
+            f"{text!r} names no spilled object of this namespace",
+            f"Give a key below {keys.root} (<session>:<node>:<object>.<attempt>.<n>, or that and "
+            "the number of a chunk), the URL of such an object, a name as `ls --json` prints it, "
+            "or an object's id in hex; for another namespace, give namespace and key_prefix too",
+        ) from None
+
+
+def _parse_key(text: str, overflow: bool | None) -> Target:
+    """Raises ValueError."""
+    base, _, number = text.rpartition(":")
+    try:
+        name, chunk = ObjectName.parse(text), None
+    except ValueError:
+        name, chunk = ObjectName.parse(base), int(number)
+        if not 0 <= chunk < name.chunks:
+            raise
+    return Target(name.object_id, name, overflow=overflow, chunk=chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """An attempt to spill an object, looked at as far as that goes without reading its chunks.
+
+    Attributes:
+        name: which.
+        location: the key of its header, or the path of its file.
+        overflow: whether it is in the overflow.
+        state: `STORED`, `HALF_WRITTEN` or `UNKNOWN`.
+        entry: what the books, or the file, tell.
+        version: of the format.
+        header: None if there is none that can be read.
+        found: bytes of each chunk that are really there, where each has its own key.
+        problems: why it is no whole object; empty if it is one.
+    """
+
+    name: ObjectName
+    location: str
+    overflow: bool
+    state: str
+    entry: Entry | None
+    version: int | None
+    header: Header | None
+    found: Sequence[int]
+    problems: Sequence[str]
+
+    @property
+    def size(self) -> int | None:
+        """The length of the data in bytes, if that is known."""
+        if self.header is not None:
+            return self.header.size
+        return self.entry.size if self.entry is not None else None
+
+    @property
+    def ratio(self) -> float | None:
+        header = self.header
+        return header.size / header.stored_size if header and header.stored_size else None
+
+    def url(self, keys: Keyspace) -> str | None:
+        """What Ray keeps for it."""
+        seal = self.header.seal if self.header is not None else None
+        key_id = None if seal is None else seal.key_id
+        if self.size is None:
+            return None
+        return keys.url(Place(self.name, self.size, self.overflow, key_id))
+
+    def codecs(self) -> dict[str, int]:
+        """How many chunks are stored in which way."""
+        chunks = self.header.chunks if self.header is not None else ()
+        counts = {c.name.lower(): sum(chunk.codec is c for chunk in chunks) for c in Codec}
+        return {codec: count for codec, count in counts.items() if count}
+
+    def as_dict(self, keys: Keyspace, now: float) -> dict[str, Any]:
+        """For JSON; sizes in bytes, age in seconds at `now`."""
+        header, entry = self.header, self.entry
+        report: dict[str, Any] = {
+            "object": self.name.object_id,
+            "session": self.name.session,
+            "node": self.name.node,
+            "name": str(self.name),
+            "tier": tier_name(self.overflow).lower(),
+            "path" if self.overflow else "key": self.location,
+            "url": self.url(keys),
+            "state": self.state,
+            "writer": self.name.writer,
+            "age_seconds": age(self.name.time, now),
+            "counted_bytes": None if entry is None else entry.stored,
+            "is_whole": not self.problems,
+            "problems": list(self.problems),
+            "header": None,
+        }
+        if header is not None:
+            report["header"] = {
+                "version": self.version,
+                "ray_metadata": header.ray_metadata.decode(errors="backslashreplace"),
+                "owner_address": header.owner_address.hex(),
+                "logical_bytes": header.size,
+                "stored_bytes": header.stored_size,
+                "ratio": self.ratio,
+                "chunk_bytes": header.chunk_size,
+                "sealed_with_key": header.seal and f"{header.seal.key_id:016x}",
+                "inline": header.inline,
+                "codecs": self.codecs(),
+                "chunks": [
+                    {
+                        "number": number,
+                        "stored_bytes": chunk.stored_size,
+                        "codec": chunk.codec.name.lower(),
+                        "xxh3_64": None if header.seal else f"{chunk.checksum:016x}",
+                        "found_bytes": self.found[number] if number < len(self.found) else None,
+                    }
+                    for number, chunk in enumerate(header.chunks)
+                ],
+            }
+        return report
+
+
+class Inspector:
+    """Finds objects and looks at them.
+
+    Errors are those of `link.Link.run`, and OverflowUnavailableError; to begin with, ConfigError if
+    the keys that open objects cannot be read.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.keys = Keyspace.of(config)
+        self._link = Link(config)
+        self._tier = ValkeyTier(self._link, self.keys)
+        self._ledger = self._tier.ledger
+        self._overflow = OverflowTier.of(config)
+        self._key_ring = KeyRing.of(config)
+        if self._key_ring is not None:
+            self._key_ring.current()  # or else what is wrong with the file, once
+
+    def close(self) -> None:
+        self._link.close()
+        if self._overflow is not None:
+            self._overflow.close()
+
+    def time(self) -> float:
+        """The server's clock, in seconds since the epoch."""
+        return self._ledger.time() / 1000
+
+    def inspect(self, target: Target) -> list[Inspection]:
+        """Look at every attempt that is meant; there is at least one.
+
+        Raises:
+            SpillError: there is nothing of it, or the overflow is meant and not known.
+        """
+        if target.overflow and self._overflow is None:
+            raise OverflowUnavailableError(
+                "the object is in the overflow, and no overflow_uri is given", "Give overflow_uri"
+            )
+        found = [] if target.overflow else self._link.confirmed(lambda: [*self._in_valkey(target)])
+        if self._overflow is not None and target.overflow is not False:
+            found += self._in_overflow(self._overflow, target)
+        if not found:
+            raise SpillError(
+                f"nothing of {target.name or f'object {target.object_id}'} is below "
+                f"{self.keys.root}" + (f" or in {self._overflow}" if self._overflow else ""),
+                "" if self._overflow else "If there is an overflow, give overflow_uri",
+            )
+        return found
+
+    def _in_valkey(self, target: Target) -> Iterator[Inspection]:
+        name = target.name
+        if name is None:
+            entries = {
+                known: entry
+                for owner in self._ledger.owners()
+                for known, entry in self._in_books(f"{owner}:{target.object_id}").items()
+            }
+        else:
+            entries = self._in_books(str(name))
+            # What a key that is not in the books tells of chunks is only believed if it is there.
+            if not entries and self._link.execute(command("STRLEN", self.keys.header(name))) != [0]:
+                yield self._inspect_in_valkey(name, None, UNKNOWN, target.size)
+        for known, entry in entries.items():
+            state = HALF_WRITTEN if entry is None else STORED
+            yield self._inspect_in_valkey(known, entry, state, target.size)
+
+    def _in_books(self, base: str) -> dict[ObjectName, Entry | None]:
+        """The attempts whose names are, or begin with, `base`; with entries if they are stored."""
+        stop = f"({base}/"  # "/" comes right after "."
+        pending, more, stored = self._link.execute(
+            command("ZRANGEBYLEX", self.keys.pending, f"[{base}", f"[{base}"),
+            command("ZRANGEBYLEX", self.keys.pending, f"[{base}.", stop),
+            command("ZRANGEBYLEX", self.keys.index, f"[{base}.", stop),
+        )
+        found: dict[ObjectName, Entry | None] = {}
+        for name in well_formed(self.keys.pending, (*pending, *more), parse_pending):
+            found[name] = None
+        for entry in well_formed(self.keys.index, stored, parse_entry):
+            found[entry.name] = entry
+        return found
+
+    def _inspect_in_valkey(
+        self, name: ObjectName, entry: Entry | None, state: str, size: int | None
+    ) -> Inspection:
+        (stat,) = self._tier.stat([(name, 0)])
+        return self._inspection(name, self.keys.header(name), False, state, entry, stat, size)
+
+    def _in_overflow(self, overflow: OverflowTier, target: Target) -> Iterator[Inspection]:
+        owners = overflow.owners()
+        if target.name is not None:
+            owners &= {Owner(target.name.session, target.name.node)}
+        for owner in sorted(owners):
+            for entry, is_whole, path in overflow.files(owner):
+                name = entry.name
+                if name != target.name and (target.name or name.object_id != target.object_id):
+                    continue
+                state = STORED if is_whole else HALF_WRITTEN
+                place = Place(name, entry.size, overflow=True)
+                stat = overflow.stat(place) if is_whole else Stat(None, [])
+                yield self._inspection(name, path, True, state, entry, stat, target.size)
+
+    def _inspection(
+        self,
+        name: ObjectName,
+        location: str,
+        overflow: bool,
+        state: str,
+        entry: Entry | None,
+        stat: Stat,
+        size: int | None,
+    ) -> Inspection:
+        """What is made of `stat`; `size` is what a URL tells of the length of the data."""
+        header, version, wrong = None, None, []
+        if state == HALF_WRITTEN:
+            wrong.append("it is being written, or its writer was killed at that")
+        elif stat.header is None:
+            wrong.append(f"its header is gone from the {'overflow' if overflow else 'server'}")
+        if stat.header is not None:
+            try:
+                key = self.keys.header(name)
+                header, payload = decode_header(stat.header, key, self._key_ring)
+                version = format_version(stat.header)
+                sizes = {s for s in (size, entry and entry.size) if s is not None}
+                wrong += problems(name, name.object_id, header, payload, stat, sizes)
+            except (LostObjectError, ConfigError) as error:
+                wrong.append(str(error))
+        return Inspection(
+            name, location, overflow, state, entry, version, header, stat.chunk_sizes, wrong
+        )

@@ -1,0 +1,397 @@
+"""How the command line shows things to a person: tables, amounts, ages. Pure, but for the width.
+
+Lines fit a terminal of 80 columns, but for keys and URLs, which can only be copied whole. Styles
+are for `click.echo` to drop where the output is no terminal.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+
+import click
+
+from ray_valkey_spill.cli.inspection import Inspection
+from ray_valkey_spill.cli.inventory import (
+    Figures,
+    Item,
+    NodeFigures,
+    Statistics,
+    age,
+    percent,
+    tier_name,
+    total,
+)
+from ray_valkey_spill.format.names import Keyspace, ObjectName
+from ray_valkey_spill.store.cleanup import Remains
+
+__all__ = [
+    "age_text",
+    "amount",
+    "inspection",
+    "listing",
+    "note",
+    "pairs",
+    "ratio_text",
+    "remains_table",
+    "shown_chunks",
+    "size_text",
+    "statistics",
+    "summary",
+    "table",
+    "wrapped",
+]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+_NODE = 12  # of the 56 digits of a node's id
+_LABEL = 14
+_FIRST_CHUNKS, _LAST_CHUNKS = 5, 3
+_SHOWN_PROBLEMS = 5
+_NONE = "-"
+
+
+def terminal_width() -> int:
+    """Columns for text: those of the terminal, within what can be read."""
+    return min(100, shutil.get_terminal_size().columns)
+
+
+# --- amounts ---
+
+
+def size_text(size: float) -> str:
+    """Bytes, with three digits and a unit: at most 8 characters."""
+    units = iter(_UNITS)
+    unit = next(units)
+    while size >= 999.5 and unit != _UNITS[-1]:
+        size, unit = size / 1024, next(units)
+    digits = 0 if unit == "B" or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{size:,.{digits}f} {unit}"
+
+
+def age_text(seconds: float | None) -> str:
+    """Seconds, in the largest unit of which there are two: `90s`, `12m`, `47h`, `3d`."""
+    if seconds is None:
+        return _NONE
+    for unit, length in _SECONDS.items():
+        if seconds >= 2 * length or unit == "s":
+            break
+    return f"{seconds // length:.0f}{unit}"
+
+
+def ratio_text(ratio: float | None) -> str:
+    return _NONE if ratio is None else f"{ratio:,.{0 if ratio >= 999.5 else 2}f}"
+
+
+def amount(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+# --- layout ---
+
+
+def wrapped(text: str, *, first: str) -> str:
+    """`text` behind `first`, in lines of the terminal's width, the further ones indented alike."""
+    return textwrap.fill(
+        text,
+        terminal_width(),
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str] | str], width: int | None = None
+) -> Iterator[str]:
+    """The lines of a table.
+
+    Args:
+        columns: their titles; one that begins with ">" has its cells aligned right.
+        rows: cells, which may be styled; or a line that goes across, such as a group's title.
+        width: columns that it should fit into; the terminal's, unless given.
+    """
+    titles = [column.removeprefix(">") for column in columns]
+    cells = [titles, *(row for row in rows if not isinstance(row, str))]
+    widths = [max(len(click.unstyle(row[i])) for row in cells) for i in range(len(titles))]
+    wanted = terminal_width() if width is None else width
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= wanted else " "
+    yield click.style(_row(titles, columns, widths, gap), bold=True)
+    for row in rows:
+        yield row if isinstance(row, str) else _row(row, columns, widths, gap)
+
+
+def _row(cells: Sequence[str], columns: Sequence[str], widths: Sequence[int], gap: str) -> str:
+    padded = []
+    for cell, column, width in zip(cells, columns, widths):
+        space = " " * (width - len(click.unstyle(cell)))
+        padded.append(space + cell if column.startswith(">") else cell + space)
+    return gap.join(padded).rstrip()
+
+
+def pairs(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """A line for each label and its value."""
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        yield f"{label:<{width}}  {value}"
+
+
+def _field(label: str, text: str) -> str:
+    return wrapped(text, first=label.ljust(_LABEL))
+
+
+# --- ls ---
+
+
+def listing(items: Iterable[Item], now: float) -> Iterator[str]:
+    """A line an object, under titles that tell whose they are and where, as they come."""
+    group: tuple[str, str, bool] | None = None
+    count = logical = stored = 0
+    for item in items:
+        name, size, counted = item.entry
+        if group is None:
+            yield click.style(f"{'object':<56} {'data':>8} {'stored':>8} {'age':>5}", bold=True)
+        if group != (name.session, name.node, item.is_in_overflow):
+            group = (name.session, name.node, item.is_in_overflow)
+            tier = tier_name(item.is_in_overflow)
+            yield click.style(f"{name.session}, node {name.node[:_NODE]}, {tier}", fg="cyan")
+        yield (
+            f"{name.object_id:<56} {size_text(size):>8} {size_text(counted):>8} "
+            f"{age_text(age(name.time, now)):>5}"
+        )
+        count, logical, stored = count + 1, logical + size, stored + counted
+    if count:
+        yield f"{amount(count, 'object')} of {size_text(logical)}, stored in {size_text(stored)}"
+    else:
+        yield "Nothing is stored."
+
+
+# --- stats ---
+
+
+def statistics(found: Statistics) -> Iterator[str]:
+    memory, server = found.memory, found.servers[0]
+    yield _field("server", f"{server.product} {server.version} at {found.address}")
+    yield _field("keys", f"{found.root}*")
+    bound = f" of {size_text(memory.maxmemory)}" if memory.maxmemory else ""
+    share = _share(memory.used, memory.maxmemory) or ", without a maxmemory"
+    yield _field("memory", f"{size_text(memory.used)}{bound} used{share}, {memory.policy}")
+    budget = found.max_bytes
+    bound = "" if budget is None else f" of {size_text(budget)}"
+    share = _share(found.charged, budget) or (", no max_bytes given" if budget is None else "")
+    yield _field("budget", f"{size_text(found.charged)}{bound} used{share}")
+    if found.grants:
+        yield _field(
+            "grants",
+            f"{size_text(found.granted)} to {amount(len(found.grants), 'writer')}, of which "
+            f"{size_text(found.written)} are written",
+        )
+    yield ""
+    if not found.nodes:
+        yield "Nothing is stored, and no node has a lease."
+        return
+    rows: list[Sequence[str] | str] = []
+    for session, nodes in found.sessions:
+        rows.append(click.style(session, fg="cyan"))
+        for node in nodes:
+            rows += _tier_rows(
+                f"  {node.owner.node[:_NODE]}", node.valkey, node.overflow, found.now, _lease(node)
+            )
+        if len(nodes) > 1:
+            rows += _tier_rows(f"  {amount(len(nodes), 'node')}", *total(nodes), found.now)
+    if len(found.sessions) > 1:
+        rows.append("")
+        rows += _tier_rows(amount(len(found.sessions), "session"), *total(found.nodes), found.now)
+    yield from table(
+        ["node", "tier", ">objects", ">data", ">stored", ">ratio", ">oldest", ">lease"], rows
+    )
+
+
+def _share(part: int, whole: int | None) -> str:
+    share = percent(part, whole)
+    return "" if share is None else f" ({share:.0f} %)"
+
+
+def _lease(node: NodeFigures) -> str:
+    if node.lease_age is None:
+        return click.style("none", fg="yellow")
+    if node.has_fresh_lease:
+        return click.style(age_text(node.lease_age), fg="green")
+    return click.style(f"out {age_text(node.lease_age)}", fg="red")
+
+
+def _tier_rows(
+    title: str, valkey: Figures, overflow: Figures, now: float, lease: str = ""
+) -> Iterator[list[str]]:
+    """A row for each tier that has something, and for what is half-written."""
+    shown = [(tier_name(True), overflow)] if overflow.objects else []
+    if valkey.objects or not shown:
+        shown.insert(0, (tier_name(False), valkey))
+    for tier, figures in shown:
+        oldest = None if figures.since is None else age(figures.since, now)
+        yield [
+            title,
+            tier,
+            f"{figures.objects:,}",
+            size_text(figures.logical),
+            size_text(figures.stored),
+            ratio_text(figures.ratio),
+            age_text(oldest),
+            lease,
+        ]
+        title = lease = ""
+    half_written = valkey.half_written + overflow.half_written
+    if half_written:
+        yield ["", "half-written", f"{half_written:,}", "", "", "", "", ""]
+
+
+# --- inspect ---
+
+
+def inspection(found: Inspection, keys: Keyspace, now: float, chunk: int | None) -> Iterator[str]:
+    """All of it but what a header has of most chunks; `chunk` is one to be shown anyway."""
+    name, header = found.name, found.header
+    yield click.style(f"object        {name.object_id}", bold=True)
+    yield _field("session", name.session)
+    yield _field("node", name.node)
+    yield _field("tier", tier_name(found.overflow))
+    yield f"{'file' if found.overflow else 'key':<{_LABEL}}{found.location}"
+    if (url := found.url(keys)) is not None:
+        yield f"{'url':<{_LABEL}}{url}"
+    yield _field("spilled", _spilled(name, now))
+    counted = "" if found.entry is None else f"; {size_text(found.entry.stored)} are counted for it"
+    yield _field("in the books", f"{found.state}{'' if found.overflow else counted}")
+    if header is not None:
+        sealed = f", sealed with key {header.seal.key_id:016x}" if header.seal else ""
+        yield _field("format", f"version {found.version}{sealed}")
+        yield _field("Ray metadata", header.ray_metadata.decode(errors="backslashreplace") or _NONE)
+        # In pieces, for it is longer than a line, and none that anybody would copy.
+        pieces = textwrap.wrap(header.owner_address.hex(), 64)
+        yield _field("owner address", " ".join(pieces) or _NONE)
+        yield _field("data", f"{size_text(header.size)} ({header.size:,} bytes)")
+        yield _field(
+            "stored",
+            f"{size_text(header.stored_size)} ({header.stored_size:,} bytes), "
+            f"ratio {ratio_text(found.ratio)}",
+        )
+        yield _field("chunks", _chunks(found))
+    for problem in found.problems[:_SHOWN_PROBLEMS]:
+        yield _problem(problem)
+    if len(found.problems) > _SHOWN_PROBLEMS:
+        yield _problem(f"and {len(found.problems) - _SHOWN_PROBLEMS:,} more of the kind")
+    if header is not None and header.chunks and not header.inline:
+        yield ""
+        yield from _chunk_table(found, chunk)
+
+
+def _spilled(name: ObjectName, now: float) -> str:
+    when = datetime.fromtimestamp(name.time).astimezone()
+    ago = age_text(age(name.time, now))
+    return f"{when:%Y-%m-%d %H:%M:%S %z}, {ago} ago, by process {name.writer}"
+
+
+def _chunks(found: Inspection) -> str:
+    assert found.header is not None
+    if found.header.inline:
+        where = "beside the header, in its key"
+    else:
+        where = f"of {size_text(found.header.chunk_size)} each"
+    codecs = ", ".join(f"{count:,} {codec}" for codec, count in found.codecs().items())
+    return f"{len(found.header.chunks):,} {where}" + (f": {codecs}" if codecs else "")
+
+
+def _problem(text: str) -> str:
+    label = "problem".ljust(_LABEL)
+    return click.style(label, fg="red", bold=True) + wrapped(text, first=label)[_LABEL:]
+
+
+def _chunk_table(found: Inspection, chunk: int | None) -> Iterator[str]:
+    assert found.header is not None
+    columns = [">chunk", ">data", ">stored", "codec", "XXH3-64"]
+    if not found.overflow:
+        columns.append("on the server")
+    rows: list[Sequence[str] | str] = []
+    before = -1
+    for number in shown_chunks(len(found.header.chunks), chunk):
+        if number != before + 1:
+            rows.append("…")
+        stored, codec, digest = found.header.chunks[number]
+        span = found.header.span(number)
+        cells = [
+            f"{number:,}",
+            f"{span.stop - span.start:,}",
+            f"{stored:,}",
+            codec.name.lower(),
+            _NONE if found.header.seal else f"{digest:016x}",
+            _presence(found, number, stored),
+        ]
+        rows.append(cells[: len(columns)])
+        before = number
+    yield from table(columns, rows)
+
+
+def _presence(found: Inspection, number: int, stored: int) -> str:
+    if number >= len(found.found):
+        return _NONE
+    actual = found.found[number]
+    if actual == stored:
+        return click.style("there", fg="green")
+    return click.style(f"{actual:,} bytes" if actual else "gone", fg="red")
+
+
+def shown_chunks(count: int, chunk: int | None) -> list[int]:
+    """Which of `count` chunks are shown: the first and last few, and `chunk`."""
+    numbers = {*range(count)[:_FIRST_CHUNKS], *range(count)[-_LAST_CHUNKS:]}
+    return sorted(numbers if chunk is None or chunk >= count else numbers | {chunk})
+
+
+# --- gc ---
+
+
+def note(text: str) -> str:
+    """A line that `CleanUp` tells, with the ids of nodes as short as in tables."""
+    return wrapped(re.sub(rf"(?<=:)([0-9a-f]{{{_NODE}}})[0-9a-f]{{44}}\b", r"\1", text), first="")
+
+
+def remains_table(remains: Sequence[Remains]) -> Iterator[str]:
+    rows: list[Sequence[str] | str] = []
+    session = None
+    for each in remains:
+        if each.owner.session != session:
+            session = each.owner.session
+            state = "is dead" if each.session_is_dead else "runs, and has lost nodes"
+            rows.append(f"{click.style(session, fg='cyan')} {state}")
+        objects, _, stored, _ = each.usage if each.session_is_dead else (0, 0, 0, 0)
+        rows.append(
+            [
+                f"  {each.owner.node[:_NODE]}",
+                f"{objects:,}",
+                size_text(stored),
+                f"{each.pending:,}",
+                f"{each.files:,}",
+                size_text(each.file_bytes),
+            ]
+        )
+    yield from table(
+        ["node", ">objects", ">in Valkey", ">half-written", ">files", ">in the overflow"], rows
+    )
+
+
+def summary(remains: Sequence[Remains]) -> str:
+    """How much all of it is, in one phrase."""
+    nodes = amount(len(remains), "node")
+    if not any(each.usage.objects or each.pending or each.files for each in remains):
+        return f"what the books told of {nodes}, of which nothing else was left"
+    dead = [each.usage for each in remains if each.session_is_dead]
+    objects = amount(sum(usage.objects for usage in dead), "object")
+    stored = size_text(sum(usage.stored for usage in dead))
+    files = amount(sum(each.files for each in remains), "file")
+    in_files = size_text(sum(each.file_bytes for each in remains))
+    half_written = sum(each.pending for each in remains)
+    return (
+        f"{objects} ({stored}), {half_written:,} half-written and {files} ({in_files}) of {nodes}"
+    )

@@ -1,0 +1,106 @@
+"""Whether a Ray session still runs, and which of its nodes: asks the GCS, Ray's head process."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from ray_valkey_spill.plugin.interpreter import module_command
+
+__all__ = [
+    "UNKNOWN",
+    "UNREACHABLE",
+    "RunningSession",
+    "has_run_here",
+    "is_loopback",
+    "running_at",
+]
+
+_CONNECT_TIMEOUT = 3.0
+_ANSWER_TIMEOUT = 20.0
+
+
+class RunningSession(NamedTuple):
+    """A session that runs, and the ids of its nodes that live, in hex."""
+
+    name: str
+    nodes: frozenset[str]
+
+
+# Something runs there that does not tell: it may be another Ray's, with another token.
+UNKNOWN = RunningSession("?", frozenset())
+# The host does not answer, or is not known: it may be gone, or stopped, or not for us to reach.
+UNREACHABLE = RunningSession("", frozenset())
+
+
+def running_at(address: str) -> RunningSession | None:
+    """The session whose GCS is at `address` (host:port); None if its host says that there is none.
+
+    `UNKNOWN` if what is there does not tell, and `UNREACHABLE` if the host does not answer.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT).close()
+    except ConnectionRefusedError:
+        return None
+    except (OSError, ValueError, OverflowError):
+        return UNREACHABLE
+    # In a process of its own, because Ray's client ends the process where it cannot connect.
+    try:
+        answer = subprocess.run(  # noqa: S603 (our own module, and an address)
+            module_command(__name__, address),
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return UNKNOWN
+    if answer.returncode != 0:
+        return UNKNOWN
+    name, *nodes = json.loads(answer.stdout.splitlines()[-1])
+    return RunningSession(name, frozenset(nodes))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `address` (host:port) means another host on each host that asks."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def has_run_here(session: str) -> bool:
+    """Whether a node of the session is known to have run on this host.
+
+    Ray keeps the directory of each session. It is looked for where Ray makes it unless it is given
+    another `--temp-dir`: see `get_default_ray_temp_dir` in Ray's `_common/utils.py`.
+    """
+    # What is in the environment now may not have been there when the session began.
+    directories = {os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"}  # noqa: S108
+    return any(Path(each, "ray", session).is_dir() for each in directories if each)
+
+
+def _main(address: str) -> None:
+    from ray._private.ray_constants import KV_NAMESPACE_SESSION
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    client = GcsClient(address=address)
+    name = client.internal_kv_get(b"session_name", KV_NAMESPACE_SESSION).decode()
+    nodes = client.get_all_node_info(timeout=_ANSWER_TIMEOUT)
+    alive = GcsNodeInfo.GcsNodeState.Value("ALIVE")
+    living = [node.hex() for node, info in nodes.items() if info.state == alive]
+    print(json.dumps([name, *living]))  # noqa: T201
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

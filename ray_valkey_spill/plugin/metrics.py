@@ -1,0 +1,304 @@
+"""Metrics of an IO worker, on the Prometheus endpoint that Ray has on its node.
+
+What the endpoint makes of them is that of Ray 2.60 (`open_telemetry_metric_recorder`, its `.cc` and
+its `.py`). Counters are added up on the node, and so outlive the worker. A gauge is handed on once
+each time it is set, and kept for 20 s. Observations of a histogram become the middles of their
+buckets: its counts are right, its sum is not quite. What a worker that is killed has counted since
+it last reported, in ten seconds at most, is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from ray_valkey_spill.errors import (
+    ConfigError,
+    LostObjectError,
+    NotValkeyError,
+    OverflowUnavailableError,
+    ServerFullError,
+    ServerRefusedError,
+    ServerUnavailableError,
+    SpillError,
+)
+from ray_valkey_spill.store.object_store import Room
+from ray_valkey_spill.store.observer import Loss, Observer, Operation, Tier
+
+__all__ = ["DEFINITIONS", "Definition", "Metrics", "markdown_table"]
+
+logger = logging.getLogger("ray_valkey_spill")
+
+_SECONDS = [
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+]
+
+# The first of an error's classes, from its own on, that is here.
+_REASONS: Mapping[type, str] = {
+    ConfigError: "config",
+    LostObjectError: "lost",
+    OverflowUnavailableError: "overflow",
+    ServerUnavailableError: "unavailable",
+    ServerFullError: "full",
+    ServerRefusedError: "refused",
+    NotValkeyError: "not_valkey",
+    SpillError: "other",
+}
+_OUT_OF_REACH = {"unavailable", "refused", "not_valkey"}
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A metric. `name` is what Ray is given; `exported` what Prometheus has."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    labels: tuple[str, ...]
+    meaning: str
+
+    @property
+    def exported(self) -> str:
+        return f"ray_{self.name}{'_total' if self.kind == 'counter' else ''}"
+
+
+_OBJECTS = Definition(
+    "valkey_spill_objects",
+    "counter",
+    "objects",
+    ("operation", "tier"),
+    "Objects spilled, restored, deleted.",
+)
+_LOGICAL = Definition(
+    "valkey_spill_logical_bytes",
+    "counter",
+    "bytes",
+    ("operation", "tier"),
+    "The length of their data.",
+)
+_STORED = Definition(
+    "valkey_spill_stored_bytes",
+    "counter",
+    "bytes",
+    ("operation", "tier"),
+    "Spilled: what is counted for them, in Valkey with what the server needs around each value, in "
+    "the overflow the length of their files. Restored: what was read of their chunks. Of deletions "
+    "it is not known.",
+)
+_DURATION = Definition(
+    "valkey_spill_operation_seconds",
+    "histogram",
+    "seconds",
+    ("operation", "tier"),
+    "How long a batch took that was spilled or deleted, or an object that was restored, with what "
+    "had to be tried again; without what failed.",
+)
+_FAILURES = Definition(
+    "valkey_spill_failures",
+    "counter",
+    "attempts",
+    ("operation", "reason"),
+    "Attempts that failed, or ended before their end; all are repeated. Operations are also "
+    "`recover`, what is done in the background every ten seconds. Reasons: "
+    f"{', '.join(f'`{reason}`' for reason in _REASONS.values())}.",
+)
+_LOST = Definition(
+    "valkey_spill_lost_objects",
+    "counter",
+    "objects",
+    ("reason",),
+    "Objects that were to be restored and became `ObjectLostError`, once for each node that asked. "
+    "Reasons: `missing`, `damaged`, `foreign` (the URL is none of ours).",
+)
+_BREAKS = Definition(
+    "valkey_spill_connection_breaks",
+    "counter",
+    "breaks",
+    (),
+    "Connections that broke or could not be had, and servers that were not ready: as many retries.",
+)
+_CONNECTED = Definition(
+    "valkey_spill_connected",
+    "gauge",
+    "0 or 1",
+    (),
+    "Whether the latest attempt to use the server worked; one that is full did.",
+)
+_LEASE = Definition(
+    "valkey_spill_lease_renewed_timestamp_seconds",
+    "gauge",
+    "Unix time",
+    (),
+    "When the IO worker last renewed its node's lease; 0 if it has not yet.",
+)
+_BUDGET_USED = Definition(
+    "valkey_spill_budget_used_bytes",
+    "gauge",
+    "bytes",
+    (),
+    "What the whole namespace has stored in Valkey or is granted, as `max_bytes` counts it.",
+)
+_BUDGET_LIMIT = Definition(
+    "valkey_spill_budget_limit_bytes", "gauge", "bytes", (), "`max_bytes`, if that is given."
+)
+_OVERFLOW_USED = Definition(
+    "valkey_spill_overflow_used_bytes",
+    "gauge",
+    "bytes",
+    (),
+    "Files of the node in the overflow, if it has one; up to ten minutes old.",
+)
+_SERVER_USED = Definition(
+    "valkey_spill_server_used_memory_bytes",
+    "gauge",
+    "bytes",
+    (),
+    "The server's `used_memory`, with what others have there; in a cluster, of the fullest shard.",
+)
+_SERVER_LIMIT = Definition(
+    "valkey_spill_server_maxmemory_bytes",
+    "gauge",
+    "bytes",
+    (),
+    "Its `maxmemory`; 0 if it has no bound.",
+)
+
+DEFINITIONS = (
+    _OBJECTS,
+    _LOGICAL,
+    _STORED,
+    _DURATION,
+    _FAILURES,
+    _LOST,
+    _BREAKS,
+    _CONNECTED,
+    _LEASE,
+    _BUDGET_USED,
+    _BUDGET_LIMIT,
+    _OVERFLOW_USED,
+    _SERVER_USED,
+    _SERVER_LIMIT,
+)
+
+
+class Metrics(Observer):
+    """Reports what an IO worker does. For any number of threads; nothing here ever raises.
+
+    Args:
+        is_reporting: whether this process is one whose metrics are wanted, and connected to Ray.
+            Until it is, what is told is dropped.
+    """
+
+    def __init__(self, is_reporting: Callable[[], bool]) -> None:
+        self._is_reporting = is_reporting
+        self._instruments: dict[str, Any] = {}
+        self._has_failed = False
+        self._connected: bool | None = None
+        self._renewed = 0.0
+        self._breaks = 0
+
+    # --- what happens ---
+
+    def done(
+        self,
+        operation: Operation,
+        tier: Tier,
+        objects: int,
+        logical: int,
+        stored: int | None,
+        seconds: float,
+    ) -> None:
+        labels: dict[str, str] = {"operation": operation, "tier": tier}
+        self._record(_OBJECTS, objects, labels)
+        self._record(_LOGICAL, logical, labels)
+        if stored is not None:
+            self._record(_STORED, stored, labels)
+        self._record(_DURATION, seconds, labels)
+        if tier == "valkey":
+            self._note(connected=True)
+
+    def lost(self, reason: Loss, tier: Tier) -> None:
+        self._record(_LOST, 1, {"reason": reason})
+
+    def failed(self, operation: Operation | Literal["recover"], error: SpillError) -> None:
+        """An attempt has failed, or has ended before its end."""
+        reason = next(_REASONS[kind] for kind in type(error).__mro__ if kind in _REASONS)
+        self._record(_FAILURES, 1, {"operation": operation, "reason": reason})
+        if reason in _OUT_OF_REACH:
+            self._note(connected=False)
+
+    # --- what is so, told at each look in the background ---
+
+    def renewed_lease(self) -> None:
+        self._renewed = time.time()
+        self._note(connected=True)
+
+    def found_room(self, room: Room) -> None:
+        self._record(_BUDGET_USED, room.used)
+        if room.max_bytes is not None:
+            self._record(_BUDGET_LIMIT, room.max_bytes)
+        self._record(_SERVER_USED, room.memory.used)
+        self._record(_SERVER_LIMIT, room.memory.maxmemory)
+
+    def found_in_overflow(self, size: int) -> None:
+        """What the node has there is `size` bytes."""
+        self._record(_OVERFLOW_USED, size)
+
+    def looked(self, breaks: int) -> None:
+        """A look is over; connections have broken `breaks` times since the process began."""
+        self._record(_BREAKS, breaks - self._breaks)
+        self._breaks = breaks
+        self._record(_LEASE, self._renewed)
+        if self._connected is not None:
+            self._record(_CONNECTED, int(self._connected))
+
+    # --- helpers ---
+
+    def _note(self, *, connected: bool) -> None:
+        if connected != self._connected:
+            self._connected = connected
+            self._record(_CONNECTED, int(connected))
+
+    def _record(
+        self, metric: Definition, value: float, labels: dict[str, str] | None = None
+    ) -> None:
+        try:
+            if not self._is_reporting():
+                return
+            instrument = self._instruments.get(metric.name)
+            if instrument is None:
+                instrument = self._instruments[metric.name] = _instrument(metric)
+            if metric.kind == "gauge":
+                instrument.set(value, labels)
+            elif metric.kind == "histogram":
+                instrument.observe(value, labels)
+            elif value:  # Ray refuses to add nothing
+                instrument.inc(value, labels)
+        except Exception:
+            if not self._has_failed:
+                logger.warning("metrics are not reported", exc_info=True)
+            self._has_failed = True
+
+
+def _instrument(metric: Definition) -> Any:
+    if metric.kind == "histogram":
+        return Histogram(metric.name, metric.meaning, _SECONDS, metric.labels)
+    made = Counter if metric.kind == "counter" else Gauge
+    return made(metric.name, metric.meaning, metric.labels)
+
+
+def markdown_table() -> str:
+    """All metrics, as the documentation has them."""
+    head = ["| name | type | unit | labels | meaning |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        f"| `{metric.exported}` | {metric.kind} | {metric.unit} "
+        f"| {', '.join(f'`{label}`' for label in metric.labels) or '–'} | {metric.meaning} |"  # noqa: RUF001
+        for metric in DEFINITIONS
+    ]
+    return "\n".join([*head, *rows])

@@ -1,0 +1,495 @@
+"""Reports failures that last, in measure, for all IO workers of a node together.
+
+Ray calls a storage again at once after a failed spill, from up to four processes, and if the
+storage raises, Ray logs a traceback and prints it at every driver each time. So this package does
+not raise where another attempt may help. It pauses, or puts the work off, and reports: the log gets
+a line a minute, a driver gets one message once an outage has lasted for some seconds, and one when
+it is over.
+
+Each resource that can be away has an outage of its own, so that a success with one says nothing
+about another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray_valkey_spill.errors import (
+    ConfigError,
+    OverflowUnavailableError,
+    ServerFullError,
+    SpillError,
+)
+from ray_valkey_spill.store.observer import Loss, Tier
+
+__all__ = [
+    "CONFIG",
+    "OVERFLOW",
+    "ROOM",
+    "VALKEY",
+    "Drivers",
+    "Losses",
+    "Outages",
+    "resource_of",
+]
+
+logger = logging.getLogger("ray_valkey_spill")
+
+# What can be away. Messages name them so.
+VALKEY, ROOM, OVERFLOW = "Valkey", "room in Valkey", "the overflow"
+CONFIG = "the configuration of this node"
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 2.0
+_BETWEEN_LOG_LINES = 60.0
+# Seconds that an outage lasts before drivers hear of it, between two such messages, and between two
+# looks for drivers that have joined since.
+_BEFORE_REPORT = 5.0
+_BETWEEN_REPORTS = 60.0
+_BETWEEN_LOOKS_FOR_DRIVERS = 10.0
+# Whoever waits for a resource tries it every two seconds. If nobody has failed for the first of
+# these, nobody waits for it, and what is known of it is too old to put anything off; after the
+# second, the next failure begins another outage.
+_FRESH, _FORGOTTEN = 15.0, 120.0
+# Losses come in numbers: a message counts those of the seconds after the first.
+_BEFORE_LOSS_REPORT = 3.0
+# How long a success may rest on what was known of outages before.
+_BETWEEN_GLANCES = 1.0
+_NEVER = float("-inf")
+
+_PREFIX = "ray-valkey-spill: "
+
+
+class Drivers(Protocol):
+    """The drivers of the cluster, to which messages for users are printed."""
+
+    def notify(self, message: str, job: str | None = None) -> None:
+        """Print a message at one driver, given by its job's id, or at all there are."""
+
+    def running(self) -> Collection[str]:
+        """The ids of the jobs whose drivers run; none if they cannot be found out."""
+
+
+def resource_of(error: SpillError) -> str:
+    """The resource that `error` shows to be away."""
+    kinds = (
+        (OverflowUnavailableError, OVERFLOW),
+        (ServerFullError, ROOM),
+        (ConfigError, CONFIG),
+    )
+    return next((name for kind, name in kinds if isinstance(error, kind)), VALKEY)
+
+
+# --- what the IO workers of a node know together ---
+
+
+class _SharedState:
+    """A small JSON object that the IO workers of a node share, in a file of the session directory.
+
+    Args:
+        directory: returns where the file is, or None if there is nobody to share with. The file is
+            made when there is something to share. Where it cannot be written, this process has a
+            state of its own.
+        name: the file's name.
+    """
+
+    def __init__(self, directory: Callable[[], Path | None], name: str) -> None:
+        self._directory = directory
+        self._name = name
+        self._alone: dict[str, Any] = {}
+        self._alone_lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[dict[str, Any]]:
+        """The state, for this thread of this process alone meanwhile; changes are kept."""
+        file = self._opened()
+        if file is None:
+            with self._alone_lock:
+                yield self._alone
+            return
+        with file:
+            file.seek(0)
+            content = file.read()
+            state = _parsed(content)
+            yield state
+            changed = json.dumps(state).encode()
+            if changed == content:
+                return
+            try:
+                file.truncate(0)
+                file.write(changed)
+            except OSError:
+                self._alone, self._directory = state, lambda: None
+
+    def glance(self) -> dict[str, Any]:
+        """The state as it was at some time just now; empty if nothing was ever shared."""
+        path = self._path()
+        if path is None:
+            return self._alone
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                return _parsed(file.read())
+        except OSError:
+            return self._alone
+
+    def _opened(self) -> Any:
+        """The file, locked for this thread; None where it cannot be had, or locked."""
+        path = self._path()
+        if path is None:
+            return None
+        with contextlib.ExitStack() as stack:
+            try:
+                # Unbuffered: what a full disk refuses must not come up again at the end.
+                file = stack.enter_context(path.open("ab+", buffering=0))
+                # Each `open` has a lock of its own, so this also keeps threads apart.
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # some file systems have no locks
+                return None
+            stack.pop_all()
+            return file
+
+    def _path(self) -> Path | None:
+        directory = self._directory()
+        return directory and directory / self._name
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        state = json.loads(content)
+    except ValueError:  # a new file, or one that a full disk has cut off
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+# --- outages ---
+
+
+@dataclass
+class _Outage:
+    """One resource's. Times are `time.monotonic()`, which all processes of a machine share.
+
+    Attributes:
+        since: when it began; None if there is none.
+        kinds: what waits for it, such as "spills" or one object, and when each last failed. One
+            succeeds and another does not where a server takes reads and no writes.
+        failures: how many attempts have failed since.
+        last: when the latest failed.
+        logged: when a line was written to a log.
+        reported: when drivers heard of it, also of an earlier one.
+        heard: whether drivers have heard of this one.
+        jobs: those whose drivers have.
+        looked: when somebody last looked for drivers that have not.
+        waiting: what waits for it: by process id, or by itself, how many, and when that was so.
+    """
+
+    since: float | None = None
+    kinds: dict[str, float] = field(default_factory=dict)
+    failures: int = 0
+    last: float = _NEVER
+    logged: float = _NEVER
+    reported: float = _NEVER
+    heard: bool = False
+    jobs: list[str] = field(default_factory=list)
+    looked: float = _NEVER
+    waiting: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], resource: str) -> _Outage:
+        try:
+            return cls(**state[resource])
+        except (KeyError, TypeError):
+            return cls()
+
+    def is_on(self, now: float) -> bool:
+        return self.since is not None and now - self.last < _FRESH
+
+    def is_failing(self, now: float) -> bool:
+        return any(now - at < _FORGOTTEN for at in self.kinds.values())
+
+    def is_forgotten(self, now: float) -> bool:
+        """Whether nothing depends on it any more, and on what was reported of it."""
+        return now - max(self.last, self.logged, self.reported) > _FORGOTTEN
+
+    def waiters(self, now: float) -> int:
+        return int(sum(count for count, at in self.waiting.values() if now - at < _FRESH))
+
+
+class Outages:
+    """Whether, and since when, each resource cannot be used from this node. For any thread.
+
+    Args:
+        directory, name: of the file in which the IO workers of a node share that: see
+            `_SharedState`.
+        drivers: who hears of outages that last.
+        clock: `time.monotonic`, unless a test holds the time.
+        sleep: `time.sleep`, likewise.
+    """
+
+    def __init__(
+        self,
+        directory: Callable[[], Path | None],
+        name: str,
+        drivers: Drivers,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = lambda seconds: time.sleep(seconds),
+    ) -> None:
+        self._state = _SharedState(directory, name)
+        self._drivers = drivers
+        self._clock = clock
+        self._sleep = sleep
+        self._pause = _FIRST_PAUSE
+        # What was on at the latest glance, and when that was.
+        self._on: set[str] = set()
+        self._noted: set[tuple[str, str]] = set()
+        self._glanced = _NEVER
+
+    def failed(
+        self,
+        resource: str,
+        what: str,
+        error: SpillError,
+        waiting: int = 0,
+        each: str | None = None,
+    ) -> None:
+        """Note that `what` waits for `resource`, and report that if it is time to.
+
+        Args:
+            resource: what is away.
+            what: what waits for it, in the plural: "spills".
+            error: what the latest attempt failed with.
+            waiting: how many of them this process has waiting.
+            each: which of them failed, where the success of another would say nothing about it.
+        """
+        self._glanced = _NEVER
+        now = self._clock()
+        with self._state.locked() as state:
+            outage = _Outage.of(state, resource)
+            if outage.since is None or now - outage.last > _FORGOTTEN:
+                outage = _Outage(since=now, logged=outage.logged, reported=outage.reported)
+            assert outage.since is not None
+            outage.failures += 1
+            outage.last = outage.kinds[each or what] = now
+            outage.waiting[each or str(os.getpid())] = [waiting, now]
+            seconds = now - outage.since
+            log = now - outage.logged >= _BETWEEN_LOG_LINES
+            report = (
+                not outage.heard
+                and seconds >= _BEFORE_REPORT
+                and now - outage.reported >= _BETWEEN_REPORTS
+            )
+            look = report or (outage.heard and now - outage.looked >= _BETWEEN_LOOKS_FOR_DRIVERS)
+            outage.logged = now if log else outage.logged
+            outage.looked = now if look else outage.looked
+            if report:
+                outage.heard, outage.reported = True, now
+            failures, waiters = outage.failures, outage.waiters(now)
+            for name in [*state]:
+                if _Outage.of(state, name).is_forgotten(now):
+                    del state[name]
+            state[resource] = asdict(outage)
+        count = f"{failures} failures in {seconds:.0f} s" if failures > 1 else "for now"
+        count += f", {waiters} wait on this node" if waiters else ""
+        text = f"{what} wait for {resource}, and are tried again until it works ({count}): {error}"
+        if log:
+            logger.warning("%s", text)
+        if report:
+            self._drivers.notify(f"{_PREFIX}{text}")
+        if look:
+            self._notify_new_drivers(resource, f"{_PREFIX}{text}", all_have_heard=report)
+
+    def over(self, resource: str, each: str) -> None:
+        """Note that something need not wait for `resource`; costs little while none is away.
+
+        The outage is over when that is so for all that failed, or tries no more.
+
+        Args:
+            resource: what can be used.
+            each: what could use it: as `failed` had it in `each`, or in `what`.
+        """
+        self._pause = _FIRST_PAUSE
+        now = self._clock()
+        if now - self._glanced >= _BETWEEN_GLANCES:
+            state = self._state.glance()
+            self._on = {name for name in state if _Outage.of(state, name).since is not None}
+            self._noted.clear()
+            self._glanced = now
+        if resource not in self._on or (resource, each) in self._noted:
+            return
+        self._noted.add((resource, each))
+        with self._state.locked() as state:
+            outage = _Outage.of(state, resource)
+            outage.kinds.pop(each, None)
+            outage.waiting.pop(each, None)
+            if outage.since is None or outage.is_failing(now):
+                state[resource] = asdict(outage)
+                return
+            rested = _Outage(logged=outage.logged, reported=outage.reported)
+            state[resource] = asdict(rested)
+        seconds = now - outage.since
+        text = f"{resource} can be used again, after {outage.failures} failures in {seconds:.0f} s"
+        self._report_end(outage, outage.since, text)
+
+    def forget(self) -> None:
+        """End the outages of what nobody has waited for in the last two minutes."""
+        now = self._clock()
+        if not self._forgotten(self._state.glance(), now):
+            return
+        with self._state.locked() as state:
+            ended = self._forgotten(state, now)
+            for resource, outage in ended.items():
+                rested = _Outage(logged=outage.logged, reported=outage.reported)
+                state[resource] = asdict(rested)
+        for resource, outage in ended.items():
+            assert outage.since is not None
+            text = f"nothing has waited for {resource} for {now - outage.last:.0f} s"
+            self._report_end(outage, outage.since, text)
+
+    @staticmethod
+    def _forgotten(state: Mapping[str, Any], now: float) -> dict[str, _Outage]:
+        outages = {resource: _Outage.of(state, resource) for resource in state}
+        return {
+            resource: outage
+            for resource, outage in outages.items()
+            if outage.since is not None and now - outage.last > _FORGOTTEN
+        }
+
+    def _report_end(self, outage: _Outage, since: float, text: str) -> None:
+        if outage.logged >= since:
+            logger.warning("%s", text)
+        if outage.heard:
+            self._drivers.notify(f"{_PREFIX}{text}")
+
+    def is_on(self, resource: str) -> bool:
+        """Whether an IO worker of the node has just found that `resource` cannot be used."""
+        return _Outage.of(self._state.glance(), resource).is_on(self._clock())
+
+    def pause(self) -> None:
+        """Sleep before the next attempt: longer with each in a row, up to two seconds."""
+        self._sleep(self._pause * random.uniform(0.5, 1.0))
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _notify_new_drivers(self, resource: str, message: str, *, all_have_heard: bool) -> None:
+        """Notify the drivers that have joined since the outage was reported."""
+        running = {*self._drivers.running()}
+        with self._state.locked() as state:
+            outage = _Outage.of(state, resource)
+            new = running - {*outage.jobs}
+            outage.jobs = sorted(running)
+            state[resource] = asdict(outage)
+        for job in () if all_have_heard else sorted(new):
+            self._drivers.notify(message, job)
+
+
+# --- losses ---
+
+# For one object, and for more.
+_VERBS: Mapping[Loss, tuple[str, str]] = {
+    "missing": ("is missing from", "are missing from"),
+    "damaged": ("is damaged in", "are damaged in"),
+    "foreign": ("has a URL unknown to", "have URLs unknown to"),
+}
+_EXPLANATIONS: Mapping[tuple[Loss, Tier], str] = {
+    ("missing", "valkey"): "Usually the server was restarted without its data, was flushed "
+    "(FLUSHALL), or evicted them (maxmemory-policy allkeys-*): INFO shows uptime_in_seconds and "
+    "evicted_keys",
+    ("missing", "overflow"): "Usually somebody removed its files",
+    ("damaged", "valkey"): "Somebody else writes to these keys, or memory is faulty",
+    ("damaged", "overflow"): "Somebody else writes to these files, or a disk is faulty",
+}
+
+
+class Losses:
+    """Objects that were found to be lost: drivers hear their number, once a minute and node.
+
+    Ray prints a traceback for each, which says neither what was lost where nor why.
+
+    Args:
+        directory, name: as for `Outages`.
+        drivers: who hears of them.
+        places: where a tier is, as messages name it.
+        clock: `time.monotonic`, unless a test holds the time.
+    """
+
+    _REPORTED = "reported"
+
+    def __init__(
+        self,
+        directory: Callable[[], Path | None],
+        name: str,
+        drivers: Drivers,
+        places: Callable[[Tier], str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._state = _SharedState(directory, name)
+        self._drivers = drivers
+        self._places = places
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def add(self, reason: Loss, tier: Tier) -> None:
+        """Count an object, and report it soon, together with those that follow."""
+        with self._state.locked() as state:
+            kind = f"{reason} {tier}"
+            state[kind] = state.get(kind, 0) + 1
+            due = max(_BEFORE_LOSS_REPORT, self._wait(state))
+        self._start(due)
+
+    def report(self) -> None:
+        """Report what was not reported yet, unless that was done less than a minute ago."""
+        with self._state.locked() as state:
+            kinds = {kind: count for kind, count in state.items() if kind != self._REPORTED}
+            wait = self._wait(state)
+            if kinds and wait <= 0:
+                state.clear()
+                state[self._REPORTED] = self._clock()
+        if not kinds:
+            return
+        if wait > 0:
+            self._start(wait)
+            return
+        self._drivers.notify(_PREFIX + " ".join(self._sentences(kinds)))
+
+    def _wait(self, state: Mapping[str, Any]) -> float:
+        return float(state.get(self._REPORTED, _NEVER)) + _BETWEEN_REPORTS - self._clock()
+
+    def _start(self, seconds: float) -> None:
+        with self._lock:
+            if self._timer is None or not self._timer.is_alive():
+                self._timer = threading.Timer(seconds, self._fire)
+                self._timer.name = "ray-valkey-spill-losses"
+                self._timer.daemon = True
+                # Where no thread can be had, the next loss tries again.
+                with contextlib.suppress(RuntimeError):
+                    self._timer.start()
+
+    def _fire(self) -> None:
+        with self._lock:
+            self._timer = None
+        self.report()
+
+    def _sentences(self, kinds: Mapping[str, int]) -> Iterator[str]:
+        reason: Loss
+        tier: Tier
+        for reason, (one, more) in _VERBS.items():
+            for tier in ("valkey", "overflow"):
+                count = kinds.get(f"{reason} {tier}", 0)
+                if not count:
+                    continue
+                found = f"object {one}" if count == 1 else f"objects {more}"
+                explanation = _EXPLANATIONS.get((reason, tier))
+                yield (
+                    f"{count} spilled {found} {self._places(tier)}: readers get ObjectLostError."
+                    + (f" {explanation}." if explanation else "")
+                )

@@ -1,0 +1,781 @@
+"""The Ray adapter: Ray's ExternalStorage on the object store.
+
+What Ray does around a storage decides much here; the behaviour referred to is that of
+`python/ray/_private/external_storage.py`, `put_file_like_object` in `python/ray/_raylet.pyx` and
+`src/ray/raylet/local_object_manager.cc` of Ray 2.60.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import io
+import itertools
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import ray
+from ray import ObjectRef
+from ray._private.external_storage import ExternalStorage
+from ray._private.utils import push_error_to_driver
+from ray.core.generated.common_pb2 import ErrorType
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import (
+    ConfigError,
+    LostObjectError,
+    OverflowUnavailableError,
+    ServerFullError,
+    SpillError,
+)
+from ray_valkey_spill.format.names import Keyspace, Place
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.plugin import logs
+from ray_valkey_spill.plugin.deferred import DeferredRestores, Restore
+from ray_valkey_spill.plugin.deletions import DeletionJournal
+from ray_valkey_spill.plugin.gcs import running_at
+from ray_valkey_spill.plugin.interpreter import module_command
+from ray_valkey_spill.plugin.keeper import Background
+from ray_valkey_spill.plugin.metrics import Metrics
+from ray_valkey_spill.plugin.outage import OVERFLOW, ROOM, VALKEY, Losses, Outages, resource_of
+from ray_valkey_spill.store.cleanup import RENEWAL, CleanUp
+from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
+from ray_valkey_spill.store.observer import Loss, Operation, Tier
+from ray_valkey_spill.tiers import preflight
+from ray_valkey_spill.tiers.overflow import OverflowTier
+
+__all__ = ["ValkeyStorage"]
+
+logger = logging.getLogger("ray_valkey_spill")
+
+# The metadata of an empty object that makes `ray.get` raise ObjectLostError.
+_OBJECT_LOST = str(ErrorType.Value("OBJECT_LOST")).encode()
+
+# Seconds that `ray.shutdown()` may wait for a server that no longer answers.
+_DESTROY_PATIENCE = 3.0
+
+# Seconds between looks for what failed operations and killed IO workers left, which also renew the
+# node's lease, and between attempts to remove it.
+_BETWEEN_LOOKS, _BETWEEN_ATTEMPTS = RENEWAL, 2.0
+# Recovery can take longer than a lease lasts: many objects to remove, or an overflow that is slow.
+# Another thread renews the lease if that was not done for so many seconds.
+_LATEST_RENEWAL = 2 * RENEWAL
+_ATTEMPTS_PER_WARNING = 6
+_DELETED_TOGETHER = 100
+# Until an IO worker that has just been started is connected.
+_BETWEEN_STARTS = 0.2
+
+# Seconds for which a restore or a deletion that Ray asks for is retried while it holds an IO
+# worker; then it is put off. Once plasma has made the object, a restore cannot be put off: this
+# process exits instead, and Ray's next attempt comes some ten seconds later.
+_HOLD, _HOLD_HALF_WAY = 2.0, 5.0
+# And of a deferred restore, whose thread tries again by itself.
+_HOLD_DEFERRED = 1.0
+
+# An object that is read without a break says nothing about others, which may be larger.
+_WHOLE_READS = "reads that do not break off"
+
+# Seconds in which the GCS has to list the jobs.
+_JOBS_TIMEOUT = 2.0
+
+# The methods of Ray's node that make a storage.
+_OF_NODES = ("validate_external_storage", "destroy_external_storage")
+
+# What this process has checked: see `ValkeyStorage.__init__`.
+_checked: set[tuple[str, Config]] = set()
+
+
+class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
+    """Spills Ray objects to Valkey.
+
+    Ray makes one in every IO worker; in the process that starts the head, to validate the config
+    before the node has an id; and there again at `ray.shutdown()`, to destroy it.
+
+    Args:
+        node_id: hex of the node's id.
+        session_name: the Ray session's name.
+        **params: see `ray_valkey_spill.config.Config`.
+
+    Raises:
+        ConfigError: a parameter is wrong. Not in an IO worker, where the environment of its node
+            can be at fault: one that does not come up is started again without end, and nobody is
+            told. It fails every operation instead, and drivers are told.
+        ServerError, OverflowUnavailableError: the server cannot be used, as found by
+            `preflight.run_all`, or the overflow. Only outside of IO workers, and there only the
+            first time for a session: that is Ray's validation, whose failure stops the head. An IO
+            worker comes up without either and retries, and `ray.shutdown()` must not fail because
+            the server went first.
+    """
+
+    def __init__(self, node_id: str, session_name: str, **params: Any) -> None:
+        super().__init__()
+        self._in_io_worker = _in_io_worker()
+        if self._in_io_worker:
+            logs.set_default_format()
+        self._shared = f"ray_valkey_spill-{node_id}"
+        self._session_dir = functools.partial(
+            _session_dir, session_name, _calling_node_dir(session_name)
+        )
+        self._outages = Outages(self._session_dir, f"{self._shared}.outages", _Drivers())
+        self._losses = Losses(
+            self._session_dir, f"{self._shared}.losses", _Drivers(), self._place_of
+        )
+        self._journal = DeletionJournal(self._session_dir, self._shared)
+        self._metrics = _Observer(
+            lambda: self._in_io_worker and _is_connected(), self._outages, self._losses
+        )
+        self._deferred = DeferredRestores(
+            self._session_dir,
+            f"{self._shared}.restores",
+            _identity_of,
+            self._new_restorer,
+            self._still_waits,
+        )
+        self._recovery = Background(self._recover)
+        self._lease_keeper = Background(self._keep_lease, "lease")
+        self._failed_recoveries = 0
+        # By one of the two; the first renewal is due to the recovery.
+        self._lease_renewed = time.monotonic()
+        self._cannot_join = False
+        self._config: Config | None = None
+        try:
+            config = Config.load(params)
+        except ConfigError as error:
+            if not self._in_io_worker:
+                raise
+            self._store = self._impatient_store = cast(ObjectStore, _Unusable(error))
+            self._new_store: Callable[[], ObjectStore] = lambda: self._store
+            return
+        self._config = config
+        self._new_store = functools.partial(
+            ObjectStore, config, session_name, node_id, self._metrics
+        )
+        self._store = self._new_store()
+        if self._in_io_worker:
+            self._start_background()
+        if not self._in_io_worker and (session_name, config) not in _checked:
+            try:
+                preflight.run_all(config)
+                self._store.probe_overflow()
+            except SpillError as error:
+                raise error from None  # Ray prints causes too, and one message is enough
+            _checked.add((session_name, config))
+            _clean_up(config, params, session_name)
+        self._impatient_store = ObjectStore(
+            dataclasses.replace(config, retry_timeout=min(config.retry_timeout, _DESTROY_PATIENCE)),
+            session_name,
+            node_id,
+        )
+
+    # --- Ray's interface ---
+
+    def spill_objects(
+        self, object_refs: list[ObjectRef], owner_addresses: list[bytes]
+    ) -> list[bytes]:
+        """Store objects; returns their URLs, in order.
+
+        If not all can be stored, the URLs of those that were are returned, which Ray takes for a
+        prefix of `object_refs`, and nothing is left of the rest. If none can be, that comes after a
+        pause, because Ray tries again at once. No failure is raised: see `outage`.
+        """
+        if not object_refs:
+            return []
+        self._start_background()
+        urls = self._spill(object_refs, owner_addresses)
+        if not urls:
+            self._outages.pause()
+        return [url.encode() for url in urls]
+
+    def restore_spilled_objects(
+        self, object_refs: list[ObjectRef], url_with_offset_list: list[bytes]
+    ) -> int:
+        """Put spilled objects back into plasma; returns the bytes of data restored.
+
+        For an object that is lost, Ray's ObjectLostError is put in its place: an exception would
+        make Ray retry for hours with `ray.get` waiting. An object that cannot be read now is put
+        off, and comes into plasma once it can be: see `deferred`.
+
+        Raises:
+            SpillError: an object could not be filled, outside of an IO worker; see `_abandon`.
+        """
+        self._start_background()
+        wanted = [
+            Restore(ref.hex(), _text(url)) for ref, url in zip(object_refs, url_with_offset_list)
+        ]
+        now = []
+        for restore in wanted:
+            away = next(filter(self._outages.is_on, self._needs(restore.url)), None)
+            if away is None:
+                now.append(restore)
+            else:
+                self._deferred.add(away, [restore])
+        return self._restore_now(now)
+
+    def delete_spilled_objects(self, urls: list[bytes]) -> None:
+        """Remove objects; what is not there is no error.
+
+        What cannot be removed now is removed once it can be: Ray never asks again.
+        """
+        wanted = [_text(url) for url in urls]
+        self._start_background()
+        self._deferred.forget(filter(None, map(self._object_of, wanted)))
+        for _, of_tier in itertools.groupby(
+            sorted(wanted, key=self._needs), key=lambda url: self._needs(url)[:1]
+        ):
+            self._delete(list(of_tier))
+
+    def _delete(self, urls: Sequence[str]) -> None:
+        """Remove objects that are all in one tier, or put that off."""
+        tier = self._needs(urls[0])[:1]
+        if any(map(self._outages.is_on, tier)):
+            self._journal.put_off(urls)
+            return
+        try:
+            with self._journal.deleting(urls), self._store.hurried(_HOLD):
+                foreign = self._store.delete(urls)
+        except SpillError as error:
+            self._recovery.wake()
+            self._failed("delete", resource_of(error), "deletions", error)
+            return
+        for url in foreign:
+            logger.warning("not deleted, because it was not spilled here: %s", url)
+        for resource in tier:
+            self._outages.over(resource, "deletions")
+
+    def destroy_external_storage(self) -> None:
+        """Remove this node's objects, and no others. Never raises: Ray is shutting down."""
+        try:
+            # After validating too: nothing is anybody's that has the node id of that.
+            self._note_destruction()
+            self._impatient_store.destroy(_is_alive)
+        except SpillError as error:
+            logger.warning("spilled objects of this node may be left on the server: %s", error)
+        finally:
+            self._recovery.stop()
+            self._lease_keeper.stop()
+            self._impatient_store.close()
+            self._store.close()
+
+    def _start_background(self) -> None:
+        self._recovery.start()
+        self._lease_keeper.start()
+
+    def _recover(self) -> float:
+        """Show that this node lives; do what this process and killed ones have left undone.
+
+        Each step is tried, whatever became of the others.
+        """
+        if self._in_io_worker and not _is_connected():
+            return _BETWEEN_STARTS
+        self._store.close_idle()
+        self._outages.forget()
+        failure: SpillError | None = None
+        for step in (
+            self._renew_lease,
+            self._join_overflow,
+            self._measure_room,
+            self._adopt,
+            lambda: self._store.recover(_is_alive),
+            self._delete_again,
+            self._measure_overflow,
+        ):
+            try:
+                step()
+            except SpillError as error:
+                # Operations that suffer from the same have reported it by then, but there may be
+                # none.
+                self._metrics.failed("recover", error)
+                failure = failure or error
+        self._metrics.looked(self._store.breaks)
+        if failure is None:
+            self._failed_recoveries = 0
+            return _BETWEEN_LOOKS
+        self._failed_recoveries += 1
+        if self._failed_recoveries % _ATTEMPTS_PER_WARNING == 0:
+            logger.warning("what failed operations left cannot be removed yet: %s", failure)
+        return min(self._failed_recoveries * _BETWEEN_ATTEMPTS, _BETWEEN_LOOKS)
+
+    def _renew_lease(self) -> None:
+        self._store.renew_lease(_gcs_address(), self._is_destroyed)
+        self._note_renewal()
+
+    def _note_renewal(self) -> None:
+        self._lease_renewed = time.monotonic()
+        self._metrics.renewed_lease()
+
+    def _keep_lease(self) -> float:
+        """Renew the lease if `_recover` has not come round to that; returns when to look again."""
+        if self._in_io_worker and not _is_connected():
+            return _BETWEEN_STARTS
+        due = self._lease_renewed + _LATEST_RENEWAL - time.monotonic()
+        if due > 0:
+            return due
+        try:
+            self._store.keep_lease(_gcs_address(), self._is_destroyed)
+        except SpillError:  # which `_recover` reports if it lasts
+            return _BETWEEN_ATTEMPTS
+        self._note_renewal()
+        return _LATEST_RENEWAL
+
+    def _join_overflow(self) -> None:
+        """Report an overflow that cannot be used before anything is lost to it."""
+        try:
+            self._store.join_overflow()
+        except OverflowUnavailableError as error:
+            self._cannot_join = True
+            self._outages.failed(OVERFLOW, "spills and restores", error)
+            raise
+        # Once it has joined, this says nothing about the overflow any more.
+        if self._cannot_join:
+            self._cannot_join = False
+            self._outages.over(OVERFLOW, "spills and restores")
+
+    def _adopt(self) -> None:
+        """Take over what killed IO workers of the node had put off."""
+        if self._config is None:
+            return  # nothing can be done here
+        self._journal.adopt(_is_alive)
+        self._deferred.adopt(lambda url: (self._needs(url) or [VALKEY])[0])
+
+    def _delete_again(self) -> None:
+        """Delete what could not be deleted before, in each tier whatever becomes of the other."""
+        failure: SpillError | None = None
+        left = sorted(self._journal.left(), key=self._needs)
+        for _, of_tier in itertools.groupby(left, key=lambda url: self._needs(url)[:1]):
+            urls = list(of_tier)
+            try:
+                for start in range(0, len(urls), _DELETED_TOGETHER):
+                    page = urls[start : start + _DELETED_TOGETHER]
+                    self._store.delete_again(page)
+                    self._journal.done(page)
+                    for resource in self._needs(page[0])[:1]:
+                        self._outages.over(resource, "deletions")
+            except SpillError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _measure_room(self) -> None:
+        with contextlib.suppress(SpillError):  # another time
+            self._metrics.found_room(self._store.room())
+
+    def _measure_overflow(self) -> None:
+        with contextlib.suppress(SpillError):  # another time
+            if (size := self._store.in_overflow()) is not None:
+                self._metrics.found_in_overflow(size)
+
+    def _failed(
+        self,
+        operation: Operation | Literal["recover"],
+        resource: str,
+        what: str,
+        error: SpillError,
+        waiting: int = 0,
+    ) -> None:
+        self._metrics.failed(operation, error)
+        self._outages.failed(resource, what, error, waiting)
+
+    def _located(self, url: str) -> Place | None:
+        """What a URL says; None if it is none of ours."""
+        if self._config is None:
+            return None
+        with contextlib.suppress(LostObjectError):
+            return Keyspace.of(self._config).parse_url(url)
+        return None
+
+    def _object_of(self, url: str) -> str | None:
+        place = self._located(url)
+        return place and place.name.object_id
+
+    def _needs(self, url: str) -> list[str]:
+        """What has to be there for the object of a URL to be read: its tier, and its key."""
+        place = self._located(url)
+        if place is None:
+            return []
+        tier = OVERFLOW if place.overflow else VALKEY
+        return [tier] if place.key_id is None else [tier, _key_named(place.key_id)]
+
+    def _place_of(self, tier: Tier) -> str:
+        assert self._config is not None  # something was looked for
+        if tier == "valkey":
+            return f"Valkey at {self._config.address}"
+        return f"the overflow at {OverflowTier.of(self._config)}"
+
+    def _note_destruction(self) -> None:
+        """Let the node's IO workers know that it needs no lease any more."""
+        if (path := self._destruction) is not None:
+            with contextlib.suppress(OSError):
+                path.touch()
+
+    def _is_destroyed(self) -> bool:
+        return (path := self._destruction) is not None and path.exists()
+
+    @property
+    def _destruction(self) -> Path | None:
+        directory = self._session_dir()
+        return directory and directory / f"{self._shared}.destroyed"
+
+    # --- spill ---
+
+    def _spill(self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]) -> list[str]:
+        """The URLs of what could be stored. Holds nothing of plasma's once it is over."""
+        try:
+            self._store.begin_lease(_gcs_address(), self._is_destroyed)
+            urls, failure = self._store.put(self._sources(refs, owner_addresses))
+        except SpillError as error:
+            self._cannot_spill(error)
+            return []
+        if not isinstance(failure, ServerFullError):
+            self._outages.over(ROOM, "spills")
+        # Those in the overflow come last.
+        for resource in {need for url in (*urls[:1], *urls[-1:]) for need in self._needs(url)}:
+            self._outages.over(resource, "spills")
+        if failure is not None:
+            self._cannot_spill(failure)
+        return urls
+
+    def _cannot_spill(self, error: SpillError) -> None:
+        self._failed("spill", resource_of(error), "spills", error)
+        if self._store.has_left_some:
+            self._recovery.wake()
+
+    def _sources(
+        self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]
+    ) -> list[SourceObject]:
+        """The objects, read in place from plasma, up to the first that is not there."""
+        sources: list[SourceObject] = []
+        found = self._get_objects_from_store(refs)
+        for ref, (buffer, metadata, *_), owner in zip(refs, found, owner_addresses):
+            if buffer is None and not metadata:
+                logger.warning("not spilled: object %s is not in plasma", ref.hex())
+                break
+            data = memoryview(buffer if buffer is not None else b"").cast("B")
+            sources.append(SourceObject(ref.hex(), bytes(metadata), bytes(owner), data))
+        return sources
+
+    # --- restore ---
+
+    def _restore_now(self, wanted: Sequence[Restore]) -> int:
+        """Restore objects, and put off those that cannot be read; returns the bytes restored."""
+        found: Iterator[StoredObject | LostObjectError] | None = None
+        restored = 0
+        for number, restore in enumerate(wanted):
+            try:
+                with self._store.hurried(_HOLD):
+                    found = found or self._store.find_all(
+                        [(each.url, each.object_id) for each in wanted]
+                    )
+                    object_ = next(found)
+            except SpillError as error:
+                # What comes after it finds out by itself what it needs.
+                away = _away(error, self._needs(restore.url))
+                self._deferred.add(away, wanted[number:])
+                self._still_waits(restore, error, self._deferred.count(away))
+                break
+            restored += self._restore(self._store, restore, object_)
+        return restored
+
+    def _still_waits(self, restore: Restore, error: SpillError, waiting: int) -> str:
+        """Report that restores wait; returns for what."""
+        away = _away(error, self._needs(restore.url))
+        self._failed("restore", away, "restores", error, waiting)
+        return away
+
+    def _restore(
+        self, store: ObjectStore, wanted: Restore, found: StoredObject | LostObjectError
+    ) -> int:
+        """Put an object, or that it is lost, into plasma; returns the bytes put there."""
+        ref = ObjectRef(bytes.fromhex(wanted.object_id))
+        if isinstance(found, LostObjectError):
+            logger.error("ObjectLostError for a reader: %s", found)
+            self._put_object_to_store(_OBJECT_LOST, 0, io.BytesIO(), ref, b"")
+            return 0
+        header = found.header
+        source = _Source(store, found)
+        try:
+            with store.hurried(_HOLD_HALF_WAY):
+                self._put_object_to_store(
+                    header.ray_metadata, header.size, source, ref, header.owner_address
+                )
+                if not header.size:
+                    store.fill(found, memoryview(b""))  # nobody asked for nothing
+        except Exception as error:
+            if isinstance(error, SpillError):
+                self._metrics.failed("restore", error)
+            if source.started:
+                self._abandon(store, found, error)
+            raise
+        for resource in self._needs(wanted.url):
+            self._outages.over(resource, "restores")
+        if source.started:
+            self._outages.over(_WHOLE_READS, wanted.object_id)
+        return header.size if source.started else 0
+
+    def _abandon(self, store: ObjectStore, found: StoredObject, error: Exception) -> None:
+        """End this process, because plasma now has an object that is not filled.
+
+        Plasma keeps such an object for as long as the process that created it lives, takes every
+        later restore for done, and lets `ray.get` hang. It drops the object with the process; Ray
+        then asks another IO worker. If the data are lost for good, that one must find out before
+        it creates anything.
+        """
+        logger.error("restore given up half way, so this IO worker exits: %s", error)
+        if isinstance(error, LostObjectError):
+            try:
+                store.mark_lost(found)
+            except SpillError as unmarked:
+                logger.error("the lost object could not be marked as such: %s", unmarked)
+        elif isinstance(error, SpillError):
+            object_id = found.header.object_id
+            # Ray asks again, ever later: no IO worker is to follow this one at once.
+            self._deferred.forget([object_id])
+            self._outages.failed(
+                _WHOLE_READS, "restores", _half_way(object_id, error), 1, object_id
+            )
+        if self._in_io_worker:
+            logging.shutdown()
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _new_restorer(self) -> _Restorer:
+        return _Restorer(self)
+
+
+class _Restorer:
+    """Restores deferred objects, over connections of its own: see `deferred.Restorer`."""
+
+    def __init__(self, storage: ValkeyStorage) -> None:
+        self._storage = storage
+        self._store = storage._new_store()
+
+    def restore(self, wanted: Restore) -> bool:
+        if _is_in_plasma(wanted.object_id):
+            return True  # another IO worker was faster, or another node has sent it
+        with self._store.hurried(_HOLD_DEFERRED):
+            (found,) = self._store.find_all([(wanted.url, wanted.object_id)])
+        restored = self._storage._restore(self._store, wanted, found)
+        is_done = restored or isinstance(found, LostObjectError) or not found.header.size
+        # Else plasma has no room for it now.
+        return bool(is_done) or _is_in_plasma(wanted.object_id)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class _Observer(Metrics):
+    """Metrics, and what drivers hear of while an operation is under way."""
+
+    def __init__(self, is_reporting: Callable[[], bool], outages: Outages, losses: Losses) -> None:
+        super().__init__(is_reporting)
+        self._outages = outages
+        self._losses = losses
+
+    def lost(self, reason: Loss, tier: Tier) -> None:
+        super().lost(reason, tier)
+        self._losses.add(reason, tier)
+
+    def waiting(self, error: SpillError) -> None:
+        # Restores and deletions are hurried: they are put off instead.
+        self._outages.failed(resource_of(error), "spills", error)
+
+
+def _key_named(key_id: int) -> str:
+    return f"encryption key {key_id:016x}"
+
+
+def _away(error: SpillError, needed: Sequence[str]) -> str:
+    """What is away that a restore needs, given what it failed with."""
+    if isinstance(error, ConfigError) and len(needed) > 1:
+        return needed[1]
+    return resource_of(error)
+
+
+def _half_way(object_id: str, error: SpillError) -> SpillError:
+    return SpillError(
+        f"the read of object {object_id} broke off half way: {error.what.rstrip('.')}",
+        "If that happens again and again, the server or a proxy closes connections that have much "
+        "under way: raise client-output-buffer-limit normal and maxmemory-clients, or lower "
+        "chunk_size",
+    )
+
+
+class _Source:
+    """What plasma fills an object from: one `readinto` that takes it all."""
+
+    def __init__(self, store: ObjectStore, found: StoredObject) -> None:
+        self._store = store
+        self._found = found
+        self.started = False
+
+    def readinto(self, view: memoryview) -> int:
+        self.started = True
+        self._store.fill(self._found, view.cast("B"))
+        return len(view)
+
+
+class _Unusable:
+    """Stands in for the store where its config is wrong: any use of it raises that error."""
+
+    has_left_some = False
+    breaks = 0
+
+    def __init__(self, error: ConfigError) -> None:
+        self._error = error
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def close_idle(self) -> None:
+        """There is nothing to close."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._error
+
+
+def _session_dir(session: str, calling_node: Path | None) -> Path | None:
+    """Ray's directory for the session, for what IO workers have to know of each other.
+
+    Args:
+        session: its name.
+        calling_node: what `_calling_node_dir` returned. A driver that has shut down may still
+            destroy nodes, and then knows none but the one that is being destroyed.
+    """
+    if calling_node is not None:
+        return calling_node
+    node = ray._private.worker._global_node
+    is_it = node is not None and node.session_name == session
+    return Path(node.get_session_dir_path()) if is_it else None
+
+
+def _calling_node_dir(session: str) -> Path | None:
+    """The session's directory of the node that is making a storage now, if one is.
+
+    Ray gives a storage neither the directory nor the node, whose `validate_external_storage` and
+    `destroy_external_storage` (`python/ray/_private/node.py`) make one; so the callers are asked.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        # No others: reading the local variables of a frame can keep their values alive.
+        if frame.f_code.co_name in _OF_NODES:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, ray._private.node.Node) and caller.session_name == session:
+                return Path(caller.get_session_dir_path())
+        frame = frame.f_back
+    return None
+
+
+class _Drivers:
+    """The drivers of the cluster that this process is connected to: see `outage.Drivers`."""
+
+    def notify(self, message: str, job: str | None = None) -> None:
+        if _is_connected():
+            worker = ray._private.worker.global_worker
+            job_id = None if job is None else ray.JobID.from_hex(job)
+            try:
+                push_error_to_driver(worker, "spill_objects_error", message, job_id)
+            except Exception as error:  # an operation must not fail for it
+                logger.warning("drivers cannot be notified: %s", error)
+
+    def running(self) -> list[str]:
+        client: Any = getattr(ray._private.worker.global_worker, "gcs_client", None)
+        try:
+            jobs = client.get_all_job_info(
+                skip_submission_job_info_field=True,
+                skip_is_running_tasks_field=True,
+                timeout=_JOBS_TIMEOUT,
+            )
+            return [job.hex() for job, info in jobs.items() if not info.is_dead]
+        except Exception:  # another Ray's client may have no such call
+            return []
+
+
+def _is_in_plasma(object_id: str) -> bool:
+    """Whether plasma has an object; False if it cannot be found out."""
+    worker = ray._private.worker.global_worker
+    try:
+        return bool(worker.core_worker.object_exists(ObjectRef(bytes.fromhex(object_id))))
+    except Exception:  # what is there is then found by putting it
+        return False
+
+
+def _is_connected() -> bool:
+    return bool(ray._private.worker.global_worker.connected)
+
+
+def _gcs_address() -> str:
+    """Where the cluster's GCS is; empty if this process is not connected to it."""
+    client = getattr(ray._private.worker.global_worker, "gcs_client", None)
+    return "" if client is None else str(client.address)
+
+
+def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
+    """Have a process remove what dead sessions have left, if there are others than `session`.
+
+    It watches for a minute, and `ray start` does not stay for that long.
+    """
+    look = CleanUp(config, running_at)
+    try:
+        others = look.sessions() - {session}
+    except SpillError as error:
+        logger.warning("dead sessions are not cleaned up: %s", error)
+        return
+    finally:
+        look.close()
+    if others:
+        options = [
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in params.items()
+            if value is not None
+        ]
+        process = subprocess.Popen(  # noqa: S603 (our own module, and checked parameters)
+            module_command("ray_valkey_spill", "gc", *options),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        threading.Thread(target=process.wait, daemon=True).start()
+
+
+def _text(url: bytes) -> str:
+    """A URL as text; what is no text is no URL of ours, and will be found not to be."""
+    return url.decode(errors="replace")
+
+
+def _in_io_worker() -> bool:
+    """Whether this process is one of Ray's IO workers (`default_worker.py --worker-type=…`)."""
+    kinds = ("SPILL_WORKER", "RESTORE_WORKER")
+    return any(argument.removeprefix("--worker-type=") in kinds for argument in sys.argv)
+
+
+def _identity_of(pid: int) -> str | None:
+    """What no other process of this machine with that id has: when it started; None if it is dead.
+
+    It is field 22 of `/proc/<pid>/stat`, in clock ticks since boot (proc_pid_stat(5)).
+    """
+    if not _is_alive(pid):
+        return None
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that is dead and not yet reaped does not."""
+    try:
+        # "pid (command) state …", and the command may have parentheses of its own.
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        return state not in (b"Z", b"X")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True

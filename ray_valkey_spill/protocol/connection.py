@@ -1,0 +1,446 @@
+"""One connection to one server. valkey-py opens it; from then on this moves bytes itself.
+
+valkey-py's own command path copies every value at least once and waits for each reply, which costs
+most of the wire's speed. Here requests go out scatter-gather from the buffers they are given, many
+ahead of their replies, and values are received right where they are wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import valkey.connection as client
+import valkey.exceptions as client_errors
+
+from ray_valkey_spill import __version__
+from ray_valkey_spill.config import KIB, MIB, Config, Endpoint
+from ray_valkey_spill.errors import ConfigError, NotValkeyError, ServerError, ServerRefusedError
+from ray_valkey_spill.format.header import Buffer
+from ray_valkey_spill.protocol import tls
+from ray_valkey_spill.protocol.addresses import DIALER
+from ray_valkey_spill.protocol.resp import (
+    ConnectionBrokenError,
+    ReplyReader,
+    Request,
+    TooManyClientsError,
+    TransientError,
+    command,
+    reply_error,
+)
+from ray_valkey_spill.protocol.roles import HELLO, QUESTIONS, Question, Role, hello_fields
+
+__all__ = ["Connection"]
+
+# Bytes under way before replies are waited for: enough to fill the wire until a reply comes, and
+# within that no more than two chunks, because what is between two processes of a machine should fit
+# their cores' caches, and because whoever else uses the server waits for it. What is asked for and
+# not yet read lies in the server's memory, outside its maxmemory, so this also bounds what one IO
+# worker costs the server.
+_CHUNKS_UNDER_WAY = 2
+_SMALLEST_WINDOW, _SMALL_WINDOW = 256 * KIB, 1 * MIB
+_LARGEST_WINDOW = 8 * MIB
+_FASTEST_WIRE = 4e9  # bytes per second
+# Requests are gathered into one system call up to this many bytes, less than a chunk of the default
+# size, and this many buffers, which is below Linux's IOV_MAX.
+_BATCH = 448 * KIB
+_MAX_PARTS = 1000
+# `tcpi_min_rtt`, microseconds, in Linux's `struct tcp_info` (linux/tcp.h): how long the wire takes,
+# where the latest round trip is also how busy both sides have been.
+_TCP_MIN_RTT = slice(148, 152)
+_MAX_REQUESTS = 300
+_RESET = struct.pack("ii", 1, 0)  # struct linger
+# Seconds without a single byte moving after which a server counts as stalled.
+_STALL_TIMEOUT = 10.0
+_CONNECT_TIMEOUT = 5.0
+_SHORTEST_TIMEOUT = 1.0
+# When nothing has come for a minute: the load balancers and NATs of the large clouds forget a
+# connection after four (Azure) or six (AWS). A peer that is gone is noticed half a minute later.
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
+# There are other Sentinels to ask, and what they do takes no time.
+_SENTINEL_TIMEOUT = 0.5
+
+
+class Connection:
+    """An open connection, and the requests that were given to it and have no reply yet.
+
+    For one thread at a time. After any error it is closed.
+
+    Args:
+        config: credentials, TLS, and how long chunks are.
+        endpoint: the server.
+        patience: seconds after which a server that does not answer may be given up.
+        sentinel: whether it is a Sentinel, which has no databases, and may know no users.
+
+    Attributes:
+        waiting: in the order in which their replies will come.
+        used: when something was last sent, by `time.monotonic()`.
+        turn_began: since when its user has kept it from others, by the same.
+        weight: bytes that these have under way.
+        mode: "standalone", "cluster" or "sentinel".
+        role: of the server when the connection was opened. Where a proxy does not know HELLO, one
+            more exchange finds it out. A Sentinel has none.
+
+    Raises:
+        OSError, TransientError: another attempt may cure it.
+        ServerRefusedError, NotValkeyError, ConfigError: it will not.
+    """
+
+    def __init__(
+        self, config: Config, endpoint: Endpoint, patience: float, *, sentinel: bool = False
+    ) -> None:
+        self.endpoint = endpoint
+        self.closed = False
+        self.waiting: deque[Request] = deque()
+        self.used = self.turn_began = time.monotonic()
+        self._unsent: list[Request] = []
+        self._unsent_weight = self.weight = 0
+        timeout = (
+            _SENTINEL_TIMEOUT if sentinel else min(_STALL_TIMEOUT, max(_SHORTEST_TIMEOUT, patience))
+        )
+        self._client = _opened(config, endpoint, timeout, sentinel)
+        self._sock: Any = self._client._sock
+        self._stream: Any = self._sock
+        if config.address.tls:
+            self._stream = tls.TlsSocket(self._sock)
+        else:
+            _have_kernel_time_out(self._sock, timeout)
+        self._window = _window(self._sock, config.chunk_size)
+        self._batch = min(_BATCH, self._window // 2)
+        self._replies = ReplyReader(self._stream)
+        self._question: Question | None = None
+        try:
+            self.mode, self.role = self._hello(config)
+        except NotValkeyError as error:
+            raise _not_valkey(endpoint, error) from error
+        except TooManyClientsError:
+            raise
+        except OSError as error:
+            # With TLS 1.3 a server tells only now what it thinks of a client's certificate.
+            raise tls.refusal(error, endpoint) or _silent(error) from error
+
+    def _hello(self, config: Config) -> tuple[str, Role]:
+        hello = HELLO.ask()
+        self.add(hello)
+        if config.address.username is None:
+            # Shown by CLIENT LIST. A user with few permissions may not set it, and the server would
+            # note that in its ACL LOG each time.
+            self.add(command("CLIENT", "SETINFO", "LIB-NAME", "ray-valkey-spill"))
+            self.add(command("CLIENT", "SETINFO", "LIB-VER", __version__))
+        while self.waiting:
+            self.read()
+        # A proxy may not know it, and what has one before it looks like a single server.
+        mode = hello_fields(hello.reply).get("mode", "standalone")
+        if mode == "sentinel":
+            return mode, Role.UNKNOWN
+        for question in QUESTIONS:
+            role = question.role(hello.reply if question is HELLO else self._ask(question))
+            if role is not Role.UNKNOWN:
+                self._question = question
+                return mode, role
+        return mode, Role.UNKNOWN
+
+    def current_role(self) -> Role:
+        """Ask for the server's role again; everything sent before must have its reply.
+
+        Errors as `read`.
+        """
+        if self._question is None:
+            return Role.UNKNOWN
+        return self._question.role(self._ask(self._question))
+
+    def _ask(self, question: Question) -> Any:
+        """The reply; None for an error."""
+        request = question.ask()
+        self.add(request)
+        return self.read().reply
+
+    def has_room(self, depth: int = 1) -> bool:
+        """Whether more may be sent ahead of the replies to what is under way.
+
+        With `depth`, that may be so many times as much as keeps the wire busy.
+        """
+        if self._unsent or len(self.waiting) < _CHUNKS_UNDER_WAY:
+            return True
+        weight, requests = self.weight + self._batch, len(self.waiting)
+        return weight <= depth * self._window and requests <= _MAX_REQUESTS // 2
+
+    def add(self, request: Request) -> None:
+        """Take `request`, which is sent now, or together with those that follow.
+
+        Raises:
+            OSError: the connection broke.
+            ProtocolError: the server refused what it was sent, and closed the connection.
+        """
+        self.waiting.append(request)
+        self._unsent.append(request)
+        self.weight += request.weight
+        self._unsent_weight += request.weight
+        if self._unsent_weight >= self._batch or len(self._unsent) >= _MAX_REQUESTS // 2:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send all that was taken. Errors as `add`."""
+        if self._unsent:
+            parts = [part for request in self._unsent for part in request.parts]
+            self._unsent, self._unsent_weight = [], 0
+            self.used = time.monotonic()
+            try:
+                self._send(parts)
+            except TimeoutError:
+                self.close()
+                raise
+            except OSError as error:
+                try:
+                    self._raise_last_words()
+                finally:
+                    self.close()
+                raise ConnectionBrokenError(str(error)) from error
+            except BaseException:
+                self.close()
+                raise
+
+    def _raise_last_words(self) -> None:
+        """Raise what the server said about this connection before it closed it.
+
+        What cannot be sent any more is found out before that has been read; Linux keeps it.
+        """
+        with contextlib.suppress(OSError):
+            for request in self.waiting:
+                # Requests without a reply are sent again, and must come to that as they are.
+                self._replies.read(Request([], request.key))
+
+    def read(self) -> Request:
+        """Fill in the reply of the first request that waits, and return it.
+
+        Raises:
+            OSError: the connection broke.
+            TransientError: the server cannot serve now.
+            ProtocolError: as `add`.
+            NotValkeyError: what it sends is no reply.
+        """
+        self.flush()
+        request = self.waiting[0]
+        try:
+            self._replies.read(request)
+        except (TimeoutError, TooManyClientsError):
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise ConnectionBrokenError(str(error)) from error
+        except TransientError:
+            # Others of its addresses may be those of servers that do serve.
+            self._avoid()
+            self.close()
+            raise
+        except BaseException:
+            self.close()
+            raise
+        self.waiting.popleft()
+        self.weight -= request.weight
+        return request
+
+    def close(self) -> None:
+        """What has not left this machine yet is dropped too (by SO_LINGER), or it could be carried
+        out after whatever is sent next.
+        """
+        if not self.closed:
+            self.closed = True
+            if self.waiting:
+                with contextlib.suppress(OSError):
+                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self.waiting.clear()
+            self.weight = 0
+            self._unsent = []
+            self._client.disconnect()
+
+    def _avoid(self) -> None:
+        if not self.endpoint.path:
+            with contextlib.suppress(OSError):
+                DIALER.avoid(self.endpoint.host, self.endpoint.port, self._sock.getpeername())
+
+    def fileno(self) -> int:
+        return int(self._sock.fileno())
+
+    def _send(self, parts: list[Buffer]) -> None:
+        while parts:
+            try:
+                sent = self._stream.sendmsg(parts[:_MAX_PARTS])
+            except BlockingIOError:
+                raise TimeoutError("it takes no more bytes") from None
+            done = 0
+            while done < len(parts) and sent >= len(parts[done]):
+                sent -= len(parts[done])
+                done += 1
+            del parts[:done]
+            if sent:
+                parts[0] = memoryview(parts[0])[sent:]
+
+
+# --- opening one ---
+
+
+class _TcpConnection(client.Connection):
+    """valkey-py's connection, to whichever of a host's addresses answers first."""
+
+    def _connect(self) -> socket.socket:
+        sock = DIALER.dial(self.host, self.port, self.socket_connect_timeout or _CONNECT_TIMEOUT)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        sock.settimeout(self.socket_timeout)
+        return sock
+
+
+class _TlsConnection(_TcpConnection):
+    """The same, over TLS with a context of ours, whose errors we can tell apart."""
+
+    def __init__(self, config: Config, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self._context = tls.context(config)
+
+    def _connect(self) -> socket.socket:
+        sock = super()._connect()
+        try:
+            return self._context.wrap_socket(sock, server_hostname=self.host)
+        except TimeoutError:
+            sock.close()
+            # valkey-py would not tell this from a host that does not answer.
+            raise OSError("It does not answer the TLS handshake") from None
+        except BaseException as error:
+            sock.close()
+            if (refusal := tls.refusal(error, Endpoint(self.host, self.port))) is None:
+                raise
+            raise refusal from error
+
+
+def _opened(config: Config, endpoint: Endpoint, timeout: float, sentinel: bool) -> Any:
+    """A connection of valkey-py's that is open and authenticated; errors as `Connection`."""
+    password = _password(config)
+    try:
+        return _connected(config, endpoint, timeout, password, sentinel)
+    except client_errors.AuthenticationError as error:
+        if sentinel:
+            # Sentinels have users of their own, and often none.
+            with contextlib.suppress(client_errors.ValkeyError):
+                return _connected(config, endpoint, timeout, None, sentinel)
+        if _password(config) != password:
+            raise TransientError(f"{endpoint} has a new password") from error
+        raise _refused(config, endpoint, error, sentinel) from error
+    except client_errors.ValkeyError as error:
+        raise tls.refusal(error, endpoint) or _translated(config, endpoint, error) from error
+
+
+def _connected(
+    config: Config, endpoint: Endpoint, timeout: float, password: str | None, sentinel: bool
+) -> Any:
+    username = config.address.username if password or not sentinel else None
+    options: dict[str, Any] = {
+        "db": 0 if sentinel else config.address.db,
+        "username": username,
+        "password": password,
+        "socket_timeout": timeout,
+        "socket_connect_timeout": min(_CONNECT_TIMEOUT, timeout),
+        # Sent with HELLO, in the same round trip.
+        "lib_name": None,
+        "lib_version": None,
+    }
+    connection: Any
+    if endpoint.path:
+        connection = client.UnixDomainSocketConnection(path=endpoint.path, **options)
+    else:
+        options |= {"host": endpoint.host, "port": endpoint.port}
+        kind = functools.partial(_TlsConnection, config) if config.address.tls else _TcpConnection
+        connection = kind(**options)
+    try:
+        connection.connect()
+    except BaseException:
+        connection.disconnect()
+        raise
+    return connection
+
+
+def _password(config: Config) -> str | None:
+    """Read anew for each connection, so that a rotated password is found."""
+    path = config.password_file
+    if path is None or config.address.password is not None:
+        return config.address.password
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"password_file {path!r} cannot be read: {error}") from error
+
+
+def _have_kernel_time_out(sock: Any, seconds: float) -> None:
+    """Give `sock` a timeout that costs nothing: Python's own costs a `poll` for every transfer."""
+    interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    sock.settimeout(None)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
+
+
+def _window(sock: Any, chunk_size: int) -> int:
+    """Bytes under way that keep the fastest wire busy for a round trip to `sock`'s peer."""
+    least = min(max(_SMALLEST_WINDOW, _CHUNKS_UNDER_WAY * chunk_size), _SMALL_WINDOW)
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_MIN_RTT.stop)
+    except OSError:  # no TCP
+        return least
+    round_trip = int.from_bytes(info[_TCP_MIN_RTT], sys.byteorder) / 1e6
+    return int(min(max(least, round_trip * _FASTEST_WIRE), _LARGEST_WINDOW))
+
+
+def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyError) -> Exception:
+    """What valkey-py failed to connect with, in our terms."""
+    if isinstance(error, client_errors.BusyLoadingError):
+        return TransientError(f"LOADING {error}")
+    try:
+        reply_error(str(error))
+    except (TransientError, TooManyClientsError) as known:
+        return known
+    if isinstance(error, client_errors.AuthorizationError):
+        return _refused(config, endpoint, error)
+    if isinstance(error, client_errors.InvalidResponse):
+        return _not_valkey(endpoint, error)
+    if isinstance(error, client_errors.ConnectionError | client_errors.TimeoutError):
+        # Met after connecting, in the first exchange: also what a TLS port or a web server gives.
+        silent = "closed by server" in str(error) or "reading from" in str(error)
+        return _silent(error) if silent else ConnectionError(str(error).rstrip("."))
+    mend = ""
+    if "DB index" in str(error) or "SELECT" in str(error):
+        mend = "Give a database that it has; most clusters have 0 alone"
+    return ServerRefusedError(f"{endpoint} refuses the connection: {error}", mend)
+
+
+def _not_valkey(endpoint: Endpoint, error: Exception) -> NotValkeyError:
+    return NotValkeyError(
+        f"what answers at {endpoint} does not speak the Valkey protocol ({error})",
+        "Correct url: it must name a Valkey or Redis server",
+    )
+
+
+def _silent(error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"it takes connections, but does not answer as a Valkey does: {error}".rstrip(".")
+    )
+
+
+def _refused(
+    config: Config, endpoint: Endpoint, error: Exception, sentinel: bool = False
+) -> ServerError:
+    username = config.address.username
+    return ServerRefusedError(
+        f"{endpoint} refuses {f'user {username!r}' if username else 'the default user'}: {error}",
+        "Give Sentinels no password, or user and password as the servers have them"
+        if sentinel
+        else "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has them",
+    )

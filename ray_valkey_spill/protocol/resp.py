@@ -1,0 +1,342 @@
+"""The Valkey protocol (RESP2) on a socket: commands out of buffers, replies into them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ray_valkey_spill.errors import (
+    NotValkeyError,
+    ServerError,
+    ServerFullError,
+    ServerRefusedError,
+)
+from ray_valkey_spill.format.header import Buffer
+
+__all__ = [
+    "ConnectionBrokenError",
+    "ProtocolError",
+    "RedirectError",
+    "ReplyReader",
+    "Request",
+    "TooManyClientsError",
+    "TransientError",
+    "command",
+    "fetch",
+    "reply_error",
+    "store",
+]
+
+# What of a value comes together with its first line has to be copied: no more than this.
+_READ_SIZE = 8 << 10
+_LARGEST = 512 << 20
+_LARGEST_INTEGER = 2**63
+_MOST_DIGITS = 19
+
+# A proxy may put more behind the address. Host names have labels of 1 to 63 bytes; Python raises
+# UnicodeError for others.
+_REDIRECT = re.compile(
+    r"(?P<code>MOVED|ASK) [0-9]+ "
+    r"(?P<host>\??|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[!-~]+)?|[\w-]{1,63}(\.[\w-]{1,63})*\.?)"
+    r":(?P<port>[0-9]{1,5})( |$)",
+    re.ASCII,
+)
+_LARGEST_PORT = 65535
+
+_USE_PRIMARY = "Wait for the failover to end, or give the url of the primary"
+# Error replies that mean "not now", and what helps where they do not pass by themselves: a server
+# that restarts, fails over or reshards sends them. Those of other commands than ours are left out
+# (UNKILLABLE, INPROG, NOGOODSLAVE, NOMASTERLINK, IOERR); MISCONF lasts until somebody helps.
+_NOT_NOW = {
+    "LOADING": "Wait until it has loaded its data, or raise retry_timeout",
+    "BUSY": "Wait until the script or module command that it runs has ended",
+    "CLUSTERDOWN": "Bring its failed nodes back, or assign their slots to others (CLUSTER INFO)",
+    "TRYAGAIN": "",
+    "NOREPLICAS": "Bring its replicas back, or lower min-replicas-to-write",
+    "MASTERDOWN": _USE_PRIMARY,
+    "READONLY": _USE_PRIMARY,
+    # Instead of READONLY, for clients that asked for it: a proxy may have.
+    "REDIRECT": _USE_PRIMARY,
+    # A primary that became a replica, while WAIT waited there.
+    "UNBLOCKED": "",
+}
+# And what such a one answers to WAIT and WAITAOF from then on.
+_NO_PRIMARY = "cannot be used with replica instances"
+# In a cluster, "clients + cluster connections".
+_TOO_MANY_CLIENTS = "max number of clients"
+
+_MEND_LENGTH = (
+    "A chunk is longer than it takes: raise its proto-max-bulk-len, or lower chunk_size "
+    "(`ray-valkey-spill check` finds how far)"
+)
+
+# What Valkey, and Redis, answer if a script does what its user may not do.
+_REFUSED_IN_A_SCRIPT = ("ACL failure in script", "The user executing the script can't")
+
+
+class TransientError(Exception):
+    """A failure that another attempt may cure.
+
+    Args:
+        text: what it was, for the user; it begins with the server's code, if it has one.
+
+    Attributes:
+        mend: what the user can do if no attempt cures it; empty if that is not known.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.mend = _NOT_NOW.get(text.partition(" ")[0], "")
+
+
+class TooManyClientsError(ConnectionError):
+    """The server has as many connections as its `maxclients` allows."""
+
+    mend = "Raise its maxclients: docs/operations.md has the number that a node needs"
+
+
+class ConnectionBrokenError(ConnectionError):
+    """A connection over which the server had answered is closed."""
+
+    mend = (
+        "If that goes on, look for limits below what is sent (client-output-buffer-limit, "
+        "maxmemory-clients, or those of a proxy): `ray-valkey-spill check` tries them"
+    )
+
+
+class ProtocolError(ServerRefusedError):
+    """The server, or a proxy, refuses the form of what it was sent, and closes the connection."""
+
+
+class RedirectError(ServerError):
+    """A node of a cluster says who has the key: from now on, or (`ask`) this once.
+
+    `host` is empty if it is the same as the node's that says so, or if that does not know it.
+
+    Raises:
+        NotValkeyError: `text` is not `MOVED <slot> <host>:<port>`, or the same with ASK.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        match = _REDIRECT.match(text)
+        port = int(match["port"]) if match else 0
+        if match is None or not 0 < port <= _LARGEST_PORT:
+            raise NotValkeyError(f"a reply redirects to no address: {text[:80]!r}")
+        self.ask = match["code"] == "ASK"
+        self.host = "" if match["host"] == "?" else match["host"]
+        self.port = port
+
+
+# --- requests ---
+
+# Commands that are about no key; of others, but EVAL, the first argument is one.
+_KEYLESS = {
+    *("ASKING", "CLIENT", "CLUSTER", "HELLO", "INFO", "PING", "ROLE", "SENTINEL", "TIME"),
+    *("WAIT", "WAITAOF"),
+}
+
+
+class Request:
+    """A command, and its reply once it has arrived.
+
+    Attributes:
+        parts: the command as it goes over the wire.
+        key: one that it is about, and in a cluster all are in the same slot; or None.
+        fenced: whether it must not be carried out before all requests before it are.
+        target: the server that it is for, where it is about no key.
+        connection: the one that it was given to.
+        redirects: how many times it was sent to another node of a cluster.
+        done: whether the reply is there.
+        into: where the reply's value is to be received, if it has exactly that size.
+        reply: as the server sent it: bytes for a status, bytearray for a value, int, list or None.
+            The length of `into`, if that was filled.
+        error: the server's error instead of a reply.
+        weight: bytes that it has under way: its own and `expected` ones of the reply.
+    """
+
+    __slots__ = (
+        *("connection", "done", "error", "fenced", "into", "key", "parts", "redirects", "reply"),
+        *("target", "weight"),
+    )
+
+    def __init__(
+        self,
+        parts: list[Buffer],
+        key: bytes | None,
+        *,
+        into: memoryview | None = None,
+        expected: int = 0,
+    ) -> None:
+        self.parts = parts
+        self.key = key
+        self.fenced = self.done = False
+        self.redirects = 0
+        self.target: Any = None
+        self.connection: Any = None
+        self.into = into
+        self.reply: Any = None
+        self.error: ServerError | None = None
+        self.weight = sum(map(len, parts)) + (expected if into is None else len(into))
+
+    def result(self) -> Any:
+        """The reply. Raises the server's error, translated."""
+        if self.error is not None:
+            raise self.error
+        return self.reply
+
+
+def command(name: str, *args: str | bytes | int) -> Request:
+    """A small command; for EVAL all keys must be in one slot, and there must be some."""
+    encoded = [name.encode(), *(a if isinstance(a, bytes) else str(a).encode() for a in args)]
+    pieces = [b"*%d\r\n" % len(encoded)]
+    pieces += [b"$%d\r\n%b\r\n" % (len(a), a) for a in encoded]
+    place = 3 if name == "EVAL" else 1
+    key = None if name in _KEYLESS or place >= len(encoded) else encoded[place]
+    return Request([b"".join(pieces)], key)
+
+
+def store(key: str, value: Sequence[Buffer]) -> Request:
+    """SET `key` to the concatenation of `value`'s buffers, none of which is copied."""
+    name = key.encode()
+    size = sum(map(len, value))
+    head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, size)
+    return Request([head, *value, b"\r\n"], name)
+
+
+def fetch(key: str, *, into: memoryview | None = None, expected: int = 0) -> Request:
+    """GET `key` into `into`, if the value has exactly that size: the reply is its length then.
+
+    Without `into`, `expected` tells about how many bytes it will have.
+    """
+    name = key.encode()
+    parts: list[Buffer] = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)]
+    return Request(parts, name, into=into, expected=expected)
+
+
+# --- replies ---
+
+
+class ReplyReader:
+    """Parses RESP2 replies off a socket, and receives values in place where it can."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self._bytes = bytearray(_READ_SIZE)
+        self._buffer = memoryview(self._bytes)
+        self._start = self._end = 0  # what has been received and not yet parsed
+
+    def read(self, request: Request) -> None:
+        """Fill in the request's `reply` or `error`.
+
+        Raises:
+            OSError: the connection broke or stalled.
+            TransientError: the server says "not now".
+        """
+        reply = self._parse(request.into)
+        if isinstance(reply, ServerError):
+            request.error = reply
+        else:
+            request.reply = reply
+
+    def _parse(self, into: memoryview | None = None) -> Any:
+        line = self._line()
+        kind, rest = line[:1], line[1:]
+        if kind == b"$":
+            return self._bulk(_number(rest), into)
+        if kind == b":":
+            return _number(rest, most=_LARGEST_INTEGER)
+        if kind == b"+":
+            return rest
+        if kind == b"-":
+            return reply_error(rest.decode(errors="replace"))
+        if kind == b"*":
+            return [self._parse() for _ in range(_number(rest))] if rest != b"-1" else None
+        raise NotValkeyError(f"a reply begins with {line[:20]!r}: this is no Valkey")
+
+    def _bulk(self, size: int, into: memoryview | None) -> Any:
+        if size < 0:
+            return None
+        target = into if into is not None and len(into) == size else memoryview(bytearray(size))
+        got = min(size, self._end - self._start)
+        target[:got] = self._buffer[self._start : self._start + got]
+        self._start += got
+        while got < size:
+            # Straight to its place; what follows, up to the next reply's first line, to the buffer.
+            count = self._receive([target[got:], self._buffer])
+            self._start, self._end = 0, max(0, count - (size - got))
+            got = min(size, got + count)
+        while self._end - self._start < 2:
+            self._fill()
+        self._start += 2
+        return size if target is into else target.obj
+
+    def _line(self) -> bytes:
+        while True:
+            # Replies' first lines are short; errors' are the longest.
+            end = self._bytes.find(b"\r\n", self._start, self._end)
+            if end >= 0:
+                line = bytes(self._buffer[self._start : end])
+                self._start = end + 2
+                return line
+            self._fill()
+
+    def _fill(self) -> None:
+        """Receive more behind what has not been parsed yet."""
+        left = self._end - self._start
+        if self._end == len(self._buffer) or not left:
+            if left == len(self._buffer):
+                raise NotValkeyError("a reply's first line has no end")
+            self._buffer[:left] = bytes(self._buffer[self._start : self._end])
+            self._start, self._end = 0, left
+        self._end += self._receive([self._buffer[self._end :]])
+
+    def _receive(self, buffers: list[memoryview]) -> int:
+        try:
+            count: int = self._sock.recvmsg_into(buffers)[0]
+        except BlockingIOError:
+            raise TimeoutError("it does not reply") from None
+        if not count:
+            raise ConnectionResetError("the server closed the connection")
+        return count
+
+
+def _number(text: bytes, most: int = _LARGEST) -> int:
+    """A length, of which none is above 512 MiB (`proto-max-bulk-len`), or an integer reply."""
+    digits = text.removeprefix(b"-")
+    if not digits.isdigit() or len(digits) > _MOST_DIGITS or int(digits) > most:
+        raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is no Valkey")
+    return int(text)
+
+
+def reply_error(text: str) -> ServerError:
+    """The error for an error reply.
+
+    Raises:
+        TransientError: it means "not now".
+        TooManyClientsError: it refuses the connection, as one too many.
+        ProtocolError: it comes before the end of the connection.
+    """
+    code = text.partition(" ")[0]
+    if code in _NOT_NOW or _NO_PRIMARY in text:
+        raise TransientError(text)
+    if _TOO_MANY_CLIENTS in text:
+        raise TooManyClientsError(text.removeprefix("ERR "))
+    if "Protocol error" in text and "unauthenticated" not in text:
+        raise ProtocolError(text, _MEND_LENGTH if "bulk length" in text else "")
+    if code in ("MOVED", "ASK"):
+        return RedirectError(text)
+    if code == "OOM":
+        return ServerFullError(text, "Raise the server's maxmemory, or remove what else is in it")
+    if code == "MISCONF":
+        return ServerError(text, "Fix its disk: the server's log has the reason")
+    if code in ("NOAUTH", "WRONGPASS") or "Protocol error" in text:
+        return ServerRefusedError(
+            text, "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has"
+        )
+    if code in ("NOPERM", "DENIED"):
+        return ServerRefusedError(text, "`ray-valkey-spill check` tells what the user may not do")
+    if code == "ERR" and any(phrase in text for phrase in _REFUSED_IN_A_SCRIPT):
+        return ServerRefusedError(text, "`ray-valkey-spill check` tells what the user may not do")
+    return ServerError(text)

@@ -1,0 +1,150 @@
+"""Which server has what: one server, the primary that Sentinels tell of, or a cluster's shards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from valkey.crc import VALKEY_CLUSTER_HASH_SLOTS, key_slot
+
+from ray_valkey_spill.config import Endpoint
+from ray_valkey_spill.errors import ServerError, ServerRefusedError
+from ray_valkey_spill.protocol.connection import Connection
+from ray_valkey_spill.protocol.resp import TransientError, command
+
+__all__ = ["Cluster", "Single", "Topology", "cluster_at", "primaries_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """One server has all keys."""
+
+    endpoint: Endpoint
+
+    def owner(self, key: bytes) -> Endpoint:
+        return self.endpoint
+
+    @property
+    def primaries(self) -> tuple[Endpoint, ...]:
+        return (self.endpoint,)
+
+
+class Cluster:
+    """Each of a cluster's primaries has the keys of some slots.
+
+    Args:
+        slots: the reply to CLUSTER SLOTS.
+        asked: the node that gave it, which may not know by what name it is reached.
+    """
+
+    def __init__(self, slots: Sequence[Any], asked: Endpoint) -> None:
+        self._owners: list[Endpoint | None] = [None] * VALKEY_CLUSTER_HASH_SLOTS
+        self._ids: dict[Endpoint, bytes] = {}
+        self.nodes: set[Endpoint] = set()
+        for first, last, *nodes in slots:
+            endpoints = [_node(node, asked) for node in nodes]
+            self.nodes |= {*endpoints}
+            self._ids |= {e: bytes(node[2]) for e, node in zip(endpoints, nodes) if node[2:]}
+            self._owners[first : last + 1] = [endpoints[0]] * (last + 1 - first)
+
+    def owner(self, key: bytes) -> Endpoint:
+        """Raises TransientError while nobody serves the key's slot."""
+        endpoint = self._owners[key_slot(key)]
+        if endpoint is None:
+            raise TransientError(f"CLUSTERDOWN nobody serves slot {key_slot(key)}")
+        return endpoint
+
+    def move(self, key: bytes, endpoint: Endpoint) -> None:
+        """Note that the slot of `key` is served elsewhere."""
+        self._owners[key_slot(key)] = endpoint
+        self.nodes.add(endpoint)
+
+    def agrees(self, other: Cluster, nodes: Collection[Endpoint]) -> bool:
+        """Whether all slots that `nodes` have according to `other` are theirs here too.
+
+        Nodes are compared by their ids: not each node may know another by the same name.
+        """
+        return all(
+            self._id(mine) == other._id(theirs)
+            for mine, theirs in zip(self._owners, other._owners)
+            if theirs in nodes
+        )
+
+    def _id(self, endpoint: Endpoint | None) -> bytes | Endpoint | None:
+        return None if endpoint is None else self._ids.get(endpoint, endpoint)
+
+    @property
+    def primaries(self) -> tuple[Endpoint, ...]:
+        return tuple(sorted({owner for owner in self._owners if owner is not None}))
+
+
+Topology = Single | Cluster
+
+
+def cluster_at(node: Connection) -> Cluster:
+    """What a node says of its cluster. Errors as `Connection.read`, and of the command."""
+    request = command("CLUSTER", "SLOTS")
+    node.add(request)
+    while node.read() is not request:
+        pass
+    return Cluster(request.result(), node.endpoint)
+
+
+def primaries_of(
+    service: str, sentinels: Iterable[Endpoint], connect: Callable[[Endpoint], Connection]
+) -> Iterator[tuple[Endpoint, Endpoint]]:
+    """Each of `sentinels` that knows `service`, and whom it names as the primary.
+
+    Whether that is one has to be asked of itself (https://valkey.io/topics/sentinel-clients). A
+    Sentinel that was cut off from the others may still name the one before.
+
+    Args:
+        service: as in `sentinel monitor`.
+        sentinels: who may know.
+        connect: opens a connection to one.
+
+    Raises:
+        OSError, TransientError: none can be asked.
+        ServerRefusedError: those that can be asked know of no such service, or refuse.
+    """
+    failure: Exception | None = None
+    refusal: ServerRefusedError | None = None
+    is_known = False
+    for sentinel in sentinels:
+        try:
+            with contextlib.closing(connect(sentinel)) as connection:
+                request = command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+                connection.add(request)
+                connection.read()
+                found = request.result()
+        except (OSError, TransientError) as error:
+            failure = failure or error
+        except ServerRefusedError as error:
+            refusal = ServerRefusedError(
+                f"the Sentinel at {sentinel} refuses ({error.what})", error.mend
+            )
+        except ServerError as error:
+            refusal = ServerRefusedError(
+                f"what answers at {sentinel} is no Sentinel ({error.what})",
+                "Correct url, or leave sentinel_service out",
+            )
+        else:
+            if isinstance(found, list):
+                is_known = True
+                yield sentinel, Endpoint(found[0].decode(), int(found[1]))
+            else:
+                refusal = ServerRefusedError(
+                    f"the Sentinel at {sentinel} knows no service {service!r}",
+                    "Correct url or sentinel_service (SENTINEL MASTERS tells)",
+                )
+    if not is_known:
+        reason = refusal or failure
+        assert reason is not None
+        raise reason
+
+
+def _node(told: Sequence[Any], asked: Endpoint) -> Endpoint:
+    named = told[0] not in (None, b"", b"?")
+    return Endpoint(told[0].decode() if named else asked.host, told[1])

@@ -1,0 +1,347 @@
+"""Finds and removes what dead sessions, and dead nodes of running ones, have left.
+
+Whoever lives renews a lease: each node with IO workers, every ten seconds or so. A lease has run
+out if it was not renewed for a minute. That is measured here, by watching and by this process's own
+clock: the server's may have jumped, and is only believed where it tells of *less* time. While the
+server cannot be reached nobody can renew, so the watch begins again after that.
+
+IO workers may also be stopped, or be gone, while their node lives. So for whoever has no lease its
+session's GCS is asked too: a session is dead only if nobody answers for it there, and a node of a
+running session only if the GCS says so. Where it cannot be asked, because its host does not answer
+or because no lease tells where it is, all of the session may be cut off from here, or stopped with
+its machines, and then it is dead only after ten times as long. A GCS at a loopback address can only
+be asked on the session's own host. Elsewhere nothing that is found there is evidence.
+
+A server that lags shows leases as they were, and objects as half-written that are stored by now. So
+nothing is removed for what such a one may have said: see `link.Link.confirmed`.
+
+A session of which any lease has changed since it was judged is not touched, or no further. What
+makes its remains be found goes last: if a clean-up is killed, the next one finds the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import OverflowUnavailableError
+from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.plugin.gcs import (
+    UNKNOWN,
+    UNREACHABLE,
+    RunningSession,
+    has_run_here,
+    is_loopback,
+)
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.tiers.ledger import Lease, Owner, Usage
+from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
+from ray_valkey_spill.tiers.overflow_place import SharedOverflow
+from ray_valkey_spill.tiers.valkey import ValkeyTier
+
+__all__ = ["LEASE", "RENEWAL", "CleanUp", "Remains"]
+
+# Seconds from one renewal to the next, and after which a lease that was not renewed has run out.
+RENEWAL, LEASE = 10.0, 60.0
+# Seconds to watch a lease that by the server's clock has run out: some renewals, however late.
+_CONFIRMATION = 3.5 * RENEWAL
+# How many times as long a lease lasts where nobody can be asked.
+_UNASKED = 10
+_BETWEEN_LOOKS = 1.0
+# If more passes between two looks, this process stood still, and perhaps others with it.
+_LONGEST_BLINK = 5.0
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What a dead node has left that nobody can need.
+
+    Attributes:
+        owner: whose it is.
+        session_is_dead: if so, all of it is; of a running session, only what is half-written.
+        usage: what it has in Valkey.
+        pending: how many objects in Valkey are half-written.
+        files: how many there are in the overflow.
+        file_bytes: how long these are.
+    """
+
+    owner: Owner
+    session_is_dead: bool
+    usage: Usage
+    pending: int
+    files: int
+    file_bytes: int
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.session_is_dead or self.pending or self.files)
+
+
+class CleanUp:
+    """A look for the dead of a namespace, and their removal.
+
+    Errors are those of `link.Link.run`. An overflow that cannot be used does not hold up what is in
+    Valkey: all else is removed, but for the metadata from which the next clean-up finds the rest.
+
+    Args:
+        config: which server, namespace and overflow.
+        running_at: see `gcs.running_at`.
+
+    Attributes:
+        unavailable: why the overflow could not be used since the latest `find` began, or None.
+    """
+
+    def __init__(self, config: Config, running_at: Callable[[str], RunningSession | None]) -> None:
+        self._link = Link(config)
+        self._tier = ValkeyTier(self._link, Keyspace.of(config))
+        self._ledger = self._tier.ledger
+        self._overflow = OverflowTier.of(config)
+        self._running_at = running_at
+        self.unavailable: OverflowUnavailableError | None = None
+        # What leases the dead sessions had when they were judged.
+        self._dead: dict[str, set[Lease]] = {}
+
+    def close(self) -> None:
+        self._link.close()
+        if self._overflow is not None:
+            self._overflow.close()
+
+    def sessions(self) -> set[str]:
+        """All that have anything here."""
+        return {owner.session for owner in self._owners()}
+
+    def find(self, tell: Callable[[str], None] = lambda text: None) -> list[Remains]:
+        """Watch for about as long as a lease lasts; returns what the dead have left.
+
+        Those whose GCS cannot be asked are watched for ten times as long again.
+
+        Args:
+            tell: is given lines on what is waited for, and on what is kept and why.
+        """
+        self.unavailable = None
+        owners = self._owners()
+        before = self._leases()
+        silent = self._watch(owners, LEASE, tell)
+        running = {
+            session: self._running(session, {lease.gcs_address for lease in before[session]})
+            for session in sorted({owner.session for owner in silent})
+        }
+        unasked = {owner for owner in silent if running[owner.session] is UNREACHABLE}
+        silent -= unasked - self._watch(unasked, _UNASKED * LEASE, tell)
+        after = self._leases()
+        usages = self._ledger.usages()
+        self._dead = {}
+        remains = []
+        for session in sorted({owner.session for owner in silent}):
+            nodes = {owner for owner in silent if owner.session == session}
+            answer = running[session]
+            if answer is not None and answer is not UNREACHABLE:
+                nodes = self._dead_nodes(answer, nodes, tell)
+            elif before[session] != after[session]:
+                tell(f"Kept: {session}, some of whose nodes live, though its GCS does not answer")
+                continue
+            else:
+                self._dead[session] = after[session]
+            remains += [
+                self._remains(owner, session in self._dead, usages.get(owner, Usage()))
+                for owner in sorted(nodes)
+                if owner.node
+            ]
+        self._tell_of_unavailability(tell)
+        return remains
+
+    def _tell_of_unavailability(self, tell: Callable[[str], None]) -> None:
+        if self.unavailable is not None:
+            tell(f"Kept: all that is in the overflow, since {self.unavailable.what}")
+
+    def _leases(self) -> defaultdict[str, set[Lease]]:
+        """Those of each session."""
+        leases = defaultdict[str, set[Lease]](set)
+        for lease in self._link.confirmed(self._ledger.leases):
+            leases[lease.owner.session].add(lease)
+        return leases
+
+    def _owners(self) -> set[Owner]:
+        owners, sessions = self._ledger.owners(), {*self._ledger.overflows()}
+        owners |= self._of_overflow(OverflowTier.owners, set())
+        sessions |= self._of_overflow(OverflowTier.sessions, set())
+        # What a session has agreed on may be all that is left of it, and is no node's.
+        return owners | {Owner(session, "") for session in sessions - {o.session for o in owners}}
+
+    def _of_overflow(self, use: Callable[[OverflowTier], _T], otherwise: _T) -> _T:
+        """What `use` returns for the overflow; `otherwise` if there is none that can be used."""
+        if self._overflow is not None and self.unavailable is None:
+            try:
+                return use(self._overflow)
+            except OverflowUnavailableError as error:
+                self.unavailable = error
+        return otherwise
+
+    def _running(self, session: str, addresses: Iterable[str]) -> RunningSession | None:
+        """As `gcs.running_at`, for all the addresses that a session's GCS may have."""
+        found = [self._ask(session, address) for address in sorted(addresses) if address]
+        for running in found:
+            if running is not None and running.name == session:
+                return running
+        if UNKNOWN in found:
+            return UNKNOWN
+        return UNREACHABLE if UNREACHABLE in found or not found else None
+
+    def _ask(self, session: str, address: str) -> RunningSession | None:
+        running = self._running_at(address)
+        is_it = running is not None and running.name == session
+        if not is_it and is_loopback(address) and not has_run_here(session):
+            return UNREACHABLE
+        return running
+
+    def _dead_nodes(
+        self, running: RunningSession, silent: Collection[Owner], tell: Callable[[str], None]
+    ) -> set[Owner]:
+        """Those of the silent nodes of a session that are dead, and not only silent."""
+        if running is UNKNOWN:
+            for owner in sorted(silent):
+                tell(f"Kept: {owner}, since what runs at its GCS's address does not tell of it")
+            return set()
+        living = {owner for owner in silent if owner.node in running.nodes}
+        for owner in sorted(living):
+            tell(f"Kept: {owner}, which lives, as its GCS says")
+        return {*silent} - living
+
+    def _watch(
+        self, owners: Iterable[Owner], lease: float, tell: Callable[[str], None]
+    ) -> set[Owner]:
+        """Those of `owners` whose leases, of `lease` seconds, run out while they are looked at."""
+        undecided, dead = set(owners), set[Owner]()
+        # One operation: a connection that was closed meanwhile has to count as broken.
+        with self._link.operation():
+            breaks, looked = self._link.breaks, time.monotonic()
+            first, deadlines = self._deadlines(undecided, lease)
+            if undecided:
+                longest = max(deadlines.values()) - looked
+                tell(f"Watching {len(undecided)} nodes' leases for up to {longest:.0f} s")
+            while undecided:
+                time.sleep(_BETWEEN_LOOKS)
+                renewed = self._renewed()
+                now = time.monotonic()
+                undecided -= {
+                    owner for owner in undecided if renewed.get(owner) != first.get(owner)
+                }
+                if self._link.breaks != breaks or now - looked > _LONGEST_BLINK:
+                    breaks, now = self._link.breaks, time.monotonic()
+                    first, deadlines = self._deadlines(undecided, lease)
+                out = {owner for owner in undecided if now >= deadlines[owner]}
+                dead |= out
+                undecided -= out
+                looked = now
+        return dead
+
+    def _renewed(self) -> dict[Owner, int]:
+        """When each lease was renewed; the latest, where a node has several."""
+        leases = self._link.confirmed(self._ledger.leases, keep=True)
+        leases.sort(key=lambda lease: lease.renewed)
+        return {lease.owner: lease.renewed for lease in leases}
+
+    def _deadlines(
+        self, owners: set[Owner], lease: float
+    ) -> tuple[dict[Owner, int], dict[Owner, float]]:
+        """When each lease was renewed, and when it has run out if it is not renewed again."""
+        renewed, server_time, now = self._renewed(), self._ledger.time(), time.monotonic()
+        deadlines = {}
+        for owner in owners:
+            ago = (server_time - renewed.get(owner, server_time)) / 1000
+            left = lease - ago if ago >= 0 else lease
+            deadlines[owner] = now + max(left, _CONFIRMATION)
+        return renewed, deadlines
+
+    def _remains(self, owner: Owner, session_is_dead: bool, usage: Usage) -> Remains:
+        nothing: list[StoredFile] = []
+        files = self._of_overflow(lambda overflow: overflow.files(owner), nothing)
+        nobodys = [file for file in files if session_is_dead or not file.is_whole]
+        return Remains(
+            owner,
+            session_is_dead,
+            usage,
+            pending=sum(map(len, self._ledger.pending(owner))),
+            files=len(nobodys),
+            file_bytes=sum(file.entry.stored for file in nobodys),
+        )
+
+    def remove(self, remains: Iterable[Remains]) -> list[Remains]:
+        """Remove what the latest `find` has found, and what dead sessions had agreed on.
+
+        Returns:
+            What of it was removed. What has come to life since is kept, and what is in an overflow
+            that cannot be used.
+        """
+        remains = list(remains)
+        removed = [each for each in remains if not each.session_is_dead]
+        for each in removed:
+            self._remove_half_written(each.owner)
+        for session in self._dead:
+            of_session = [each for each in remains if each.owner.session == session]
+            if self._remove_session(session, [each.owner for each in of_session]):
+                removed += of_session
+        if self.unavailable is not None:
+            removed = [replace(each, files=0, file_bytes=0) for each in removed]
+        return removed
+
+    def _remove_half_written(self, owner: Owner) -> None:
+        self._tier.remove_half_written(owner)
+        self._ledger.release_all(owner)
+        self._of_overflow(lambda overflow: overflow.remove_parts(owner, lambda pid: False), None)
+
+    def _remove_session(self, session: str, owners: Sequence[Owner]) -> bool:
+        """Remove what a session has, while it is dead; returns whether it still is at the end."""
+        if not all(map(self._remove_from_valkey, owners)):
+            return False
+        steps: list[Callable[[OverflowTier], object]] = [
+            functools.partial(OverflowTier.destroy, owner=owner) for owner in owners
+        ]
+        steps.append(functools.partial(OverflowTier.destroy_session, session=session))
+        for step in steps:
+            if not self._is_dead(session):
+                return False
+            self._of_overflow(step, None)
+        if not self._is_dead(session):
+            return False
+        if self.unavailable is None:
+            self._forget(session, owners)
+        return True
+
+    def _forget(self, session: str, owners: Iterable[Owner]) -> None:
+        """Remove the metadata of a dead session that has nothing else any more."""
+        for owner in owners:
+            self._ledger.close_account(owner)
+        if self._overflow is None:
+            self._ledger.forget_overflow(session)
+        else:
+            shared = SharedOverflow(self._overflow, session)
+            self._of_overflow(lambda overflow: shared.leave(self._ledger), None)
+
+    def _remove_from_valkey(self, owner: Owner) -> bool:
+        """Remove what a dead session has in Valkey, while it is dead; returns whether that is."""
+        for names in self._ledger.pending(owner):
+            if not self._is_dead(owner.session):
+                return False
+            self._tier.remove(names)
+        for entries in self._ledger.stored(owner):
+            if not self._is_dead(owner.session):
+                return False
+            self._tier.remove(entry.name for entry in entries)
+        return True
+
+    def _is_dead(self, session: str) -> bool:
+        """Whether nothing has changed since the session was judged to be dead."""
+        return self._leases()[session] == self._dead[session]
+
+    def recount(self) -> None:
+        """Correct what the books say of everybody's use of the server."""
+        for owner in self._ledger.owners():
+            self._ledger.recount(owner)

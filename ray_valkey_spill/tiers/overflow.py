@@ -1,0 +1,813 @@
+"""Where bytes live that Valkey has no room for: a file an object, in a place that all nodes reach.
+
+    <overflow_uri>/<key_prefix><namespace>/<session>/<node>/<object>.<attempt>.<n>.<size>
+
+A file has an object's chunks, one after the other, and then its header's value, as in Valkey. What
+is cut off has no header at its end and so never looks whole. In a directory, a file has ".part"
+after its name until it is written; in an object store, it is not there before its upload is
+completed. An upload whose writer is killed never is, and only the store's own rule for incomplete
+uploads removes its parts: `pyarrow` can neither list nor abort it.
+
+The files are their own index: an owner's are in one directory. Nothing of them is on the server,
+which is full when they are written. Beside the nodes' directories a session has a signature in its
+own, for as long as it has one: `<session>/place.<token>`.
+
+A share whose server is away, or an object store that does not answer, makes its callers wait
+without end. So all that touches the file system is done in threads of `steps`, and fails once a
+step of it has made no progress for as long as `Patience` allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import re
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from ray_valkey_spill.config import KIB, MIB, Config
+from ray_valkey_spill.errors import LostObjectError, OverflowUnavailableError
+from ray_valkey_spill.format.header import (
+    TRAILER_SIZE,
+    Buffer,
+    copy_into,
+    header_size,
+    largest_header,
+    scratch,
+)
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Place
+from ray_valkey_spill.format.packing import INLINE_LIMIT, Receive
+from ray_valkey_spill.tiers.ledger import Owner
+from ray_valkey_spill.tiers.steps import Job, StalledError, StepThread, StepThreads, begin_step
+from ray_valkey_spill.tiers.valkey import Stat, Value
+
+__all__ = ["OverflowTier", "Patience", "StoredFile"]
+
+_OBJECT_STORES = {"s3", "gcs", "abfs"}
+# A request to an object store is slow to begin with, so each asks for much, and some go at a time.
+_SPAN = 4 * MIB
+_SPANS_AHEAD = 3
+_TAIL = 16 * KIB
+# What is written is handed to another thread by pieces, some of which are under way at a time.
+_PIECE = 512 * KIB
+_PIECES_UNDER_WAY = 2
+_MOST_AT_ONCE = 1 * MIB  # of what is read, so that a slow share is seen to make progress
+# Bytes per second: the least that counts as progress when a file is closed, which may be when a
+# share gets all that was written.
+_SLOWEST = 10e6
+_PART = ".part"
+_SIGNATURE = "place."
+_FILE = re.compile(r"([^/]+)\.([0-9]+)(\.part)?")
+# Of removing a directory: files may come and go that somebody was at when it still had its name.
+_DELETE_ATTEMPTS = 5
+# Google's client would retry for a quarter of an hour, without a word.
+_GCS_RETRY_SECONDS = 10
+
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long, in seconds, a step may make no progress until its caller is given an error.
+
+    A wrong alarm costs little, for callers try again.
+
+    Attributes:
+        answer: a step that moves next to no data, such as to open a file. Less than five, in which
+            a head start has to fail.
+        data: a read or a write of a piece of data in a directory; as connections have it.
+        request: a request to an object store that moves or lists much, of which no progress is seen
+            on the way. Up to 10 MiB, in as many seconds on a slow line.
+        retry: while a step hangs, others fail at once, and one is tried each time after so long.
+    """
+
+    answer: float = 4.0
+    data: float = 10.0
+    request: float = 30.0
+    retry: float = 30.0
+
+
+class StoredFile(NamedTuple):
+    """A file of the overflow; `entry.stored` is its length in bytes.
+
+    One that is not whole is being written, or was when its writer was killed.
+    """
+
+    entry: Entry
+    is_whole: bool
+    path: str
+
+
+_Method = Callable[Concatenate["OverflowTier", _P], _T]
+
+
+def _reading(method: _Method[_P, _T]) -> _Method[_P, _T]:
+    """Do what `method` does in a thread of those that read."""
+
+    @functools.wraps(method)
+    def bounded(self: OverflowTier, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return self._run(self._reading, functools.partial(method, self, *args, **kwargs))
+
+    return bounded
+
+
+def _changing(method: _Method[_P, _T]) -> _Method[_P, _T]:
+    """Do what `method` does in a thread of those that change something."""
+
+    @functools.wraps(method)
+    def bounded(self: OverflowTier, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return self._run(self._changing, functools.partial(method, self, *args, **kwargs))
+
+    return bounded
+
+
+class OverflowTier:
+    """Objects in files. Thread-safe.
+
+    Errors are `OverflowUnavailableError`, unless something else is said. Nothing waits for longer
+    than `patience` allows. While a step that reads hangs, whatever else has to read fails at once,
+    and so for what changes something: of a file system that is frozen, for one, all can be read.
+
+    Args:
+        uri: of a `pyarrow.fs` file system and a directory in it.
+        keyspace: whose objects.
+        patience: seconds without progress.
+    """
+
+    def __init__(self, uri: str, keyspace: Keyspace, patience: Patience = Patience()) -> None:
+        self._uri = uri
+        self._root = keyspace.root.rstrip(":")
+        self._patience = patience
+        self._reading = StepThreads("overflow-read", patience.answer, patience.retry)
+        self._changing = StepThreads("overflow-write", patience.answer, patience.retry)
+        self._opened: tuple[Any, str] | None = None
+        # What could not be removed after a failure: the place may not have been there.
+        self._undiscarded: deque[str] = deque()
+        # For what is written: several buffers each. None of what a hung step still refers to.
+        self._memory: deque[list[memoryview]] = deque()
+
+    @classmethod
+    def of(cls, config: Config) -> OverflowTier | None:
+        uri = config.overflow_uri
+        return None if uri is None else cls(uri, Keyspace.of(config))
+
+    def __str__(self) -> str:
+        """The URI, without what can be secret in it."""
+        if "://" not in self._uri:
+            return self._uri
+        parts = urlsplit(self._uri)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    def close(self) -> None:
+        """End the threads, as far as they do not hang; the next use starts others."""
+        self._reading.close()
+        self._changing.close()
+
+    # --- objects ---
+
+    def write(self, values: Iterable[Value]) -> Iterator[Entry]:
+        """Write `values` in order, and yield each object once all of it is there.
+
+        If that fails, or is given up, nothing is left of the object that it was at; if that cannot
+        be removed either, the next `write` does it. If it fails because a step hangs, the object is
+        removed when that step returns, even if it completed the object. No memory of `values` is
+        referred to once this is over: they are copied.
+        """
+        with contextlib.ExitStack() as stack:
+            with self._errors():
+                thread = stack.enter_context(self._changing.thread())
+                if self._undiscarded:
+                    thread.run(self._discard_again)
+            buffers = stack.enter_context(self._buffers(thread))
+            file: _Writer | None = None
+            try:
+                for value in values:
+                    with self._errors():
+                        if file is None:
+                            place = Place(value.name, value.size)
+                            create = functools.partial(self._create, place)
+                            file = _Writer(create, self._discard, thread, buffers)
+                        file.write(value.parts)
+                        if value.completes is None:
+                            continue
+                        size = file.commit()
+                        file = None
+                    yield value.completes._replace(stored=size)
+            finally:
+                if file is not None:
+                    thread.finish(file.discard)
+
+    @_reading
+    def stat(self, place: Place) -> Stat:
+        """The header, and how many bytes of chunks there are."""
+        inline = place.name.chunks == 0
+        try:
+            with self._open_file(place) as file:
+                size = file.size()
+                begin_step(self._data_limit)
+                tail = _inline(file, size) if inline else _tail(file, size, place.name.chunks)
+        except FileNotFoundError:
+            self._require_signature(place)
+            return Stat(None, [])
+        return Stat(tail, [], payload=0 if inline else size - len(tail))
+
+    def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
+        """Open an object, and return what `use` returns.
+
+        Args:
+            place: the object.
+            sizes: of its chunks as stored, in bytes.
+            use: given what receives chunks into memoryviews and yields as each is there, in order.
+                It may be called in another thread, so that there is no hand-over for every chunk.
+
+        Raises:
+            LostObjectError: if the file is gone, or ends too soon.
+            OverflowUnavailableError: if that is because a read hangs, `use` has not returned, and
+                what it has asked for may be written to until this process ends: that memory must
+                not be used for anything else.
+        """
+        offsets = list(accumulate(sizes, initial=0))
+        with self._errors(), self._reading.thread() as thread:
+            file = thread.run(functools.partial(self._open_to_read, place))
+            try:
+                if self._has_directories:
+                    return thread.run(lambda: use(functools.partial(self._chunks, file, offsets)))
+                return use(functools.partial(self._spans, thread, file, offsets))
+            finally:
+                # While others hang, it is closed with the last reference to it.
+                thread.finish(functools.partial(_close, file))
+
+    @_changing
+    def remove(self, place: Place) -> None:
+        """Remove an object; it is no error if it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self._path(place))
+
+    @contextlib.contextmanager
+    def _buffers(self, thread: StepThread) -> Iterator[list[memoryview]]:
+        """Memory of this tier's own for what `thread` is to write."""
+        try:
+            buffers = self._memory.pop()
+        except IndexError:
+            buffers = [scratch(_PIECE) for _ in range(1 + _PIECES_UNDER_WAY)]
+        yield buffers
+        if not thread.hangs:
+            self._memory.append(buffers)
+
+    def _open_to_read(self, place: Place) -> Any:
+        try:
+            return self._open_file(place)
+        except FileNotFoundError:
+            self._require_signature(place)
+            raise LostObjectError("its file is gone from the overflow") from None
+
+    def _open_file(self, place: Place) -> Any:
+        file = self._fs.open_input_file(self._path(place))
+        try:
+            begin_step(self._patience.answer)
+        except StalledError:
+            # Nobody waits for it any more. Left to its destructor, a close that hangs would stop
+            # the whole process, for that has the GIL.
+            _close(file)
+            raise
+        return file
+
+    def _chunks(self, file: Any, offsets: Sequence[int], wanted: _Wanted) -> Iterator[None]:
+        """Receive chunks of a file of a directory, each from its offset right into its place."""
+        for number, into in wanted:
+            begin_step(self._patience.data)
+            file.seek(offsets[number])
+            done = 0
+            while done < len(into):
+                begin_step(self._patience.data)
+                count = file.readinto(into[done : done + _MOST_AT_ONCE])
+                if not count:
+                    raise _ends_in(number)
+                done += count
+            yield
+
+    def _spans(
+        self, thread: StepThread, file: Any, offsets: Sequence[int], wanted: _Wanted
+    ) -> Iterator[None]:
+        """Receive chunks by spans of several, some of which are under way at a time."""
+        threads = [thread]
+        under_way: deque[tuple[list[tuple[int, memoryview]], StepThread, Job[bytes]]] = deque()
+
+        def receive(start: int, end: int) -> bytes:
+            begin_step(self._patience.request)
+            data: bytes = file.read_at(end - start, start)
+            return data
+
+        def received() -> Iterator[None]:
+            span, thread, job = under_way.popleft()
+            data, start = memoryview(thread.wait(job)), offsets[span[0][0]]
+            for number, into in span:
+                found = data[offsets[number] - start :][: len(into)]
+                if len(found) < len(into):
+                    raise _ends_in(number)
+                into[:] = found
+                yield
+
+        with contextlib.ExitStack() as others:
+            for count, span in enumerate(_spans(offsets, wanted)):
+                if 0 < count < _SPANS_AHEAD:
+                    threads.append(others.enter_context(self._reading.thread()))
+                next_thread = threads[count % _SPANS_AHEAD]
+                start, end = offsets[span[0][0]], offsets[span[-1][0] + 1]
+                job = next_thread.submit(functools.partial(receive, start, end))
+                under_way.append((span, next_thread, job))
+                if len(under_way) > _SPANS_AHEAD:
+                    yield from received()
+            while under_way:
+                yield from received()
+
+    # --- owners ---
+
+    @_reading
+    def files(self, owner: Owner) -> list[StoredFile]:
+        """What is there of a node of a session."""
+        directory = self._directory(*owner)
+        found = []
+        for path, size in self._list(directory):
+            match = _FILE.fullmatch(path.removeprefix(f"{directory}/"))
+            with contextlib.suppress(ValueError):  # not one of ours
+                if match:
+                    name = ObjectName.parse(f"{owner}:{match[1]}")
+                    entry = Entry(name, int(match[2]), size)
+                    found.append(StoredFile(entry, not match[3], path))
+        return found
+
+    @_reading
+    def sessions(self) -> set[str]:
+        """Those that have anything here, if only a signature."""
+        return set(self._list_directories(self._directory()))
+
+    @_reading
+    def owners(self) -> set[Owner]:
+        return {
+            Owner(session, node)
+            for session in self.sessions()
+            for node in self._list_directories(self._directory(session))
+        }
+
+    @_changing
+    def remove_parts(self, owner: Owner, is_alive: Callable[[int], bool]) -> None:
+        """Remove what killed processes of a node were writing.
+
+        Args:
+            owner: the node, of a session.
+            is_alive: whether a process of the node, given by its id, may still be writing.
+        """
+        for file in self.files(owner):
+            if not file.is_whole and not is_alive(file.entry.name.writer):
+                begin_step(self._patience.answer)
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.delete_file(file.path)
+
+    @_changing
+    def destroy(self, owner: Owner) -> int:
+        """Remove everything of a node of a session; returns how many objects that were."""
+        count = sum(file.is_whole for file in self.files(owner))
+        self._delete_directory(self._directory(*owner))
+        self._remove_if_empty(self._directory(owner.session), self._directory())
+        return count
+
+    @_changing
+    def destroy_session(self, session: str) -> None:
+        """Remove everything of a session."""
+        self._delete_directory(self._directory(session))
+        self._remove_if_empty(self._directory())
+
+    # --- whether all nodes mean the same place ---
+
+    def sign(self, session: str, token: str) -> None:
+        """Leave a token, which whoever sees the same place finds.
+
+        Without it nothing can be written to a directory, nor is anything there taken for lost. This
+        fails within `Patience.answer`, if it does; if that is because a step hangs, there is no
+        token either, once that step has returned.
+        """
+        with self._errors(), self._changing.thread() as thread:
+            try:
+                thread.run(functools.partial(self._sign, session, token))
+            except StalledError:
+                thread.finish(lambda: self.unsign(session, token))
+                raise
+
+    def _sign(self, session: str, token: str) -> None:
+        filesystem, root = _open(self._uri, patient=False)
+        directory = self._below(root, session)
+        if _has_directories(filesystem):
+            filesystem.create_dir(directory)
+        with filesystem.open_output_stream(f"{directory}/{_SIGNATURE}{token}") as file:
+            file.write(b"This place is used by a Ray session.\n")
+
+    @_reading
+    def is_signed(self, session: str, token: str) -> bool:
+        return self._exists(self._signature(session, token))
+
+    @_changing
+    def unsign(self, session: str, token: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self._signature(session, token))
+        begin_step(self._patience.answer)
+        if self._has_directories:
+            self._remove_if_empty(self._directory(session), self._directory())
+        elif self._is_empty(session):
+            # `pyarrow` leaves an empty object in the name of what a file was in. A session that has
+            # no signature is used by nobody, but what is above it may be.
+            self._delete_directory(self._directory(session))
+
+    # --- helpers, in a thread ---
+
+    @property
+    def _fs(self) -> Any:
+        return self._open_fs()[0]
+
+    def _open_fs(self) -> tuple[Any, str]:
+        if self._opened is None:
+            self._opened = _open(self._uri, patient=True)
+            begin_step(self._patience.answer)
+        return self._opened
+
+    @property
+    def _has_directories(self) -> bool:
+        return _has_directories(self._fs)
+
+    @property
+    def _data_limit(self) -> float:
+        """How long a piece of data may take."""
+        return self._patience.data if self._has_directories else self._patience.request
+
+    def _below(self, root: str, *components: str) -> str:
+        # Names of sessions and tokens come from the server, which others may write to.
+        for component in components:
+            if "/" in component or component in ("", ".", ".."):
+                raise OverflowUnavailableError(
+                    f"{component!r} cannot be a name in the overflow at {self}, and nothing of the "
+                    "kind is touched there",
+                    "Look for who else writes to the server's keys",
+                )
+        return "/".join((root, self._root, *components))
+
+    def _directory(self, *components: str) -> str:
+        return self._below(self._open_fs()[1], *components)
+
+    def _path(self, place: Place) -> str:
+        session, node, rest = str(place.name).split(":")
+        return self._directory(session, node, f"{rest}.{place.size}")
+
+    def _signature(self, session: str, token: str) -> str:
+        return self._directory(session, f"{_SIGNATURE}{token}")
+
+    def _create(self, place: Place) -> _NewFile:
+        path = self._path(place)
+        limits = self._patience.answer, self._data_limit
+        if not self._has_directories:
+            return _NewFile(self._fs, path, "", *limits)
+        # Not the session's directory, which its signature is in: where that is gone, so is the
+        # session, or a share is not mounted, and what is written would be found by nobody.
+        self._fs.create_dir(path.rpartition("/")[0], recursive=False)
+        return _NewFile(self._fs, path, _PART, *limits)
+
+    def _discard(self, *paths: str) -> None:
+        """Remove what was not finished, now or with the next `write`."""
+        for path in paths:
+            begin_step(self._patience.answer)
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.delete_file(path)
+            except (OSError, pa.ArrowException):
+                self._undiscarded.append(path)
+
+    def _discard_again(self) -> None:
+        for _ in range(len(self._undiscarded)):
+            self._discard(self._undiscarded.popleft())
+
+    def _require_signature(self, place: Place) -> None:
+        """Tell that a place is gone, such as a share that is not mounted, and not a file of it.
+
+        Raises:
+            OverflowUnavailableError
+        """
+        directory = self._directory(place.name.session)
+        names = [path.rpartition("/")[2] for path, _ in self._list(directory)]
+        if not any(name.startswith(_SIGNATURE) for name in names):
+            raise OverflowUnavailableError(
+                f"the overflow at {self} has nothing of session {place.name.session} any more",
+                "Mount or bring back what was there; without it what was spilled there is lost",
+            )
+
+    def _list(self, directory: str, kind: Any = fs.FileType.File) -> list[tuple[str, int]]:
+        """The paths and lengths of what is in a directory; nothing if it is not there."""
+        if self._is_local:
+            return list(self._scan(directory, kind))
+        found: list[Any] = []
+        begin_step(self._patience.request)
+        # `allow_not_found` does not help where it was not there, and then another made it.
+        with contextlib.suppress(FileNotFoundError):
+            found = self._fs.get_file_info(fs.FileSelector(directory, allow_not_found=True))
+        begin_step(self._patience.answer)
+        return [(info.path, info.size or 0) for info in found if info.type == kind]
+
+    def _scan(self, directory: str, kind: Any) -> Iterator[tuple[str, int]]:
+        # `pyarrow` shows no progress, and of many files on a share that is slow there is much.
+        begin_step(self._patience.answer)
+        with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+            for entry in entries:
+                begin_step(self._patience.answer)
+                with contextlib.suppress(FileNotFoundError):
+                    info = entry.stat()
+                    is_kind = stat.S_ISDIR if kind == fs.FileType.Directory else stat.S_ISREG
+                    if is_kind(info.st_mode):
+                        yield entry.path, info.st_size
+
+    def _list_directories(self, directory: str) -> list[str]:
+        found = self._list(directory, fs.FileType.Directory)
+        return [path.rpartition("/")[2] for path, _ in found]
+
+    def _is_empty(self, session: str) -> bool:
+        return not self._fs.get_file_info(
+            fs.FileSelector(self._directory(session), allow_not_found=True)
+        )
+
+    def _exists(self, path: str) -> bool:
+        return bool(self._fs.get_file_info(path).type == fs.FileType.File)
+
+    def _delete_directory(self, path: str) -> None:
+        """Remove a directory and all in it, whatever others write or remove there meanwhile."""
+        begin_step(self._patience.answer)
+        if self._has_directories:
+            # Under a name that nobody else writes to. If this is killed, a clean-up takes it
+            # for that of a node, or of a session, which is dead.
+            path, known = f"{path}.{os.urandom(4).hex()}", path
+            try:
+                self._fs.move(known, path)
+            except FileNotFoundError:
+                return
+        for attempts_left in reversed(range(_DELETE_ATTEMPTS)):
+            try:
+                if self._is_local:
+                    _remove_tree(path, self._patience.answer)
+                else:
+                    begin_step(self._patience.request)
+                    self._fs.delete_dir(path)
+                return
+            except OSError:
+                begin_step(self._patience.answer)
+                if self._fs.get_file_info(path).type == fs.FileType.NotFound:
+                    return
+                if not attempts_left:
+                    raise
+
+    def _remove_if_empty(self, *paths: str) -> None:
+        """Remove directories that have nothing in them."""
+        # `pyarrow` removes a directory only with what is in it, which another may just have made.
+        for path in paths if self._is_local else ():
+            begin_step(self._patience.answer)
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+
+    @property
+    def _is_local(self) -> bool:
+        return bool(self._fs.type_name == "local")
+
+    # --- helpers, for whoever waits ---
+
+    def _run(self, threads: StepThreads, work: Callable[[], _T]) -> _T:
+        with self._errors():
+            return threads.run(work)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What the file system raises, in our terms."""
+        try:
+            yield
+        except StalledError as error:
+            raise OverflowUnavailableError(
+                f"the overflow at {self} does not answer: {error}",
+                "Bring back the file server, mount or object store there; until then nothing can "
+                "be spilled to it or restored from it",
+            ) from None
+        except (OSError, pa.ArrowException) as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            told = (str(error).splitlines() or [type(error).__name__])[0]
+            # Where a URI cannot be parsed, all of it is told.
+            told = told.replace(self._uri, str(self))
+            raise OverflowUnavailableError(
+                f"the overflow at {self} {'is full' if full else 'cannot be used'}: {told}",
+                "Make room there" if full else "Every node must be able to write and read there",
+            ) from error
+
+
+class _NewFile:
+    """A file that is being written at `path`; it has its name once it is whole."""
+
+    def __init__(self, filesystem: Any, name: str, suffix: str, answer: float, data: float) -> None:
+        self._fs = filesystem
+        self._name = name
+        self._answer, self._data = answer, data
+        self.path = f"{name}{suffix}"
+        begin_step(answer)
+        self._stream = filesystem.open_output_stream(self.path, compression=None)
+        self.size = 0
+
+    @property
+    def paths(self) -> set[str]:
+        """Where it, or a part of it, can be."""
+        return {self.path, self._name}
+
+    def write(self, data: Buffer) -> None:
+        begin_step(self._data)
+        self._stream.write(data)
+        self.size += len(data)
+
+    def commit(self) -> None:
+        begin_step(self._data + self.size / _SLOWEST)
+        self._stream.close()
+        if self.path != self._name:
+            begin_step(self._answer)
+            self._fs.move(self.path, self._name)
+
+    def close(self) -> None:
+        """Close it as it is. An object store then has it, cut off, until it is removed."""
+        begin_step(self._data + self.size / _SLOWEST)
+        _close(self._stream)
+
+
+class _Writer:
+    """Writes a file by a thread that may hang.
+
+    What is written is copied first: a step that hangs in a write refers to what it writes for as
+    long as that takes, and by then the caller has used its memory for something else.
+
+    Args:
+        create: opens the file, in the thread.
+        discard: removes files, in the thread.
+        thread: the one that does it.
+        buffers: memory of ours.
+    """
+
+    def __init__(
+        self,
+        create: Callable[[], _NewFile],
+        discard: Callable[..., None],
+        thread: StepThread,
+        buffers: Sequence[memoryview],
+    ) -> None:
+        self._create = create
+        self._discard = discard
+        self._thread = thread
+        self._buffers = deque(buffers)
+        self._used = 0  # bytes of the first buffer
+        self._under_way: deque[Job[None]] = deque()
+        self._file: _NewFile | None = None  # the thread's
+
+    def write(self, parts: Iterable[Buffer]) -> None:
+        for part in parts:
+            left = memoryview(part)
+            while left:
+                buffer = self._buffers[0]
+                room = buffer[self._used : self._used + len(left)]
+                copy_into(left[: len(room)], room)
+                self._used += len(room)
+                left = left[len(room) :]
+                if self._used == len(buffer):
+                    self._hand_over(self._append)
+
+    def commit(self) -> int:
+        """Complete the file; returns its length."""
+        self._hand_over(self._complete)
+        while self._under_way:
+            self._thread.wait(self._under_way.popleft())
+        assert self._file is not None
+        return self._file.size
+
+    def _hand_over(self, work: Callable[[memoryview], None]) -> None:
+        """Have the thread do `work` with what the first buffer has, and go on with another."""
+        data = self._buffers[0][: self._used]
+        self._under_way.append(self._thread.submit(functools.partial(work, data)))
+        self._buffers.rotate(-1)
+        self._used = 0
+        if len(self._under_way) == len(self._buffers):
+            self._thread.wait(self._under_way.popleft())
+
+    # --- in the thread ---
+
+    def _append(self, data: memoryview) -> None:
+        if self._file is None:
+            self._file = self._create()
+        self._file.write(data)
+
+    def _complete(self, data: memoryview) -> None:
+        self._append(data)
+        assert self._file is not None
+        self._file.commit()
+
+    def discard(self) -> None:
+        """Remove what there is of the file, also if it was completed."""
+        if self._file is not None:
+            self._file.close()
+            self._discard(*self._file.paths)
+
+
+def _open(uri: str, *, patient: bool) -> tuple[Any, str]:
+    """The file system, and the path in it; the impatient one gives up on S3 in 3 s."""
+    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GCS_RETRY_SECONDS}"
+    filesystem, path = fs.FileSystem.from_uri(uri)
+    if filesystem.type_name == "s3":
+        # These have no form in a URI. Writes in the background take in all that is given, at once,
+        # and so could hold a whole object.
+        rebuild, (options,) = filesystem.__reduce__()
+        options["background_writes"] = False
+        if not patient:
+            options |= {"connect_timeout": 1, "request_timeout": 1}
+            options["retry_strategy"] = fs.AwsStandardS3RetryStrategy(max_attempts=2)
+        filesystem = rebuild(options)
+    return filesystem, path.rstrip("/")
+
+
+def _has_directories(filesystem: Any) -> bool:
+    return filesystem.type_name not in _OBJECT_STORES
+
+
+def _remove_tree(path: str, limit: float) -> None:
+    """Remove a local directory and all in it, `limit` being how long each step of that may take."""
+    # `pyarrow` and `shutil` show no progress, and of many files on a slow share there is much.
+    begin_step(limit)
+    with os.scandir(path) as entries:
+        found = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for below, is_directory in found:
+        begin_step(limit)
+        with contextlib.suppress(FileNotFoundError):
+            if is_directory:
+                _remove_tree(below, limit)
+            else:
+                os.unlink(below)
+    begin_step(limit)
+    os.rmdir(path)
+
+
+def _close(file: Any) -> None:
+    with contextlib.suppress(OSError, pa.ArrowException):
+        file.close()
+
+
+def _inline(file: Any, size: int) -> bytes:
+    """The header's value with its payload, which is all that the file of an inline object has.
+
+    Empty, which is no header, if it is longer than that of any inline object.
+    """
+    if size > INLINE_LIMIT + largest_header(chunks=0):
+        return b""
+    value: bytes = file.read_at(size, 0)
+    return value
+
+
+def _tail(file: Any, size: int, chunks: int) -> bytes:
+    """The header's value, from the end of a file that has `chunks` chunks before it.
+
+    Empty, which is no header, if what stands there claims to be longer than any that tells of so
+    many.
+    """
+    tail: bytes = file.read_at(min(size, _TAIL), max(0, size - _TAIL))
+    claimed = header_size(tail[-TRAILER_SIZE:])
+    if claimed > largest_header(chunks):
+        return b""
+    wanted = min(size, claimed)
+    if wanted > len(tail):
+        tail = file.read_at(wanted, size - wanted)
+    return tail[len(tail) - wanted :]
+
+
+_Wanted = Iterable[tuple[int, memoryview]]
+
+
+def _spans(offsets: Sequence[int], wanted: _Wanted) -> Iterator[list[tuple[int, memoryview]]]:
+    """Chunks that follow one another, together as far as they have up to `_SPAN` bytes."""
+    span: list[tuple[int, memoryview]] = []
+    for number, into in wanted:
+        if span and (
+            number != span[-1][0] + 1 or offsets[number + 1] - offsets[span[0][0]] > _SPAN
+        ):
+            yield span
+            span = []
+        span.append((number, into))
+    if span:
+        yield span
+
+
+def _ends_in(number: int) -> LostObjectError:
+    return LostObjectError(f"its file in the overflow ends in chunk {number}")
