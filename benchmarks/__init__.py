@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-# Servers, clusters, faults and neighbours are those of the tests.
+# `support` has the servers, clusters, faults and neighbours of the tests.
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import ray
 import valkey
-from clusters import ray_with
+from support.clusters import ray_with
 
 from benchmarks.common import MIB, valkey_server
 from ray_valkey_spill import system_config

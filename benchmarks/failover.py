@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from proxy import Proxy, proxy_to
-from servers import Node, wait_until
-from topologies import SentinelGroup, sentinel_servers
+from support.proxy import Proxy, proxy_to
+from support.servers import Node, wait_until
+from support.topologies import SentinelGroup, sentinel_servers
 
 from benchmarks.common import KIB, machine, note, results_only, table
 from ray_valkey_spill.config import Config

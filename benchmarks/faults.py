@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
-from clusters import cluster_with, io_workers, kill, kill_node
 from ray.cluster_utils import Cluster
-from servers import wait_until
+from support.clusters import cluster_with, io_workers, kill, kill_node
+from support.servers import wait_until
 
 from benchmarks.common import MIB, main, note, table
 

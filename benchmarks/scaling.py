@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import valkey
-from samples import source
+from support.samples import source
 
 from benchmarks import wire
 from benchmarks.common import (

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from clusters import add_node, cluster, io_workers, kill_node, talks_to
-from faults import DESTROYING, PASSING, REFUSING, Fault, Rig
-from servers import BOOKS, wait_until
+from support.clusters import add_node, cluster, io_workers, kill_node, talks_to
+from support.faults import DESTROYING, PASSING, REFUSING, Fault, Rig
+from support.servers import BOOKS, wait_until
 
 from benchmarks.common import MIB, machine, note, results_only, table
 from benchmarks.soak_driver import HANG

@@ -21,7 +21,7 @@ import lz4.block
 import numpy as np
 import pyarrow as pa
 import valkey
-from samples import object_id, source
+from support.samples import object_id, source
 from valkey._parsers import _LibvalkeyParser, _RESP2Parser
 
 from benchmarks.common import (

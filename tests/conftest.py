@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from servers import Server, valkey_server
+from support.servers import Server, valkey_server
 
 # Ray would else make a token and leave it in the home directory.
 os.environ["RAY_AUTH_MODE"] = "token"

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import valkey
-from faults import Rig
-from samples import noise, source
-from servers import PRODUCTS, Server, server_of, valkey_server, wait_until
+from support.faults import Rig
+from support.samples import noise, source
+from support.servers import PRODUCTS, Server, server_of, valkey_server, wait_until
 
 from ray_valkey_spill.config import MIB, Config
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError

@@ -17,8 +17,9 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from clock import Clock
-from clusters import (
+from packaging.version import Version
+from support.clock import Clock
+from support.clusters import (
     MIB,
     cluster,
     io_workers,
@@ -27,10 +28,9 @@ from clusters import (
     starting_ray,
     system_config,
 )
-from faults import Rig, is_restarted_and_has_its_snapshot, resets_connections
-from packaging.version import Version
-from samples import source
-from servers import Server, free_port, wait_until
+from support.faults import Rig, is_restarted_and_has_its_snapshot, resets_connections
+from support.samples import source
+from support.servers import Server, free_port, wait_until
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError

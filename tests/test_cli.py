@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
-from servers import Server, acl_user, valkey_server, wait_until
+from support.servers import Server, acl_user, valkey_server, wait_until
 
 from ray_valkey_spill import __version__
 from ray_valkey_spill.cli.commands import cli as in_process

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import ray
 from click.testing import CliRunner
-from clusters import MIB, local_ray
-from samples import noise, object_id, source
-from servers import (
+from support.clusters import MIB, local_ray
+from support.samples import noise, object_id, source
+from support.servers import (
     INDEX,
     ROOT,
     Node,
@@ -32,7 +32,7 @@ from servers import (
     server_binary,
     wait_until,
 )
-from topologies import SLOTS, Cluster, cluster_servers
+from support.topologies import SLOTS, Cluster, cluster_servers
 from valkey.crc import key_slot
 
 from ray_valkey_spill.cli import check, commands

@@ -7,11 +7,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from clusters import run_driver, starting_ray, system_config
-from proxy import proxy_to
-from samples import get, noise, source
-from servers import Server, valkey_server, wait_until
-from topologies import cluster_servers
+from support.clusters import run_driver, starting_ray, system_config
+from support.proxy import proxy_to
+from support.samples import get, noise, source
+from support.servers import Server, valkey_server, wait_until
+from support.topologies import cluster_servers
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.protocol.link import Sharing

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from servers import wait_until
+from support.servers import wait_until
 
 from ray_valkey_spill.errors import ServerUnavailableError, SpillError
 from ray_valkey_spill.plugin.deferred import DeferredRestores, Restore

@@ -22,8 +22,8 @@ import pytest
 import valkey
 import yaml
 from click.testing import CliRunner
-from servers import Node, free_port, wait_until
-from tenants import Embeddings, KVCache, LastingSessions, Neighbour, Sessions, Spills
+from support.servers import Node, free_port, wait_until
+from support.tenants import Embeddings, KVCache, LastingSessions, Neighbour, Sessions, Spills
 
 from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import RAY_SETTINGS, Config

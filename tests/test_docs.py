@@ -23,7 +23,7 @@ import promql_parser
 import pytest
 import yaml
 from click.testing import CliRunner
-from servers import Server
+from support.servers import Server
 
 from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import Config
@@ -70,8 +70,8 @@ RUN_BY = {
     "import ray\nfrom ray.util": (
         "tests/test_ray_start.py::test_a_node_without_the_package_is_found_and_joins_once_it_has_it"
     ),
-    "import ray, ray_valkey_spill": "tests/clusters.py::local_ray",
-    "ray.init(": "tests/clusters.py::local_ray",
+    "import ray, ray_valkey_spill": "tests/support/clusters.py::local_ray",
+    "ray.init(": "tests/support/clusters.py::local_ray",
     "sum by ": METRICS,
     "max by ": METRICS,
     "ray-valkey-spill": TOOL,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faults import (
+from support.faults import (
     PASSING,
     Fault,
     Rig,
@@ -32,7 +32,7 @@ from faults import (
     trickles,
     wants_a_password,
 )
-from servers import wait_until
+from support.servers import wait_until
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (

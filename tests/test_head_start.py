@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 import ray
 import valkey
-from clusters import run_driver, starting_ray, system_config
-from proxy import proxy_to
-from samples import source
-from servers import (
+from support.clusters import run_driver, starting_ray, system_config
+from support.proxy import proxy_to
+from support.samples import source
+from support.servers import (
     PRODUCTS,
     Server,
     acl_user,

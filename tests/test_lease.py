@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from servers import Server, wait_until
+from support.servers import Server, wait_until
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace, ObjectName, new_attempt

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from servers import PRODUCTS, server_of
+from support.servers import PRODUCTS, server_of
 
 from ray_valkey_spill.config import MIB, Config
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from clusters import MIB, ray_with, system_config
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from proxy import Proxy, proxy_to
 from ray.exceptions import ObjectLostError
-from samples import get, noise, object_id, source
-from servers import ROOT, Server, valkey_server, wait_until
+from support.clusters import MIB, ray_with, system_config
+from support.proxy import Proxy, proxy_to
+from support.samples import get, noise, object_id, source
+from support.servers import ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill import errors
 from ray_valkey_spill.config import Config

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import ray
 import valkey
-from clusters import OBJECT_STORE, local_ray, run_driver, spill
 from ray.exceptions import ObjectLostError
-from servers import BOOKS, FOREIGN, INDEX, Server, acl_user, valkey_server, wait_until
-from tenants import (
+from support.clusters import OBJECT_STORE, local_ray, run_driver, spill
+from support.servers import BOOKS, FOREIGN, INDEX, Server, acl_user, valkey_server, wait_until
+from support.tenants import (
     MIB,
     Embeddings,
     KVCache,
@@ -124,7 +124,7 @@ def neighbours(server: Server) -> Iterator[tuple[KVCache, Embeddings, Sessions]]
 A_NODE = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from tenants import Spills
+from support.tenants import Spills
 from ray_valkey_spill.config import Config
 spills = Spills(Config.load(json.loads(sys.argv[2])), 8, sys.argv[3])
 for _ in range(40):

@@ -32,11 +32,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from proxy import proxy_to
-from samples import get, noise, source
-from servers import Server, acl_user, redis_server, unix_socket_server, valkey_server
-from tls import tls_binary, tls_front, tls_server
-from topologies import Cluster, cluster_servers, sentinel_servers
+from support.proxy import proxy_to
+from support.samples import get, noise, source
+from support.servers import Server, acl_user, redis_server, unix_socket_server, valkey_server
+from support.tls import tls_binary, tls_front, tls_server
+from support.topologies import Cluster, cluster_servers, sentinel_servers
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError

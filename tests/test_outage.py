@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from servers import wait_until
+from support.servers import wait_until
 
 from ray_valkey_spill.errors import (
     ConfigError,

@@ -19,10 +19,10 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from clusters import MIB, expect_no_keys, local_ray
-from objectstores import BUCKET, CREDENTIALS, ObjectStoreServer, s3_server, s3_uri
-from samples import get, noise, source
-from servers import Server, valkey_server, wait_until
+from support.clusters import MIB, expect_no_keys, local_ray
+from support.objectstores import BUCKET, CREDENTIALS, ObjectStoreServer, s3_server, s3_uri
+from support.samples import get, noise, source
+from support.servers import Server, valkey_server, wait_until
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, OverflowUnavailableError

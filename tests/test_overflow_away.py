@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hanging import HangingDirectory, Op, can_hang, hanging_directory
-from objectstores import CREDENTIALS, s3_server, s3_uri
-from proxy import Proxy, proxy_to
-from samples import get, noise, object_id, source
-from servers import Server, wait_until
+from support.hanging import HangingDirectory, Op, can_hang, hanging_directory
+from support.objectstores import CREDENTIALS, s3_server, s3_uri
+from support.proxy import Proxy, proxy_to
+from support.samples import get, noise, object_id, source
+from support.servers import Server, wait_until
 
 from ray_valkey_spill.config import MIB, Config
 from ray_valkey_spill.errors import (

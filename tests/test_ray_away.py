@@ -16,17 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from clusters import (
-    MIB,
-    OBJECT_STORE,
-    kill,
-    local_ray,
-    spill,
-    starting_ray,
-    system_config,
-)
-from proxy import Proxy, proxy_to
-from servers import Server, valkey_server, wait_until
+from support.clusters import MIB, OBJECT_STORE, kill, local_ray, spill, starting_ray, system_config
+from support.proxy import Proxy, proxy_to
+from support.servers import Server, valkey_server, wait_until
 
 SIZE = MIB // 4
 MANY = 40

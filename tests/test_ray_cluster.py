@@ -13,7 +13,9 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from clusters import (
+from packaging.version import Version
+from ray.cluster_utils import Cluster
+from support.clusters import (
     MIB,
     OBJECT_STORE,
     RETRIED_SOON,
@@ -34,9 +36,7 @@ from clusters import (
     talks_to,
     title,
 )
-from packaging.version import Version
-from ray.cluster_utils import Cluster
-from servers import BOOKS, INDEX, ROOT, Server, valkey_server, wait_until
+from support.servers import BOOKS, INDEX, ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill.format.names import Keyspace
 

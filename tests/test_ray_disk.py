@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clusters import ray_start, run_driver, starting_ray, system_config
-from servers import Server, free_ports, valkey_server, wait_until
+from support.clusters import ray_start, run_driver, starting_ray, system_config
+from support.servers import Server, free_ports, valkey_server, wait_until
 
 import ray_valkey_spill
 from ray_valkey_spill.config import RAY_SETTINGS

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from clusters import (
+from support.clusters import (
     MIB,
     RETRIED_SOON,
     failures,
@@ -25,9 +25,9 @@ from clusters import (
     system_config,
     talks_to,
 )
-from faults import Rig, forbids_unlink
-from proxy import Proxy, proxy_to
-from servers import Server, valkey_server, wait_until
+from support.faults import Rig, forbids_unlink
+from support.proxy import Proxy, proxy_to
+from support.servers import Server, valkey_server, wait_until
 
 
 def take_away(proxy: Proxy) -> None:

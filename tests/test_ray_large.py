@@ -8,8 +8,8 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from clusters import MIB, expect_no_keys, io_workers, local_ray
-from servers import Server, valkey_server
+from support.clusters import MIB, expect_no_keys, io_workers, local_ray
+from support.servers import Server, valkey_server
 
 # What an IO worker may grow by, whatever the object's size.
 ALLOWANCE = 64 * MIB

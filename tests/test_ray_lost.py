@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from clusters import MIB, expect_no_keys, local_ray, spill
 from ray.exceptions import ObjectLostError
-from servers import Server, valkey_server
+from support.clusters import MIB, expect_no_keys, local_ray, spill
+from support.servers import Server, valkey_server
 
 from ray_valkey_spill.format.header import FORMAT_VERSION
 

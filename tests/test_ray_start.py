@@ -14,8 +14,8 @@ import venv
 from pathlib import Path
 
 import pytest
-from clusters import ray_start, run_driver
-from servers import free_ports, valkey_server, wait_until
+from support.clusters import ray_start, run_driver
+from support.servers import free_ports, valkey_server, wait_until
 
 import ray_valkey_spill
 from ray_valkey_spill.plugin.gcs import running_at

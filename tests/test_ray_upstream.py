@@ -14,7 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from clusters import (
+from packaging.version import Version
+from ray._private.internal_api import memory_summary
+from ray.exceptions import ObjectLostError, RayActorError
+from support.clusters import (
     MIB,
     OBJECT_STORE,
     RETRIED_SOON,
@@ -29,11 +32,8 @@ from clusters import (
     starting_ray,
     system_config,
 )
-from packaging.version import Version
-from proxy import proxy_to
-from ray._private.internal_api import memory_summary
-from ray.exceptions import ObjectLostError, RayActorError
-from servers import INDEX, Server, valkey_server, wait_until
+from support.proxy import proxy_to
+from support.servers import INDEX, Server, valkey_server, wait_until
 
 HERE = Path(__file__).parent
 

@@ -11,8 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import ray
-from clusters import MIB, expect_no_keys, local_ray, spill
-from servers import Server, valkey_server
+from support.clusters import MIB, expect_no_keys, local_ray, spill
+from support.servers import Server, valkey_server
 
 from ray_valkey_spill.format.packing import INLINE_LIMIT
 

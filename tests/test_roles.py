@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from clock import Clock
-from clusters import MIB, failures, local_ray, spill
-from proxy import Proxy, proxy_to
-from samples import get, noise, object_id, source
-from servers import INDEX, ROOT, Node, Server, acl_user, valkey_server, wait_until
-from topologies import cluster_servers, one_sentinel
+from support.clock import Clock
+from support.clusters import MIB, failures, local_ray, spill
+from support.proxy import Proxy, proxy_to
+from support.samples import get, noise, object_id, source
+from support.servers import INDEX, ROOT, Node, Server, acl_user, valkey_server, wait_until
+from support.topologies import cluster_servers, one_sentinel
 
 from ray_valkey_spill.cli.inspection import Inspector, Target
 from ray_valkey_spill.cli.inventory import Inventory

@@ -17,13 +17,13 @@ import psutil
 import pytest
 import ray
 from click.testing import CliRunner
-from clusters import MIB, local_ray, spill, title
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from ray.exceptions import ObjectLostError
-from samples import noise
-from servers import Server, wait_until
+from support.clusters import MIB, local_ray, spill, title
+from support.samples import noise
+from support.servers import Server, wait_until
 
 from ray_valkey_spill.cli import commands
 from ray_valkey_spill.config import Config

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import ray
 from click.testing import CliRunner
-from clusters import MIB, io_workers, local_ray, spill
-from servers import INDEX, acl_user, valkey_server, wait_until
+from support.clusters import MIB, io_workers, local_ray, spill
+from support.servers import INDEX, acl_user, valkey_server, wait_until
 
 from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import Config

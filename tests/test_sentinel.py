@@ -14,10 +14,18 @@ import numpy as np
 import pytest
 import ray
 import valkey
-from clusters import MIB, local_ray
-from proxy import Proxy, proxy_to
-from servers import ROOT, Node, acl_user, free_port, server_version, valkey_server, wait_until
-from topologies import SentinelGroup, one_sentinel, sentinel_servers
+from support.clusters import MIB, local_ray
+from support.proxy import Proxy, proxy_to
+from support.servers import (
+    ROOT,
+    Node,
+    acl_user,
+    free_port,
+    server_version,
+    valkey_server,
+    wait_until,
+)
+from support.topologies import SentinelGroup, one_sentinel, sentinel_servers
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from servers import Server
+from support.servers import Server
 
 import ray_valkey_spill
 from ray_valkey_spill import _startup

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certificates import make_certificates
-from proxy import answering, proxy_to
-from servers import ROOT, valkey_server
-from tls import TLSServer, tls_binary, tls_front, tls_server
+from support.certificates import make_certificates
+from support.proxy import answering, proxy_to
+from support.servers import ROOT, valkey_server
+from support.tls import TLSServer, tls_binary, tls_front, tls_server
 
 from ray_valkey_spill import spilling_config
 from ray_valkey_spill._startup import RAY_MODULE

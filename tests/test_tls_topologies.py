@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from certificates import Certificates, make_certificates
-from tls import tls_binary
-from topologies import Cluster, SentinelGroup, cluster_servers, sentinel_servers
+from support.certificates import Certificates, make_certificates
+from support.tls import tls_binary
+from support.topologies import Cluster, SentinelGroup, cluster_servers, sentinel_servers
 
 from ray_valkey_spill.cli import check
 from ray_valkey_spill.config import Config

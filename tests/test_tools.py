@@ -25,7 +25,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from servers import FOREIGN, INDEX, ROOT, Server, valkey_server, wait_until
+from support.servers import FOREIGN, INDEX, ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill.cli import commands, rendering
 from ray_valkey_spill.cli.inspection import parse_target

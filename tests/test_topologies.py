@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import valkey
-from proxy import proxy_to
-from servers import Server, acl_user, wait_until
-from tls import TLSServer, tls_binary, tls_front, tls_server
-from topologies import Cluster, SentinelGroup, cluster_servers, sentinel_servers
+from support.proxy import proxy_to
+from support.servers import Server, acl_user, wait_until
+from support.tls import TLSServer, tls_binary, tls_front, tls_server
+from support.topologies import Cluster, SentinelGroup, cluster_servers, sentinel_servers
 from valkey.crc import key_slot
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")

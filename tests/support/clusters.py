@@ -17,10 +17,10 @@ import numpy as np
 import psutil
 import ray
 from ray.cluster_utils import Cluster
-from servers import Server, wait_until
 
 import ray_valkey_spill
 from ray_valkey_spill.cli.demo import shut_down
+from support.servers import Server, wait_until
 
 MIB = 1 << 20
 OBJECT_STORE = 100 * MIB

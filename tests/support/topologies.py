@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import valkey
-from certificates import Certificates
-from servers import Contents, Node, free_port, free_ports, wait_until
-from tls import tls_client, tls_node
 from valkey.cluster import ClusterNode, ValkeyCluster
 from valkey.crc import key_slot
+
+from support.certificates import Certificates
+from support.servers import Contents, Node, free_port, free_ports, wait_until
+from support.tls import tls_client, tls_node
 
 SLOTS = 16384
 

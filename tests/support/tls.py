@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import valkey
-from certificates import NAMES, Certificates, make_certificates
-from servers import Contents, Node, free_port, server_binary, wait_until
+
+from support.certificates import NAMES, Certificates, make_certificates
+from support.servers import Contents, Node, free_port, server_binary, wait_until
 
 _PIECE = 1 << 16
 

@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import valkey
-from samples import source
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, SpillError
 from ray_valkey_spill.store.object_store import ObjectStore
+from support.samples import source
 
 KIB, MIB = 1 << 10, 1 << 20
 HOUR = 3600

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import boto3
-from servers import free_port, wait_until
+
+from support.servers import free_port, wait_until
 
 BUCKET = "spilled"
 

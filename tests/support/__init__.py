@@ -1,0 +1,1 @@
+"""Servers, faults, Ray clusters and sample data that tests and benchmarks share."""
