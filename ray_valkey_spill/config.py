@@ -20,11 +20,10 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from ray_valkey_spill._startup import STORAGE_TYPE
 from ray_valkey_spill.errors import ConfigError
+from ray_valkey_spill.units import KIB, MIB
 
 __all__ = [
     "ENV_PREFIX",
-    "KIB",
-    "MIB",
     "MIN_CHUNK_SIZE",
     "RAY_SETTINGS",
     "Address",
@@ -42,8 +41,6 @@ _NOT_PARAMETERS = {"DISABLE", "PASSWORD"}
 # What Kubernetes sets for a Service whose name begins as ours do, in every pod of its namespace.
 _SERVICE_LINK = re.compile(r"[A-Z0-9_]*(SERVICE_(HOST|PORT)|PORT)(_[A-Z0-9_]*)?")
 
-KIB = 1024
-MIB = 1024 * KIB
 MIN_CHUNK_SIZE = 1 * KIB
 MAX_CHUNK_SIZE = 8 * MIB
 

@@ -19,7 +19,7 @@ from support.faults import Rig
 from support.samples import noise, source
 from support.servers import PRODUCTS, Server, server_of, valkey_server, wait_until
 
-from ray_valkey_spill.config import MIB, Config
+from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
 from ray_valkey_spill.format.names import Keyspace, ObjectName, new_attempt
 from ray_valkey_spill.protocol.link import Link
@@ -29,6 +29,7 @@ from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import budget as budget_module
 from ray_valkey_spill.tiers.budget import Budget, cost, margin, member_cost
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, Owner, Usage
+from ray_valkey_spill.units import MIB
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 

@@ -19,8 +19,9 @@ from support.servers import Server, acl_user, valkey_server, wait_until
 from ray_valkey_spill import __version__
 from ray_valkey_spill.cli.commands import cli as in_process
 from ray_valkey_spill.cli.demo import Report
-from ray_valkey_spill.config import MIB, parameters
+from ray_valkey_spill.config import parameters
 from ray_valkey_spill.tiers.ledger import Owner
+from ray_valkey_spill.units import MIB
 
 
 def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:

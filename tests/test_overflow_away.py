@@ -21,7 +21,7 @@ from support.proxy import Proxy, proxy_to
 from support.samples import get, noise, object_id, source
 from support.servers import Server, wait_until
 
-from ray_valkey_spill.config import MIB, Config
+from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     LostObjectError,
     OverflowUnavailableError,
@@ -33,6 +33,7 @@ from ray_valkey_spill.tiers.ledger import Owner
 from ray_valkey_spill.tiers.overflow import OverflowTier, Patience
 from ray_valkey_spill.tiers.steps import StalledError, StepThreads, begin_step
 from ray_valkey_spill.tiers.valkey import Value
+from ray_valkey_spill.units import MIB
 
 SESSION, NODE = "session_1", "ab" * 28
 OWNER = Owner(SESSION, NODE)

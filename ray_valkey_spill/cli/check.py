@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from ray_valkey_spill import __version__, _startup
-from ray_valkey_spill.config import MIB, Config, Endpoint
+from ray_valkey_spill.config import Config, Endpoint
 from ray_valkey_spill.errors import ServerFullError, SpillError
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.format.packing import SourceObject
@@ -26,6 +26,7 @@ from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.tiers.budget import free_room, margin
 from ray_valkey_spill.tiers.overflow import OverflowTier
+from ray_valkey_spill.units import MIB
 
 __all__ = ["FAILED", "OK", "WARNING", "Finding", "run"]
 

@@ -23,12 +23,13 @@ import numpy as np
 import pyarrow as pa
 
 from ray_valkey_spill import _startup
-from ray_valkey_spill.config import KIB, MIB, Config, system_config
+from ray_valkey_spill.config import Config, system_config
 from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.tiers.ledger import Ledger, Owner, Usage
+from ray_valkey_spill.units import KIB, MIB
 
 __all__ = ["Report", "run", "shut_down"]
 

@@ -34,11 +34,11 @@ import xxhash
 
 from ray_valkey_spill.errors import ConfigError, LostObjectError
 from ray_valkey_spill.format.sealing import TAG_SIZE, KeyRing, Seal
+from ray_valkey_spill.units import Buffer
 
 __all__ = [
     "FORMAT_VERSION",
     "TRAILER_SIZE",
-    "Buffer",
     "Chunk",
     "Codec",
     "Header",
@@ -58,8 +58,6 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-
-Buffer = bytes | bytearray | memoryview
 
 _MAGIC = b"RVSP"
 _TRAILER = struct.Struct("<4sHHIQ")

@@ -18,10 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ray_valkey_spill.config import KIB, MIB, Config
+from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, SpillError
 from ray_valkey_spill.format.header import (
-    Buffer,
     Chunk,
     Codec,
     Header,
@@ -38,6 +37,7 @@ from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
 from ray_valkey_spill.format.sealing import TAG_SIZE, Key, Seal
 from ray_valkey_spill.tiers.budget import Budget, cost, member_cost
 from ray_valkey_spill.tiers.valkey import Value
+from ray_valkey_spill.units import KIB, MIB, Buffer
 
 __all__ = ["INLINE_LIMIT", "Packer", "Receive", "SourceObject", "Values", "unpack_chunk"]
 

@@ -21,9 +21,8 @@ import valkey.connection as client
 import valkey.exceptions as client_errors
 
 from ray_valkey_spill import __version__
-from ray_valkey_spill.config import KIB, MIB, Config, Endpoint
+from ray_valkey_spill.config import Config, Endpoint
 from ray_valkey_spill.errors import ConfigError, NotValkeyError, ServerError, ServerRefusedError
-from ray_valkey_spill.format.header import Buffer
 from ray_valkey_spill.protocol import tls
 from ray_valkey_spill.protocol.addresses import DIALER
 from ray_valkey_spill.protocol.resp import (
@@ -36,6 +35,7 @@ from ray_valkey_spill.protocol.resp import (
     reply_error,
 )
 from ray_valkey_spill.protocol.roles import HELLO, QUESTIONS, Question, Role, hello_fields
+from ray_valkey_spill.units import KIB, MIB, Buffer
 
 __all__ = ["Connection"]
 

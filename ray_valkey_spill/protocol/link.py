@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ray_valkey_spill.config import MIB, Address, Config, Endpoint
+from ray_valkey_spill.config import Address, Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
@@ -47,6 +47,7 @@ from ray_valkey_spill.protocol.resp import (
 from ray_valkey_spill.protocol.roles import Role
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo, fields_of
 from ray_valkey_spill.protocol.topology import Cluster, Single, Topology, cluster_at, primaries_of
+from ray_valkey_spill.units import MIB
 
 __all__ = ["USUAL_SHARING", "Link", "Sharing"]
 

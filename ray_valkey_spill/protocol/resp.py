@@ -12,7 +12,7 @@ from ray_valkey_spill.errors import (
     ServerFullError,
     ServerRefusedError,
 )
-from ray_valkey_spill.format.header import Buffer
+from ray_valkey_spill.units import Buffer
 
 __all__ = [
     "ConnectionBrokenError",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ray_valkey_spill.config import Config, Endpoint
 from ray_valkey_spill.errors import ConfigError, NotValkeyError, ServerRefusedError, SpillError
-from ray_valkey_spill.format.header import Buffer
+from ray_valkey_spill.units import Buffer
 
 __all__ = ["TlsSocket", "context", "refusal"]
 

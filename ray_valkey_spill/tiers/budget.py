@@ -14,11 +14,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from ray_valkey_spill.config import KIB, MIB
 from ray_valkey_spill.errors import ServerFullError
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo
 from ray_valkey_spill.tiers.ledger import Grant, Ledger
+from ray_valkey_spill.units import KIB, MIB
 
 __all__ = ["Budget", "cost", "free_room", "margin", "member_cost"]
 

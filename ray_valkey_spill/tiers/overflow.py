@@ -35,11 +35,10 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from ray_valkey_spill.config import KIB, MIB, Config
+from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, OverflowUnavailableError
 from ray_valkey_spill.format.header import (
     TRAILER_SIZE,
-    Buffer,
     copy_into,
     header_size,
     largest_header,
@@ -50,6 +49,7 @@ from ray_valkey_spill.format.packing import INLINE_LIMIT, Receive
 from ray_valkey_spill.tiers.ledger import Owner
 from ray_valkey_spill.tiers.steps import Job, StalledError, StepThread, StepThreads, begin_step
 from ray_valkey_spill.tiers.valkey import Stat, Value
+from ray_valkey_spill.units import KIB, MIB, Buffer
 
 __all__ = ["OverflowTier", "Patience", "StoredFile"]
 

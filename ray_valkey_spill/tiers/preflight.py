@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ray_valkey_spill.config import MIB, MIN_CHUNK_SIZE, Config, Endpoint
+from ray_valkey_spill.config import MIN_CHUNK_SIZE, Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
@@ -25,6 +25,7 @@ from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import ProtocolError, command, fetch, store
 from ray_valkey_spill.protocol.server_info import ServerInfo, fields_of
 from ray_valkey_spill.tiers.budget import free_room, margin
+from ray_valkey_spill.units import MIB
 
 __all__ = [
     "COMMANDS",
