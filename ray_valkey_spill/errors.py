@@ -10,7 +10,11 @@
         │   └── UnconfirmedError    what the server had acknowledged may be lost again
         ├── ServerFullError         the server has no memory left for us (OOM)
         ├── ServerRefusedError      wrong password, missing permission, read-only, forbidden
-        └── NotValkeyError          something answers there, but not in the Valkey protocol
+        ├── NotValkeyError          something answers there, but not in the Valkey protocol
+        └── RedirectError           another node of the cluster has the key
+    TransientError                  another attempt may succeed
+
+The last two are raised and handled in `protocol`; callers of this package do not see them.
 
 Error replies are translated in `resp`, what the client library raises in `connection`, failed TLS
 handshakes in `tls`, and what a file system raises in `overflow`.
@@ -18,6 +22,8 @@ No message ever holds a password.
 """
 
 from __future__ import annotations
+
+import re
 
 __all__ = [
     "ConfigError",
@@ -90,3 +96,53 @@ class ServerRefusedError(ServerError):
 
 class NotValkeyError(ServerError):
     """What answers at the address does not speak the Valkey protocol."""
+
+
+# A proxy may put more behind the address. Host names have labels of 1 to 63 bytes; Python raises
+# UnicodeError for others.
+_REDIRECT = re.compile(
+    r"(?P<code>MOVED|ASK) [0-9]+ "
+    r"(?P<host>\??|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[!-~]+)?|[\w-]{1,63}(\.[\w-]{1,63})*\.?)"
+    r":(?P<port>[0-9]{1,5})( |$)",
+    re.ASCII,
+)
+_LARGEST_PORT = 65535
+
+
+class TooManyClientsError(ConnectionError):
+    """The server has as many connections as its `maxclients` allows."""
+
+    mend = "Raise its maxclients: docs/operations.md has the number that a node needs"
+
+
+class ConnectionBrokenError(ConnectionError):
+    """A connection over which the server had answered is closed."""
+
+    mend = (
+        "If that goes on, look for limits below what is sent (client-output-buffer-limit, "
+        "maxmemory-clients, or those of a proxy): `ray-valkey-spill check` tries them"
+    )
+
+
+class ProtocolError(ServerRefusedError):
+    """The server, or a proxy, refuses the form of what it was sent, and closes the connection."""
+
+
+class RedirectError(ServerError):
+    """A node of a cluster says who has the key: from now on, or (`ask`) this once.
+
+    `host` is empty if it is the same as the node's that says so, or if that does not know it.
+
+    Raises:
+        NotValkeyError: `text` is not `MOVED <slot> <host>:<port>`, or the same with ASK.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        match = _REDIRECT.match(text)
+        port = int(match["port"]) if match else 0
+        if match is None or not 0 < port <= _LARGEST_PORT:
+            raise NotValkeyError(f"a reply redirects to no address: {text[:80]!r}")
+        self.ask = match["code"] == "ASK"
+        self.host = "" if match["host"] == "?" else match["host"]
+        self.port = port

@@ -27,6 +27,7 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
+    RedirectError,
     ServerError,
     ServerFullError,
     ServerRefusedError,
@@ -35,7 +36,6 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.protocol.connection import Connection
 from ray_valkey_spill.protocol.link import Link, Sharing
 from ray_valkey_spill.protocol.resp import (
-    RedirectError,
     ReplyReader,
     Request,
     TransientError,

@@ -22,14 +22,19 @@ import valkey.exceptions as client_errors
 
 from ray_valkey_spill import __version__
 from ray_valkey_spill.config import Config, Endpoint
-from ray_valkey_spill.errors import ConfigError, NotValkeyError, ServerError, ServerRefusedError
+from ray_valkey_spill.errors import (
+    ConfigError,
+    ConnectionBrokenError,
+    NotValkeyError,
+    ServerError,
+    ServerRefusedError,
+    TooManyClientsError,
+)
 from ray_valkey_spill.protocol import tls
 from ray_valkey_spill.protocol.addresses import DIALER
 from ray_valkey_spill.protocol.resp import (
-    ConnectionBrokenError,
     ReplyReader,
     Request,
-    TooManyClientsError,
     TransientError,
     command,
     reply_error,

@@ -26,24 +26,20 @@ from typing import Any, TypeVar
 from ray_valkey_spill.config import Address, Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
+    ConnectionBrokenError,
     NotValkeyError,
+    ProtocolError,
+    RedirectError,
     ServerError,
     ServerRefusedError,
     ServerUnavailableError,
     SpillError,
+    TooManyClientsError,
     UnconfirmedError,
 )
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.protocol.connection import Connection
-from ray_valkey_spill.protocol.resp import (
-    ConnectionBrokenError,
-    ProtocolError,
-    RedirectError,
-    Request,
-    TooManyClientsError,
-    TransientError,
-    command,
-)
+from ray_valkey_spill.protocol.resp import Request, TransientError, command
 from ray_valkey_spill.protocol.roles import Role
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo, fields_of
 from ray_valkey_spill.protocol.topology import Cluster, Single, Topology, cluster_at, primaries_of

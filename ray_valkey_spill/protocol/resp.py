@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from ray_valkey_spill.errors import (
     NotValkeyError,
+    ProtocolError,
+    RedirectError,
     ServerError,
     ServerFullError,
     ServerRefusedError,
+    TooManyClientsError,
 )
 from ray_valkey_spill.units import Buffer
 
-__all__ = [
-    "ConnectionBrokenError",
-    "ProtocolError",
-    "RedirectError",
-    "ReplyReader",
-    "Request",
-    "TooManyClientsError",
-    "TransientError",
-    "command",
-    "fetch",
-    "reply_error",
-    "store",
-]
+__all__ = ["ReplyReader", "Request", "TransientError", "command", "fetch", "reply_error", "store"]
 
 # What of a value comes together with its first line has to be copied: no more than this.
 _READ_SIZE = 8 << 10
 _LARGEST = 512 << 20
 _LARGEST_INTEGER = 2**63
 _MOST_DIGITS = 19
-
-# A proxy may put more behind the address. Host names have labels of 1 to 63 bytes; Python raises
-# UnicodeError for others.
-_REDIRECT = re.compile(
-    r"(?P<code>MOVED|ASK) [0-9]+ "
-    r"(?P<host>\??|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[!-~]+)?|[\w-]{1,63}(\.[\w-]{1,63})*\.?)"
-    r":(?P<port>[0-9]{1,5})( |$)",
-    re.ASCII,
-)
-_LARGEST_PORT = 65535
 
 _USE_PRIMARY = "Wait for the failover to end, or give the url of the primary"
 # Error replies that mean "not now", and what helps where they do not pass by themselves: a server
@@ -88,45 +68,6 @@ class TransientError(Exception):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.mend = _NOT_NOW.get(text.partition(" ")[0], "")
-
-
-class TooManyClientsError(ConnectionError):
-    """The server has as many connections as its `maxclients` allows."""
-
-    mend = "Raise its maxclients: docs/operations.md has the number that a node needs"
-
-
-class ConnectionBrokenError(ConnectionError):
-    """A connection over which the server had answered is closed."""
-
-    mend = (
-        "If that goes on, look for limits below what is sent (client-output-buffer-limit, "
-        "maxmemory-clients, or those of a proxy): `ray-valkey-spill check` tries them"
-    )
-
-
-class ProtocolError(ServerRefusedError):
-    """The server, or a proxy, refuses the form of what it was sent, and closes the connection."""
-
-
-class RedirectError(ServerError):
-    """A node of a cluster says who has the key: from now on, or (`ask`) this once.
-
-    `host` is empty if it is the same as the node's that says so, or if that does not know it.
-
-    Raises:
-        NotValkeyError: `text` is not `MOVED <slot> <host>:<port>`, or the same with ASK.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        match = _REDIRECT.match(text)
-        port = int(match["port"]) if match else 0
-        if match is None or not 0 < port <= _LARGEST_PORT:
-            raise NotValkeyError(f"a reply redirects to no address: {text[:80]!r}")
-        self.ask = match["code"] == "ASK"
-        self.host = "" if match["host"] == "?" else match["host"]
-        self.port = port
 
 
 # --- requests ---

@@ -14,6 +14,7 @@ from ray_valkey_spill.config import MIN_CHUNK_SIZE, Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
+    ProtocolError,
     ServerError,
     ServerFullError,
     ServerRefusedError,
@@ -22,7 +23,7 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.format.names import Keyspace, new_attempt
 from ray_valkey_spill.format.sealing import TAG_SIZE, KeyRing
 from ray_valkey_spill.protocol.link import Link
-from ray_valkey_spill.protocol.resp import ProtocolError, command, fetch, store
+from ray_valkey_spill.protocol.resp import command, fetch, store
 from ray_valkey_spill.protocol.server_info import ServerInfo, fields_of
 from ray_valkey_spill.tiers.budget import free_room, margin
 from ray_valkey_spill.units import MIB
