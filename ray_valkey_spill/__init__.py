@@ -12,7 +12,7 @@ modules are the package's own, and may change with every version.
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ray_valkey_spill.config import spilling_config, system_config
+    from ray_valkey_spill.plugin.spilling_config import spilling_config, system_config
     from ray_valkey_spill.plugin.storage import ValkeyStorage
 
 __all__ = ["ValkeyStorage", "__version__", "spilling_config", "system_config"]
@@ -21,8 +21,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ValkeyStorage": "ray_valkey_spill.plugin.storage",
-    "spilling_config": "ray_valkey_spill.config",
-    "system_config": "ray_valkey_spill.config",
+    "spilling_config": "ray_valkey_spill.plugin.spilling_config",
+    "system_config": "ray_valkey_spill.plugin.spilling_config",
 }
 
 

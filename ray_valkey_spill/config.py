@@ -9,7 +9,6 @@ from `password_file`, or from a url that is itself taken from the environment.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
@@ -18,22 +17,18 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from ray_valkey_spill._startup import STORAGE_TYPE
 from ray_valkey_spill.errors import ConfigError
 from ray_valkey_spill.units import KIB, MIB
 
 __all__ = [
     "ENV_PREFIX",
     "MIN_CHUNK_SIZE",
-    "RAY_SETTINGS",
     "Address",
     "Config",
     "Endpoint",
     "Parameter",
     "check_params",
     "parameters",
-    "spilling_config",
-    "system_config",
 ]
 
 ENV_PREFIX = "RAY_VALKEY_SPILL_"
@@ -50,12 +45,6 @@ _PREFIX_PATTERN = re.compile(r"ray:[A-Za-z0-9_.:@-]*")
 _NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_.@-]{1,128}")
 _OVERFLOW_PATTERN = re.compile(r"/[^\x00-\x1f]*|file:///\S*|(s3|gs|gcs|abfss?|hdfs|viewfs)://\S+")
 _PORT, _SENTINEL_PORT = 6379, 26379
-
-# Ray settings that spilling to Valkey needs, as a system config takes them.
-# While the file system of its temporary directory is 95 % full, Ray refuses to create objects that
-# need spilling, with OutOfDiskError, whatever the storage: plasma's fallback files are there
-# (`PlasmaStoreRunner::Start`). 1 switches that off (`FileSystemMonitor`, Ray 2.60).
-RAY_SETTINGS: dict[str, int] = {"local_fs_capacity_threshold": 1}
 
 _TLS_SCHEMES = ("valkeys", "rediss")
 _SCHEMES = ("valkey", "redis", *_TLS_SCHEMES, "unix")
@@ -523,35 +512,3 @@ def _database(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise ConfigError("url: the database must be a number, as in valkey://host:6379/0")
     return int(text)
-
-
-# --- what a user puts into Ray's configuration ---
-
-
-def spilling_config(url: str | None = None, **params: Any) -> str:
-    """The JSON for Ray's `object_spilling_config`, with the parameters checked.
-
-    Args:
-        url: the server; without it every node takes `RAY_VALKEY_SPILL_URL` or the default.
-        **params: any other parameter of `Config`.
-
-    The result depends on the arguments alone: the environment in which Ray starts may add to them,
-    and is checked there.
-
-    Raises:
-        ConfigError: if Ray would refuse to start with it, whatever the environment there.
-    """
-    given = {"url": url, **params}
-    given = {name: value for name, value in given.items() if value is not None}
-    check_params(given)
-    return json.dumps({"type": STORAGE_TYPE, "params": given})
-
-
-def system_config(url: str | None = None, **params: Any) -> dict[str, str | int]:
-    """What to pass as `ray.init(_system_config=…)`; arguments and errors of `spilling_config`.
-
-    Beside the spilling config it has `RAY_SETTINGS`, which switch off Ray's check that the local
-    disk is not nearly full. To keep that check, override it:
-    `{**system_config(…), "local_fs_capacity_threshold": 0.95}`.
-    """
-    return {"object_spilling_config": spilling_config(url, **params), **RAY_SETTINGS}

@@ -26,7 +26,8 @@ from support.servers import Node, free_port, wait_until
 from support.tenants import Embeddings, KVCache, LastingSessions, Neighbour, Sessions, Spills
 
 from ray_valkey_spill.cli.commands import cli
-from ray_valkey_spill.config import RAY_SETTINGS, Config
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.plugin.spilling_config import RAY_SETTINGS
 from ray_valkey_spill.tiers import preflight
 
 ROOT = Path(__file__).parent.parent

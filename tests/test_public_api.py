@@ -22,8 +22,9 @@ import pytest
 
 import ray_valkey_spill
 from ray_valkey_spill.cli.commands import cli
-from ray_valkey_spill.config import _NOT_PARAMETERS, ENV_PREFIX, Config, parameters, spilling_config
+from ray_valkey_spill.config import _NOT_PARAMETERS, ENV_PREFIX, Config, parameters
 from ray_valkey_spill.plugin.metrics import DEFINITIONS
+from ray_valkey_spill.plugin.spilling_config import spilling_config
 
 ROOT = Path(__file__).parents[1]
 PINNED = Path(__file__).parent / "data" / "public_api.txt"

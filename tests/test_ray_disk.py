@@ -14,7 +14,7 @@ from support.clusters import ray_start, run_driver, starting_ray, system_config
 from support.servers import Server, free_ports, valkey_server, wait_until
 
 import ray_valkey_spill
-from ray_valkey_spill.config import RAY_SETTINGS
+from ray_valkey_spill.plugin.spilling_config import RAY_SETTINGS
 
 CAPACITY = "64m"
 # At 95 % of that Ray's own check strikes.

@@ -20,17 +20,10 @@ from ray_valkey_spill.cli.check import FAILED, Finding
 from ray_valkey_spill.cli.check import run as run_checks
 from ray_valkey_spill.cli.inspection import Inspector, parse_target
 from ray_valkey_spill.cli.inventory import Inventory
-from ray_valkey_spill.config import (
-    ENV_PREFIX,
-    RAY_SETTINGS,
-    Config,
-    check_params,
-    parameters,
-    spilling_config,
-    system_config,
-)
+from ray_valkey_spill.config import ENV_PREFIX, Config, check_params, parameters
 from ray_valkey_spill.errors import ConfigError, SpillError
 from ray_valkey_spill.plugin.gcs import running_at
+from ray_valkey_spill.plugin.spilling_config import RAY_SETTINGS, spilling_config, system_config
 from ray_valkey_spill.store.cleanup import CleanUp, Remains
 from ray_valkey_spill.tiers.preflight import acl_rules
 
