@@ -47,6 +47,13 @@ from ray_valkey_spill.plugin.interpreter import module_command
 from ray_valkey_spill.plugin.keeper import Background
 from ray_valkey_spill.plugin.metrics import Metrics
 from ray_valkey_spill.plugin.outage import OVERFLOW, ROOM, VALKEY, Losses, Outages, resource_of
+from ray_valkey_spill.plugin.process import (
+    gcs_address,
+    in_io_worker,
+    is_alive,
+    is_connected,
+    session_dir,
+)
 from ray_valkey_spill.store.cleanup import RENEWAL, CleanUp
 from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
 from ray_valkey_spill.store.observer import Loss, Operation, Tier
@@ -118,12 +125,12 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
     def __init__(self, node_id: str, session_name: str, **params: Any) -> None:
         super().__init__()
-        self._in_io_worker = _in_io_worker()
+        self._in_io_worker = in_io_worker()
         if self._in_io_worker:
             logs.set_default_format()
         self._shared = f"ray_valkey_spill-{node_id}"
         self._session_dir = functools.partial(
-            _session_dir, session_name, _calling_node_dir(session_name)
+            session_dir, session_name, _calling_node_dir(session_name)
         )
         self._outages = Outages(self._session_dir, f"{self._shared}.outages", _Drivers())
         self._losses = Losses(
@@ -131,7 +138,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         )
         self._journal = DeletionJournal(self._session_dir, self._shared)
         self._metrics = _Observer(
-            lambda: self._in_io_worker and _is_connected(), self._outages, self._losses
+            lambda: self._in_io_worker and is_connected(), self._outages, self._losses
         )
         self._deferred = DeferredRestores(
             self._session_dir,
@@ -256,7 +263,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         try:
             # After validating too: nothing is anybody's that has the node id of that.
             self._note_destruction()
-            self._impatient_store.destroy(_is_alive)
+            self._impatient_store.destroy(is_alive)
         except SpillError as error:
             logger.warning("spilled objects of this node may be left on the server: %s", error)
         finally:
@@ -274,7 +281,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
         Each step is tried, whatever became of the others.
         """
-        if self._in_io_worker and not _is_connected():
+        if self._in_io_worker and not is_connected():
             return _BETWEEN_STARTS
         self._store.close_idle()
         self._outages.forget()
@@ -284,7 +291,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._join_overflow,
             self._measure_room,
             self._adopt,
-            lambda: self._store.recover(_is_alive),
+            lambda: self._store.recover(is_alive),
             self._delete_again,
             self._measure_overflow,
         ):
@@ -305,7 +312,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return min(self._failed_recoveries * _BETWEEN_ATTEMPTS, _BETWEEN_LOOKS)
 
     def _renew_lease(self) -> None:
-        self._store.renew_lease(_gcs_address(), self._is_destroyed)
+        self._store.renew_lease(gcs_address(), self._is_destroyed)
         self._note_renewal()
 
     def _note_renewal(self) -> None:
@@ -314,13 +321,13 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
     def _keep_lease(self) -> float:
         """Renew the lease if `_recover` has not come round to that; returns when to look again."""
-        if self._in_io_worker and not _is_connected():
+        if self._in_io_worker and not is_connected():
             return _BETWEEN_STARTS
         due = self._lease_renewed + _LATEST_RENEWAL - time.monotonic()
         if due > 0:
             return due
         try:
-            self._store.keep_lease(_gcs_address(), self._is_destroyed)
+            self._store.keep_lease(gcs_address(), self._is_destroyed)
         except SpillError:  # which `_recover` reports if it lasts
             return _BETWEEN_ATTEMPTS
         self._note_renewal()
@@ -343,7 +350,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Take over what killed IO workers of the node had put off."""
         if self._config is None:
             return  # nothing can be done here
-        self._journal.adopt(_is_alive)
+        self._journal.adopt(is_alive)
         self._deferred.adopt(lambda url: (self._needs(url) or [VALKEY])[0])
 
     def _delete_again(self) -> None:
@@ -429,7 +436,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def _spill(self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]) -> list[str]:
         """The URLs of what could be stored. Holds nothing of plasma's once it is over."""
         try:
-            self._store.begin_lease(_gcs_address(), self._is_destroyed)
+            self._store.begin_lease(gcs_address(), self._is_destroyed)
             urls, failure = self._store.put(self._sources(refs, owner_addresses))
         except SpillError as error:
             self._cannot_spill(error)
@@ -641,21 +648,6 @@ class _Unusable:
         raise self._error
 
 
-def _session_dir(session: str, calling_node: Path | None) -> Path | None:
-    """Ray's directory for the session, for what IO workers have to know of each other.
-
-    Args:
-        session: its name.
-        calling_node: what `_calling_node_dir` returned. A driver that has shut down may still
-            destroy nodes, and then knows none but the one that is being destroyed.
-    """
-    if calling_node is not None:
-        return calling_node
-    node = ray._private.worker._global_node
-    is_it = node is not None and node.session_name == session
-    return Path(node.get_session_dir_path()) if is_it else None
-
-
 def _calling_node_dir(session: str) -> Path | None:
     """The session's directory of the node that is making a storage now, if one is.
 
@@ -677,7 +669,7 @@ class _Drivers:
     """The drivers of the cluster that this process is connected to: see `outage.Drivers`."""
 
     def notify(self, message: str, job: str | None = None) -> None:
-        if _is_connected():
+        if is_connected():
             worker = ray._private.worker.global_worker
             job_id = None if job is None else ray.JobID.from_hex(job)
             try:
@@ -705,16 +697,6 @@ def _is_in_plasma(object_id: str) -> bool:
         return bool(worker.core_worker.object_exists(ObjectRef(bytes.fromhex(object_id))))
     except Exception:  # what is there is then found by putting it
         return False
-
-
-def _is_connected() -> bool:
-    return bool(ray._private.worker.global_worker.connected)
-
-
-def _gcs_address() -> str:
-    """Where the cluster's GCS is; empty if this process is not connected to it."""
-    client = getattr(ray._private.worker.global_worker, "gcs_client", None)
-    return "" if client is None else str(client.address)
 
 
 def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
@@ -751,31 +733,13 @@ def _text(url: bytes) -> str:
     return url.decode(errors="replace")
 
 
-def _in_io_worker() -> bool:
-    """Whether this process is one of Ray's IO workers (`default_worker.py --worker-type=…`)."""
-    kinds = ("SPILL_WORKER", "RESTORE_WORKER")
-    return any(argument.removeprefix("--worker-type=") in kinds for argument in sys.argv)
-
-
 def _identity_of(pid: int) -> str | None:
     """What no other process of this machine with that id has: when it started; None if it is dead.
 
     It is field 22 of `/proc/<pid>/stat`, in clock ticks since boot (proc_pid_stat(5)).
     """
-    if not _is_alive(pid):
+    if not is_alive(pid):
         return None
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; one that is dead and not yet reaped does not."""
-    try:
-        # "pid (command) state …", and the command may have parentheses of its own.
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-        return state not in (b"Z", b"X")
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
