@@ -21,14 +21,14 @@ from support.servers import PRODUCTS, Server, server_of, valkey_server, wait_unt
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
-from ray_valkey_spill.format.names import Keyspace, ObjectName, new_attempt
+from ray_valkey_spill.format.names import Keyspace, ObjectName, Owner, new_attempt
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo
 from ray_valkey_spill.store import object_store
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import budget as budget_module
 from ray_valkey_spill.tiers.budget import Budget, cost, margin, member_cost
-from ray_valkey_spill.tiers.ledger import Grant, Ledger, Owner, Usage
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage
 from ray_valkey_spill.units import MIB
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")

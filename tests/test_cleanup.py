@@ -34,7 +34,7 @@ from support.servers import Server, free_port, wait_until
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
-from ray_valkey_spill.format.names import Keyspace, ObjectName, new_attempt
+from ray_valkey_spill.format.names import Keyspace, ObjectName, Owner, new_attempt
 from ray_valkey_spill.plugin import gcs
 from ray_valkey_spill.plugin.gcs import UNKNOWN, UNREACHABLE, RunningSession, running_at
 from ray_valkey_spill.plugin.interpreter import module_command
@@ -42,7 +42,7 @@ from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import LEASE, RENEWAL, CleanUp, Remains
 from ray_valkey_spill.store.object_store import ObjectStore
-from ray_valkey_spill.tiers.ledger import Grant, Ledger, Owner
+from ray_valkey_spill.tiers.ledger import Grant, Ledger
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 

@@ -20,7 +20,7 @@ from ray_valkey_spill import __version__
 from ray_valkey_spill.cli.commands import cli as in_process
 from ray_valkey_spill.cli.demo import Report
 from ray_valkey_spill.config import parameters
-from ray_valkey_spill.tiers.ledger import Owner
+from ray_valkey_spill.format.names import Owner
 from ray_valkey_spill.units import MIB
 
 

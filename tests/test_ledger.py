@@ -21,10 +21,10 @@ from hypothesis.stateful import (
 from support.servers import PRODUCTS, server_of
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request
-from ray_valkey_spill.tiers.ledger import Grant, Ledger, Owner, Usage
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage
 from ray_valkey_spill.units import MIB
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")

@@ -32,14 +32,13 @@ from ray_valkey_spill.errors import (
     SpillError,
     UnconfirmedError,
 )
-from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.format.names import Keyspace, Owner
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.plugin import metrics
 from ray_valkey_spill.plugin.metrics import DEFINITIONS, Metrics
 from ray_valkey_spill.protocol.server_info import MemoryInfo
 from ray_valkey_spill.store.object_store import ObjectStore, Room, StoredObject
 from ray_valkey_spill.store.observer import Observer, Tier
-from ray_valkey_spill.tiers.ledger import Owner
 from ray_valkey_spill.tiers.overflow import OverflowTier
 
 OWNER = Owner("session_1", "ab" * 28)

@@ -29,13 +29,13 @@ from support.tenants import (
 from valkey.exceptions import NoPermissionError
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.format.names import Keyspace, Owner
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import CleanUp
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.tiers.budget import margin
-from ray_valkey_spill.tiers.ledger import Ledger, Owner
+from ray_valkey_spill.tiers.ledger import Ledger
 
 PASSWORD = "pw"
 

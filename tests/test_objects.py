@@ -47,13 +47,12 @@ from ray_valkey_spill.format.header import (
     decode_header,
     encode_header,
 )
-from ray_valkey_spill.format.names import Entry
+from ray_valkey_spill.format.names import Entry, Owner
 from ray_valkey_spill.format.packing import INLINE_LIMIT, SourceObject
 from ray_valkey_spill.format.sealing import TAG_SIZE
 from ray_valkey_spill.protocol.link import Sharing
 from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
 from ray_valkey_spill.tiers import preflight
-from ray_valkey_spill.tiers.ledger import Owner
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 

@@ -26,10 +26,10 @@ from support.servers import Server, valkey_server, wait_until
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, OverflowUnavailableError
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Place, new_attempt
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
 from ray_valkey_spill.format.packing import Receive
 from ray_valkey_spill.store.object_store import ObjectStore
-from ray_valkey_spill.tiers.ledger import Grant, Owner
+from ray_valkey_spill.tiers.ledger import Grant
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.valkey import Value
 

@@ -27,9 +27,8 @@ from ray_valkey_spill.errors import (
     OverflowUnavailableError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Place, new_attempt
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
 from ray_valkey_spill.store.object_store import ObjectStore
-from ray_valkey_spill.tiers.ledger import Owner
 from ray_valkey_spill.tiers.overflow import OverflowTier, Patience
 from ray_valkey_spill.tiers.steps import StalledError, StepThreads, begin_step
 from ray_valkey_spill.tiers.valkey import Value

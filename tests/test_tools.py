@@ -33,14 +33,14 @@ from ray_valkey_spill.cli.inventory import Figures, Inventory, NodeFigures, age,
 from ray_valkey_spill.config import Config, parameters
 from ray_valkey_spill.errors import ConfigError, OverflowUnavailableError, SpillError
 from ray_valkey_spill.format.header import Chunk, Codec, Header
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.plugin.gcs import RunningSession
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.object_store import ObjectStore, problems
 from ray_valkey_spill.tiers import preflight
-from ray_valkey_spill.tiers.ledger import Ledger, Owner
+from ray_valkey_spill.tiers.ledger import Ledger
 from ray_valkey_spill.tiers.valkey import Stat
 
 SESSIONS = ("session_2025-11-24_15-00-00_123456_4242", "session_2025-11-25_08-30-00_654321_1234567")

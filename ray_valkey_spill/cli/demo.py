@@ -25,11 +25,11 @@ import pyarrow as pa
 from ray_valkey_spill import _startup
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import SpillError
-from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.format.names import Keyspace, Owner
 from ray_valkey_spill.plugin.spilling_config import system_config
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
-from ray_valkey_spill.tiers.ledger import Ledger, Owner, Usage
+from ray_valkey_spill.tiers.ledger import Ledger, Usage
 from ray_valkey_spill.units import KIB, MIB
 
 __all__ = ["Report", "run", "shut_down"]

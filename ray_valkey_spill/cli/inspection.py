@@ -19,12 +19,12 @@ from ray_valkey_spill.errors import (
     SpillError,
 )
 from ray_valkey_spill.format.header import Codec, Header, decode_header, format_version
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Place
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place
 from ray_valkey_spill.format.sealing import KeyRing
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.store.object_store import problems
-from ray_valkey_spill.tiers.ledger import Owner, parse_entry, parse_pending, well_formed
+from ray_valkey_spill.tiers.ledger import parse_entry, parse_pending, well_formed
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.valkey import Stat, ValkeyTier
 

@@ -12,11 +12,11 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.format.names import Entry, Keyspace, Place
+from ray_valkey_spill.format.names import Entry, Keyspace, Owner, Place
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.store.cleanup import LEASE
-from ray_valkey_spill.tiers.ledger import Grant, Owner, Usage
+from ray_valkey_spill.tiers.ledger import Grant, Usage
 from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
 
-__all__ = ["Entry", "Keyspace", "ObjectName", "Place", "new_attempt"]
+__all__ = ["Entry", "Keyspace", "ObjectName", "Owner", "Place", "new_attempt"]
 
 _NAME = re.compile(r"([^:?&#]+):([^:?&#]+):([^:.?&#]+)\.([0-9a-f]{27})\.([0-9]+)")
 _ENTRY = re.compile(r"(.+)\.([0-9]+)\.([0-9]+)")
@@ -38,6 +38,16 @@ _URL = re.compile(r"(overflow:)?([^?]+)\?offset=0&size=([0-9]+)(?:&sealed=([0-9a
 def new_attempt() -> str:
     """A token no other attempt to spill an object has: time in ms, this process, 32 random bits."""
     return f"{int(time.time() * 1000):011x}{os.getpid():08x}{os.urandom(4).hex()}"
+
+
+class Owner(NamedTuple):
+    """A node of a Ray session."""
+
+    session: str
+    node: str
+
+    def __str__(self) -> str:
+        return f"{self.session}:{self.node}"
 
 
 class ObjectName(NamedTuple):

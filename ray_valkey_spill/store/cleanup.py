@@ -30,7 +30,7 @@ from typing import TypeVar
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import OverflowUnavailableError
-from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.format.names import Keyspace, Owner
 from ray_valkey_spill.plugin.gcs import (
     UNKNOWN,
     UNREACHABLE,
@@ -39,7 +39,7 @@ from ray_valkey_spill.plugin.gcs import (
     is_loopback,
 )
 from ray_valkey_spill.protocol.link import Link
-from ray_valkey_spill.tiers.ledger import Lease, Owner, Usage
+from ray_valkey_spill.tiers.ledger import Lease, Usage
 from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier

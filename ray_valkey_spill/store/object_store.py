@@ -29,7 +29,7 @@ from ray_valkey_spill.errors import (
     UnconfirmedError,
 )
 from ray_valkey_spill.format.header import Header, checksum, decode_header, key_id
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Place, new_attempt
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
 from ray_valkey_spill.format.packing import (
     INLINE_LIMIT,
     Packer,
@@ -43,7 +43,7 @@ from ray_valkey_spill.protocol.link import USUAL_SHARING, Link, Sharing
 from ray_valkey_spill.protocol.server_info import MemoryInfo
 from ray_valkey_spill.store.observer import Loss, Observer, Tier
 from ray_valkey_spill.tiers.budget import Budget
-from ray_valkey_spill.tiers.ledger import Ledger, Owner
+from ray_valkey_spill.tiers.ledger import Ledger
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
 from ray_valkey_spill.tiers.valkey import Stat, ValkeyTier

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request, command
 
@@ -34,7 +34,6 @@ __all__ = [
     "Grant",
     "Lease",
     "Ledger",
-    "Owner",
     "Reservation",
     "Usage",
     "pages",
@@ -65,16 +64,6 @@ _logged: set[str] = set()
 _F = TypeVar("_F", bytes, tuple[bytes, bytes])
 _K = TypeVar("_K")
 _T = TypeVar("_T")
-
-
-class Owner(NamedTuple):
-    """A node of a Ray session."""
-
-    session: str
-    node: str
-
-    def __str__(self) -> str:
-        return f"{self.session}:{self.node}"
 
 
 class Usage(NamedTuple):

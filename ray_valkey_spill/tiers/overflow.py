@@ -44,9 +44,8 @@ from ray_valkey_spill.format.header import (
     largest_header,
     scratch,
 )
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Place
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place
 from ray_valkey_spill.format.packing import INLINE_LIMIT, Receive
-from ray_valkey_spill.tiers.ledger import Owner
 from ray_valkey_spill.tiers.steps import Job, StalledError, StepThread, StepThreads, begin_step
 from ray_valkey_spill.tiers.valkey import Stat, Value
 from ray_valkey_spill.units import KIB, MIB, Buffer

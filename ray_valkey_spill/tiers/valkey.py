@@ -13,10 +13,10 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ray_valkey_spill.errors import LostObjectError, ServerError, UnconfirmedError
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request, command, fetch, store
-from ray_valkey_spill.tiers.ledger import Ledger, Owner, pages
+from ray_valkey_spill.tiers.ledger import Ledger, pages
 from ray_valkey_spill.units import Buffer
 
 __all__ = ["Stat", "Value", "ValkeyTier"]
