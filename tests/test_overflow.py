@@ -28,10 +28,10 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, OverflowUnavailableError
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
 from ray_valkey_spill.format.packing import Receive
+from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers.ledger import Grant
 from ray_valkey_spill.tiers.overflow import OverflowTier
-from ray_valkey_spill.tiers.valkey import Value
 
 SESSION, NODE = "session_1", "ab" * 28
 OWNER = Owner(SESSION, NODE)
@@ -451,7 +451,7 @@ DYING_WRITER = """
 import sys
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, new_attempt
 from ray_valkey_spill.tiers.overflow import OverflowTier
-from ray_valkey_spill.tiers.valkey import Value
+from ray_valkey_spill.format.values import Value
 
 uri, session, node, sent = sys.argv[1:]
 tier = OverflowTier(uri, Keyspace("ray:spill:default:"))

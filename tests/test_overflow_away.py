@@ -28,10 +28,10 @@ from ray_valkey_spill.errors import (
     ServerUnavailableError,
 )
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
+from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers.overflow import OverflowTier, Patience
 from ray_valkey_spill.tiers.steps import StalledError, StepThreads, begin_step
-from ray_valkey_spill.tiers.valkey import Value
 from ray_valkey_spill.units import MIB
 
 SESSION, NODE = "session_1", "ab" * 28

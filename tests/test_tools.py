@@ -40,8 +40,8 @@ from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.object_store import ObjectStore, problems
 from ray_valkey_spill.tiers import preflight
+from ray_valkey_spill.tiers.base import Stat
 from ray_valkey_spill.tiers.ledger import Ledger
-from ray_valkey_spill.tiers.valkey import Stat
 
 SESSIONS = ("session_2025-11-24_15-00-00_123456_4242", "session_2025-11-25_08-30-00_654321_1234567")
 NODES = ("ab" * 28, "cd" * 28)

@@ -24,9 +24,10 @@ from ray_valkey_spill.format.sealing import KeyRing
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.store.object_store import problems
+from ray_valkey_spill.tiers.base import Stat
 from ray_valkey_spill.tiers.ledger import parse_entry, parse_pending, well_formed
 from ray_valkey_spill.tiers.overflow import OverflowTier
-from ray_valkey_spill.tiers.valkey import Stat, ValkeyTier
+from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 __all__ = [
     "HALF_WRITTEN",

@@ -35,8 +35,8 @@ from ray_valkey_spill.format.header import (
 )
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
 from ray_valkey_spill.format.sealing import TAG_SIZE, Key, Seal
+from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.tiers.budget import Budget, cost, member_cost
-from ray_valkey_spill.tiers.valkey import Value
 from ray_valkey_spill.units import KIB, MIB, Buffer
 
 __all__ = ["INLINE_LIMIT", "Packer", "Receive", "SourceObject", "Values", "unpack_chunk"]

@@ -42,11 +42,12 @@ from ray_valkey_spill.format.sealing import Key, KeyRing
 from ray_valkey_spill.protocol.link import USUAL_SHARING, Link, Sharing
 from ray_valkey_spill.protocol.server_info import MemoryInfo
 from ray_valkey_spill.store.observer import Loss, Observer, Tier
+from ray_valkey_spill.tiers.base import Stat
 from ray_valkey_spill.tiers.budget import Budget
 from ray_valkey_spill.tiers.ledger import Ledger
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
-from ray_valkey_spill.tiers.valkey import Stat, ValkeyTier
+from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 __all__ = ["ObjectStore", "Room", "StoredObject", "problems"]
 

@@ -46,8 +46,9 @@ from ray_valkey_spill.format.header import (
 )
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place
 from ray_valkey_spill.format.packing import INLINE_LIMIT, Receive
+from ray_valkey_spill.format.values import Value
+from ray_valkey_spill.tiers.base import Stat
 from ray_valkey_spill.tiers.steps import Job, StalledError, StepThread, StepThreads, begin_step
-from ray_valkey_spill.tiers.valkey import Stat, Value
 from ray_valkey_spill.units import KIB, MIB, Buffer
 
 __all__ = ["OverflowTier", "Patience", "StoredFile"]

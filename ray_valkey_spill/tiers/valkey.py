@@ -10,50 +10,22 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray_valkey_spill.errors import LostObjectError, ServerError, UnconfirmedError
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
+from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request, command, fetch, store
+from ray_valkey_spill.tiers.base import Stat
 from ray_valkey_spill.tiers.ledger import Ledger, pages
-from ray_valkey_spill.units import Buffer
 
-__all__ = ["Stat", "Value", "ValkeyTier"]
+__all__ = ["ValkeyTier"]
 
 _NAMES_PER_PAGE = 500
 # What is looked at again together once something was missing.
 _OBJECTS_LOOKED_AT_AGAIN = 16
 _READINGS = 5
-
-
-class Value(NamedTuple):
-    """What is stored under a key, a chunk of an object or its header: buffers, one after the other.
-
-    `size` is the length of the object's data; `completes` tells that this is the object's last.
-    """
-
-    key: str
-    name: ObjectName
-    size: int
-    parts: Sequence[Buffer]
-    completes: Entry | None = None
-
-
-class Stat(NamedTuple):
-    """An object as found: `chunk_sizes` in bytes, 0 for a missing chunk, where each has its own.
-
-    `payload` is the length of all of them where they are in one file.
-    """
-
-    header: Buffer | None
-    chunk_sizes: list[int]
-    payload: int | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is missing."""
-        return self.header is not None and all(self.chunk_sizes)
 
 
 class ValkeyTier:
