@@ -10,19 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_valkey_spill.errors import ConfigError, LostObjectError
+from ray_valkey_spill.format.codec import Codec, checksum, compress, decompress_into, expected_ratio
 from ray_valkey_spill.format.header import (
     FORMAT_VERSION,
     TRAILER_SIZE,
     Chunk,
-    Codec,
     Header,
-    checksum,
     chunk_count,
-    compress,
     decode_header,
-    decompress_into,
     encode_header,
-    expected_ratio,
     format_version,
     header_size,
 )

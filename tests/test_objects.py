@@ -40,13 +40,8 @@ from support.topologies import Cluster, cluster_servers, sentinel_servers
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
-from ray_valkey_spill.format.header import (
-    FORMAT_VERSION,
-    Codec,
-    checksum,
-    decode_header,
-    encode_header,
-)
+from ray_valkey_spill.format.codec import Codec, checksum
+from ray_valkey_spill.format.header import FORMAT_VERSION, decode_header, encode_header
 from ray_valkey_spill.format.names import Entry, Owner
 from ray_valkey_spill.format.packing import INLINE_LIMIT, SourceObject
 from ray_valkey_spill.format.sealing import TAG_SIZE

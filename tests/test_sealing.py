@@ -28,7 +28,8 @@ from support.servers import Server, wait_until
 from ray_valkey_spill.cli import commands
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, SpillError
-from ray_valkey_spill.format.header import Codec, decode_header
+from ray_valkey_spill.format.codec import Codec
+from ray_valkey_spill.format.header import decode_header
 from ray_valkey_spill.format.names import Entry
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.format.sealing import TAG_SIZE, Key, KeyRing

@@ -32,7 +32,8 @@ from ray_valkey_spill.cli.inspection import parse_target
 from ray_valkey_spill.cli.inventory import Figures, Inventory, NodeFigures, age, percent, total
 from ray_valkey_spill.config import Config, parameters
 from ray_valkey_spill.errors import ConfigError, OverflowUnavailableError, SpillError
-from ray_valkey_spill.format.header import Chunk, Codec, Header
+from ray_valkey_spill.format.codec import Codec
+from ray_valkey_spill.format.header import Chunk, Header
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.plugin.gcs import RunningSession

@@ -18,7 +18,8 @@ from ray_valkey_spill.errors import (
     OverflowUnavailableError,
     SpillError,
 )
-from ray_valkey_spill.format.header import Codec, Header, decode_header, format_version
+from ray_valkey_spill.format.codec import Codec
+from ray_valkey_spill.format.header import Header, decode_header, format_version
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place
 from ray_valkey_spill.format.sealing import KeyRing
 from ray_valkey_spill.protocol.link import Link

@@ -1,4 +1,4 @@
-"""How a spilled object looks in bytes: header, chunks, codecs, checksums. Pure.
+"""How a spilled object looks in bytes: the header. Pure.
 
 A header value is an Arrow IPC stream, then for a small object its payload, then a trailer:
 
@@ -24,15 +24,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import NamedTuple
 
-import lz4.block
-import numpy as np
 import pyarrow as pa
-import xxhash
 
 from ray_valkey_spill.errors import ConfigError, LostObjectError
+from ray_valkey_spill.format.codec import Codec, checksum, scratch
 from ray_valkey_spill.format.sealing import TAG_SIZE, KeyRing, Seal
 from ray_valkey_spill.units import Buffer
 
@@ -40,21 +37,14 @@ __all__ = [
     "FORMAT_VERSION",
     "TRAILER_SIZE",
     "Chunk",
-    "Codec",
     "Header",
-    "checksum",
     "chunk_count",
-    "compress",
-    "copy_into",
     "decode_header",
-    "decompress_into",
     "encode_header",
-    "expected_ratio",
     "format_version",
     "header_size",
     "key_id",
     "largest_header",
-    "scratch",
 ]
 
 FORMAT_VERSION = 1
@@ -77,19 +67,6 @@ _CHUNKS = pa.schema(
         pa.field("xxh3_64", pa.uint64(), nullable=False),
     ]
 )
-
-# A chunk is stored compressed only if that saves at least a tenth: less would not pay for the
-# decompression at the restore.
-_WORTHWHILE = 0.9
-_SAMPLE_PIECES = range(3, 9)
-_SAMPLE_PIECE_SIZE = 4096
-
-
-class Codec(IntEnum):
-    """How a chunk is stored. The numbers are part of the format."""
-
-    RAW = 0
-    LZ4 = 1  # LZ4 block format, without a size in front
 
 
 class Chunk(NamedTuple):
@@ -137,14 +114,6 @@ class Header:
 
 def chunk_count(size: int, chunk_size: int) -> int:
     return -(-size // chunk_size)
-
-
-def checksum(data: Buffer) -> int:
-    """XXH3-64 of `data`."""
-    return xxhash.xxh3_64_intdigest(data)
-
-
-# --- header ---
 
 
 def encode_header(header: Header, payload: Sequence[Buffer] = ()) -> list[Buffer]:
@@ -327,60 +296,3 @@ def _too_new(version: int) -> str:
         f"it was written in format {version}, and this version of ray-valkey-spill reads up to "
         f"format {FORMAT_VERSION}: upgrade it on this node"
     )
-
-
-# --- chunks ---
-
-# Arrow decompresses several times faster than lz4.block: its pool has memory at hand, and each
-# result of lz4.block is mapped, touched for the first time, and unmapped.
-_ARROW_LZ4 = pa.Codec("lz4_raw")
-_LAST_LITERALS = 5
-
-
-def expected_ratio(data: memoryview) -> float:
-    """What LZ4 leaves of `data`, judged by 12 to 32 KiB spread over it; 1 if that does not pay."""
-    pieces = min(max(_SAMPLE_PIECES.start, len(data) >> 16), _SAMPLE_PIECES.stop - 1)
-    if len(data) <= pieces * _SAMPLE_PIECE_SIZE:
-        sample: Buffer = data
-    else:
-        last = len(data) - _SAMPLE_PIECE_SIZE
-        starts = [last * i // (pieces - 1) for i in range(pieces)]
-        sample = b"".join(data[start : start + _SAMPLE_PIECE_SIZE] for start in starts)
-    ratio = len(lz4.block.compress(sample, store_size=False)) / len(sample)
-    return ratio if ratio <= _WORTHWHILE else 1.0
-
-
-def compress(data: memoryview) -> tuple[Codec, Buffer]:
-    """`data` as LZ4, or itself where that does not pay. Releases the GIL."""
-    packed: bytes = lz4.block.compress(data, store_size=False)
-    if len(packed) <= _WORTHWHILE * len(data):
-        return Codec.LZ4, packed
-    return Codec.RAW, data
-
-
-def scratch(size: int) -> memoryview:
-    """Memory for a chunk, of undefined content, from Arrow's pool."""
-    return memoryview(pa.allocate_buffer(size)).cast("B")
-
-
-def decompress_into(packed: Buffer, target: memoryview) -> None:
-    """Decompress an LZ4 block that has exactly `target`'s size. Releases the GIL.
-
-    Raises:
-        LostObjectError: if it has not, or is no LZ4 block.
-    """
-    try:
-        data = memoryview(_ARROW_LZ4.decompress(packed, len(target))).cast("B")
-    except OSError as error:
-        raise LostObjectError(f"a chunk cannot be decompressed to {len(target)} bytes") from error
-    # Arrow does not tell of a block that ends too soon. But every block ends in literals, which
-    # come last in the data too (https://github.com/lz4/lz4/blob/dev/doc/lz4_Block_format.md).
-    if data[-_LAST_LITERALS:] != memoryview(packed)[-_LAST_LITERALS:][-len(data) :]:
-        raise LostObjectError(f"a chunk has less than {len(target)} bytes")
-    copy_into(data, target)
-
-
-def copy_into(data: Buffer, target: memoryview) -> None:
-    """Copy `data` to memory of the same size, which is not empty. Releases the GIL."""
-    # A memoryview would not.
-    np.frombuffer(target, np.uint8)[:] = np.frombuffer(data, np.uint8)

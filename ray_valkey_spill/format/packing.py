@@ -20,19 +20,16 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, SpillError
-from ray_valkey_spill.format.header import (
-    Chunk,
+from ray_valkey_spill.format.codec import (
     Codec,
-    Header,
     checksum,
-    chunk_count,
     compress,
     copy_into,
     decompress_into,
-    encode_header,
     expected_ratio,
     scratch,
 )
+from ray_valkey_spill.format.header import Chunk, Header, chunk_count, encode_header
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
 from ray_valkey_spill.format.sealing import TAG_SIZE, Key, Seal
 from ray_valkey_spill.format.values import Value

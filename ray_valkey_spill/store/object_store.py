@@ -28,7 +28,8 @@ from ray_valkey_spill.errors import (
     SpillError,
     UnconfirmedError,
 )
-from ray_valkey_spill.format.header import Header, checksum, decode_header, key_id
+from ray_valkey_spill.format.codec import checksum
+from ray_valkey_spill.format.header import Header, decode_header, key_id
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
 from ray_valkey_spill.format.packing import (
     INLINE_LIMIT,

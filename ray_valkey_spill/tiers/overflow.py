@@ -37,13 +37,8 @@ from pyarrow import fs
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, OverflowUnavailableError
-from ray_valkey_spill.format.header import (
-    TRAILER_SIZE,
-    copy_into,
-    header_size,
-    largest_header,
-    scratch,
-)
+from ray_valkey_spill.format.codec import copy_into, scratch
+from ray_valkey_spill.format.header import TRAILER_SIZE, header_size, largest_header
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place
 from ray_valkey_spill.format.packing import INLINE_LIMIT, Receive
 from ray_valkey_spill.format.values import Value
