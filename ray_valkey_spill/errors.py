@@ -16,7 +16,7 @@
 
 The last two are raised and handled in `protocol`; callers of this package do not see them.
 
-Error replies are translated in `resp`, what the client library raises in `connection`, failed TLS
+Error replies are translated in `resp`, what the client library raises in `dial`, failed TLS
 handshakes in `tls`, and what a file system raises in `overflow`.
 No message ever holds a password.
 """
