@@ -36,11 +36,12 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
 from ray_valkey_spill.format.names import Keyspace, ObjectName, Owner, new_attempt
 from ray_valkey_spill.plugin import gcs
-from ray_valkey_spill.plugin.gcs import UNKNOWN, UNREACHABLE, RunningSession, running_at
+from ray_valkey_spill.plugin.gcs import running_at
 from ray_valkey_spill.plugin.interpreter import module_command
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import LEASE, RENEWAL, CleanUp, Remains
+from ray_valkey_spill.store.liveness import UNKNOWN, UNREACHABLE, RunningSession
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers.ledger import Grant, Ledger
 from ray_valkey_spill.tiers.overflow import OverflowTier

@@ -36,9 +36,9 @@ from ray_valkey_spill.format.codec import Codec
 from ray_valkey_spill.format.header import Chunk, Header
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
 from ray_valkey_spill.format.packing import SourceObject
-from ray_valkey_spill.plugin.gcs import RunningSession
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store import cleanup
+from ray_valkey_spill.store.liveness import RunningSession
 from ray_valkey_spill.store.object_store import ObjectStore, problems
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.tiers.base import Stat

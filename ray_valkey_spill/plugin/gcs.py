@@ -10,34 +10,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 from ray_valkey_spill.plugin.interpreter import module_command
+from ray_valkey_spill.store.liveness import UNKNOWN, UNREACHABLE, RunningSession
 
-__all__ = [
-    "UNKNOWN",
-    "UNREACHABLE",
-    "RunningSession",
-    "has_run_here",
-    "is_loopback",
-    "running_at",
-]
+__all__ = ["has_run_here", "is_loopback", "running_at"]
 
 _CONNECT_TIMEOUT = 3.0
 _ANSWER_TIMEOUT = 20.0
-
-
-class RunningSession(NamedTuple):
-    """A session that runs, and the ids of its nodes that live, in hex."""
-
-    name: str
-    nodes: frozenset[str]
-
-
-# Something runs there that does not tell: it may be another Ray's, with another token.
-UNKNOWN = RunningSession("?", frozenset())
-# The host does not answer, or is not known: it may be gone, or stopped, or not for us to reach.
-UNREACHABLE = RunningSession("", frozenset())
 
 
 def running_at(address: str) -> RunningSession | None:
