@@ -28,8 +28,7 @@ import ray_valkey_spill
 from benchmarks.common import MIB, machine, note, results_only, table
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace
-from ray_valkey_spill.protocol.link import Link
-from ray_valkey_spill.tiers.ledger import Ledger
+from ray_valkey_spill.tiers.ledger import Ledger, link_to
 
 GIB = 1 << 30
 STORE = 300_000_000
@@ -56,7 +55,7 @@ class Peaks(threading.Thread):
 
     def __init__(self, url: str, overflow: Path) -> None:
         super().__init__()
-        self._link = Link(Config.load({"url": url}, {}))
+        self._link = link_to(Config.load({"url": url}, {}))
         self._ledger = Ledger(self._link, Keyspace.of(Config()))
         self._client = valkey.from_url(url)
         self._overflow = overflow

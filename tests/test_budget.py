@@ -28,7 +28,7 @@ from ray_valkey_spill.store import object_store
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import budget as budget_module
 from ray_valkey_spill.tiers.budget import Budget, cost, margin, member_cost
-from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage, link_to
 from ray_valkey_spill.units import MIB
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -57,7 +57,7 @@ class Tenant:
         self.client = server.client
         self.keys = Keyspace.of(self.config)
         self._stores: list[ObjectStore] = []
-        self._link = Link(self.config)
+        self._link = link_to(self.config)
         self.ledger = Ledger(self._link, self.keys)
 
     def store(self, node: str = NODE, **params: Any) -> ObjectStore:

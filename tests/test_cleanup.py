@@ -43,7 +43,7 @@ from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import LEASE, RENEWAL, CleanUp, Remains
 from ray_valkey_spill.store.liveness import UNKNOWN, UNREACHABLE, RunningSession
 from ray_valkey_spill.store.object_store import ObjectStore
-from ray_valkey_spill.tiers.ledger import Grant, Ledger
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
@@ -68,7 +68,7 @@ class Namespace:
         }
         self.config = Config.load(self.params, {})
         self.keys = Keyspace.of(self.config)
-        self.link = Link(self.config)
+        self.link = link_to(self.config)
         self.ledger = Ledger(self.link, self.keys)
         self.told: list[str] = []
         self.running: dict[str, RunningSession | None] = {}

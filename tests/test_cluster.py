@@ -52,6 +52,7 @@ from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import CleanUp
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import budget, preflight
+from ray_valkey_spill.tiers.ledger import link_to
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -71,7 +72,7 @@ def config(url: str, *, password: str | None = None, **params: Any) -> Config:
 
 @contextlib.contextmanager
 def linked(url: str, **params: Any) -> Iterator[Link]:
-    with contextlib.closing(Link(config(url, **params))) as link:
+    with contextlib.closing(link_to(config(url, **params))) as link:
         yield link
 
 

@@ -15,9 +15,8 @@ from support.servers import Server, wait_until
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace, ObjectName, new_attempt
 from ray_valkey_spill.plugin.storage import ValkeyStorage
-from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store.object_store import ObjectStore
-from ray_valkey_spill.tiers.ledger import Ledger
+from ray_valkey_spill.tiers.ledger import Ledger, link_to
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -49,7 +48,7 @@ def test_the_lease_can_be_renewed_while_half_written_objects_are_removed(server:
     renewals = 0
     with (
         contextlib.closing(ObjectStore(config, SESSION, NODE)) as store,
-        contextlib.closing(Link(config)) as link,
+        contextlib.closing(link_to(config)) as link,
         ThreadPoolExecutor(1) as third_thread,
     ):
         lease = Lease(server, store.keys)

@@ -22,9 +22,8 @@ from support.servers import PRODUCTS, server_of
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
-from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request
-from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage, link_to
 from ray_valkey_spill.units import MIB
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -42,7 +41,7 @@ class Books:
         config = Config.load({"url": url, "retry_timeout": 5}, {})
         self.keys = Keyspace.of(config)
         self.client = client
-        self.link = Link(config)
+        self.link = link_to(config)
         self.ledger = Ledger(self.link, self.keys)
 
     def send(self, requests: Iterable[Request]) -> int:

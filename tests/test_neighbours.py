@@ -30,12 +30,11 @@ from valkey.exceptions import NoPermissionError
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace, Owner
-from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import CleanUp
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.tiers.budget import margin
-from ray_valkey_spill.tiers.ledger import Ledger
+from ray_valkey_spill.tiers.ledger import Ledger, link_to
 
 PASSWORD = "pw"
 
@@ -164,7 +163,7 @@ def test_everything_a_cluster_needs_works_with_the_advised_permissions(
 ) -> None:
     config = config_of(shared, max_bytes=4 * MIB, overflow_uri=f"file://{tmp_path}")
     preflight.run_all(config)
-    link = Link(config)
+    link = link_to(config)
     ledger = Ledger(link, Keyspace.of(config))
     with contextlib.closing(Spills(config, 6)) as spills, contextlib.closing(link):
         spills.store.probe_overflow()

@@ -25,12 +25,12 @@ from ray_valkey_spill.cli.inventory import Inventory
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerUnavailableError
 from ray_valkey_spill.format.names import Keyspace
-from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import RENEWAL, CleanUp
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import preflight
+from ray_valkey_spill.tiers.ledger import link_to
 
 below_ray = pytest.mark.usefixtures("no_thread_left")
 
@@ -218,7 +218,7 @@ def test_a_role_that_changes_during_a_look_makes_it_looked_again(pair: Pair) -> 
             link.execute(command("GET", KEY))
         return found
 
-    with contextlib.closing(Link(config(pair.name.url))) as link:
+    with contextlib.closing(link_to(config(pair.name.url))) as link:
         with in_background(link.confirmed, look) as looking:
             wait_until(lambda: link.breaks > 2)
             assert len(looks) == 1
@@ -289,7 +289,7 @@ def test_nothing_is_lost_where_nobody_says_what_the_server_is(pair: Pair) -> Non
 def test_the_role_costs_an_exchange_only_where_hello_is_unknown(pair: Pair) -> None:
     def round_trips() -> int:
         before = pair.name.round_trips
-        with contextlib.closing(Link(config(pair.name.url))) as link:
+        with contextlib.closing(link_to(config(pair.name.url))) as link:
             link.execute(command("GET", KEY))
         return pair.name.round_trips - before
 

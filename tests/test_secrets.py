@@ -20,9 +20,9 @@ from support.servers import INDEX, acl_user, valkey_server, wait_until
 from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import SpillError
-from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import preflight
+from ray_valkey_spill.tiers.ledger import link_to
 
 PASSWORD = "correct-horse-battery-staple"
 WRONG = "wrong-horse-battery-staple"
@@ -68,7 +68,7 @@ def test_no_repr_and_no_error_shows_a_secret(tmp_path: Path, key_file: Path, way
         with pytest.raises(SpillError) as caught:
             preflight.run_all(wrong)
         with contextlib.closing(ObjectStore(config, "session", "node")) as store:
-            link = Link(config)
+            link = link_to(config)
             seen = [config, config.address, store, vars(store), link, caught.value, vars(link)]
             link.close()
     assert not secret.search("\n".join(map(repr, seen)).encode())
@@ -79,7 +79,7 @@ def test_what_led_to_an_error_shows_no_secret_either(key_file: Path) -> None:
     with valkey_server(password=PASSWORD) as server:
         config = Config.load({"url": server.url}, {"RAY_VALKEY_SPILL_PASSWORD": WRONG})
         with pytest.raises(SpillError) as caught:
-            Link(config).info()
+            link_to(config).info()
     chain: list[str] = []
     error: BaseException | None = caught.value
     while error is not None:

@@ -35,10 +35,10 @@ from ray_valkey_spill.errors import (
     ServerUnavailableError,
 )
 from ray_valkey_spill.format.packing import Packer, SourceObject
-from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import preflight
+from ray_valkey_spill.tiers.ledger import link_to
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 KEY = f"{ROOT}test"
@@ -177,7 +177,7 @@ def url_of(ports: Sequence[int]) -> str:
 
 
 def test_the_primary_is_found(group: SentinelGroup) -> None:
-    with contextlib.closing(Link(config(group.url))) as link:
+    with contextlib.closing(link_to(config(group.url))) as link:
         link.execute(command("SET", KEY, "x"))
         assert group.primary().client.get(KEY) == b"x"
         link.execute(command("UNLINK", KEY))
@@ -246,12 +246,12 @@ def test_a_replica_that_a_sentinel_names_is_waited_for_until_it_is_a_primary(
         server.client.replicaof("127.0.0.1", 1)
         wanted = config(sentinel.url, retry_timeout=0.5)
         with (
-            contextlib.closing(Link(wanted)) as link,
+            contextlib.closing(link_to(wanted)) as link,
             pytest.raises(ServerUnavailableError, match=rf"{server.port} is a replica, though"),
         ):
             link.info()
         with (
-            contextlib.closing(Link(config(sentinel.url, retry_timeout=30))) as link,
+            contextlib.closing(link_to(config(sentinel.url, retry_timeout=30))) as link,
             in_background(link.info) as info,
         ):
             wait_until(lambda: link.breaks > 1)

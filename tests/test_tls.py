@@ -27,9 +27,9 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command, fetch, store
 from ray_valkey_spill.tiers import preflight
+from ray_valkey_spill.tiers.ledger import link_to
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -58,14 +58,14 @@ def config(server: TLSServer, **params: Any) -> Config:
 
 
 def info(wanted: Config) -> str:
-    with contextlib.closing(Link(wanted)) as link:
+    with contextlib.closing(link_to(wanted)) as link:
         return link.info().product
 
 
 def test_values_of_any_size_go_both_ways(start: Start, tmp_path: Path) -> None:
     sizes = [0, 1, 16_383, 16_384, 16_385, 1 << 20, (8 << 20) + 7]
     values = [bytes([i]) * size for i, size in enumerate(sizes)]
-    with start(tmp_path) as server, contextlib.closing(Link(config(server))) as link:
+    with start(tmp_path) as server, contextlib.closing(link_to(config(server))) as link:
         link.execute(*[store(f"{KEY}:{i}", [value]) for i, value in enumerate(values)])
         assert [server.client.get(f"{KEY}:{i}") for i in range(len(values))] == values
         targets = [bytearray(size) for size in sizes]
@@ -79,14 +79,14 @@ def test_a_value_that_is_too_long_for_the_server_is_refused_as_such(
 ) -> None:
     with start(tmp_path) as server:
         server.client.config_set("proto-max-bulk-len", "1mb")
-        link = Link(config(server, chunk_size=3 << 20))
+        link = link_to(config(server, chunk_size=3 << 20))
         with pytest.raises(ServerRefusedError, match=r"bulk length.*proto-max-bulk-len"):
             link.execute(*[store(f"{KEY}:{i}", [bytes(3 << 20)]) for i in range(6)])
         link.close()
 
 
 def test_many_small_requests_keep_in_step(start: Start, tmp_path: Path) -> None:
-    with start(tmp_path) as server, contextlib.closing(Link(config(server))) as link:
+    with start(tmp_path) as server, contextlib.closing(link_to(config(server))) as link:
         link.execute(*[store(f"{KEY}:{i}", [b"%d" % i] * 3) for i in range(2000)])
         values = link.execute(*[command("GET", f"{KEY}:{i}") for i in range(2000)])
         assert values == [b"%d" % i * 3 for i in range(2000)]
@@ -97,7 +97,7 @@ def test_a_connection_that_is_cut_goes_on(start: Start, tmp_path: Path, cut_afte
     values = [bytes([i]) * (1 << 19) for i in range(6)]
     with start(tmp_path) as server, proxy_to(server.port) as proxy:
         url = f"valkeys://127.0.0.1:{proxy.url.rpartition(':')[2]}"
-        with contextlib.closing(Link(config(server, url=url))) as link:
+        with contextlib.closing(link_to(config(server, url=url))) as link:
             link.execute(command("STRLEN", KEY))
             proxy.to_server.reset_after = cut_after
             link.execute(*[store(f"{KEY}:{i}", [value]) for i, value in enumerate(values)])
@@ -110,7 +110,7 @@ def test_a_connection_that_is_cut_goes_on(start: Start, tmp_path: Path, cut_afte
 def test_a_server_that_stalls_is_noticed(start: Start, tmp_path: Path) -> None:
     with start(tmp_path) as server, proxy_to(server.port) as proxy:
         url = f"valkeys://127.0.0.1:{proxy.url.rpartition(':')[2]}"
-        with contextlib.closing(Link(config(server, url=url, retry_timeout=1))) as link:
+        with contextlib.closing(link_to(config(server, url=url, retry_timeout=1))) as link:
             link.execute(command("STRLEN", KEY))
             proxy.stall()
             with pytest.raises(ServerUnavailableError, match="tried for 1 s"):
@@ -249,7 +249,7 @@ def test_renewed_certificates_are_found_with_the_next_connection(
             shutil.copy(path, files[name])
         with proxy_to(server.port) as proxy:
             url = f"valkeys://127.0.0.1:{proxy.url.rpartition(':')[2]}"
-            with contextlib.closing(Link(config(server, url=url, **files))) as link:
+            with contextlib.closing(link_to(config(server, url=url, **files))) as link:
                 link.execute(command("STRLEN", KEY))
                 with start(tmp_path / "second", client_certificate_required=True) as renewed:
                     for name, path in renewed.certificates.params().items():

@@ -42,7 +42,7 @@ from ray_valkey_spill.store.liveness import RunningSession
 from ray_valkey_spill.store.object_store import ObjectStore, problems
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.tiers.base import Stat
-from ray_valkey_spill.tiers.ledger import Ledger
+from ray_valkey_spill.tiers.ledger import Ledger, link_to
 
 SESSIONS = ("session_2025-11-24_15-00-00_123456_4242", "session_2025-11-25_08-30-00_654321_1234567")
 NODES = ("ab" * 28, "cd" * 28)
@@ -94,7 +94,7 @@ class Stock:
     @contextlib.contextmanager
     def books(self) -> Iterator[tuple[Ledger, Link]]:
         """The books, and a connection for the requests that they give."""
-        with contextlib.closing(Link(self.config())) as link:
+        with contextlib.closing(link_to(self.config())) as link:
             yield Ledger(link, KEYS), link
 
     def put(self, session: str, node: str, *numbers: int, **params: Any) -> list[str]:

@@ -44,6 +44,7 @@ from ray_valkey_spill.protocol.resp import (
     store,
 )
 from ray_valkey_spill.protocol.server_info import ServerInfo
+from ray_valkey_spill.tiers.ledger import link_to
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -56,7 +57,7 @@ def config(url: str, **params: Any) -> Config:
 
 @pytest.fixture
 def link(server: Server) -> Iterator[Link]:
-    link = Link(config(server.url))
+    link = link_to(config(server.url))
     yield link
     link.close()
     server.client.delete(KEY, *server.our_keys())
@@ -117,7 +118,7 @@ def test_an_error_reply_fails_its_command_alone(link: Link) -> None:
 
 
 def test_requests_are_pipelined(proxy: Proxy) -> None:
-    link = Link(config(proxy.url))
+    link = link_to(config(proxy.url))
     link.execute(command("STRLEN", KEY))
     before = proxy.round_trips
     assert link.execute(*[command("STRLEN", KEY) for _ in range(100)]) == [0] * 100
@@ -166,7 +167,7 @@ def test_a_cut_while_receiving_goes_unnoticed(server: Server, proxy: Proxy, cut_
     values = [bytes([i]) * (1 << 20) for i in range(8)]
     for i, value in enumerate(values):
         server.client.set(f"{KEY}:{i}", value)
-    link = Link(config(proxy.url))
+    link = link_to(config(proxy.url))
     link.execute(command("STRLEN", KEY))
     proxy.to_client.reset_after = cut_after
     targets = [bytearray(1 << 20) for _ in values]
@@ -188,7 +189,7 @@ def test_a_cut_while_sending_goes_on_from_where_it_was(
     server: Server, proxy: Proxy, cut_after: int
 ) -> None:
     values = [bytes([i]) * (1 << 20) for i in range(16)]
-    link = Link(config(proxy.url))
+    link = link_to(config(proxy.url))
     link.execute(command("STRLEN", KEY))
     proxy.to_server.reset_after = cut_after
     link.execute(*[store(f"{KEY}:{i}", [value]) for i, value in enumerate(values)])
@@ -201,7 +202,7 @@ def test_a_cut_while_sending_goes_on_from_where_it_was(
 
 
 def test_an_idle_connection_that_was_closed_is_replaced(proxy: Proxy) -> None:
-    link = Link(config(proxy.url, retry_timeout=0))
+    link = link_to(config(proxy.url, retry_timeout=0))
     link.execute(command("STRLEN", KEY))
     proxy.reset()
     assert link.execute(command("STRLEN", KEY)) == [0]
@@ -209,7 +210,7 @@ def test_an_idle_connection_that_was_closed_is_replaced(proxy: Proxy) -> None:
 
 
 def test_an_idle_connection_that_a_nat_has_forgotten_carries_nothing(proxy: Proxy) -> None:
-    link = Link(config(proxy.url), sharing=Sharing(idle=0))
+    link = link_to(config(proxy.url), sharing=Sharing(idle=0))
     link.execute(command("STRLEN", KEY))
     proxy.forget()
     assert link.execute(command("STRLEN", KEY)) == [0]
@@ -218,7 +219,7 @@ def test_an_idle_connection_that_a_nat_has_forgotten_carries_nothing(proxy: Prox
 
 
 def test_connections_stay_between_the_runs_of_an_operation(proxy: Proxy) -> None:
-    link = Link(config(proxy.url), sharing=Sharing(idle=0))
+    link = link_to(config(proxy.url), sharing=Sharing(idle=0))
     with link.operation():
         link.execute(command("STRLEN", KEY))
         link.close_idle()
@@ -241,7 +242,7 @@ def test_connections_are_kept_alive_from_a_minute_on(server: Server) -> None:
 
 def test_a_connection_that_the_server_has_closed_for_being_idle_costs_nothing() -> None:
     with valkey_server(timeout=1) as server:
-        link = Link(config(server.url, retry_timeout=0))
+        link = link_to(config(server.url, retry_timeout=0))
         link.execute(command("STRLEN", KEY))
         number = server.client.client_id()
         # A client that asks is not idle.
@@ -252,7 +253,7 @@ def test_a_connection_that_the_server_has_closed_for_being_idle_costs_nothing() 
 
 
 def test_a_server_that_stalls_is_given_up_after_retry_timeout(proxy: Proxy) -> None:
-    link = Link(config(proxy.url, retry_timeout=1))
+    link = link_to(config(proxy.url, retry_timeout=1))
     link.execute(command("STRLEN", KEY))
     proxy.stall()
     with pytest.raises(ServerUnavailableError, match=r"tried for 1 s"):
@@ -263,7 +264,7 @@ def test_a_server_that_stalls_is_given_up_after_retry_timeout(proxy: Proxy) -> N
 
 
 def test_a_server_that_comes_back_in_time_is_waited_for(server: Server, proxy: Proxy) -> None:
-    link = Link(config(proxy.url, retry_timeout=30))
+    link = link_to(config(proxy.url, retry_timeout=30))
     link.execute(command("STRLEN", KEY))
     proxy.refusing = True
     proxy.reset()
@@ -278,12 +279,12 @@ def test_nothing_listening_names_the_address_and_the_time() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(ServerUnavailableError, match=rf"127.0.0.1:{port}/0 cannot be reached"):
-        Link(config(f"valkey://127.0.0.1:{port}", retry_timeout=0.3)).execute(command("PING"))
+        link_to(config(f"valkey://127.0.0.1:{port}", retry_timeout=0.3)).execute(command("PING"))
 
 
 def test_a_unix_socket_works_as_well(tmp_path: Path) -> None:
     with unix_socket_server(tmp_path) as url:
-        link = Link(config(url))
+        link = link_to(config(url))
         link.execute(store(KEY, [b"x" * (3 << 20)]))
         target = bytearray(3 << 20)
         (request,) = link.run([fetch(KEY, into=memoryview(target))])
@@ -292,7 +293,7 @@ def test_a_unix_socket_works_as_well(tmp_path: Path) -> None:
 
 
 def test_the_database_of_the_url_is_used(server: Server) -> None:
-    link = Link(config(f"valkey://127.0.0.1:{server.port}/5"))
+    link = link_to(config(f"valkey://127.0.0.1:{server.port}/5"))
     link.execute(store(KEY, [b"x"]))
     assert server.client.get(KEY) is None
     link.execute(command("UNLINK", KEY))
@@ -372,7 +373,7 @@ def test_of_several_addresses_the_dead_one_is_tried_once(
     with black_hole("127.0.0.2", server.port):
         attempts.clear()
         for _ in range(3):
-            link = Link(config(f"valkey://{several.name}:{server.port}"))
+            link = link_to(config(f"valkey://{several.name}:{server.port}"))
             assert link.execute(command("STRLEN", KEY)) == [0]
             link.close()
     assert attempts == ["127.0.0.2", *["127.0.0.1"] * 3]
@@ -382,7 +383,7 @@ def test_an_address_that_refuses_is_passed_over(
     server: Server, several: Host, attempts: list[str]
 ) -> None:
     several.addresses += ["127.0.0.3", "127.0.0.1"]
-    link = Link(config(f"valkey://{several.name}:{server.port}", retry_timeout=0))
+    link = link_to(config(f"valkey://{several.name}:{server.port}", retry_timeout=0))
     assert link.execute(command("STRLEN", KEY)) == [0]
     link.close()
     several.addresses.remove("127.0.0.1")
@@ -395,7 +396,7 @@ def test_an_address_where_a_replica_answers_is_tried_last(
 ) -> None:
     several.addresses += ["127.0.0.4", "127.0.0.1"]
     with answering(b"-READONLY You can't write\r\n" * 4, "127.0.0.4", server.port):
-        link = Link(config(f"valkey://{several.name}:{server.port}", retry_timeout=30))
+        link = link_to(config(f"valkey://{several.name}:{server.port}", retry_timeout=30))
         assert link.execute(command("STRLEN", KEY)) == [0]
         link.close()
         assert link.execute(command("STRLEN", KEY)) == [0]
@@ -410,7 +411,7 @@ def test_an_address_where_a_replica_answers_is_tried_last(
 def test_a_value_that_is_too_long_for_the_server_is_refused_as_such(count: int) -> None:
     with valkey_server(proto_max_bulk_len="1mb") as server, proxy_to(server.port) as proxy:
         for url in (server.url, proxy.url):
-            link = Link(config(url, chunk_size=3 << 20, retry_timeout=60))
+            link = link_to(config(url, chunk_size=3 << 20, retry_timeout=60))
             with pytest.raises(ServerRefusedError, match=r"bulk length.*proto-max-bulk-len"):
                 link.execute(*[store(f"{KEY}:{i}", [bytes(3 << 20)]) for i in range(count)])
             assert link.execute(store(KEY, [b"x"])) == [b"OK"]
@@ -422,7 +423,7 @@ def test_a_server_that_breaks_connections_again_and_again_has_its_limits_named(
 ) -> None:
     with server_of(PRODUCTS[-1], tmp_path) as (url, client):
         client.config_set("maxmemory-clients", "500kb")
-        link = Link(config(url, retry_timeout=0.3))
+        link = link_to(config(url, retry_timeout=0.3))
         with pytest.raises(ServerUnavailableError, match=r"maxmemory-clients.*check"):
             link.execute(store(KEY, [bytes(3 << 20)]))
         link.close()
@@ -433,7 +434,7 @@ def test_a_wrong_password_is_refused_at_once_and_not_repeated() -> None:
         for environ in ({}, {"RAY_VALKEY_SPILL_PASSWORD": "wrong-secret"}):
             wrong = Config.load({"url": server.url, "retry_timeout": 60}, environ)
             with pytest.raises(ServerRefusedError, match="RAY_VALKEY_SPILL_PASSWORD") as caught:
-                Link(wrong).info()
+                link_to(wrong).info()
             assert "wrong-secret" not in str(caught.value)
 
 
@@ -446,20 +447,20 @@ def test_the_password_comes_from_the_environment_or_a_file(tmp_path: Path) -> No
             ({"password_file": str(file)}, {}),
             ({"username": "default", "password_file": str(file)}, {}),
         ):
-            link = Link(Config.load({"url": server.url, **params}, environ))
+            link = link_to(Config.load({"url": server.url, **params}, environ))
             assert link.info().role == "master"
             link.close()
 
 
 def test_a_password_file_that_is_not_there_is_named(server: Server) -> None:
     with pytest.raises(ConfigError, match="/no/such/file"):
-        Link(config(server.url, password_file="/no/such/file")).info()
+        link_to(config(server.url, password_file="/no/such/file")).info()
 
 
 def test_a_missing_permission_is_told_from_other_errors(server: Server) -> None:
     with acl_user([server.client], "~ray:* +get"):
         environ = {"RAY_VALKEY_SPILL_PASSWORD": "secret"}
-        link = Link(Config.load({"url": server.url, "username": "ray"}, environ))
+        link = link_to(Config.load({"url": server.url, "username": "ray"}, environ))
         with pytest.raises(ServerRefusedError, match="NOPERM"):
             link.execute(command("SET", KEY, "x"))
         assert link.execute(command("GET", KEY)) == [None]
@@ -468,7 +469,7 @@ def test_a_missing_permission_is_told_from_other_errors(server: Server) -> None:
 
 def test_a_full_server_is_told_from_other_errors() -> None:
     with valkey_server(maxmemory="3mb") as server:
-        link = Link(config(server.url))
+        link = link_to(config(server.url))
         with pytest.raises(ServerFullError, match="OOM"):
             link.execute(*[store(f"{KEY}:{i}", [bytes(1 << 20)]) for i in range(8)])
         link.close()
@@ -494,7 +495,7 @@ def loading_server() -> Iterator[str]:
 
 def test_what_is_not_a_valkey_is_said_to_be_none(web_server: str) -> None:
     with pytest.raises(NotValkeyError, match="does not speak the Valkey protocol"):
-        Link(config(web_server)).info()
+        link_to(config(web_server)).info()
 
 
 @pytest.mark.parametrize(
@@ -581,16 +582,16 @@ def test_too_many_clients_are_waited_for_and_then_named(clients: str) -> None:
         answering(f"-ERR max number of {clients} reached\r\n".encode()) as url,
         pytest.raises(ServerUnavailableError, match=r"max number.*tried for 0\.3 s.*maxclients"),
     ):
-        Link(config(url, retry_timeout=0.3)).info()
+        link_to(config(url, retry_timeout=0.3)).info()
 
 
 def test_what_closes_without_an_answer_is_said_to(mute_server: str) -> None:
     with pytest.raises(ServerUnavailableError, match="does not answer as a Valkey does"):
-        Link(config(mute_server, retry_timeout=0.3)).info()
+        link_to(config(mute_server, retry_timeout=0.3)).info()
 
 
 def test_loading_is_waited_for_even_where_the_unreachable_is_not(loading_server: str) -> None:
-    link = Link(config(loading_server, retry_timeout=1), unreachable_timeout=0)
+    link = link_to(config(loading_server, retry_timeout=1), unreachable_timeout=0)
     with pytest.raises(ServerUnavailableError, match=r"LOADING.*tried for 1 s"):
         link.info()
 

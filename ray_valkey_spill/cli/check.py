@@ -25,6 +25,7 @@ from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.tiers.budget import free_room, margin
+from ray_valkey_spill.tiers.ledger import link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.units import MIB
 
@@ -67,7 +68,7 @@ def run(params: Mapping[str, Any]) -> Iterator[Finding]:
     yield Finding(OK, "parameters", f"url {config.address}, keys below {Keyspace.of(config).root}")
     if (ring := KeyRing.of(config)) is not None:
         yield _attempt("sealing", lambda: _sealing(ring))
-    link = Link(config, unreachable_timeout=preflight.HEAD_START_PATIENCE, any_role=True)
+    link = link_to(config, unreachable_timeout=preflight.HEAD_START_PATIENCE, any_role=True)
     try:
         yield from _server(config, link)
     finally:

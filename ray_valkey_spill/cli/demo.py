@@ -29,7 +29,7 @@ from ray_valkey_spill.format.names import Keyspace, Owner
 from ray_valkey_spill.plugin.spilling_config import system_config
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
-from ray_valkey_spill.tiers.ledger import Ledger, Usage
+from ray_valkey_spill.tiers.ledger import Ledger, Usage, link_to
 from ray_valkey_spill.units import KIB, MIB
 
 __all__ = ["Report", "run", "shut_down"]
@@ -114,7 +114,7 @@ def run(*, show_progress: bool) -> Report:
             _own_environment(),
             _valkey(directory) as config,
             _ray(str(config.address), directory) as node_id,
-            contextlib.closing(Link(config)) as link,
+            contextlib.closing(link_to(config)) as link,
         ):
             _exercise(report, link, Keyspace.of(config), node_id, directory, show_progress)
     finally:
@@ -139,7 +139,7 @@ def _valkey(directory: Path) -> Iterator[Config]:
         start_new_session=True,
     )
     try:
-        with contextlib.closing(Link(config)) as link:
+        with contextlib.closing(link_to(config)) as link:
             link.info()  # which waits until it is there
         yield config
     finally:

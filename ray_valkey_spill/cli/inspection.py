@@ -22,11 +22,10 @@ from ray_valkey_spill.format.codec import Codec
 from ray_valkey_spill.format.header import Header, decode_header, format_version
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place
 from ray_valkey_spill.format.sealing import KeyRing
-from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.store.object_store import problems
 from ray_valkey_spill.tiers.base import Stat
-from ray_valkey_spill.tiers.ledger import parse_entry, parse_pending, well_formed
+from ray_valkey_spill.tiers.ledger import link_to, parse_entry, parse_pending, well_formed
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
@@ -201,7 +200,7 @@ class Inspector:
 
     def __init__(self, config: Config) -> None:
         self.keys = Keyspace.of(config)
-        self._link = Link(config)
+        self._link = link_to(config)
         self._tier = ValkeyTier(self._link, self.keys)
         self._ledger = self._tier.ledger
         self._overflow = OverflowTier.of(config)

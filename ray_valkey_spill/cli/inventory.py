@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Entry, Keyspace, Owner, Place
-from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.store.cleanup import LEASE
-from ray_valkey_spill.tiers.ledger import Grant, Usage
+from ray_valkey_spill.tiers.ledger import Grant, Usage, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
@@ -264,7 +263,7 @@ class Inventory:
     def __init__(self, config: Config) -> None:
         self.keys = Keyspace.of(config)
         self._config = config
-        self._link = Link(config)
+        self._link = link_to(config)
         self._tier = ValkeyTier(self._link, self.keys)
         self._ledger = self._tier.ledger
         self._overflow = OverflowTier.of(config)

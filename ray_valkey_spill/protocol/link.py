@@ -37,7 +37,6 @@ from ray_valkey_spill.errors import (
     TooManyClientsError,
     UnconfirmedError,
 )
-from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.protocol.connection import Connection
 from ray_valkey_spill.protocol.resp import Request, TransientError, command
 from ray_valkey_spill.protocol.roles import Role
@@ -154,6 +153,7 @@ class Link:
 
     Args:
         config: address, credentials and `retry_timeout`.
+        home: a key; requests without one are sent to the server that owns it.
         unreachable_timeout: seconds for which a server that does not answer at all is tried,
             `retry_timeout` unless given: Ray's head start has to fail sooner than a spill.
         waiting: is called now and then while a run waits for a server that is away, with the error
@@ -174,6 +174,7 @@ class Link:
     def __init__(
         self,
         config: Config,
+        home: bytes,
         *,
         unreachable_timeout: float | None = None,
         waiting: Callable[[SpillError], None] = lambda error: None,
@@ -193,8 +194,7 @@ class Link:
             config.retry_timeout if unreachable_timeout is None else unreachable_timeout
         )
         self._waiting = waiting
-        # In a cluster, whom requests go to that are about no key.
-        self._home = Keyspace.of(config).index.encode()
+        self._home = home
         self._topology: Topology | None = None
         self._is_outdated = self._has_served = False
         self._nodes: set[Endpoint] = set()

@@ -32,9 +32,8 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import OverflowUnavailableError
 from ray_valkey_spill.format.names import Keyspace, Owner
 from ray_valkey_spill.plugin.gcs import has_run_here, is_loopback
-from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store.liveness import UNKNOWN, UNREACHABLE, RunningSession
-from ray_valkey_spill.tiers.ledger import Lease, Usage
+from ray_valkey_spill.tiers.ledger import Lease, Usage, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier
@@ -94,7 +93,7 @@ class CleanUp:
     """
 
     def __init__(self, config: Config, running_at: Callable[[str], RunningSession | None]) -> None:
-        self._link = Link(config)
+        self._link = link_to(config)
         self._tier = ValkeyTier(self._link, Keyspace.of(config))
         self._ledger = self._tier.ledger
         self._overflow = OverflowTier.of(config)

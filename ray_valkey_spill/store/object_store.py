@@ -45,7 +45,7 @@ from ray_valkey_spill.protocol.server_info import MemoryInfo
 from ray_valkey_spill.store.observer import Loss, Observer, Tier
 from ray_valkey_spill.tiers.base import Stat
 from ray_valkey_spill.tiers.budget import Budget
-from ray_valkey_spill.tiers.ledger import Ledger
+from ray_valkey_spill.tiers.ledger import Ledger, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier
@@ -159,9 +159,9 @@ class ObjectStore:
         self._key_ring = KeyRing.of(config)
         # What this cannot do now in the background is done another time.
         impatient = replace(config, retry_timeout=min(config.retry_timeout, _RECOVERY_PATIENCE))
-        link = Link(config, sharing=sharing, waiting=self._observer.waiting)
-        recovery_link = Link(impatient, sharing=sharing, spare=link.close_unused)
-        lease_link = Link(impatient, sharing=sharing, spare=link.close_unused)
+        link = link_to(config, sharing=sharing, waiting=self._observer.waiting)
+        recovery_link = link_to(impatient, sharing=sharing, spare=link.close_unused)
+        lease_link = link_to(impatient, sharing=sharing, spare=link.close_unused)
         self._links = link, recovery_link, lease_link
         self._tier = ValkeyTier(link, self.keys)
         self._recovery = ValkeyTier(recovery_link, self.keys)

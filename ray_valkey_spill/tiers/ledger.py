@@ -26,8 +26,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
-from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.link import USUAL_SHARING, Link, Sharing
 from ray_valkey_spill.protocol.resp import Request, command
 from ray_valkey_spill.tiers import scripts
 
@@ -37,6 +39,7 @@ __all__ = [
     "Ledger",
     "Reservation",
     "Usage",
+    "link_to",
     "pages",
     "parse_entry",
     "parse_pending",
@@ -103,6 +106,31 @@ class Lease(NamedTuple):
     owner: Owner
     gcs_address: str
     renewed: int
+
+
+def link_to(
+    config: Config,
+    *,
+    unreachable_timeout: float | None = None,
+    waiting: Callable[[SpillError], None] = lambda error: None,
+    any_role: bool = False,
+    sharing: Sharing = USUAL_SHARING,
+    spare: Callable[[], None] = lambda: None,
+) -> Link:
+    """Client for the configured server, cluster or Sentinel group.
+
+    Requests without a key are sent to the server that has the metadata. For options see `Link`.
+    """
+    home = Keyspace.of(config).index.encode()
+    return Link(
+        config,
+        home,
+        unreachable_timeout=unreachable_timeout,
+        waiting=waiting,
+        any_role=any_role,
+        sharing=sharing,
+        spare=spare,
+    )
 
 
 class Ledger:

@@ -26,6 +26,7 @@ from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command, fetch, store
 from ray_valkey_spill.protocol.server_info import ServerInfo, fields_of
 from ray_valkey_spill.tiers.budget import free_room, margin
+from ray_valkey_spill.tiers.ledger import link_to
 from ray_valkey_spill.units import MIB
 
 __all__ = [
@@ -101,7 +102,7 @@ def run_all(config: Config) -> ServerInfo:
         ConfigError, ServerError: the first thing that is wrong.
     """
     patience = min(HEAD_START_PATIENCE, config.retry_timeout)
-    link = Link(config, unreachable_timeout=patience, any_role=True)
+    link = link_to(config, unreachable_timeout=patience, any_role=True)
     if (keys := KeyRing.of(config)) is not None:
         keys.current()
     try:
@@ -340,7 +341,7 @@ def check_chunk_size(link: Link, config: Config, infos: Mapping[Endpoint, Server
     """
     overhead = TAG_SIZE if config.encryption_key_file is not None else 0
     # It tries everything twice: a connection that breaks once may do so by chance.
-    probe = Link(config, unreachable_timeout=0)
+    probe = link_to(config, unreachable_timeout=0)
     try:
         for endpoint, info in infos.items():
             base = _base_at(link, config, endpoint)
