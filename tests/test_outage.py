@@ -228,10 +228,10 @@ def test_what_tries_no_more_does_not_keep_an_outage_going(
 ) -> None:
     it = outages(directory, drivers, clock)
     fail_for(it, clock, 10)
-    clock.pass_(100)
+    clock.pass_(5)
     it.over(ROOM, "restores")
     assert len(drivers.all) == 1
-    clock.pass_(30)
+    clock.pass_(10)
     it.over(ROOM, "restores")
     assert "can be used again" in drivers.all[1]
 

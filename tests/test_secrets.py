@@ -126,7 +126,7 @@ def test_ray_shows_no_secret_anywhere(
             server.client.client_kill_filter(_type="normal", skipme=True)
             del refs
             session = Path(ray._private.worker._global_node.get_session_dir_path())
-            wait_until(lambda: any(b"cannot be deleted" in log for log in logs(session)))
+            wait_until(lambda: any(b"deletions wait for Valkey" in log for log in logs(session)))
             shown = [
                 *logs(session),
                 *(arg.encode() for process in processes() for arg in command_line(process)),

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
-import os
 import socket
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from ray_valkey_spill.plugin.interpreter import module_command
 from ray_valkey_spill.store.liveness import UNKNOWN, UNREACHABLE, RunningSession
 
-__all__ = ["has_run_here", "is_loopback", "running_at"]
+__all__ = ["running_at"]
 
 _CONNECT_TIMEOUT = 3.0
 _ANSWER_TIMEOUT = 20.0
@@ -47,26 +43,6 @@ def running_at(address: str) -> RunningSession | None:
         return UNKNOWN
     name, *nodes = json.loads(answer.stdout.splitlines()[-1])
     return RunningSession(name, frozenset(nodes))
-
-
-def is_loopback(address: str) -> bool:
-    """Whether `address` (host:port) means another host on each host that asks."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def has_run_here(session: str) -> bool:
-    """Whether a node of the session is known to have run on this host.
-
-    Ray keeps the directory of each session. It is looked for where Ray makes it unless it is given
-    another `--temp-dir`: see `get_default_ray_temp_dir` in Ray's `_common/utils.py`.
-    """
-    # What is in the environment now may not have been there when the session began.
-    directories = {os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"}  # noqa: S108
-    return any(Path(each, "ray", session).is_dir() for each in directories if each)
 
 
 def _main(address: str) -> None:

@@ -181,8 +181,9 @@ class _Outage:
 
     Attributes:
         since: when it began; None if there is none.
-        kinds: what waits for it, such as "spills" or one object, and when each last failed. One
-            succeeds and another does not where a server takes reads and no writes.
+        kinds: what waits for it, such as "spills" or one object, and until when each counts as
+            failing unless it fails again. One succeeds and another does not where a server takes
+            reads and no writes.
         failures: how many attempts have failed since.
         last: when the latest failed.
         logged: when a line was written to a log.
@@ -215,7 +216,7 @@ class _Outage:
         return self.since is not None and now - self.last < _FRESH
 
     def is_failing(self, now: float) -> bool:
-        return any(now - at < _FORGOTTEN for at in self.kinds.values())
+        return any(now < until for until in self.kinds.values())
 
     def is_forgotten(self, now: float) -> bool:
         """Whether nothing depends on it any more, and on what was reported of it."""
@@ -279,7 +280,8 @@ class Outages:
                 outage = _Outage(since=now, logged=outage.logged, reported=outage.reported)
             assert outage.since is not None
             outage.failures += 1
-            outage.last = outage.kinds[each or what] = now
+            outage.last = now
+            outage.kinds[each or what] = now + (_FRESH if each is None else _FORGOTTEN)
             outage.waiting[each or str(os.getpid())] = [waiting, now]
             seconds = now - outage.since
             log = now - outage.logged >= _BETWEEN_LOG_LINES

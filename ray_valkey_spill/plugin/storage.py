@@ -318,6 +318,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def _note_renewal(self) -> None:
         self._lease_renewed = time.monotonic()
         self._metrics.renewed_lease()
+        self._outages.over(VALKEY, "leases")
 
     def _keep_lease(self) -> float:
         """Renew the lease if `_recover` has not come round to that; returns when to look again."""

@@ -31,8 +31,13 @@ from typing import TypeVar
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import OverflowUnavailableError
 from ray_valkey_spill.format.names import Keyspace, Owner
-from ray_valkey_spill.plugin.gcs import has_run_here, is_loopback
-from ray_valkey_spill.store.liveness import UNKNOWN, UNREACHABLE, RunningSession
+from ray_valkey_spill.store.liveness import (
+    UNKNOWN,
+    UNREACHABLE,
+    RunningSession,
+    has_run_here,
+    is_loopback,
+)
 from ray_valkey_spill.tiers.ledger import Lease, Usage, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
