@@ -10,11 +10,15 @@
         │   └── UnconfirmedError    what the server had acknowledged may be lost again
         ├── ServerFullError         the server has no memory left for us (OOM)
         ├── ServerRefusedError      wrong password, missing permission, read-only, forbidden
+        │   └── ProtocolError       the form of a request is refused, such as its length
         ├── NotValkeyError          something answers there, but not in the Valkey protocol
         └── RedirectError           another node of the cluster has the key
     TransientError                  another attempt may succeed
+    ConnectionError
+    ├── TooManyClientsError         the server has as many connections as it allows
+    └── ConnectionBrokenError       a connection that had served is closed
 
-The last two are raised and handled in `protocol`; callers of this package do not see them.
+Those from RedirectError on are handled in `protocol`; callers of this package do not see them.
 
 Error replies are translated in `resp`, what the client library raises in `dial`, failed TLS
 handshakes in `tls`, and what a file system raises in `overflow`.
@@ -44,22 +48,22 @@ class SpillError(Exception):
     """Base of every error of this package.
 
     Args:
-        what: what is wrong, and with what.
-        mend: what the user can do about it, where that is known.
+        message: what is wrong, and with what.
+        hint: how the user can fix it, where that is known.
     """
 
-    def __init__(self, what: str, mend: str = "") -> None:
-        super().__init__(f"{what.rstrip('.')}. {mend}" if mend else what)
-        self.what = what
-        self.mend = mend
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"{message.rstrip('.')}. {hint}" if hint else message)
+        self.message = message
+        self.hint = hint
 
     def __reduce__(self) -> tuple[type[SpillError], tuple[str, str]]:
-        # Ray pickles errors; the default would pass on the joined text as `what`.
-        return type(self), (self.what, self.mend)
+        # Ray pickles errors; the default would pass on the joined text as `message`.
+        return type(self), (self.message, self.hint)
 
 
 class ConfigError(SpillError, ValueError):
-    """A parameter is wrong; the message names it, what was expected, and the mend."""
+    """A parameter is wrong; the message names it, what was expected, and the fix."""
 
 
 class IncompatibleRayError(SpillError, RuntimeError):
@@ -67,7 +71,7 @@ class IncompatibleRayError(SpillError, RuntimeError):
 
 
 class LostObjectError(SpillError):
-    """A spilled object cannot be had back: its header or a chunk is missing or damaged."""
+    """A spilled object cannot be restored: its header or a chunk is missing or damaged."""
 
 
 class OverflowUnavailableError(SpillError):
@@ -112,13 +116,13 @@ _LARGEST_PORT = 65535
 class TooManyClientsError(ConnectionError):
     """The server has as many connections as its `maxclients` allows."""
 
-    mend = "Raise its maxclients: docs/operations.md has the number that a node needs"
+    hint = "Raise its maxclients: docs/operations.md has the number that a node needs"
 
 
 class ConnectionBrokenError(ConnectionError):
     """A connection over which the server had answered is closed."""
 
-    mend = (
+    hint = (
         "If that goes on, look for limits below what is sent (client-output-buffer-limit, "
         "maxmemory-clients, or those of a proxy): `ray-valkey-spill check` tries them"
     )
@@ -126,6 +130,19 @@ class ConnectionBrokenError(ConnectionError):
 
 class ProtocolError(ServerRefusedError):
     """The server, or a proxy, refuses the form of what it was sent, and closes the connection."""
+
+
+class TransientError(Exception):
+    """A failure that another attempt may cure.
+
+    Args:
+        text: what it was, for the user; it begins with the server's code, if it has one.
+        hint: what the user can do if no attempt cures it; empty if that is not known.
+    """
+
+    def __init__(self, text: str, hint: str = "") -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 class RedirectError(ServerError):

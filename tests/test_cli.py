@@ -156,13 +156,13 @@ def test_check_says_what_is_wrong_and_how_to_mend_it(server: Server) -> None:
     code, found = findings("--url", server.url)
     assert code == 1
     assert found["policy"]["status"] == "failed"
-    assert "volatile-lru" in found["policy"]["mend"]
+    assert "volatile-lru" in found["policy"]["hint"]
     assert findings("--url", server.url, "--allow-eviction", "true")[0] == 0
 
     code, found = findings("--url", "valkey://127.0.0.1:1")
     assert code == 1
     assert found["server"]["status"] == "failed"
-    assert "Start it" in found["server"]["mend"]
+    assert "Start it" in found["server"]["hint"]
 
     code, found = findings(RAY_VALKEY_SPILL_NAMESPCE="x")
     assert code == 1
@@ -175,7 +175,7 @@ def test_check_knows_a_hook_that_is_switched_off_and_a_setting_that_wins(server:
     assert "RAY_VALKEY_SPILL_DISABLE" in found["start-up hook"]["detail"]
     code, found = findings("--url", server.url, RAY_object_spilling_directory="/tmp")
     assert code == 1
-    assert found["environment"]["mend"] == "Unset it"
+    assert found["environment"]["hint"] == "Unset it"
 
 
 def test_check_warns_of_a_server_that_is_almost_full(server: Server) -> None:
@@ -200,8 +200,8 @@ def test_check_warns_where_keys_of_others_could_be_evicted_and_no_max_bytes_is_g
     assert re.search(r"2\d\d MiB free for spilling with nothing", found["memory"]["detail"])
     assert "keys with a TTL (1)" in found["memory"]["detail"]
     assert "spills wait" in found["memory"]["detail"]
-    assert "Give max_bytes" in found["memory"]["mend"]
-    assert "overflow_uri" in found["memory"]["mend"]
+    assert "Give max_bytes" in found["memory"]["hint"]
+    assert "overflow_uri" in found["memory"]["hint"]
     _, found = findings("--url", server.url, "--overflow-uri", str(tmp_path))
     assert "the rest goes to the overflow" in found["memory"]["detail"]
     _, found = findings("--url", server.url, "--max-bytes", str(100 * MIB))
@@ -216,7 +216,7 @@ def test_check_names_missing_permissions(server: Server) -> None:
         )
     assert code == 1
     assert "UNLINK, ZREM" in found["permissions"]["detail"]
-    assert "+zadd" in found["permissions"]["mend"]
+    assert "+zadd" in found["permissions"]["hint"]
 
 
 def test_check_is_readable_at_eighty_columns(server: Server) -> None:

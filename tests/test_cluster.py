@@ -998,7 +998,7 @@ def test_one_shard_whose_replica_lags_is_waited_for_and_named(mortal: Cluster) -
         urls, failure = objects.try_to_put(SIZE)
         assert not urls
         assert isinstance(failure, ServerUnavailableError)
-        assert f"0 of 1 replicas of 127.0.0.1:{primary.port}" in failure.what
+        assert f"0 of 1 replicas of 127.0.0.1:{primary.port}" in failure.message
         assert mortal.our_keys() == []
         loss.end_by_catching_up()
         objects.check(*objects.put(SIZE))

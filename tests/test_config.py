@@ -303,7 +303,7 @@ def test_credentials_of_the_overflow_are_refused_and_not_repeated(uri: str) -> N
     with pytest.raises(ConfigError, match="credentials in overflow_uri are refused") as caught:
         load(overflow_uri=uri)
     assert SECRET not in str(caught.value)
-    assert "AWS_ACCESS_KEY_ID" in caught.value.mend
+    assert "AWS_ACCESS_KEY_ID" in caught.value.hint
 
 
 @pytest.mark.parametrize(

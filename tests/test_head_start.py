@@ -155,7 +155,7 @@ def test_a_missing_permission_is_named_and_nothing_is_left(server: Server, missi
     with a_user(server, "ray:spill:*", set(preflight.COMMANDS) - {missing}) as config:
         with pytest.raises(ServerRefusedError, match=rf"user 'ray' run {missing}\b") as caught:
             preflight.run_all(config)
-        assert f"+{missing.lower()}" in caught.value.mend
+        assert f"+{missing.lower()}" in caught.value.hint
         assert server.our_keys() == []
 
 
@@ -191,7 +191,7 @@ def test_a_limit_below_the_chunk_size_is_named_with_what_would_work(
         client.config_set(limit, value)
         with pytest.raises(ServerRefusedError, match=rf"cannot be {done} at .*{limit}") as caught:
             preflight.run_all(Config.load({"url": url, "chunk_size": 3 << 20}, {}))
-        advised = int(caught.value.mend.rpartition("chunk_size to at most ")[2])
+        advised = int(caught.value.hint.rpartition("chunk_size to at most ")[2])
         preflight.run_all(Config.load({"url": url, "chunk_size": advised}, {}))
         assert client.keys() == []
 

@@ -65,7 +65,7 @@ def _class(cls: type) -> Iterator[str]:
         if inspect.isfunction(value) and (name == "__init__" or not name.startswith("_")):
             yield f"    {name}{_signature(value)}"
             if name == "__init__" and issubclass(cls, Exception):
-                yield from (f"    .{attribute}" for attribute in vars(cls("what", "mend")))
+                yield from (f"    .{attribute}" for attribute in vars(cls("message", "hint")))
 
 
 class _Annotation(str):

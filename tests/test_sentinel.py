@@ -284,7 +284,7 @@ def test_a_sentinel_with_another_password_is_named(tmp_path: Path, password: str
         params = {"url": sentinel.url, "sentinel_service": "spill"}
         with pytest.raises(ServerRefusedError, match=rf"Sentinel at .*{sentinel.port}") as caught:
             preflight.run_all(Config.load(params, environ))
-    assert "password" in caught.value.mend
+    assert "password" in caught.value.hint
     assert "secret" not in str(caught.value)
 
 

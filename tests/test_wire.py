@@ -32,17 +32,11 @@ from ray_valkey_spill.errors import (
     ServerFullError,
     ServerRefusedError,
     ServerUnavailableError,
+    TransientError,
 )
 from ray_valkey_spill.protocol.connection import Connection
 from ray_valkey_spill.protocol.link import Link, Sharing
-from ray_valkey_spill.protocol.resp import (
-    ReplyReader,
-    Request,
-    TransientError,
-    command,
-    fetch,
-    store,
-)
+from ray_valkey_spill.protocol.resp import ReplyReader, Request, command, fetch, store
 from ray_valkey_spill.protocol.server_info import ServerInfo
 from ray_valkey_spill.tiers.ledger import link_to
 

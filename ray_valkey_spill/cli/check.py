@@ -45,7 +45,7 @@ class Finding:
     status: str
     subject: str
     detail: str
-    mend: str = ""
+    hint: str = ""
 
     @property
     def color(self) -> str:
@@ -63,7 +63,7 @@ def run(params: Mapping[str, Any]) -> Iterator[Finding]:
     try:
         config = Config.load(params)
     except SpillError as error:
-        yield Finding(FAILED, "parameters", error.what, error.mend)
+        yield Finding(FAILED, "parameters", error.message, error.hint)
         return
     yield Finding(OK, "parameters", f"url {config.address}, keys below {Keyspace.of(config).root}")
     if (ring := KeyRing.of(config)) is not None:
@@ -80,9 +80,9 @@ def _attempt(subject: str, look: Callable[[], str]) -> Finding:
         return Finding(OK, subject, look())
     except ServerFullError as error:
         # Which it will not be for ever; what to do about it is said for its memory.
-        return Finding(WARNING, subject, error.what, error.mend)
+        return Finding(WARNING, subject, error.message, error.hint)
     except SpillError as error:
-        return Finding(FAILED, subject, error.what, error.mend)
+        return Finding(FAILED, subject, error.message, error.hint)
 
 
 # --- this environment ---
@@ -140,7 +140,7 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
     try:
         infos = preflight.check_reachable(link, config)
     except SpillError as error:
-        yield Finding(FAILED, "server", error.what, error.mend)
+        yield Finding(FAILED, "server", error.message, error.hint)
         return
     info = next(iter(infos.values()))
     memory = MemoryInfo.of_all(infos.values())

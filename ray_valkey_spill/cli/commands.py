@@ -124,7 +124,7 @@ def demo(as_json: bool) -> None:
 @_parameter_options
 @_json_option
 def check(as_json: bool, **options: str | None) -> None:
-    """Check this environment and the server, and say what to mend.
+    """Check this environment and the server, and say how to fix what is wrong.
 
     Exits with 1 if spilling would not work.
     """
@@ -410,8 +410,8 @@ def _print_finding(finding: Finding) -> None:
     status = f"{finding.status:<7}"
     text = rendering.wrapped(finding.detail, first=f"{status}{finding.subject}".ljust(_INDENT))
     click.echo(click.style(status, fg=finding.color, bold=True) + text[len(status) :])
-    if finding.mend:
-        click.echo(rendering.wrapped(finding.mend, first=" " * _INDENT + "→ "))
+    if finding.hint:
+        click.echo(rendering.wrapped(finding.hint, first=" " * _INDENT + "→ "))
 
 
 def main() -> None:

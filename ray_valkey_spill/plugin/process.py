@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray import ObjectRef
+from ray._private.utils import push_error_to_driver
 
-__all__ = ["gcs_address", "in_io_worker", "is_alive", "is_connected", "session_dir"]
+__all__ = [
+    "Drivers",
+    "gcs_address",
+    "identity_of",
+    "in_io_worker",
+    "is_alive",
+    "is_connected",
+    "is_in_plasma",
+    "session_dir",
+]
+
+logger = logging.getLogger("ray_valkey_spill")
+
+# Seconds in which the GCS has to list the jobs.
+_JOBS_TIMEOUT = 2.0
 
 
 def session_dir(session: str, calling_node: Path | None) -> Path | None:
@@ -51,3 +70,49 @@ def is_alive(pid: int) -> bool:
         return False
     except OSError:
         return True
+
+
+def identity_of(pid: int) -> str | None:
+    """What no other process of this machine with that id has: when it started; None if it is dead.
+
+    It is field 22 of `/proc/<pid>/stat`, in clock ticks since boot (proc_pid_stat(5)).
+    """
+    if not is_alive(pid):
+        return None
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
+
+
+def is_in_plasma(object_id: str) -> bool:
+    """Whether plasma has an object; False if it cannot be found out."""
+    worker = ray._private.worker.global_worker
+    try:
+        return bool(worker.core_worker.object_exists(ObjectRef(bytes.fromhex(object_id))))
+    except Exception:  # what is there is then found by putting it
+        return False
+
+
+class Drivers:
+    """The drivers of the cluster that this process is connected to: see `outage.Drivers`."""
+
+    def notify(self, message: str, job: str | None = None) -> None:
+        if is_connected():
+            worker = ray._private.worker.global_worker
+            job_id = None if job is None else ray.JobID.from_hex(job)
+            try:
+                push_error_to_driver(worker, "spill_objects_error", message, job_id)
+            except Exception as error:  # an operation must not fail for it
+                logger.warning("drivers cannot be notified: %s", error)
+
+    def running(self) -> list[str]:
+        client: Any = getattr(ray._private.worker.global_worker, "gcs_client", None)
+        try:
+            jobs = client.get_all_job_info(
+                skip_submission_job_info_field=True,
+                skip_is_running_tasks_field=True,
+                timeout=_JOBS_TIMEOUT,
+            )
+            return [job.hex() for job, info in jobs.items() if not info.is_dead]
+        except Exception:  # another Ray's client may have no such call
+            return []

@@ -26,7 +26,6 @@ from typing import Any, Literal, cast
 import ray
 from ray import ObjectRef
 from ray._private.external_storage import ExternalStorage
-from ray._private.utils import push_error_to_driver
 from ray.core.generated.common_pb2 import ErrorType
 
 from ray_valkey_spill.config import Config
@@ -48,10 +47,13 @@ from ray_valkey_spill.plugin.keeper import Background
 from ray_valkey_spill.plugin.metrics import Metrics
 from ray_valkey_spill.plugin.outage import OVERFLOW, ROOM, VALKEY, Losses, Outages, resource_of
 from ray_valkey_spill.plugin.process import (
+    Drivers,
     gcs_address,
+    identity_of,
     in_io_worker,
     is_alive,
     is_connected,
+    is_in_plasma,
     session_dir,
 )
 from ray_valkey_spill.store.cleanup import RENEWAL, CleanUp
@@ -91,9 +93,6 @@ _HOLD_DEFERRED = 1.0
 # An object that is read without a break says nothing about others, which may be larger.
 _WHOLE_READS = "reads that do not break off"
 
-# Seconds in which the GCS has to list the jobs.
-_JOBS_TIMEOUT = 2.0
-
 # The methods of Ray's node that make a storage.
 _OF_NODES = ("validate_external_storage", "destroy_external_storage")
 
@@ -132,9 +131,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._session_dir = functools.partial(
             session_dir, session_name, _calling_node_dir(session_name)
         )
-        self._outages = Outages(self._session_dir, f"{self._shared}.outages", _Drivers())
+        self._outages = Outages(self._session_dir, f"{self._shared}.outages", Drivers())
         self._losses = Losses(
-            self._session_dir, f"{self._shared}.losses", _Drivers(), self._place_of
+            self._session_dir, f"{self._shared}.losses", Drivers(), self._place_of
         )
         self._journal = DeletionJournal(self._session_dir, self._shared)
         self._metrics = _Observer(
@@ -143,7 +142,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._deferred = DeferredRestores(
             self._session_dir,
             f"{self._shared}.restores",
-            _identity_of,
+            identity_of,
             self._new_restorer,
             self._still_waits,
         )
@@ -566,14 +565,14 @@ class _Restorer:
         self._store = storage._new_store()
 
     def restore(self, wanted: Restore) -> bool:
-        if _is_in_plasma(wanted.object_id):
+        if is_in_plasma(wanted.object_id):
             return True  # another IO worker was faster, or another node has sent it
         with self._store.hurried(_HOLD_DEFERRED):
             (found,) = self._store.find_all([(wanted.url, wanted.object_id)])
         restored = self._storage._restore(self._store, wanted, found)
         is_done = restored or isinstance(found, LostObjectError) or not found.header.size
         # Else plasma has no room for it now.
-        return bool(is_done) or _is_in_plasma(wanted.object_id)
+        return bool(is_done) or is_in_plasma(wanted.object_id)
 
     def close(self) -> None:
         self._store.close()
@@ -609,7 +608,7 @@ def _away(error: SpillError, needed: Sequence[str]) -> str:
 
 def _half_way(object_id: str, error: SpillError) -> SpillError:
     return SpillError(
-        f"the read of object {object_id} broke off half way: {error.what.rstrip('.')}",
+        f"the read of object {object_id} broke off half way: {error.message.rstrip('.')}",
         "If that happens again and again, the server or a proxy closes connections that have much "
         "under way: raise client-output-buffer-limit normal and maxmemory-clients, or lower "
         "chunk_size",
@@ -666,40 +665,6 @@ def _calling_node_dir(session: str) -> Path | None:
     return None
 
 
-class _Drivers:
-    """The drivers of the cluster that this process is connected to: see `outage.Drivers`."""
-
-    def notify(self, message: str, job: str | None = None) -> None:
-        if is_connected():
-            worker = ray._private.worker.global_worker
-            job_id = None if job is None else ray.JobID.from_hex(job)
-            try:
-                push_error_to_driver(worker, "spill_objects_error", message, job_id)
-            except Exception as error:  # an operation must not fail for it
-                logger.warning("drivers cannot be notified: %s", error)
-
-    def running(self) -> list[str]:
-        client: Any = getattr(ray._private.worker.global_worker, "gcs_client", None)
-        try:
-            jobs = client.get_all_job_info(
-                skip_submission_job_info_field=True,
-                skip_is_running_tasks_field=True,
-                timeout=_JOBS_TIMEOUT,
-            )
-            return [job.hex() for job, info in jobs.items() if not info.is_dead]
-        except Exception:  # another Ray's client may have no such call
-            return []
-
-
-def _is_in_plasma(object_id: str) -> bool:
-    """Whether plasma has an object; False if it cannot be found out."""
-    worker = ray._private.worker.global_worker
-    try:
-        return bool(worker.core_worker.object_exists(ObjectRef(bytes.fromhex(object_id))))
-    except Exception:  # what is there is then found by putting it
-        return False
-
-
 def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
     """Have a process remove what dead sessions have left, if there are others than `session`.
 
@@ -732,15 +697,3 @@ def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
 def _text(url: bytes) -> str:
     """A URL as text; what is no text is no URL of ours, and will be found not to be."""
     return url.decode(errors="replace")
-
-
-def _identity_of(pid: int) -> str | None:
-    """What no other process of this machine with that id has: when it started; None if it is dead.
-
-    It is field 22 of `/proc/<pid>/stat`, in clock ticks since boot (proc_pid_stat(5)).
-    """
-    if not is_alive(pid):
-        return None
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return None

@@ -21,16 +21,12 @@ from ray_valkey_spill.errors import (
     ConnectionBrokenError,
     NotValkeyError,
     TooManyClientsError,
+    TransientError,
 )
 from ray_valkey_spill.protocol import tls
 from ray_valkey_spill.protocol.addresses import DIALER
 from ray_valkey_spill.protocol.dial import dial, does_not_answer, not_valkey
-from ray_valkey_spill.protocol.resp import (
-    ReplyReader,
-    Request,
-    TransientError,
-    command,
-)
+from ray_valkey_spill.protocol.resp import ReplyReader, Request, command
 from ray_valkey_spill.protocol.roles import HELLO, QUESTIONS, Question, Role, hello_fields
 from ray_valkey_spill.units import KIB, MIB, Buffer
 

@@ -18,13 +18,11 @@ from ray_valkey_spill.errors import (
     ServerError,
     ServerRefusedError,
     TooManyClientsError,
+    TransientError,
 )
 from ray_valkey_spill.protocol import tls
 from ray_valkey_spill.protocol.addresses import DIALER
-from ray_valkey_spill.protocol.resp import (
-    TransientError,
-    reply_error,
-)
+from ray_valkey_spill.protocol.resp import not_now, reply_error
 
 __all__ = ["dial", "does_not_answer", "not_valkey"]
 
@@ -130,7 +128,7 @@ def _password(config: Config) -> str | None:
 def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyError) -> Exception:
     """What valkey-py failed to connect with, in our terms."""
     if isinstance(error, client_errors.BusyLoadingError):
-        return TransientError(f"LOADING {error}")
+        return not_now(f"LOADING {error}")
     try:
         reply_error(str(error))
     except (TransientError, TooManyClientsError) as known:
@@ -143,10 +141,10 @@ def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyE
         # Met after connecting, in the first exchange: also what a TLS port or a web server gives.
         silent = "closed by server" in str(error) or "reading from" in str(error)
         return does_not_answer(error) if silent else ConnectionError(str(error).rstrip("."))
-    mend = ""
+    hint = ""
     if "DB index" in str(error) or "SELECT" in str(error):
-        mend = "Give a database that it has; most clusters have 0 alone"
-    return ServerRefusedError(f"{endpoint} refuses the connection: {error}", mend)
+        hint = "Give a database that it has; most clusters have 0 alone"
+    return ServerRefusedError(f"{endpoint} refuses the connection: {error}", hint)
 
 
 def not_valkey(endpoint: Endpoint, error: Exception) -> NotValkeyError:

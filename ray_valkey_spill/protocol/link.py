@@ -35,10 +35,11 @@ from ray_valkey_spill.errors import (
     ServerUnavailableError,
     SpillError,
     TooManyClientsError,
+    TransientError,
     UnconfirmedError,
 )
 from ray_valkey_spill.protocol.connection import Connection
-from ray_valkey_spill.protocol.resp import Request, TransientError, command
+from ray_valkey_spill.protocol.resp import Request, command, not_now
 from ray_valkey_spill.protocol.roles import Role
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo, fields_of
 from ray_valkey_spill.protocol.topology import Cluster, Single, Topology, cluster_at, primaries_of
@@ -121,7 +122,7 @@ class _Patience:
         return ServerUnavailableError(
             f"{self._address} {'does not serve' if answered else 'cannot be reached'}: "
             f"{str(failure) or type(failure).__name__} (tried for {round(tried, 1):g} s)",
-            _mend(failure),
+            _hint(failure),
         )
 
 
@@ -695,7 +696,7 @@ class Link:
         request.redirects += 1
         if request.redirects > _REDIRECTS:
             request.redirects = 0
-            raise TransientError(error.what)
+            raise TransientError(error.message)
         endpoint = Endpoint(error.host or connection.endpoint.host, error.port)
         # What is known may just have been dropped, for another connection that broke.
         if not error.ask and isinstance(self._topology, Cluster):
@@ -745,7 +746,7 @@ class Link:
             if isinstance(self._topology, Cluster)
             else "which takes no writes and may lag; the host of url must lead to its primary"
         )
-        return TransientError(f"READONLY {endpoint} is a replica, {reason}")
+        return not_now(f"READONLY {endpoint} is a replica, {reason}")
 
     def _open(self, endpoint: Endpoint) -> Connection:
         if (away := self._away_until - time.monotonic()) > 0:
@@ -835,9 +836,9 @@ class Link:
         return cluster
 
 
-def _mend(failure: Exception) -> str:
+def _hint(failure: Exception) -> str:
     known = TransientError | TooManyClientsError | ConnectionBrokenError
-    return failure.mend if isinstance(failure, known) else ""
+    return failure.hint if isinstance(failure, known) else ""
 
 
 def _is_lost(request: Request) -> bool:

@@ -13,10 +13,11 @@ from ray_valkey_spill.errors import (
     ServerFullError,
     ServerRefusedError,
     TooManyClientsError,
+    TransientError,
 )
 from ray_valkey_spill.units import Buffer
 
-__all__ = ["ReplyReader", "Request", "TransientError", "command", "fetch", "reply_error", "store"]
+__all__ = ["ReplyReader", "Request", "command", "fetch", "not_now", "reply_error", "store"]
 
 # What of a value comes together with its first line has to be copied: no more than this.
 _READ_SIZE = 8 << 10
@@ -46,7 +47,7 @@ _NO_PRIMARY = "cannot be used with replica instances"
 # In a cluster, "clients + cluster connections".
 _TOO_MANY_CLIENTS = "max number of clients"
 
-_MEND_LENGTH = (
+_HINT_LENGTH = (
     "A chunk is longer than it takes: raise its proto-max-bulk-len, or lower chunk_size "
     "(`ray-valkey-spill check` finds how far)"
 )
@@ -55,19 +56,9 @@ _MEND_LENGTH = (
 _REFUSED_IN_A_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
 
-class TransientError(Exception):
-    """A failure that another attempt may cure.
-
-    Args:
-        text: what it was, for the user; it begins with the server's code, if it has one.
-
-    Attributes:
-        mend: what the user can do if no attempt cures it; empty if that is not known.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.mend = _NOT_NOW.get(text.partition(" ")[0], "")
+def not_now(text: str) -> TransientError:
+    """The error for what a server, or this package, says that begins with a code for "not now"."""
+    return TransientError(text, _NOT_NOW.get(text.partition(" ")[0], ""))
 
 
 # --- requests ---
@@ -261,11 +252,11 @@ def reply_error(text: str) -> ServerError:
     """
     code = text.partition(" ")[0]
     if code in _NOT_NOW or _NO_PRIMARY in text:
-        raise TransientError(text)
+        raise not_now(text)
     if _TOO_MANY_CLIENTS in text:
         raise TooManyClientsError(text.removeprefix("ERR "))
     if "Protocol error" in text and "unauthenticated" not in text:
-        raise ProtocolError(text, _MEND_LENGTH if "bulk length" in text else "")
+        raise ProtocolError(text, _HINT_LENGTH if "bulk length" in text else "")
     if code in ("MOVED", "ASK"):
         return RedirectError(text)
     if code == "OOM":

@@ -83,7 +83,7 @@ class TlsSocket:
         return (self._sock.recv_into(buffers[0]),)
 
 
-def _mend(message: str) -> str:
+def _hint(message: str) -> str:
     """What to do about a certificate that OpenSSL says this of."""
     if "match" in message:  # "Hostname mismatch", "IP address mismatch"
         return "Name the host in url as its certificate does"
@@ -104,7 +104,7 @@ def refusal(error: BaseException | None, endpoint: Endpoint) -> SpillError | Non
     if isinstance(error, ssl.SSLCertVerificationError):
         return ServerRefusedError(
             f"the certificate that {endpoint} shows is refused: {error.verify_message}",
-            _mend(error.verify_message),
+            _hint(error.verify_message),
         )
     reason = error.reason or ""
     if "ALERT" in reason:

@@ -10,9 +10,9 @@ from typing import Any
 from valkey.crc import VALKEY_CLUSTER_HASH_SLOTS, key_slot
 
 from ray_valkey_spill.config import Endpoint
-from ray_valkey_spill.errors import ServerError, ServerRefusedError
+from ray_valkey_spill.errors import ServerError, ServerRefusedError, TransientError
 from ray_valkey_spill.protocol.connection import Connection
-from ray_valkey_spill.protocol.resp import TransientError, command
+from ray_valkey_spill.protocol.resp import command, not_now
 
 __all__ = ["Cluster", "Single", "Topology", "cluster_at", "primaries_of"]
 
@@ -53,7 +53,7 @@ class Cluster:
         """Raises TransientError while nobody serves the key's slot."""
         endpoint = self._owners[key_slot(key)]
         if endpoint is None:
-            raise TransientError(f"CLUSTERDOWN nobody serves slot {key_slot(key)}")
+            raise not_now(f"CLUSTERDOWN nobody serves slot {key_slot(key)}")
         return endpoint
 
     def move(self, key: bytes, endpoint: Endpoint) -> None:
@@ -123,11 +123,11 @@ def primaries_of(
             failure = failure or error
         except ServerRefusedError as error:
             refusal = ServerRefusedError(
-                f"the Sentinel at {sentinel} refuses ({error.what})", error.mend
+                f"the Sentinel at {sentinel} refuses ({error.message})", error.hint
             )
         except ServerError as error:
             refusal = ServerRefusedError(
-                f"what answers at {sentinel} is no Sentinel ({error.what})",
+                f"what answers at {sentinel} is no Sentinel ({error.message})",
                 "Correct url, or leave sentinel_service out",
             )
         else:

@@ -158,7 +158,7 @@ class CleanUp:
 
     def _tell_of_unavailability(self, tell: Callable[[str], None]) -> None:
         if self.unavailable is not None:
-            tell(f"Kept: all that is in the overflow, since {self.unavailable.what}")
+            tell(f"Kept: all that is in the overflow, since {self.unavailable.message}")
 
     def _leases(self) -> defaultdict[str, set[Lease]]:
         """Those of each session."""

@@ -308,7 +308,7 @@ class ObjectStore:
         A primary that has just become one may know of no registration.
         """
         lost = isinstance(error, LostObjectError) and self._tier.breaks != breaks
-        return UnconfirmedError(error.what) if lost else error
+        return UnconfirmedError(error.message) if lost else error
 
     def _abandon(self, names: Sequence[ObjectName]) -> None:
         """Leave objects to `recover`, and what was granted for them."""

@@ -1,6 +1,6 @@
 """What has to be true of a server before objects are entrusted to it.
 
-Each check raises one error that says what is wrong and how to mend it. Ray's head start runs them
+Each check raises one error that says what is wrong and how to fix it. Ray's head start runs them
 all and stops at the first; `ray-valkey-spill check` reports each.
 """
 
@@ -131,13 +131,13 @@ def check_reachable(link: Link, config: Config) -> dict[Endpoint, ServerInfo]:
     except ServerUnavailableError as error:
         raise _unavailable(error) from None
     except ServerRefusedError as error:
-        if "cluster|slots" in error.what:
+        if "cluster|slots" in error.message:
             raise _not_permitted(config, ["CLUSTER SLOTS"]) from None
-        if "'select'" in error.what:
+        if "'select'" in error.message:
             raise _not_permitted(config, ["SELECT"]) from None
-        if error.what.startswith("NOPERM"):
+        if error.message.startswith("NOPERM"):
             raise _not_permitted(config, ["INFO"]) from None
-        if error.what.startswith("NOAUTH"):
+        if error.message.startswith("NOAUTH"):
             raise ServerRefusedError(
                 f"Valkey at {config.address} asks for a password",
                 "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as it has them",
@@ -325,8 +325,8 @@ def _try_commands(
     for name, trial in trials.items():
         if trial.error is not None and not isinstance(trial.error, ServerFullError):
             raise ServerRefusedError(
-                f"Valkey at {config.address} fails {name}: {trial.error.what}",
-                trial.error.mend or f"Let it run {', '.join(COMMANDS)}, as they are named here",
+                f"Valkey at {config.address} fails {name}: {trial.error.message}",
+                trial.error.hint or f"Let it run {', '.join(COMMANDS)}, as they are named here",
             )
 
 
@@ -394,7 +394,7 @@ class _Trial:
         except ServerFullError:
             return None
         except ProtocolError as error:
-            return _Problem("written", "proto-max-bulk-len", error.what)
+            return _Problem("written", "proto-max-bulk-len", error.message)
         except ServerUnavailableError as error:
             after = self._stats()
             limits = _READING_LIMITS if is_written else _WRITING_LIMITS
@@ -455,8 +455,8 @@ def _not_permitted(
 
 
 def _unavailable(error: ServerUnavailableError) -> ServerUnavailableError:
-    mend = error.mend or (
+    hint = error.hint or (
         "Start it, or correct url (valkeys:// if it wants TLS, valkey:// if not); every node of "
         "the Ray cluster must reach it"
     )
-    return ServerUnavailableError(f"Valkey at {error.what}", mend)
+    return ServerUnavailableError(f"Valkey at {error.message}", hint)
