@@ -24,18 +24,19 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 LONGEST = [
     f"test_{name}.py"
     for name in (
-        *("ray_cluster", "benchmarks", "ray_upstream", "walkthrough", "sentinel", "ray_faults"),
-        *("cli", "cluster", "ray_values", "cleanup", "ray_lost", "metrics", "objects"),
+        *("ray_cluster", "ray_away", "benchmarks", "ray_upstream", "walkthrough", "sentinel"),
         *(
-            "neighbours",
-            "ray_large",
-            "secrets",
-            "overflow",
-            "overflow_away",
-            "sealing",
-            "faults",
-            "head_start",
+            "ray_faults",
+            "ray_start",
+            "cli",
+            "roles",
+            "cluster",
+            "ray_values",
+            "cleanup",
+            "ray_disk",
         ),
+        *("ray_lost", "overflow_away", "connections", "metrics", "objects", "neighbours", "lease"),
+        *("ray_large", "secrets", "overflow", "sealing", "faults", "head_start", "wire"),
     )
 ]
 

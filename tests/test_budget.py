@@ -565,7 +565,7 @@ class Interrupted(Link):
     """A link during whose first look at the server something else happens."""
 
     def __init__(self, config: Config, happens: Callable[[], None]) -> None:
-        super().__init__(config)
+        super().__init__(config, Keyspace.of(config).index.encode())
         self._happens = [happens]
 
     def memories(self) -> list[MemoryInfo]:

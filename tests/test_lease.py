@@ -8,8 +8,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray._private.node import Node
 from support.servers import Server, wait_until
 
 from ray_valkey_spill.config import Config
@@ -72,18 +74,31 @@ def test_the_lease_can_be_renewed_while_half_written_objects_are_removed(server:
         assert server.our_keys() == []
 
 
+class HeadNode(Node):
+    """Stands in for a node of Ray's, which alone knows the session's directory, and starts nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @property
+    def session_name(self) -> str:
+        return SESSION
+
+    def get_session_dir_path(self) -> str:
+        return str(self._directory)
+
+    def validate_external_storage(self, **params: Any) -> ValkeyStorage:
+        return ValkeyStorage(NODE, SESSION, **params)
+
+
 @pytest.mark.slow
-def test_the_lease_is_renewed_while_recovery_is_stuck(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = tmp_path / "ray" / SESSION
-    directory.mkdir(parents=True)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+def test_the_lease_is_renewed_while_recovery_is_stuck(server: Server, tmp_path: Path) -> None:
+    directory = tmp_path
     # What a dead IO worker seems to have left cannot be read before this test writes to it.
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     os.mkfifo(directory / f"ray_valkey_spill-{NODE}-{dead.pid}-abcd.deletions")
-    storage = ValkeyStorage(NODE, SESSION, url=server.url)
+    storage = HeadNode(directory).validate_external_storage(url=server.url)
     lease = Lease(server, Keyspace.of(Config.load({"url": server.url}, {})))
     try:
         storage.restore_spilled_objects([], [])

@@ -20,6 +20,8 @@ from support.servers import free_ports, valkey_server, wait_until
 import ray_valkey_spill
 from ray_valkey_spill.plugin.gcs import running_at
 
+HOOK = "ray_valkey_spill.pth"
+
 DRIVER = """
 import sys, time, numpy as np, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
@@ -99,7 +101,10 @@ def python_without_the_hook(directory: Path) -> Path:
 
 
 def install(directory: Path) -> None:
-    hook = Path(ray_valkey_spill.__file__).parent / "ray_valkey_spill.pth"
+    # At the root of site-packages, or in a checkout beside the modules.
+    package = Path(ray_valkey_spill.__file__).parent
+    (hook, *_) = (each for each in (package.parent, package) if (each / HOOK).exists())
+    hook /= HOOK
     shutil.copy(hook, site_packages(directory))
 
 
