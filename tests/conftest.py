@@ -25,18 +25,10 @@ LONGEST = [
     f"test_{name}.py"
     for name in (
         *("ray_cluster", "ray_away", "benchmarks", "ray_upstream", "walkthrough", "sentinel"),
-        *(
-            "ray_faults",
-            "ray_start",
-            "cli",
-            "roles",
-            "cluster",
-            "ray_values",
-            "cleanup",
-            "ray_disk",
-        ),
-        *("ray_lost", "overflow_away", "connections", "metrics", "objects", "neighbours", "lease"),
-        *("ray_large", "secrets", "overflow", "sealing", "faults", "head_start", "wire"),
+        *("ray_faults", "ray_start", "cli", "roles", "cluster", "ray_values", "cleanup"),
+        *("ray_disk", "ray_lost", "overflow_away", "connections", "metrics", "objects"),
+        *("neighbours", "lease", "ray_large", "secrets", "overflow", "sealing", "faults"),
+        *("head_start", "wire"),
     )
 ]
 

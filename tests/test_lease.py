@@ -75,7 +75,7 @@ def test_the_lease_can_be_renewed_while_half_written_objects_are_removed(server:
 
 
 class HeadNode(Node):
-    """Stands in for a node of Ray's, which alone knows the session's directory, and starts nothing."""
+    """Stands in for a node of Ray's, which alone knows the session's directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
