@@ -20,7 +20,7 @@ FLOORS = [
     {"tiers"},
     {"format", "protocol"},
     {"config"},
-    {"units", "errors"},
+    {"units", "errors", "backoff"},
 ]
 # What users, Python and Ray import. Every layer may import these too, for the version and the names
 # of Ray's functions: they import nothing else at that time.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from ray_valkey_spill.backoff import Backoff
 from ray_valkey_spill.errors import SpillError
 
 __all__ = ["DeferredRestores", "Restore", "Restorer"]
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# Seconds between two attempts, doubled each time.
+# Seconds between two attempts.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 2.0
 
 
@@ -241,7 +241,7 @@ class DeferredRestores:
 
     def _run(self, resource: str) -> None:
         restorer: Restorer | None = None
-        pause = _FIRST_PAUSE
+        backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         try:
             while waiting := self._next(resource):
                 done = 0
@@ -252,10 +252,9 @@ class DeferredRestores:
                 except Exception:
                     logger.exception("what waits for %s cannot be tried now", resource)
                 if done == len(waiting):
-                    pause = _FIRST_PAUSE
+                    backoff.renew()
                     continue
-                time.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                time.sleep(backoff.next())
         finally:
             with self._lock:
                 # Where it did not end by itself, the next deferral starts another.

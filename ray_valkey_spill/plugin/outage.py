@@ -17,7 +17,6 @@ import fcntl
 import json
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ray_valkey_spill.backoff import Backoff
 from ray_valkey_spill.errors import (
     ConfigError,
     OverflowUnavailableError,
@@ -249,7 +249,7 @@ class Outages:
         self._drivers = drivers
         self._clock = clock
         self._sleep = sleep
-        self._pause = _FIRST_PAUSE
+        self._backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         # What was on at the latest glance, and when that was.
         self._on: set[str] = set()
         self._noted: set[tuple[str, str]] = set()
@@ -319,7 +319,7 @@ class Outages:
             resource: what can be used.
             each: what could use it: as `failed` had it in `each`, or in `what`.
         """
-        self._pause = _FIRST_PAUSE
+        self._backoff.renew()
         now = self._clock()
         if now - self._glanced >= _BETWEEN_GLANCES:
             state = self._state.glance()
@@ -378,8 +378,7 @@ class Outages:
 
     def pause(self) -> None:
         """Sleep before the next attempt: longer with each in a row, up to two seconds."""
-        self._sleep(self._pause * random.uniform(0.5, 1.0))
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        self._sleep(self._backoff.next())
 
     def _notify_new_drivers(self, resource: str, message: str, *, all_have_heard: bool) -> None:
         """Notify the drivers that have joined since the outage was reported."""

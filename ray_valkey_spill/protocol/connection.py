@@ -35,8 +35,8 @@ __all__ = ["Connection"]
 # Bytes under way before replies are waited for: enough to fill the wire until a reply comes, and
 # within that no more than two chunks, because what is between two processes of a machine should fit
 # their cores' caches, and because whoever else uses the server waits for it. What is asked for and
-# not yet read lies in the server's memory, outside its maxmemory, so this also bounds what one IO
-# worker costs the server.
+# not yet read lies in the server's memory, and counts for its maxmemory, so this also bounds what
+# one IO worker costs the server.
 _CHUNKS_UNDER_WAY = 2
 _SMALLEST_WINDOW, _SMALL_WINDOW = 256 * KIB, 1 * MIB
 _LARGEST_WINDOW = 8 * MIB

@@ -14,7 +14,6 @@ something that is missing is therefore read by `Link.confirmed`.
 from __future__ import annotations
 
 import contextlib
-import random
 import select
 import threading
 import time
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ray_valkey_spill.backoff import Backoff
 from ray_valkey_spill.config import Address, Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
@@ -47,9 +47,8 @@ from ray_valkey_spill.units import MIB
 
 __all__ = ["USUAL_SHARING", "Link", "Sharing"]
 
-# Seconds between attempts, doubled each time and drawn from the upper half of that.
-_FIRST_PAUSE = 0.05
-_LONGEST_PAUSE = 2.0
+# Seconds between attempts.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 # Chunks fall on a cluster's shards at random, so each may have more under way than one server, lest
 # all wait for the one that had some in a row.
 _DEPTH_IN_CLUSTER = 2
@@ -89,11 +88,11 @@ class _Patience:
         self._unreachable_timeout = unreachable_timeout
         self._waiting = waiting
         self._failing_since: float | None = None
-        self._pause = _FIRST_PAUSE
+        self._backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
 
     def renew(self) -> None:
         self._failing_since = None
-        self._pause = _FIRST_PAUSE
+        self._backoff.renew()
 
     def wait(self, failure: Exception) -> None:
         """Sleep before the next attempt; the first one after a success comes at once.
@@ -113,8 +112,7 @@ class _Patience:
                 raise failure
             raise self._unavailable(failure, answered, limit) from failure
         self._waiting(self._unavailable(failure, answered, tried))
-        time.sleep(min(limit - tried, self._pause * random.uniform(0.5, 1.0)))
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        time.sleep(min(limit - tried, self._backoff.next()))
 
     def _unavailable(
         self, failure: Exception, answered: bool, tried: float
