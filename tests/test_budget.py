@@ -18,6 +18,7 @@ import valkey
 from support.faults import Rig
 from support.samples import noise, source
 from support.servers import PRODUCTS, Server, server_of, valkey_server, wait_until
+from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
@@ -25,10 +26,10 @@ from ray_valkey_spill.format.names import Keyspace, ObjectName, Owner, new_attem
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo
 from ray_valkey_spill.store import object_store
-from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import budget as budget_module
-from ray_valkey_spill.tiers.budget import Budget, cost, margin, member_cost
+from ray_valkey_spill.tiers.budget import Budget
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage, link_to
+from ray_valkey_spill.tiers.room import cost, margin, member_cost
 from ray_valkey_spill.units import MIB
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -56,13 +57,13 @@ class Tenant:
         self.config = Config.load(self.params, {})
         self.client = server.client
         self.keys = Keyspace.of(self.config)
-        self._stores: list[ObjectStore] = []
+        self._stores: list[Store] = []
         self._link = link_to(self.config)
         self.ledger = Ledger(self._link, self.keys)
 
-    def store(self, node: str = NODE, **params: Any) -> ObjectStore:
+    def store(self, node: str = NODE, **params: Any) -> Store:
         config = Config.load({**self.params, **params}, {})
-        self._stores.append(ObjectStore(config, SESSION, node))
+        self._stores.append(Store(config, SESSION, node))
         return self._stores[-1]
 
     def budget(self, writer: str = f"{SESSION}:{NODE}:1-x", max_bytes: int | None = None) -> Budget:
@@ -107,7 +108,7 @@ def tenant(server: Server, tenants: list[Tenant]) -> Any:
     return make
 
 
-def fill(store: ObjectStore, size: int) -> tuple[list[str], ServerFullError]:
+def fill(store: Store, size: int) -> tuple[list[str], ServerFullError]:
     """Put objects of `size` bytes until one is refused."""
     urls: list[str] = []
     while True:
@@ -367,7 +368,7 @@ def test_a_grant_that_is_abandoned_while_others_are_recovered_stands_with_its_da
     def interrupted(items: Any) -> Any:
         taken = take_all(items)
         if not ours.ledger.grants():  # what a put in the other thread does, once
-            store._tier.register([name])
+            store._valkey.register([name])
             ours.client.set(f"{store.keys.header(name)}:0", "data")
             ours.ledger.reserve(writer, Grant(0, 0), 100, 100, None, None)
             store._abandoned.append(name)
@@ -651,12 +652,12 @@ _WRITER = """
 import json, random, sys
 import numpy as np
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.store.object_store import ObjectStore
+from support.stores import Store
 from ray_valkey_spill.format.packing import SourceObject
 
 params, node, seed, scale = json.loads(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 chance = random.Random(seed)
-store = ObjectStore(Config.load(params, {}), "session_1", node)
+store = Store(Config.load(params, {}), "session_1", node)
 random_data = np.random.default_rng(seed).bytes(1 << 20)
 urls = []
 while True:

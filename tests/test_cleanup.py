@@ -31,6 +31,7 @@ from support.clusters import (
 from support.faults import Rig, is_restarted_and_has_its_snapshot, resets_connections
 from support.samples import source
 from support.servers import Server, free_port, wait_until
+from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
@@ -42,7 +43,6 @@ from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import LEASE, RENEWAL, CleanUp, Remains
 from ray_valkey_spill.store.liveness import UNKNOWN, UNREACHABLE, RunningSession
-from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.valkey import ValkeyTier
@@ -76,8 +76,8 @@ class Namespace:
         self._closing = contextlib.ExitStack()
         self._closing.callback(self.link.close)
 
-    def store(self, session: str, node: str = NODES[0], **params: Any) -> ObjectStore:
-        store = ObjectStore(Config.load({**self.params, **params}, {}), session, node)
+    def store(self, session: str, node: str = NODES[0], **params: Any) -> Store:
+        store = Store(Config.load({**self.params, **params}, {}), session, node)
         self._closing.callback(store.close)
         return store
 
@@ -96,13 +96,13 @@ class Namespace:
             *self.half_write(session, node),
         ]
 
-    def come_to_life(self, store: ObjectStore, session: str) -> None:
+    def come_to_life(self, store: Store, session: str) -> None:
         """What an IO worker does first, and again and again."""
         store.renew_lease(GCS[session], lambda: False)
         store.join_overflow()
         store.recover(lambda pid: True)
 
-    def put(self, store: ObjectStore) -> list[str]:
+    def put(self, store: Store) -> list[str]:
         values = [np.random.default_rng().bytes(size) for size in (SMALL, LARGE)]
         urls, failure = store.put([source(value, i) for i, value in enumerate(values)])
         assert failure is None

@@ -32,6 +32,7 @@ from support.servers import (
     server_binary,
     wait_until,
 )
+from support.stores import Store
 from support.topologies import SLOTS, Cluster, cluster_servers
 from valkey.crc import key_slot
 
@@ -50,7 +51,6 @@ from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request, command, fetch, store
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import CleanUp
-from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import budget, preflight
 from ray_valkey_spill.tiers.ledger import link_to
 
@@ -84,7 +84,7 @@ def endpoints(nodes: Iterable[Node]) -> set[Endpoint]:
 class Objects:
     """An object store, what has been put into it, and what may happen in the middle of that."""
 
-    store: ObjectStore
+    store: Store
     data: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
@@ -122,7 +122,7 @@ class Objects:
     @contextlib.contextmanager
     def struck(self, what: str, number: int, strike: Callable[[], object]) -> Iterator[None]:
         """Have `strike` come before chunk `number` of a "put" or of a "fill"."""
-        steps = {"put": (self.store._packer, "pack"), "fill": (self.store._tier, "read")}
+        steps = {"put": (self.store._packer, "pack"), "fill": (self.store._valkey, "read")}
         owner, name = steps[what]
         method = getattr(owner, name)
         strikes = [strike]
@@ -143,7 +143,7 @@ class Objects:
 
 @contextlib.contextmanager
 def objects_at(url: str, **params: Any) -> Iterator[Objects]:
-    with contextlib.closing(ObjectStore(config(url, **params), SESSION, NODE)) as store:
+    with contextlib.closing(Store(config(url, **params), SESSION, NODE)) as store:
         yield Objects(store)
 
 
@@ -228,7 +228,7 @@ def another(cluster: Cluster, node: Node) -> Node:
 def test_a_cluster_is_recognised_from_any_one_node_of_it(cluster: Cluster) -> None:
     for node in cluster.nodes:
         with objects_at(node.url) as objects:
-            assert {*objects.store._tier._link.infos()} == endpoints(cluster.primaries())
+            assert {*objects.store._valkey._link.infos()} == endpoints(cluster.primaries())
             (url,) = objects.put(SIZE)
             objects.check()
             objects.delete(url)
@@ -281,7 +281,7 @@ def test_nodes_may_announce_a_name_or_nothing_at_all(
         with objects_at(f"valkey://localhost:{cluster.nodes[0].port}") as objects:
             objects.put(SIZE, 100)
             objects.check()
-            known = objects.store._tier._link
+            known = objects.store._valkey._link
             assert {node.host for node in known.infos()} == {"localhost"}
             with moved(cluster, INDEX):
                 objects.check()
@@ -655,7 +655,7 @@ def test_books_on_their_way_are_waited_for(
     objects.put(size, 100)
     kept = [*objects.data]
     (gone,) = objects.put(size)
-    link = objects.store._tier._link
+    link = objects.store._valkey._link
     migration = cluster.migration(slot, another(cluster, home))
     assert [next(migration), next(migration)] == [0, 1]
     putting = background.submit(objects.put, size, 100)
@@ -801,7 +801,7 @@ def test_many_slots_may_move_in_the_middle(
             urls = objects.put(SIZE) if what == "put" else []
             objects.check(before)
         objects.check(*urls)
-    assert objects.store._tier.breaks == 0
+    assert objects.store._valkey.breaks == 0
 
 
 # --- nodes that fail, and are followed ---
@@ -825,7 +825,7 @@ def test_a_primary_killed_in_the_middle_is_followed(
             urls = objects.put(SIZE) if what == "put" else []
             objects.check(before)
         objects.check(before, *urls)
-        known = objects.store._tier._link
+        known = objects.store._valkey._link
         assert {*known._connections} <= endpoints(mortal.primaries())
         objects.delete(*objects.data)
         objects.store.recover(lambda pid: False)
@@ -943,7 +943,7 @@ def _counted(owner: Any, name: str) -> Callable[[], int]:
 def test_what_a_failover_lost_of_the_books_is_noted_again(mortal: Cluster) -> None:
     """Else a put that was reported would count as half-written once its process has ended."""
     with objects_at(mortal.url) as objects:
-        tier = objects.store._tier
+        tier = objects.store._valkey
         loss = Loss(mortal, mortal.primary_of(INDEX))
         settle = tier.settle
 
@@ -1022,7 +1022,7 @@ def test_a_shard_that_is_down_is_waited_for(
         ):
             link.execute(*[command("GET", f"{KEY}:{i}") for i in range(100)])
         putting = background.submit(objects.put, SIZE)
-        link = objects.store._tier._link
+        link = objects.store._valkey._link
         before = link.breaks
         wait_until(lambda: link.breaks > before + 1)
         mortal.restart(primary)
@@ -1118,9 +1118,9 @@ def test_a_shard_that_fills_up_meanwhile_fails_the_put_and_nothing_is_left(
 def test_destroying_a_node_leaves_nothing_of_it(cluster: Cluster, objects: Objects) -> None:
     objects.put(SIZE, *[100] * 50)
     name = ObjectName(SESSION, NODE, object_id(99), new_attempt(), CHUNKS)
-    objects.store._tier.register([name])
+    objects.store._valkey.register([name])
     cluster.client.set(objects.store.keys.chunks(name)[7], b"half-written")
-    with contextlib.closing(ObjectStore(config(cluster.url), SESSION, "other")) as other:
+    with contextlib.closing(Store(config(cluster.url), SESSION, "other")) as other:
         assert other.destroy(lambda pid: False) == 0
         objects.check()
     assert objects.store.destroy(lambda pid: False) == 52

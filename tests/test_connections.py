@@ -11,11 +11,11 @@ from support.clusters import run_driver, starting_ray, system_config
 from support.proxy import proxy_to
 from support.samples import get, noise, source
 from support.servers import Server, valkey_server, wait_until
+from support.stores import Store
 from support.topologies import cluster_servers
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.protocol.link import Sharing
-from ray_valkey_spill.store.object_store import ObjectStore
 
 
 def load(url: str, **params: object) -> Config:
@@ -29,7 +29,7 @@ def is_alive(pid: int) -> bool:
 def test_an_io_worker_needs_one_connection_and_one_more_for_a_moment(server: Server) -> None:
     server.client.config_set("maxmemory", 1 << 30)
     with proxy_to(server.port) as proxy:
-        store = ObjectStore(load(proxy.url, max_bytes=64 << 20), "session", "node")
+        store = Store(load(proxy.url, max_bytes=64 << 20), "session", "node")
         data = noise(20 << 20)
         urls, failure = store.put([source(data)])
         assert failure is None
@@ -50,7 +50,7 @@ def test_an_io_worker_needs_one_connection_and_one_more_for_a_moment(server: Ser
 
 def test_an_idle_io_worker_needs_none(server: Server) -> None:
     with proxy_to(server.port) as proxy:
-        store = ObjectStore(load(proxy.url), "session", "node", sharing=Sharing(idle=0))
+        store = Store(load(proxy.url), "session", "node", sharing=Sharing(idle=0))
         urls, _ = store.put([source(bytes(1000))])
         store.delete(urls)
         store.close_idle()
@@ -70,7 +70,7 @@ def write_until_all_have(url: str, writers: int) -> None:
     def write(number: int) -> None:
         config = load(url, max_bytes=512 << 20, retry_timeout=120)
         sharing = Sharing(turn=0.2)
-        store = ObjectStore(config, "session", f"node{number % 3}", sharing=sharing)
+        store = Store(config, "session", f"node{number % 3}", sharing=sharing)
         with contextlib.closing(store):
             while min(done.values()) < 2 and not failures:
                 urls, failure = store.put([source(data)])

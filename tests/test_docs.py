@@ -24,12 +24,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from support.servers import Server
+from support.stores import Store
 
 from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.format.sealing import KeyRing
-from ray_valkey_spill.store.object_store import ObjectStore
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
@@ -192,7 +192,7 @@ def test_pages_say_what_the_code_says(render: Any) -> None:
 @pytest.mark.parametrize("command", all_run_by(TOOL))
 def test_every_command_of_the_tool_works(server: Server, command: str) -> None:
     config = Config.load({"url": server.url}, {})
-    with contextlib.closing(ObjectStore(config, "session", "5e" * 28)) as store:
+    with contextlib.closing(Store(config, "session", "5e" * 28)) as store:
         (url,), failure = store.put([SourceObject("0b" * 28, b"", b"", memoryview(b"data"))])
         assert failure is None
         given = {"OBJECT": "0b" * 28, "KEY": url.partition("?")[0]}

@@ -33,6 +33,7 @@ from support.faults import (
     wants_a_password,
 )
 from support.servers import wait_until
+from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
@@ -46,7 +47,6 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.protocol import connection
-from ray_valkey_spill.store.object_store import ObjectStore
 
 CHUNK = 256 << 10
 DATA = np.random.default_rng(0).bytes(24 * CHUNK + 17)
@@ -58,7 +58,7 @@ class Struck:
     """An object store, and what happens to it in the middle of a put and of a fetch."""
 
     rig: Rig
-    store: ObjectStore
+    store: Store
     _timers: list[threading.Timer] = field(default_factory=list)
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class Struck:
     def get(self, url: str, strike: Callable[[], object] = lambda: None) -> None:
         target = bytearray(len(DATA))
         found = self.store.find(url, OBJECT_ID)
-        with _in_the_middle_of(self.store._tier, "read", strike):
+        with _in_the_middle_of(self.store._valkey, "read", strike):
             self.store.fill(found, memoryview(target))
         assert target == DATA
 
@@ -132,7 +132,7 @@ def case(tmp_path: Path, patience: float, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(connection, "_LARGEST_WINDOW", connection._SMALLEST_WINDOW)
     with contextlib.closing(Rig(tmp_path / "data")) as rig:
         params = {"url": rig.proxy.url, "chunk_size": CHUNK, "retry_timeout": patience}
-        store = ObjectStore(Config.load(params, {}), "session", "node")
+        store = Store(Config.load(params, {}), "session", "node")
         with contextlib.closing(Struck(rig, store)) as case:
             yield case
 

@@ -32,10 +32,6 @@ LAZY = {
     ("", "plugin.spilling_config"),
     ("", "plugin.storage"),
 }
-# Upward imports that are still there. None may be added.
-KNOWN = {
-    ("format.packing", "tiers.budget"),
-}
 # A Ray program of its own, which shows the plug-in at work.
 RAY_PROGRAMS = {"cli.demo"}
 
@@ -116,7 +112,7 @@ def test_imports_lead_only_downwards() -> None:
         for other in others
         if not leads_down(name, other)
     }
-    assert upward == LAZY | KNOWN
+    assert upward == LAZY
 
 
 def test_there_is_no_circle_of_imports() -> None:

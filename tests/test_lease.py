@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from ray._private.node import Node
 from support.servers import Server, wait_until
+from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace, ObjectName, new_attempt
 from ray_valkey_spill.plugin.storage import ValkeyStorage
-from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers.ledger import Ledger, link_to
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -49,7 +49,7 @@ def test_the_lease_can_be_renewed_while_half_written_objects_are_removed(server:
     names = [ObjectName(SESSION, NODE, f"{i:056x}", new_attempt(), 1) for i in range(1500)]
     renewals = 0
     with (
-        contextlib.closing(ObjectStore(config, SESSION, NODE)) as store,
+        contextlib.closing(Store(config, SESSION, NODE)) as store,
         contextlib.closing(link_to(config)) as link,
         ThreadPoolExecutor(1) as third_thread,
     ):

@@ -21,6 +21,7 @@ from support.clusters import MIB, ray_with, system_config
 from support.proxy import Proxy, proxy_to
 from support.samples import get, noise, object_id, source
 from support.servers import ROOT, Server, valkey_server, wait_until
+from support.stores import Store
 
 from ray_valkey_spill import errors
 from ray_valkey_spill.config import Config
@@ -32,13 +33,14 @@ from ray_valkey_spill.errors import (
     SpillError,
     UnconfirmedError,
 )
-from ray_valkey_spill.format.names import Keyspace, Owner
+from ray_valkey_spill.format.names import Keyspace, Owner, TierName
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.plugin import metrics
 from ray_valkey_spill.plugin.metrics import DEFINITIONS, Metrics
 from ray_valkey_spill.protocol.server_info import MemoryInfo
-from ray_valkey_spill.store.object_store import ObjectStore, Room, StoredObject
-from ray_valkey_spill.store.observer import Observer, Tier
+from ray_valkey_spill.store.node import Room
+from ray_valkey_spill.store.object_store import StoredObject
+from ray_valkey_spill.store.observer import Observer
 from ray_valkey_spill.tiers.overflow import OverflowTier
 
 OWNER = Owner("session_1", "ab" * 28)
@@ -76,13 +78,13 @@ class Told(Observer):
         self.sums[operation, tier] = had[0] + objects, had[1] + logical, counted
         self.calls += 1
 
-    def lost(self, reason: str, tier: Tier) -> None:  # type: ignore[override]
+    def lost(self, reason: str, tier: TierName) -> None:  # type: ignore[override]
         self.losses.append(reason)
 
 
 @dataclass
 class Watched:
-    store: ObjectStore
+    store: Store
     told: Told
 
 
@@ -98,12 +100,12 @@ def proxy(server: Server) -> Iterator[Proxy]:
 @pytest.fixture
 def watch(no_thread_left: None) -> Iterator[Watch]:
     """Makes stores, whose observers keep what they are told."""
-    made: list[ObjectStore] = []
+    made: list[Store] = []
 
     def make(url: str, **params: Any) -> Watched:
         told = Told()
         config = Config.load({"url": url, "chunk_size": CHUNK, **params}, {})
-        made.append(ObjectStore(config, *OWNER, told))
+        made.append(Store(config, *OWNER, told))
         return Watched(made[-1], told)
 
     yield make
@@ -180,7 +182,7 @@ def test_room_and_overflow_are_what_books_server_and_files_tell(
     server.client.config_set("maxmemory", 1 << 30)
     params = {"max_bytes": MIB, "overflow_uri": str(tmp_path)}
     it = watch(server.url, **params)
-    assert it.store.in_overflow() == 0
+    assert it.store.sweep_overflow() == 0
     it.store.put(sources(*[30 * CHUNK] * 6))
     server.client.hset(it.store.keys.grants, "session:node:1", "1000 10")
     room = it.store.room()
@@ -189,8 +191,8 @@ def test_room_and_overflow_are_what_books_server_and_files_tell(
     assert room.memory.maxmemory == 1 << 30
     assert room.memory.used > usage(server)[1]
     # A listing is kept for ten minutes.
-    assert it.store.in_overflow() == 0
-    assert watch(server.url, **params).store.in_overflow() == sum(files(tmp_path)) > 0
+    assert it.store.sweep_overflow() == 0
+    assert watch(server.url, **params).store.sweep_overflow() == sum(files(tmp_path)) > 0
     server.client.hdel(it.store.keys.grants, "session:node:1")
 
 
@@ -227,7 +229,7 @@ def test_a_put_that_is_made_again_counts_once(
     server: Server, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = watch(server.url)
-    confirm, tries = it.store._tier.confirm, []
+    confirm, tries = it.store._valkey.confirm, []
 
     def unconfirmed_once(*args: Any) -> None:
         tries.append(args)
@@ -235,7 +237,7 @@ def test_a_put_that_is_made_again_counts_once(
             raise UnconfirmedError("the server failed over")
         confirm(*args)
 
-    monkeypatch.setattr(it.store._tier, "confirm", unconfirmed_once)
+    monkeypatch.setattr(it.store._valkey, "confirm", unconfirmed_once)
     _, failure = it.store.put(sources(3 * CHUNK))
     assert (failure, len(tries)) == (None, 2)
     assert it.told.sums == {("spill", "valkey"): usage(server)}

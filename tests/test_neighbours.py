@@ -33,8 +33,8 @@ from ray_valkey_spill.format.names import Keyspace, Owner
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import CleanUp
 from ray_valkey_spill.tiers import preflight
-from ray_valkey_spill.tiers.budget import margin
 from ray_valkey_spill.tiers.ledger import Ledger, link_to
+from ray_valkey_spill.tiers.room import margin
 
 PASSWORD = "pw"
 

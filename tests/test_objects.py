@@ -35,6 +35,7 @@ from hypothesis.stateful import (
 from support.proxy import proxy_to
 from support.samples import get, noise, source
 from support.servers import Server, acl_user, redis_server, unix_socket_server, valkey_server
+from support.stores import Store
 from support.tls import tls_binary, tls_front, tls_server
 from support.topologies import Cluster, cluster_servers, sentinel_servers
 
@@ -46,7 +47,7 @@ from ray_valkey_spill.format.names import Entry, Owner
 from ray_valkey_spill.format.packing import INLINE_LIMIT, SourceObject
 from ray_valkey_spill.format.sealing import TAG_SIZE
 from ray_valkey_spill.protocol.link import Sharing
-from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
+from ray_valkey_spill.store.object_store import StoredObject
 from ray_valkey_spill.tiers import preflight
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -201,18 +202,18 @@ class Backend:
     client: Any
     params: dict[str, Any] = field(default_factory=dict)
     overflow: Path | None = None
-    stores: list[ObjectStore] = field(default_factory=list)
+    stores: list[Store] = field(default_factory=list)
 
     @property
     def tag_size(self) -> int:
         """What sealing adds to a chunk."""
         return TAG_SIZE if "encryption_key_file" in self.params else 0
 
-    def store(self, node: str = NODE, session: str = SESSION, **params: Any) -> ObjectStore:
+    def store(self, node: str = NODE, session: str = SESSION, **params: Any) -> Store:
         if self.overflow is not None:
             params = {"overflow_uri": str(self.overflow), "max_bytes": 0, **params}
         params = {"url": self.url, "chunk_size": CHUNK, **self.params, **params}
-        self.stores.append(ObjectStore(Config.load(params, {}), session, node))
+        self.stores.append(Store(Config.load(params, {}), session, node))
         return self.stores[-1]
 
     def all_keys(self) -> list[bytes]:
@@ -259,16 +260,16 @@ def backend(running: Running) -> Iterator[Backend]:
     backend.clear()
 
 
-def destroy(store: ObjectStore) -> int:
+def destroy(store: Store) -> int:
     return store.destroy(is_alive=lambda pid: False)
 
 
-def put(store: ObjectStore, data: bytes, number: int = 0) -> str:
+def put(store: Store, data: bytes, number: int = 0) -> str:
     (url,) = put_all(store, [source(data, number)])
     return url
 
 
-def put_all(store: ObjectStore, sources: list[SourceObject]) -> list[str]:
+def put_all(store: Store, sources: list[SourceObject]) -> list[str]:
     urls, failure = store.put(sources)
     assert failure is None
     assert len(urls) == len(sources)
@@ -720,25 +721,25 @@ def test_a_full_server_behind_a_slow_link_is_left_without_orphans(
 
 def test_stores_of_one_process_leave_each_others_puts_alone(backend: Backend) -> None:
     first, second = backend.store(), backend.store()
-    settle = first._tier.settle
+    settle = first._valkey.settle
 
     def recovered_meanwhile(owner: Owner, entries: Sequence[Entry]) -> None:
         assert second.recover(is_alive=lambda pid: True) == 0
         settle(owner, entries)
 
-    first._tier.settle = recovered_meanwhile  # type: ignore[method-assign]
+    first._valkey.settle = recovered_meanwhile  # type: ignore[method-assign]
     assert len(put_all(first, [source(noise(3 * CHUNK, i), i) for i in range(20)])) == 20
 
 
 def test_objects_destroyed_while_they_are_written_are_not_reported(backend: Backend) -> None:
     store, other = backend.store(), backend.store()
-    written = store._tier.settle
+    written = store._valkey.settle
 
     def destroyed_meanwhile(owner: Owner, entries: Sequence[Entry]) -> None:
         assert destroy(other) == 20
         written(owner, entries)
 
-    store._tier.settle = destroyed_meanwhile  # type: ignore[method-assign]
+    store._valkey.settle = destroyed_meanwhile  # type: ignore[method-assign]
     urls, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
     assert urls == []
     assert isinstance(failure, LostObjectError)
@@ -773,12 +774,12 @@ import json
 import sys
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import ObjectName
-from ray_valkey_spill.store.object_store import ObjectStore
+from support.stores import Store
 from ray_valkey_spill.format.packing import SourceObject
 
 params, session, node, kill_point = sys.argv[1:]
-store = ObjectStore(Config.load({"chunk_size": 10000, **json.loads(params)}, {}), session, node)
-tier, values = store._tier, store._packer.pack
+store = Store(Config.load({"chunk_size": 10000, **json.loads(params)}, {}), session, node)
+tier, values = store._valkey, store._packer.pack
 
 def stop(*args):
     print("now", flush=True)
@@ -863,7 +864,7 @@ def test_destroy_waits_for_a_living_writer_and_leaves_what_is_unfinished(
 
 def test_what_was_put_while_recover_looked_is_spared(backend: Backend) -> None:
     first, second = backend.store(), backend.store()
-    settle = first._tier.settle
+    settle = first._valkey.settle
 
     def recovered_meanwhile(owner: Owner, entries: Sequence[Entry]) -> None:
         def ends_well_and_then_dies(pid: int) -> bool:
@@ -873,7 +874,7 @@ def test_what_was_put_while_recover_looked_is_spared(backend: Backend) -> None:
 
         assert second.recover(ends_well_and_then_dies) == 0
 
-    first._tier.settle = recovered_meanwhile  # type: ignore[method-assign]
+    first._valkey.settle = recovered_meanwhile  # type: ignore[method-assign]
     data = noise(INLINE_LIMIT + 1)
     assert get(first, put(first, data)) == data
 
@@ -889,7 +890,7 @@ def test_what_a_broken_connection_carries_out_late_spoils_nothing(
     backend.client.zadd(store.keys.pending, {str(name): 0})
     assert store.recover(is_alive=lambda pid: False) == 0
     (entry,) = (Entry.parse(e.decode()) for e in backend.client.zrange(store.keys.index, 0, -1))
-    store._tier.settle(Owner(name.session, name.node), [entry])
+    store._valkey.settle(Owner(name.session, name.node), [entry])
     assert backend.client.hgetall(store.keys.usage) == usage
     assert get(store, url) == noise(size)
     store.delete([url])
@@ -932,7 +933,7 @@ def test_objects_go_both_ways_without_a_stall_after_a_nat_forgot_the_connections
     with proxy_to(server.port) as proxy:
         params = {"url": proxy.url, "max_bytes": 64 << 20}
         config = Config.load(params, {})
-        store = ObjectStore(config, "session", "node", sharing=Sharing(idle=0))
+        store = Store(config, "session", "node", sharing=Sharing(idle=0))
         data = noise(3 << 20)
         url = put(store, data)
         for _ in range(2):

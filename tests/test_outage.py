@@ -17,6 +17,7 @@ from ray_valkey_spill.errors import (
     ServerFullError,
     ServerUnavailableError,
 )
+from ray_valkey_spill.format.names import TierName
 from ray_valkey_spill.plugin.outage import (
     CONFIG,
     OVERFLOW,
@@ -26,7 +27,6 @@ from ray_valkey_spill.plugin.outage import (
     Outages,
     resource_of,
 )
-from ray_valkey_spill.store.observer import Tier
 
 FULL = ServerFullError("OOM command not allowed", "Raise maxmemory")
 AWAY = OverflowUnavailableError("the overflow at /mnt/x cannot be used", "Mount it")
@@ -360,7 +360,7 @@ def test_a_file_that_cannot_be_written_makes_no_storm(
 # --- losses ---
 
 
-def place_of(tier: Tier) -> str:
+def place_of(tier: TierName) -> str:
     return {"valkey": "Valkey at valkey://host:6379/0", "overflow": "the overflow at /mnt/x"}[tier]
 
 

@@ -23,13 +23,13 @@ from support.clusters import MIB, expect_no_keys, local_ray
 from support.objectstores import BUCKET, CREDENTIALS, ObjectStoreServer, s3_server, s3_uri
 from support.samples import get, noise, source
 from support.servers import Server, valkey_server, wait_until
+from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, OverflowUnavailableError
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
 from ray_valkey_spill.format.packing import Receive
 from ray_valkey_spill.format.values import Value
-from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers.ledger import Grant
 from ray_valkey_spill.tiers.overflow import OverflowTier
 
@@ -179,14 +179,14 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.fixture
-def stores(server: Server) -> Iterator[Callable[..., ObjectStore]]:
+def stores(server: Server) -> Iterator[Callable[..., Store]]:
     """Makes object stores; those with an overflow put everything there unless told otherwise."""
-    made: list[ObjectStore] = []
+    made: list[Store] = []
 
-    def make(uri: str | None = None, node: str = NODE, **params: Any) -> ObjectStore:
+    def make(uri: str | None = None, node: str = NODE, **params: Any) -> Store:
         params = {"overflow_uri": uri, "chunk_size": CHUNK, "max_bytes": 0, **params}
         config = Config.load({"url": server.url, **params}, {})
-        made.append(ObjectStore(config, SESSION, node))
+        made.append(Store(config, SESSION, node))
         return made[-1]
 
     yield make
@@ -424,7 +424,7 @@ def test_an_upload_holds_no_more_than_a_part_of_an_object(bucket: Bucket) -> Non
 
 
 def test_what_is_sealed_is_not_to_be_read_or_changed_there(
-    stores: Callable[..., ObjectStore], place: Place_, tmp_path: Path
+    stores: Callable[..., Store], place: Place_, tmp_path: Path
 ) -> None:
     key_file = tmp_path / "spill.key"
     key_file.write_text("ab" * 32)
@@ -890,7 +890,7 @@ def test_an_overflow_that_is_away_holds_up_nothing_in_valkey(stores: Any, tmp_pa
     place.path.rename(tmp_path / "away")
     place.path.mkdir()
     writer = f"{SESSION}:{NODE}:999999-dead"
-    ledger = store._tier.ledger
+    ledger = store._valkey.ledger
     ledger.reserve(writer, Grant(0, 0), 100, 100, None, None)
     with pytest.raises(OverflowUnavailableError):
         stores(place.uri).recover(is_alive)
@@ -908,14 +908,14 @@ def test_what_killed_writers_left_is_looked_for_until_the_overflow_is_there(
     place.path.rename(away.path)
     place.path.mkdir()
     store = stores(place.uri)
-    for look in (lambda: store.recover(is_alive), store.in_overflow):
+    for look in (lambda: store.recover(is_alive), store.sweep_overflow):
         with pytest.raises(OverflowUnavailableError, match="not the one that the session's other"):
             look()
     place.path.rmdir()
     away.path.rename(place.path)
     store.recover(is_alive)
     assert place.files().keys() == {file} | _signatures(place)
-    assert store.in_overflow() == place.files()[file]
+    assert store.sweep_overflow() == place.files()[file]
     assert get(first, url) == noise(3 * CHUNK)
 
 

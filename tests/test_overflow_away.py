@@ -20,6 +20,7 @@ from support.objectstores import CREDENTIALS, s3_server, s3_uri
 from support.proxy import Proxy, proxy_to
 from support.samples import get, noise, object_id, source
 from support.servers import Server, wait_until
+from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
@@ -29,7 +30,6 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
 from ray_valkey_spill.format.values import Value
-from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers.overflow import OverflowTier, Patience
 from ray_valkey_spill.tiers.steps import StalledError, StepThreads, begin_step
 from ray_valkey_spill.units import MIB
@@ -304,10 +304,10 @@ def test_an_object_whose_file_was_blown_up_is_lost(server: Server, tmp_path: Pat
 
 
 @contextlib.contextmanager
-def new_store(server: Server, uri: str, **params: Any) -> Iterator[ObjectStore]:
+def new_store(server: Server, uri: str, **params: Any) -> Iterator[Store]:
     """One that puts everything in the overflow unless told otherwise."""
     params = {"url": server.url, "overflow_uri": uri, "max_bytes": 0, **params}
-    store = ObjectStore(Config.load(params, {}), SESSION, NODE)
+    store = Store(Config.load(params, {}), SESSION, NODE)
     try:
         yield store
     finally:
@@ -380,7 +380,7 @@ def test_the_lease_is_renewed_while_the_overflow_hangs(
         store.join_overflow()
         share.hang()
         for _ in range(2):
-            for work in (lambda: store.recover(lambda pid: False), store.in_overflow):
+            for work in (lambda: store.recover(lambda pid: False), store.sweep_overflow):
                 with pytest.raises(OverflowUnavailableError, match="does not answer"):
                     work()
             server.client.zincrby(store.keys.leases, -60_000, _lease(server, store))
@@ -388,10 +388,10 @@ def test_the_lease_is_renewed_while_the_overflow_hangs(
             store.renew_lease("127.0.0.1:1", lambda: False)
             assert server.client.zscore(store.keys.leases, _lease(server, store)) > old
         share.go_on()
-        wait_until(lambda: _works(store.in_overflow))
+        wait_until(lambda: _works(store.sweep_overflow))
 
 
-def _lease(server: Server, store: ObjectStore) -> bytes:
+def _lease(server: Server, store: Store) -> bytes:
     (lease,) = server.client.zrange(store.keys.leases, 0, -1)
     return bytes(lease)
 

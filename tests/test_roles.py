@@ -18,6 +18,7 @@ from support.clusters import MIB, failures, local_ray, spill
 from support.proxy import Proxy, proxy_to
 from support.samples import get, noise, object_id, source
 from support.servers import INDEX, ROOT, Node, Server, acl_user, valkey_server, wait_until
+from support.stores import Store
 from support.topologies import cluster_servers, one_sentinel
 
 from ray_valkey_spill.cli.inspection import Inspector, Target
@@ -28,7 +29,6 @@ from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import RENEWAL, CleanUp
-from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.tiers.ledger import link_to
 
@@ -49,12 +49,12 @@ def config(url: str, **params: Any) -> Config:
 
 
 @contextlib.contextmanager
-def stored_at(url: str, **params: Any) -> Iterator[ObjectStore]:
-    with contextlib.closing(ObjectStore(config(url, **params), SESSION, NODE)) as store:
+def stored_at(url: str, **params: Any) -> Iterator[Store]:
+    with contextlib.closing(Store(config(url, **params), SESSION, NODE)) as store:
         yield store
 
 
-def put(store: ObjectStore, data: bytes) -> str:
+def put(store: Store, data: bytes) -> str:
     (url,), failure = store.put([source(data)])
     assert failure is None
     return url
@@ -66,7 +66,7 @@ def in_background(run: Callable[..., Any], *args: Any) -> Iterator[Future[Any]]:
         yield pool.submit(run, *args)
 
 
-def expect_waiting(store: ObjectStore, work: Future[Any]) -> None:
+def expect_waiting(store: Store, work: Future[Any]) -> None:
     """`work` tries again and again over `store`."""
     before = store.breaks
     wait_until(lambda: work.done() or store.breaks > before + 2)
@@ -314,7 +314,7 @@ def test_a_user_needs_no_permission_more(pair: Pair) -> None:
 # --- what is concluded of the dead ---
 
 
-def half_write(server: Server, store: ObjectStore, url: str) -> None:
+def half_write(server: Server, store: Store, url: str) -> None:
     """Make the metadata of `server` what they were before the object was settled."""
     name = store.keys.parse_url(url).name
     (entry,) = server.client.zrangebylex(INDEX, f"[{name}.", f"({name}/")
@@ -523,7 +523,7 @@ def test_an_old_primary_that_is_cut_off_from_its_cluster_is_not_believed(tmp_pat
             writer.destroy(lambda pid: False)
 
 
-def _put_at(store: ObjectStore, node: Node) -> str:
+def _put_at(store: Store, node: Node) -> str:
     """The URL of an object whose only key `node` has."""
     while True:
         url = put(store, INLINE)
@@ -531,7 +531,7 @@ def _put_at(store: ObjectStore, node: Node) -> str:
             return url
 
 
-def _header(store: ObjectStore, url: str) -> str:
+def _header(store: Store, url: str) -> str:
     return store.keys.header(store.keys.parse_url(url).name)
 
 

@@ -24,6 +24,7 @@ from ray.exceptions import ObjectLostError
 from support.clusters import MIB, local_ray, spill, title
 from support.samples import noise
 from support.servers import Server, wait_until
+from support.stores import Store
 
 from ray_valkey_spill.cli import commands
 from ray_valkey_spill.config import Config
@@ -33,8 +34,7 @@ from ray_valkey_spill.format.header import decode_header
 from ray_valkey_spill.format.names import Entry
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.format.sealing import TAG_SIZE, Key, KeyRing
-from ray_valkey_spill.store.object_store import ObjectStore
-from ray_valkey_spill.tiers.budget import cost, member_cost
+from ray_valkey_spill.tiers.room import cost, member_cost
 
 CHUNK = 1024
 SIZE = 3 * CHUNK + 100
@@ -256,7 +256,7 @@ class Vault:
     server: Server
     file: Path
     directory: Path | None
-    stores: list[ObjectStore] = field(default_factory=list)
+    stores: list[Store] = field(default_factory=list)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -265,8 +265,8 @@ class Vault:
             there |= {"overflow_uri": str(self.directory), "max_bytes": 0}
         return there
 
-    def store(self, session: str = "s", node: str = "n", **params: Any) -> ObjectStore:
-        self.stores.append(ObjectStore(Config.load({**self.params, **params}, {}), session, node))
+    def store(self, session: str = "s", node: str = "n", **params: Any) -> Store:
+        self.stores.append(Store(Config.load({**self.params, **params}, {}), session, node))
         return self.stores[-1]
 
     def values(self, url: str = "") -> dict[str, bytes]:
@@ -301,14 +301,14 @@ def vault(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Ite
     server.settle_foreign()
 
 
-def put(store: ObjectStore, data: bytes, number: int = 0) -> str:
+def put(store: Store, data: bytes, number: int = 0) -> str:
     source = SourceObject(f"{number:056x}", b"META-DATA", b"OWNER-ADDRESS", memoryview(data))
     urls, failure = store.put([source])
     assert failure is None
     return urls[0]
 
 
-def get(store: ObjectStore, url: str, data: bytes, number: int = 0) -> bytes:
+def get(store: Store, url: str, data: bytes, number: int = 0) -> bytes:
     """What is got of an object that should have `data`.
 
     Whatever happens, the memory for it never has anything else in it.

@@ -25,6 +25,7 @@ from support.servers import (
     valkey_server,
     wait_until,
 )
+from support.stores import Store
 from support.topologies import SentinelGroup, one_sentinel, sentinel_servers
 
 from ray_valkey_spill.config import Config
@@ -36,7 +37,6 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.format.packing import Packer, SourceObject
 from ray_valkey_spill.protocol.resp import command
-from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.tiers.ledger import link_to
 from ray_valkey_spill.tiers.valkey import ValkeyTier
@@ -97,11 +97,11 @@ class Stores:
 
     def __init__(self, group: SentinelGroup) -> None:
         self._group = group
-        self._made: list[ObjectStore] = []
+        self._made: list[Store] = []
 
-    def __call__(self, **params: Any) -> ObjectStore:
+    def __call__(self, **params: Any) -> Store:
         wanted = {"retry_timeout": 30, **params}
-        store = ObjectStore(config(self._group.url, **wanted), "session", "node")
+        store = Store(config(self._group.url, **wanted), "session", "node")
         self._made.append(store)
         return store
 
@@ -121,14 +121,14 @@ def source(data: bytes = CHUNKED) -> SourceObject:
     return SourceObject("ab" * 28, b"", b"", memoryview(data))
 
 
-def put(store: ObjectStore, data: bytes = CHUNKED) -> str:
+def put(store: Store, data: bytes = CHUNKED) -> str:
     """Put an object; its URL."""
     (url,), failure = store.put([source(data)])
     assert failure is None
     return url
 
 
-def get(store: ObjectStore, url: str) -> bytes:
+def get(store: Store, url: str) -> bytes:
     found = store.find(url, "ab" * 28)
     target = bytearray(found.header.size)
     store.fill(found, memoryview(target))
@@ -467,7 +467,7 @@ def test_a_user_has_to_be_permitted_to_wait_and_nothing_else(
     clients = [node.client for node in append_only.nodes]
     with acl_user(clients, rules):
         preflight.run_all(wanted)
-        with contextlib.closing(ObjectStore(wanted, "session", "node")) as store:
+        with contextlib.closing(Store(wanted, "session", "node")) as store:
             store.delete([put(store)])
             store.destroy(is_alive=lambda process: False)
     with (

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from support.servers import FOREIGN, INDEX, ROOT, Server, valkey_server, wait_until
+from support.stores import Store
 
 from ray_valkey_spill.cli import commands, rendering
 from ray_valkey_spill.cli.inspection import parse_target
@@ -39,7 +40,7 @@ from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.liveness import RunningSession
-from ray_valkey_spill.store.object_store import ObjectStore, problems
+from ray_valkey_spill.store.object_store import problems
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.tiers.base import Stat
 from ray_valkey_spill.tiers.ledger import Ledger, link_to
@@ -87,8 +88,8 @@ class Stock:
         return Config.load({**given, "overflow_uri": str(self.overflow), **params}, {})
 
     @contextlib.contextmanager
-    def store(self, session: str, node: str, **params: Any) -> Iterator[ObjectStore]:
-        with contextlib.closing(ObjectStore(self.config(**params), session, node)) as store:
+    def store(self, session: str, node: str, **params: Any) -> Iterator[Store]:
+        with contextlib.closing(Store(self.config(**params), session, node)) as store:
             yield store
 
     @contextlib.contextmanager

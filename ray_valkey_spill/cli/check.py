@@ -22,11 +22,12 @@ from ray_valkey_spill.plugin.registration import require_compatible
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
+from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers import preflight
-from ray_valkey_spill.tiers.budget import free_room, margin
 from ray_valkey_spill.tiers.ledger import link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
+from ray_valkey_spill.tiers.room import free_room, margin
 from ray_valkey_spill.units import MIB
 
 __all__ = ["FAILED", "OK", "WARNING", "Finding", "run"]
@@ -245,8 +246,8 @@ def _latency(link: Link, keys: Keyspace) -> str:
 
 def _overflow(config: Config) -> str:
     overflow = OverflowTier.of(config)
-    with contextlib.closing(ObjectStore(config, "check", f"pid{os.getpid()}")) as store:
-        store.probe_overflow()
+    with contextlib.closing(Node(config, "check", f"pid{os.getpid()}")) as node:
+        node.probe_overflow()
     return f"{overflow} can be written, read and removed from; every node has to reach it"
 
 
@@ -261,7 +262,8 @@ def _throughput(config: Config, free: int | None) -> str:
         )
     data = memoryview(os.urandom(size))
     target = memoryview(bytearray(size))
-    store = ObjectStore(replace(config, overflow_uri=None), "check", f"pid{os.getpid()}")
+    whose = replace(config, overflow_uri=None), "check", f"pid{os.getpid()}"
+    store, node = ObjectStore(*whose), Node(*whose)
     spill, restore = [], []
     try:
         for _ in range(_PROBE_ROUNDS):
@@ -278,7 +280,8 @@ def _throughput(config: Config, free: int | None) -> str:
                 raise SpillError("what was read back is not what was written")
             store.delete([url])
     finally:
-        store.destroy(lambda pid: False)
+        node.destroy(lambda pid: False)
+        node.close()
         store.close()
     # The first round also pays for connecting, and for memory never touched before.
     return (

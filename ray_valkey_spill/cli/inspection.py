@@ -70,7 +70,7 @@ def parse_target(text: str, keys: Keyspace) -> Target:
     try:
         if "?" in text:
             place = keys.parse_url(text)
-            return Target(place.name.object_id, place.name, place.size, place.overflow)
+            return Target(place.name.object_id, place.name, place.size, place.tier == "overflow")
         overflow = True if text.startswith(_OVERFLOW_PREFIX) else None
         return _parse_key(text.removeprefix(_OVERFLOW_PREFIX).removeprefix(keys.root), overflow)
     except (LostObjectError, ValueError):
@@ -138,7 +138,9 @@ class Inspection:
         key_id = None if seal is None else seal.key_id
         if self.size is None:
             return None
-        return keys.url(Place(self.name, self.size, self.overflow, key_id))
+        return keys.url(
+            Place(self.name, self.size, "overflow" if self.overflow else "valkey", key_id)
+        )
 
     def codecs(self) -> dict[str, int]:
         """How many chunks are stored in which way."""
@@ -273,7 +275,7 @@ class Inspector:
     def _inspect_in_valkey(
         self, name: ObjectName, entry: Entry | None, state: str, size: int | None
     ) -> Inspection:
-        (stat,) = self._tier.stat([(name, 0)])
+        (stat,) = self._tier.measure([(name, 0)])
         return self._inspection(name, self.keys.header(name), False, state, entry, stat, size)
 
     def _in_overflow(self, overflow: OverflowTier, target: Target) -> Iterator[Inspection]:
@@ -286,7 +288,7 @@ class Inspector:
                 if name != target.name and (target.name or name.object_id != target.object_id):
                     continue
                 state = STORED if is_whole else HALF_WRITTEN
-                place = Place(name, entry.size, overflow=True)
+                place = Place(name, entry.size, "overflow")
                 stat = overflow.stat(place) if is_whole else Stat(None, [])
                 yield self._inspection(name, path, True, state, entry, stat, target.size)
 

@@ -63,7 +63,7 @@ class Item(NamedTuple):
             "tier": tier_name(self.is_in_overflow).lower(),
             "key": keys.header(name) if self.path is None else None,
             "path": self.path,
-            "url": keys.url(Place(name, size, self.is_in_overflow)),
+            "url": keys.url(Place(name, size, "overflow" if self.is_in_overflow else "valkey")),
             "chunks": name.chunks,
             "logical_bytes": size,
             "stored_bytes": stored,
@@ -300,7 +300,9 @@ class Inventory:
         return self._link.confirmed(self._statistics)
 
     def _statistics(self) -> Statistics:
-        usages, grants = self._ledger.usages(), list(self._ledger.grants().values())
+        usages = self._ledger.usages()
+        by_node = self._ledger.grants().values()
+        grants = [grant for of_node in by_node for grant in of_node.values()]
         now = self._ledger.time()
         renewed: dict[Owner, int] = {}
         for lease in self._ledger.leases():

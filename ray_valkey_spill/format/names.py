@@ -2,7 +2,8 @@
 
     <key_prefix><namespace>:{<namespace>}:index                           what is stored
     <key_prefix><namespace>:{<namespace>}:pending                         what is being written
-    <key_prefix><namespace>:{<namespace>}:usage, :grants, :leases, :overflows  see `ledger`
+    <key_prefix><namespace>:{<namespace>}:usage, :totals, :writers, :leases, :overflows
+                                                                          see `ledger`
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>       header
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>:<i>   chunk i of n
 
@@ -13,8 +14,7 @@ All have score 0 and so are in lexicographic order: what a session or a node own
 found without SCAN, and each member tells every key that its object can have. An attempt tells its
 writer, so that what a killed writer left can be told from the rest.
 
-The namespace in braces has a cluster keep the books together, on whichever shard that is; what is
-stored is spread over all.
+The namespace in braces makes a cluster keep the metadata on one shard; objects are spread over all.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
 
-__all__ = ["Entry", "Keyspace", "ObjectName", "Owner", "Place", "new_attempt"]
+__all__ = ["Entry", "Keyspace", "ObjectName", "Owner", "Place", "TierName", "new_attempt"]
+
+TierName = Literal["valkey", "overflow"]
 
 _NAME = re.compile(r"([^:?&#]+):([^:?&#]+):([^:.?&#]+)\.([0-9a-f]{27})\.([0-9]+)")
 _ENTRY = re.compile(r"(.+)\.([0-9]+)\.([0-9]+)")
@@ -102,14 +104,20 @@ class Entry(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a URL tells: which object, its data's length in bytes, in which tier, sealed with what.
+    """Where an object is, as its URL says.
 
-    It comes from Ray, so whoever can write only to the server or the overflow cannot forge it.
+    The URL comes from Ray, so whoever can write only to the server or the overflow cannot forge it.
+
+    Attributes:
+        name: of the object.
+        size: length of its data, in bytes.
+        tier: which has it.
+        key_id: of the key that seals it; None if none does.
     """
 
     name: ObjectName
     size: int
-    overflow: bool = False
+    tier: TierName = "valkey"
     key_id: int | None = None
 
 
@@ -125,29 +133,38 @@ class Keyspace:
 
     @property
     def index(self) -> str:
-        return self._book("index")
+        return self._metadata("index")
 
     @property
     def pending(self) -> str:
-        return self._book("pending")
+        return self._metadata("pending")
 
     @property
     def usage(self) -> str:
-        return self._book("usage")
+        return self._metadata("usage")
+
+    @property
+    def totals(self) -> str:
+        return self._metadata("totals")
+
+    @property
+    def writers(self) -> str:
+        return self._metadata("writers")
 
     @property
     def grants(self) -> str:
-        return self._book("grants")
+        """What version 0.1 had for `writers`."""
+        return self._metadata("grants")
 
     @property
     def leases(self) -> str:
-        return self._book("leases")
+        return self._metadata("leases")
 
     @property
     def overflows(self) -> str:
-        return self._book("overflows")
+        return self._metadata("overflows")
 
-    def _book(self, name: str) -> str:
+    def _metadata(self, name: str) -> str:
         namespace = self.root[:-1].rpartition(":")[2]
         return f"{self.root}{{{namespace}}}:{name}"
 
@@ -160,7 +177,7 @@ class Keyspace:
 
     def url(self, place: Place) -> str:
         """What Ray keeps for the object."""
-        tier = "overflow:" if place.overflow else ""
+        tier = "overflow:" if place.tier == "overflow" else ""
         sealed = "" if place.key_id is None else f"&sealed={place.key_id:016x}"
         return f"{tier}{self.root}{place.name}?offset=0&size={place.size}{sealed}"
 
@@ -175,7 +192,7 @@ class Keyspace:
             try:
                 name = ObjectName.parse(match[2][len(self.root) :])
                 key_id = int(match[4], 16) if match[4] else None
-                return Place(name, int(match[3]), match[1] is not None, key_id)
+                return Place(name, int(match[3]), "overflow" if match[1] else "valkey", key_id)
             except ValueError:
                 pass
         raise LostObjectError(f"{url!r} is not the URL of an object spilled below {self.root!r}")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import LostObjectError, SpillError
+from ray_valkey_spill.errors import LostObjectError
 from ray_valkey_spill.format.codec import (
     Codec,
     checksum,
@@ -30,13 +30,12 @@ from ray_valkey_spill.format.codec import (
     scratch,
 )
 from ray_valkey_spill.format.header import Chunk, Header, chunk_count, encode_header
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
+from ray_valkey_spill.format.names import Keyspace, ObjectName
 from ray_valkey_spill.format.sealing import TAG_SIZE, Key, Seal
 from ray_valkey_spill.format.values import Value
-from ray_valkey_spill.tiers.budget import Budget, cost, member_cost
 from ray_valkey_spill.units import KIB, MIB, Buffer
 
-__all__ = ["INLINE_LIMIT", "Packer", "Receive", "SourceObject", "Values", "unpack_chunk"]
+__all__ = ["INLINE_LIMIT", "Packer", "Receive", "SourceObject", "unpack_chunk"]
 
 INLINE_LIMIT = 256 * KIB
 
@@ -133,47 +132,32 @@ class Packer:
     # --- objects to values ---
 
     def pack(
-        self,
-        named: Iterable[tuple[SourceObject, ObjectName]],
-        sealing: Key | None,
-        budget: Budget | None = None,
+        self, named: Iterable[tuple[SourceObject, ObjectName]], sealing: Key | None
     ) -> Generator[Value]:
-        """The chunks and then the header of each object, as far as `budget` has room for them.
+        """Yield the chunks and then the header of each object.
 
-        What is to be compressed is compressed and checksummed in threads, and what is to be sealed
-        is sealed there, a bounded number of chunks ahead. What is neither is checksummed here, each
-        chunk just after it was sent, when it is in this core's cache: a core reads memory no faster
-        than the wire takes it.
+        Threads compress, checksum and seal chunks, a bounded number of them ahead. A chunk that is
+        neither compressed nor sealed is checksummed here, just after it was sent, while it is in
+        this core's cache: a core reads memory no faster than the wire takes it.
         """
         ahead: deque[_Piece] = deque()
         chunks: list[Chunk] = []
-        header_key, taken = "", 0
-
-        def take(piece: _Piece, key: str, parts: Sequence[Buffer]) -> Value:
-            nonlocal taken
-            size = cost(len(key), sum(map(len, parts)))
-            if budget is not None:
-                budget.take(size)
-            taken += size
-            return Value(key, piece.name, len(piece.source.data), parts)
-
         try:
             for piece in _lookahead(self._pieces(named, sealing), self._chunks_ahead, ahead):
-                name = piece.name
+                name, size = piece.name, len(piece.source.data)
+                header_key = self._keys.header(name)
+                expected = 0
                 if piece.index == 0:
-                    header_key = self._keys.header(name)
-                    chunks, taken = [], member_cost(len(header_key) - len(self._keys.root))
-                    if budget is not None:
-                        # What does not fit is better known before half of it is there.
-                        budget.require(int(len(piece.source.data) * piece.ratio))
-                        budget.take(taken)
+                    chunks, expected = [], int(size * piece.ratio)
                 chunk, stored = piece.job.result() if piece.job else (None, piece.data)
                 if name.chunks:
-                    yield take(piece, f"{header_key}:{piece.index}", [stored])
+                    key = f"{header_key}:{piece.index}"
+                    yield Value(key, name, size, [stored], expected)
                 chunks.append(chunk or Chunk(len(stored), Codec.RAW, checksum(stored)))
                 if piece.index + 1 >= name.chunks:
-                    value = take(piece, header_key, self._header(piece, chunks, stored))
-                    yield value._replace(completes=Entry(name, value.size, taken))
+                    header = self._header(piece, chunks, stored)
+                    expected = 0 if name.chunks else expected
+                    yield Value(header_key, name, size, header, expected, is_last=True)
         finally:
             # The caller may take its memory back once this is over.
             wait([piece.job for piece in ahead if isinstance(piece.job, Future)])
@@ -271,43 +255,6 @@ class Packer:
             # Nobody may write into `target` any more once this is over.
             wait([job for job in decoding if isinstance(job, Future)])
         return sorted(damaged)
-
-
-class Values(Iterator[Value]):
-    """Values that end where making them fails: `failure` tells of it.
-
-    Raised into `Link.run`, the failure would cost a connection with replies under way.
-    """
-
-    def __init__(self, values: Generator[Value]) -> None:
-        self._values = values
-        self._first: Value | None = None
-        self.failure: SpillError | None = None
-
-    def begin(self) -> bool:
-        """Make the first value; returns whether there is one."""
-        self._first = next(self, None)
-        return self._first is not None
-
-    def __next__(self) -> Value:
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        try:
-            return next(self._values)
-        except SpillError as error:
-            self.failure = error
-            raise StopIteration from None
-
-    def of_whole_objects(self) -> list[Value]:
-        """All of them but those of an object that is not completed."""
-        values = list(self)
-        while values and values[-1].completes is None:
-            values.pop()
-        return values
-
-    def close(self) -> None:
-        self._values.close()
 
 
 def _lookahead(items: Iterable[_T], count: int, ahead: deque[_T]) -> Iterator[_T]:

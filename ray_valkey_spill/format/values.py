@@ -5,20 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ray_valkey_spill.format.names import Entry, ObjectName
+from ray_valkey_spill.format.names import ObjectName
 from ray_valkey_spill.units import Buffer
 
 __all__ = ["Value"]
 
 
 class Value(NamedTuple):
-    """What is stored under a key, a chunk of an object or its header: buffers, one after the other.
+    """A chunk of an object, or its header: buffers, one after the other, to store under `key`.
 
-    `size` is the length of the object's data; `completes` tells that this is the object's last.
+    Attributes:
+        key: of the value.
+        name: of the object.
+        size: length of the object's data, in bytes.
+        parts: the value's buffers.
+        expected: with the object's first value, how many bytes all its values may take; else 0.
+        is_last: whether the object is whole once this value is stored.
     """
 
     key: str
     name: ObjectName
     size: int
     parts: Sequence[Buffer]
-    completes: Entry | None = None
+    expected: int = 0
+    is_last: bool = False
+
+    @property
+    def length(self) -> int:
+        """Length of the value, in bytes."""
+        return sum(map(len, self.parts))

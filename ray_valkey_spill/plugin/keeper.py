@@ -1,68 +1,305 @@
-"""Work that is done now and then beside everything else."""
+"""The background work of an IO worker, and of its node.
+
+A node has up to eight IO workers. One of them, whichever has the lock file in the session's
+directory, keeps the node: it renews the lease, looks for what killed IO workers have left, and
+measures. Each of them does for itself only what nobody else can.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import logging
-import random
-import threading
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-__all__ = ["Background"]
+from ray_valkey_spill.errors import OverflowUnavailableError, SpillError
+from ray_valkey_spill.plugin.background import Background
+from ray_valkey_spill.plugin.deferred import DeferredRestores
+from ray_valkey_spill.plugin.deletions import DeletionJournal
+from ray_valkey_spill.plugin.metrics import Metrics
+from ray_valkey_spill.plugin.outage import OVERFLOW, VALKEY, Outages
+from ray_valkey_spill.plugin.process import gcs_address, is_alive, is_connected
+from ray_valkey_spill.store.cleanup import RENEWAL
+from ray_valkey_spill.store.node import Node
+from ray_valkey_spill.store.object_store import ObjectStore
+
+__all__ = ["Keeper", "NodeLock"]
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# Less than a lease lasts: see `cleanup`.
-_AFTER_FAILURE = 15.0
+# Seconds between two rounds, of which each renews the lease, and between attempts after a failure.
+_BETWEEN_ROUNDS, _BETWEEN_ATTEMPTS = RENEWAL, 2.0
+# A round can take longer than a lease lasts: many objects to remove, or an overflow that is slow.
+# Another thread renews the lease if that was not done for so many seconds.
+_LATEST_RENEWAL = 2 * RENEWAL
+# Seconds between two listings of the overflow.
+_BETWEEN_SWEEPS = 600.0
+_ATTEMPTS_PER_WARNING = 6
+_DELETED_TOGETHER = 100
+# Until an IO worker that has just been started is connected.
+_BETWEEN_STARTS = 0.2
 
 
-class Background:
-    """Has a thread do `work` again and again, from `start` to `stop`.
+class NodeLock:
+    """Which IO worker of a node keeps it: one at a time, until it ends.
 
-    The thread does not keep its process alive.
+    Its file's time of modification says when the lease was renewed last. Where no file can be had,
+    each IO worker keeps the node.
 
     Args:
-        work: returns after how many seconds, or somewhat more, it is to be done again. If it
-            raises, that is logged, and it is done again soon.
-        name: of the thread.
+        directory: returns the session's directory, or None if there is none.
+        name: of the file.
     """
 
-    def __init__(self, work: Callable[[], float], name: str = "background") -> None:
-        self._work = work
-        self._name = f"ray-valkey-spill-{name}"
-        self._waking = threading.Event()
-        self._stopping = False
-        self._thread: threading.Thread | None = None
+    def __init__(self, directory: Callable[[], Path | None], name: str) -> None:
+        self._directory = directory
+        self._name = name
+        self._file: int | None = None
+
+    def take(self) -> bool:
+        """Take the lock, unless another process has it; returns whether this one has it now."""
+        path = self._path()
+        if self._file is not None or path is None:
+            return True
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError:
+            return True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return False
+        except OSError:
+            os.close(file)
+            return True
+        self._file = file
+        return True
+
+    def drop(self) -> None:
+        """Let another process have the lock."""
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+    def note_renewal(self) -> None:
+        """Let the node's other IO workers know that its lease was renewed."""
+        if (path := self._path()) is not None:
+            with contextlib.suppress(OSError):
+                path.touch()
+
+    def since_renewal(self) -> float:
+        """Seconds since any IO worker of the node renewed its lease; infinite if none is known."""
+        if (path := self._path()) is not None:
+            with contextlib.suppress(OSError):
+                age = time.time() - path.stat().st_mtime
+                # A clock that was put back says nothing.
+                return age if age >= 0 else float("inf")
+        return float("inf")
+
+    def _path(self) -> Path | None:
+        directory = self._directory()
+        return directory and directory / self._name
+
+
+class Keeper:
+    """Threads that do an IO worker's background work; they start with `start`.
+
+    Args:
+        node: the node.
+        store: of this process.
+        lock: see `NodeLock`.
+        journal: what is to be deleted.
+        deferred: what is to be restored.
+        outages: is notified of failures.
+        metrics: is notified of what was found.
+        is_destroyed: whether the node's data were destroyed.
+        needs: returns what has to be there for the object of a URL to be read, its tier first.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        store: ObjectStore,
+        lock: NodeLock,
+        journal: DeletionJournal,
+        deferred: DeferredRestores,
+        outages: Outages,
+        metrics: Metrics,
+        is_destroyed: Callable[[], bool],
+        needs: Callable[[str], Sequence[str]],
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._lock = lock
+        self._journal = journal
+        self._deferred = deferred
+        self._outages = outages
+        self._metrics = metrics
+        self._is_destroyed = is_destroyed
+        self._needs = needs
+        self._rounds = Background(self._do_round)
+        self._lease = Background(self._keep_lease, "lease")
+        self._failed_rounds = 0
+        # The first renewal is due to the round.
+        self._renewed = time.monotonic()
+        self._has_left_something = self._cannot_join = False
+        self._swept = float("-inf")
+        self._in_overflow: int | None = None
 
     def start(self) -> None:
-        """Start the thread, which does its work at once, unless that has been done.
+        """Start the threads, unless they run. Where none can be had, the next call tries again."""
+        self._rounds.start()
+        self._lease.start()
 
-        Where no thread can be had there is none until the next call.
-        """
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            with contextlib.suppress(RuntimeError):
-                thread.start()
-                self._thread = thread
-
-    def wake(self) -> None:
-        """Have the work done soon: there is some."""
-        self._waking.set()
+    def clean_up_soon(self) -> None:
+        """Have what a failed operation of this process has left removed as soon as possible."""
+        self._has_left_something = True
+        self._rounds.wake()
 
     def stop(self) -> None:
-        """End the thread, once it has done what it is at."""
-        self._stopping = True
-        self.wake()
-        if self._thread is not None:
-            self._thread.join()
+        """End the threads, once they have done what they are at."""
+        self._rounds.stop()
+        self._lease.stop()
+        self._lock.drop()
 
-    def _run(self) -> None:
-        while not self._stopping:
+    # --- rounds ---
+
+    def _do_round(self) -> float:
+        """Do what is due; returns when the next round is.
+
+        Each step is tried, whatever became of the others.
+        """
+        if not is_connected():
+            return _BETWEEN_STARTS
+        self._store.close_idle()
+        self._node.close_idle()
+        self._outages.forget()
+        failure: SpillError | None = None
+        for step in self._steps():
             try:
-                pause = self._work()
-            except Exception:
-                logger.exception("what is done in the background failed")
-                pause = _AFTER_FAILURE
-            # Workers that started together, or that waited together, do not stay together.
-            self._waking.wait(pause * random.uniform(1.0, 1.3))
-            self._waking.clear()
+                step()
+            except SpillError as error:
+                # Operations that suffer from the same have reported it by then, but there may be
+                # none.
+                self._metrics.failed("recover", error)
+                failure = failure or error
+        self._metrics.looked(self._store.breaks + self._node.breaks)
+        if failure is None:
+            self._failed_rounds = 0
+            return _BETWEEN_ROUNDS
+        self._failed_rounds += 1
+        if self._failed_rounds % _ATTEMPTS_PER_WARNING == 0:
+            logger.warning("what failed operations left cannot be removed yet: %s", failure)
+        return min(self._failed_rounds * _BETWEEN_ATTEMPTS, _BETWEEN_ROUNDS)
+
+    def _steps(self) -> list[Callable[[], None]]:
+        if self._lock.take():
+            return [
+                self._renew_lease,
+                self._join_overflow,
+                self._measure_room,
+                self._adopt,
+                self._recover,
+                self._node.give_back,
+                self._delete_again,
+                self._sweep_overflow,
+            ]
+        return [self._recover_own, self._node.give_back, self._delete_again]
+
+    def _renew_lease(self) -> None:
+        self._node.renew_lease(gcs_address(), self._is_destroyed)
+        self._note_renewal()
+
+    def _note_renewal(self) -> None:
+        self._renewed = time.monotonic()
+        self._lock.note_renewal()
+        self._metrics.renewed_lease()
+        self._outages.over(VALKEY, "leases")
+
+    def _join_overflow(self) -> None:
+        """Report an overflow that cannot be used before anything is lost to it."""
+        try:
+            self._node.join_overflow()
+        except OverflowUnavailableError as error:
+            self._cannot_join = True
+            self._outages.failed(OVERFLOW, "spills and restores", error)
+            raise
+        # Once it has joined, this says nothing about the overflow any more.
+        if self._cannot_join:
+            self._cannot_join = False
+            self._outages.over(OVERFLOW, "spills and restores")
+
+    def _measure_room(self) -> None:
+        with contextlib.suppress(SpillError):  # another time
+            self._metrics.found_room(self._node.room())
+
+    def _adopt(self) -> None:
+        """Take over what killed IO workers of the node had put off."""
+        self._journal.adopt(is_alive)
+        self._deferred.adopt(lambda url: [*self._needs(url), VALKEY][0])
+
+    def _recover(self) -> None:
+        self._has_left_something = False
+        try:
+            self._node.recover(is_alive)
+        except SpillError:
+            self._has_left_something = True
+            raise
+
+    def _recover_own(self) -> None:
+        if self._has_left_something:
+            self._has_left_something = False
+            try:
+                self._node.recover_own()
+            except SpillError:
+                self._has_left_something = True
+                raise
+
+    def _delete_again(self) -> None:
+        """Delete what could not be deleted before, in each tier whatever becomes of the other."""
+        failure: SpillError | None = None
+        left = sorted(self._journal.left(), key=self._tier_of)
+        for tier, of_tier in itertools.groupby(left, key=self._tier_of):
+            urls = list(of_tier)
+            try:
+                for start in range(0, len(urls), _DELETED_TOGETHER):
+                    page = urls[start : start + _DELETED_TOGETHER]
+                    self._node.delete(page)
+                    self._journal.done(page)
+                    if tier:
+                        self._outages.over(tier, "deletions")
+            except SpillError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _tier_of(self, url: str) -> str:
+        return [*self._needs(url), ""][0]
+
+    def _sweep_overflow(self) -> None:
+        if time.monotonic() - self._swept >= _BETWEEN_SWEEPS:
+            self._in_overflow = self._node.sweep_overflow(is_alive)
+            self._swept = time.monotonic()
+        if self._in_overflow is not None:
+            self._metrics.found_in_overflow(self._in_overflow)
+
+    # --- the lease, whatever a round takes ---
+
+    def _keep_lease(self) -> float:
+        """Renew the lease if no round has come to that; returns when to look again."""
+        if not is_connected():
+            return _BETWEEN_STARTS
+        ago = min(time.monotonic() - self._renewed, self._lock.since_renewal())
+        if ago < _LATEST_RENEWAL:
+            return _LATEST_RENEWAL - ago
+        try:
+            self._node.keep_lease(gcs_address(), self._is_destroyed)
+        except SpillError:  # which a round reports if it lasts
+            return _BETWEEN_ATTEMPTS
+        self._note_renewal()
+        return _LATEST_RENEWAL

@@ -27,8 +27,9 @@ from ray_valkey_spill.errors import (
     ServerUnavailableError,
     SpillError,
 )
-from ray_valkey_spill.store.object_store import Room
-from ray_valkey_spill.store.observer import Loss, Observer, Operation, Tier
+from ray_valkey_spill.format.names import TierName
+from ray_valkey_spill.store.node import Room
+from ray_valkey_spill.store.observer import Loss, Observer, Operation
 
 __all__ = ["DEFINITIONS", "Definition", "Metrics", "markdown_table"]
 
@@ -208,7 +209,7 @@ class Metrics(Observer):
     def done(
         self,
         operation: Operation,
-        tier: Tier,
+        tier: TierName,
         objects: int,
         logical: int,
         stored: int | None,
@@ -223,7 +224,7 @@ class Metrics(Observer):
         if tier == "valkey":
             self._note(connected=True)
 
-    def lost(self, reason: Loss, tier: Tier) -> None:
+    def lost(self, reason: Loss, tier: TierName) -> None:
         self._record(_LOST, 1, {"reason": reason})
 
     def failed(self, operation: Operation | Literal["recover"], error: SpillError) -> None:
@@ -254,7 +255,8 @@ class Metrics(Observer):
         """A look is over; connections have broken `breaks` times since the process began."""
         self._record(_BREAKS, breaks - self._breaks)
         self._breaks = breaks
-        self._record(_LEASE, self._renewed)
+        if self._renewed:  # by this IO worker: others keep the node
+            self._record(_LEASE, self._renewed)
         if self._connected is not None:
             self._record(_CONNECTED, int(self._connected))
 

@@ -31,7 +31,8 @@ from ray_valkey_spill.errors import (
     ServerFullError,
     SpillError,
 )
-from ray_valkey_spill.store.observer import Loss, Tier
+from ray_valkey_spill.format.names import TierName
+from ray_valkey_spill.store.observer import Loss
 
 __all__ = [
     "CONFIG",
@@ -400,7 +401,7 @@ _VERBS: Mapping[Loss, tuple[str, str]] = {
     "damaged": ("is damaged in", "are damaged in"),
     "foreign": ("has a URL unknown to", "have URLs unknown to"),
 }
-_EXPLANATIONS: Mapping[tuple[Loss, Tier], str] = {
+_EXPLANATIONS: Mapping[tuple[Loss, TierName], str] = {
     ("missing", "valkey"): "Usually the server was restarted without its data, was flushed "
     "(FLUSHALL), or evicted them (maxmemory-policy allkeys-*): INFO shows uptime_in_seconds and "
     "evicted_keys",
@@ -429,7 +430,7 @@ class Losses:
         directory: Callable[[], Path | None],
         name: str,
         drivers: Drivers,
-        places: Callable[[Tier], str],
+        places: Callable[[TierName], str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = _SharedState(directory, name)
@@ -439,7 +440,7 @@ class Losses:
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
 
-    def add(self, reason: Loss, tier: Tier) -> None:
+    def add(self, reason: Loss, tier: TierName) -> None:
         """Count an object, and report it soon, together with those that follow."""
         with self._state.locked() as state:
             kind = f"{reason} {tier}"
@@ -482,7 +483,7 @@ class Losses:
 
     def _sentences(self, kinds: Mapping[str, int]) -> Iterator[str]:
         reason: Loss
-        tier: Tier
+        tier: TierName
         for reason, (one, more) in _VERBS.items():
             for tier in ("valkey", "overflow"):
                 count = kinds.get(f"{reason} {tier}", 0)

@@ -8,7 +8,6 @@ What Ray does around a storage decides much here; the behaviour referred to is t
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import io
@@ -18,7 +17,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -32,18 +30,17 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
     LostObjectError,
-    OverflowUnavailableError,
     ServerFullError,
     SpillError,
 )
-from ray_valkey_spill.format.names import Keyspace, Place
+from ray_valkey_spill.format.names import Keyspace, Place, TierName
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.plugin import logs
 from ray_valkey_spill.plugin.deferred import DeferredRestores, Restore
 from ray_valkey_spill.plugin.deletions import DeletionJournal
 from ray_valkey_spill.plugin.gcs import running_at
 from ray_valkey_spill.plugin.interpreter import module_command
-from ray_valkey_spill.plugin.keeper import Background
+from ray_valkey_spill.plugin.keeper import Keeper, NodeLock
 from ray_valkey_spill.plugin.metrics import Metrics
 from ray_valkey_spill.plugin.outage import OVERFLOW, ROOM, VALKEY, Losses, Outages, resource_of
 from ray_valkey_spill.plugin.process import (
@@ -56,9 +53,10 @@ from ray_valkey_spill.plugin.process import (
     is_in_plasma,
     session_dir,
 )
-from ray_valkey_spill.store.cleanup import RENEWAL, CleanUp
+from ray_valkey_spill.store.cleanup import CleanUp
+from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
-from ray_valkey_spill.store.observer import Loss, Operation, Tier
+from ray_valkey_spill.store.observer import Loss, Operation
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.tiers.overflow import OverflowTier
 
@@ -71,17 +69,6 @@ _OBJECT_LOST = str(ErrorType.Value("OBJECT_LOST")).encode()
 
 # Seconds that `ray.shutdown()` may wait for a server that no longer answers.
 _DESTROY_PATIENCE = 3.0
-
-# Seconds between looks for what failed operations and killed IO workers left, which also renew the
-# node's lease, and between attempts to remove it.
-_BETWEEN_LOOKS, _BETWEEN_ATTEMPTS = RENEWAL, 2.0
-# Recovery can take longer than a lease lasts: many objects to remove, or an overflow that is slow.
-# Another thread renews the lease if that was not done for so many seconds.
-_LATEST_RENEWAL = 2 * RENEWAL
-_ATTEMPTS_PER_WARNING = 6
-_DELETED_TOGETHER = 100
-# Until an IO worker that has just been started is connected.
-_BETWEEN_STARTS = 0.2
 
 # Seconds for which a restore or a deletion that Ray asks for is retried while it holds an IO
 # worker; then it is put off. Once plasma has made the object, a restore cannot be put off: this
@@ -146,19 +133,14 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._new_restorer,
             self._still_waits,
         )
-        self._recovery = Background(self._recover)
-        self._lease_keeper = Background(self._keep_lease, "lease")
-        self._failed_recoveries = 0
-        # By one of the two; the first renewal is due to the recovery.
-        self._lease_renewed = time.monotonic()
-        self._cannot_join = False
+        self._keeper: Keeper | None = None
         self._config: Config | None = None
         try:
             config = Config.load(params)
         except ConfigError as error:
             if not self._in_io_worker:
                 raise
-            self._store = self._impatient_store = cast(ObjectStore, _Unusable(error))
+            self._store = cast(ObjectStore, _Unusable(error))
             self._new_store: Callable[[], ObjectStore] = lambda: self._store
             return
         self._config = config
@@ -167,19 +149,31 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         )
         self._store = self._new_store()
         if self._in_io_worker:
-            self._start_background()
-        if not self._in_io_worker and (session_name, config) not in _checked:
+            self._node = Node(config, session_name, node_id, self._metrics, beside=self._store)
+            self._keeper = self._new_keeper()
+            self._keeper.start()
+            return
+        self._node = Node(config, session_name, node_id, patience=_DESTROY_PATIENCE)
+        if (session_name, config) not in _checked:
             try:
                 preflight.run_all(config)
-                self._store.probe_overflow()
+                self._node.probe_overflow()
             except SpillError as error:
                 raise error from None  # Ray prints causes too, and one message is enough
             _checked.add((session_name, config))
             _clean_up(config, params, session_name)
-        self._impatient_store = ObjectStore(
-            dataclasses.replace(config, retry_timeout=min(config.retry_timeout, _DESTROY_PATIENCE)),
-            session_name,
-            node_id,
+
+    def _new_keeper(self) -> Keeper:
+        return Keeper(
+            self._node,
+            self._store,
+            NodeLock(self._session_dir, f"{self._shared}.keeper"),
+            self._journal,
+            self._deferred,
+            self._outages,
+            self._metrics,
+            self._is_destroyed,
+            self._needs,
         )
 
     # --- Ray's interface ---
@@ -195,7 +189,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """
         if not object_refs:
             return []
-        self._start_background()
+        self._start_keeper()
         urls = self._spill(object_refs, owner_addresses)
         if not urls:
             self._outages.pause()
@@ -213,7 +207,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         Raises:
             SpillError: an object could not be filled, outside of an IO worker; see `_abandon`.
         """
-        self._start_background()
+        self._start_keeper()
         wanted = [
             Restore(ref.hex(), _text(url)) for ref, url in zip(object_refs, url_with_offset_list)
         ]
@@ -232,7 +226,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         What cannot be removed now is removed once it can be: Ray never asks again.
         """
         wanted = [_text(url) for url in urls]
-        self._start_background()
+        self._start_keeper()
         self._deferred.forget(filter(None, map(self._object_of, wanted)))
         for _, of_tier in itertools.groupby(
             sorted(wanted, key=self._needs), key=lambda url: self._needs(url)[:1]
@@ -249,7 +243,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             with self._journal.deleting(urls), self._store.hurried(_HOLD):
                 foreign = self._store.delete(urls)
         except SpillError as error:
-            self._recovery.wake()
+            self._clean_up_soon()
             self._failed("delete", resource_of(error), "deletions", error)
             return
         for url in foreign:
@@ -262,123 +256,22 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         try:
             # After validating too: nothing is anybody's that has the node id of that.
             self._note_destruction()
-            self._impatient_store.destroy(is_alive)
+            self._node.destroy(is_alive)
         except SpillError as error:
             logger.warning("spilled objects of this node may be left on the server: %s", error)
         finally:
-            self._recovery.stop()
-            self._lease_keeper.stop()
-            self._impatient_store.close()
+            if self._keeper is not None:
+                self._keeper.stop()
+            self._node.close()
             self._store.close()
 
-    def _start_background(self) -> None:
-        self._recovery.start()
-        self._lease_keeper.start()
+    def _start_keeper(self) -> None:
+        if self._keeper is not None:
+            self._keeper.start()
 
-    def _recover(self) -> float:
-        """Show that this node lives; do what this process and killed ones have left undone.
-
-        Each step is tried, whatever became of the others.
-        """
-        if self._in_io_worker and not is_connected():
-            return _BETWEEN_STARTS
-        self._store.close_idle()
-        self._outages.forget()
-        failure: SpillError | None = None
-        for step in (
-            self._renew_lease,
-            self._join_overflow,
-            self._measure_room,
-            self._adopt,
-            lambda: self._store.recover(is_alive),
-            self._delete_again,
-            self._measure_overflow,
-        ):
-            try:
-                step()
-            except SpillError as error:
-                # Operations that suffer from the same have reported it by then, but there may be
-                # none.
-                self._metrics.failed("recover", error)
-                failure = failure or error
-        self._metrics.looked(self._store.breaks)
-        if failure is None:
-            self._failed_recoveries = 0
-            return _BETWEEN_LOOKS
-        self._failed_recoveries += 1
-        if self._failed_recoveries % _ATTEMPTS_PER_WARNING == 0:
-            logger.warning("what failed operations left cannot be removed yet: %s", failure)
-        return min(self._failed_recoveries * _BETWEEN_ATTEMPTS, _BETWEEN_LOOKS)
-
-    def _renew_lease(self) -> None:
-        self._store.renew_lease(gcs_address(), self._is_destroyed)
-        self._note_renewal()
-
-    def _note_renewal(self) -> None:
-        self._lease_renewed = time.monotonic()
-        self._metrics.renewed_lease()
-        self._outages.over(VALKEY, "leases")
-
-    def _keep_lease(self) -> float:
-        """Renew the lease if `_recover` has not come round to that; returns when to look again."""
-        if self._in_io_worker and not is_connected():
-            return _BETWEEN_STARTS
-        due = self._lease_renewed + _LATEST_RENEWAL - time.monotonic()
-        if due > 0:
-            return due
-        try:
-            self._store.keep_lease(gcs_address(), self._is_destroyed)
-        except SpillError:  # which `_recover` reports if it lasts
-            return _BETWEEN_ATTEMPTS
-        self._note_renewal()
-        return _LATEST_RENEWAL
-
-    def _join_overflow(self) -> None:
-        """Report an overflow that cannot be used before anything is lost to it."""
-        try:
-            self._store.join_overflow()
-        except OverflowUnavailableError as error:
-            self._cannot_join = True
-            self._outages.failed(OVERFLOW, "spills and restores", error)
-            raise
-        # Once it has joined, this says nothing about the overflow any more.
-        if self._cannot_join:
-            self._cannot_join = False
-            self._outages.over(OVERFLOW, "spills and restores")
-
-    def _adopt(self) -> None:
-        """Take over what killed IO workers of the node had put off."""
-        if self._config is None:
-            return  # nothing can be done here
-        self._journal.adopt(is_alive)
-        self._deferred.adopt(lambda url: (self._needs(url) or [VALKEY])[0])
-
-    def _delete_again(self) -> None:
-        """Delete what could not be deleted before, in each tier whatever becomes of the other."""
-        failure: SpillError | None = None
-        left = sorted(self._journal.left(), key=self._needs)
-        for _, of_tier in itertools.groupby(left, key=lambda url: self._needs(url)[:1]):
-            urls = list(of_tier)
-            try:
-                for start in range(0, len(urls), _DELETED_TOGETHER):
-                    page = urls[start : start + _DELETED_TOGETHER]
-                    self._store.delete_again(page)
-                    self._journal.done(page)
-                    for resource in self._needs(page[0])[:1]:
-                        self._outages.over(resource, "deletions")
-            except SpillError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
-
-    def _measure_room(self) -> None:
-        with contextlib.suppress(SpillError):  # another time
-            self._metrics.found_room(self._store.room())
-
-    def _measure_overflow(self) -> None:
-        with contextlib.suppress(SpillError):  # another time
-            if (size := self._store.in_overflow()) is not None:
-                self._metrics.found_in_overflow(size)
+    def _clean_up_soon(self) -> None:
+        if self._keeper is not None:
+            self._keeper.clean_up_soon()
 
     def _failed(
         self,
@@ -408,10 +301,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         place = self._located(url)
         if place is None:
             return []
-        tier = OVERFLOW if place.overflow else VALKEY
+        tier = OVERFLOW if place.tier == "overflow" else VALKEY
         return [tier] if place.key_id is None else [tier, _key_named(place.key_id)]
 
-    def _place_of(self, tier: Tier) -> str:
+    def _place_of(self, tier: TierName) -> str:
         assert self._config is not None  # something was looked for
         if tier == "valkey":
             return f"Valkey at {self._config.address}"
@@ -452,8 +345,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
     def _cannot_spill(self, error: SpillError) -> None:
         self._failed("spill", resource_of(error), "spills", error)
-        if self._store.has_left_some:
-            self._recovery.wake()
+        self._clean_up_soon()
 
     def _sources(
         self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]
@@ -515,6 +407,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                 )
                 if not header.size:
                     store.fill(found, memoryview(b""))  # nobody asked for nothing
+                elif not source.started:
+                    store.leave(found)  # plasma has it already
         except Exception as error:
             if isinstance(error, SpillError):
                 self._metrics.failed("restore", error)
@@ -586,7 +480,7 @@ class _Observer(Metrics):
         self._outages = outages
         self._losses = losses
 
-    def lost(self, reason: Loss, tier: Tier) -> None:
+    def lost(self, reason: Loss, tier: TierName) -> None:
         super().lost(reason, tier)
         self._losses.add(reason, tier)
 
@@ -632,7 +526,6 @@ class _Source:
 class _Unusable:
     """Stands in for the store where its config is wrong: any use of it raises that error."""
 
-    has_left_some = False
     breaks = 0
 
     def __init__(self, error: ConfigError) -> None:

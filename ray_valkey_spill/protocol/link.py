@@ -18,7 +18,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -71,21 +71,19 @@ class _Patience:
 
     Args:
         address: of the servers, for messages.
-        retry_timeout: seconds for which attempts go on while servers answer.
-        unreachable_timeout: the same, while none answers.
+        limits: returns for how many seconds attempts go on while servers answer, and while none
+            does; asked for anew at each failure, for a run may be suspended in between.
         waiting: is called before each pause, with the error that would be raised if time were up.
     """
 
     def __init__(
         self,
         address: Address,
-        retry_timeout: float,
-        unreachable_timeout: float,
+        limits: Callable[[], tuple[float, float]],
         waiting: Callable[[SpillError], None],
     ) -> None:
         self._address = address
-        self._retry_timeout = retry_timeout
-        self._unreachable_timeout = unreachable_timeout
+        self._limits = limits
         self._waiting = waiting
         self._failing_since: float | None = None
         self._backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
@@ -105,7 +103,8 @@ class _Patience:
             self._failing_since = now
             return
         answered = not isinstance(failure, OSError)
-        limit = self._retry_timeout if answered else self._unreachable_timeout
+        retry_timeout, unreachable_timeout = self._limits()
+        limit = retry_timeout if answered else unreachable_timeout
         tried = now - self._failing_since
         if tried >= limit:
             if isinstance(failure, ServerRefusedError):
@@ -326,6 +325,11 @@ class Link:
                 # Others may serve by now.
                 self._topology = None
 
+    @property
+    def is_single(self) -> bool:
+        """Whether one server has all keys, as far as the latest run has found."""
+        return isinstance(self._topology, Single)
+
     def owner(self, key: str) -> Endpoint | None:
         """Who has `key`, as far as the latest run has found; None if it broke."""
         return self._topology.owner(key.encode()) if self._topology else None
@@ -350,29 +354,35 @@ class Link:
 
     def memories(self) -> list[MemoryInfo]:
         """A part of `infos`, which costs the servers much less."""
-        found = self._ask_all(lambda: command("INFO", "memory", "keyspace", "replication"))
-        return [MemoryInfo.parse(fields_of(self._text(text))) for text in found.values()]
+        return [self.memory_of(request) for request in list(self.run(self.memory_requests()))]
+
+    def memory_requests(self) -> Iterator[Request]:
+        """Requests that ask all servers for their memory, to be sent together with others."""
+        yield from self._to_all(lambda: command("INFO", "memory", "keyspace", "replication"))
+
+    def memory_of(self, request: Request) -> MemoryInfo:
+        """What the reply to one of `memory_requests` says. Errors as `run`, and of the command."""
+        return MemoryInfo.parse(fields_of(self._text(request.result())))
 
     def _text(self, info: Any) -> str:
         if not isinstance(info, bytearray):
             raise NotValkeyError(f"{self.address} answers INFO, but not as a Valkey does")
         return info.decode(errors="replace")
 
+    def _to_all(self, ask: Callable[[], Request]) -> Iterator[Request]:
+        """A request for each server that has keys."""
+        yield (first := ask())
+        # Who else there is is known once that is on its way.
+        for endpoint in self._topology.primaries if self._topology else ():
+            if endpoint != first.connection.endpoint:
+                request = ask()
+                request.target = endpoint
+                yield request
+
     def _ask_all(self, ask: Callable[[], Request]) -> dict[Endpoint, Any]:
-        """The replies of all that have keys."""
-
-        def requests() -> Iterator[Request]:
-            yield (first := ask())
-            # Who else there is is known once that is on its way.
-            for endpoint in self._topology.primaries if self._topology else ():
-                if endpoint != first.connection.endpoint:
-                    request = ask()
-                    request.target = endpoint
-                    yield request
-
-        return {
-            request.connection.endpoint: request.result() for request in list(self.run(requests()))
-        }
+        """The replies of all servers that have keys."""
+        requests = list(self.run(self._to_all(ask)))
+        return {request.connection.endpoint: request.result() for request in requests}
 
     # --- replicas ---
 
@@ -548,7 +558,7 @@ class Link:
 
     # --- runs ---
 
-    def run(self, requests: Iterable[Request], since: int | None = None) -> Iterator[Request]:
+    def run(self, requests: Iterable[Request], since: int | None = None) -> Generator[Request]:
         """Send `requests` and yield each once its reply is there, in order.
 
         `requests` is read one further than the window allows. A request's buffers must stay
@@ -558,7 +568,8 @@ class Link:
         another are waited for.
 
         Requests may be carried out in any order where they go to several servers, but a fenced one
-        only after all before it; the run ends there if one of these was seen to fail.
+        only after all before it. A guarded one is sent only once all before it have succeeded; if
+        one was seen to fail, the run ends at the next request that is fenced or guarded.
 
         Args:
             requests: what to send.
@@ -574,7 +585,7 @@ class Link:
         with self.operation():
             yield from self._run(requests, since)
 
-    def _run(self, requests: Iterable[Request], since: int | None) -> Iterator[Request]:
+    def _run(self, requests: Iterable[Request], since: int | None) -> Generator[Request]:
         source = iter(requests)
         in_flight: deque[Request] = deque()
         held: Request | None = None
@@ -585,7 +596,7 @@ class Link:
                 if held is None and not exhausted:
                     held = next(source, None)
                     exhausted = held is None
-                if held is not None and held.fenced and failed:
+                if held is not None and (held.fenced or held.guarded) and failed:
                     held, exhausted = None, True
                 if held is None and not in_flight:
                     # What has moved is looked up by the next run: this one needs it no more.
@@ -626,9 +637,11 @@ class Link:
     def _new_patience(self) -> _Patience:
         return _Patience(
             self.address,
-            self._retry_timeout,
-            min(self._retry_timeout, self._unreachable_timeout),
-            self._waiting,
+            lambda: (
+                self._retry_timeout,
+                min(self._retry_timeout, self._unreachable_timeout),
+            ),
+            lambda error: self._waiting(error),
         )
 
     def _broke(self, failure: Exception) -> None:
@@ -652,6 +665,8 @@ class Link:
         """Give a request to its connection, unless it has to wait; returns whether."""
         connection = self._route(request)
         self._require_generation(since)
+        if in_flight and request.guarded:
+            return False
         if in_flight and isinstance(self._topology, Cluster):
             under_way = sum(each.weight for each in self._connections.values())
             depth = _DEPTH_IN_CLUSTER if len(self._primaries) > 1 else 1

@@ -77,6 +77,7 @@ class Request:
         parts: the command as it goes over the wire.
         key: one that it is about, and in a cluster all are in the same slot; or None.
         fenced: whether it must not be carried out before all requests before it are.
+        guarded: whether it is sent only once all requests before it have succeeded.
         target: the server that it is for, where it is about no key.
         connection: the one that it was given to.
         redirects: how many times it was sent to another node of a cluster.
@@ -89,8 +90,8 @@ class Request:
     """
 
     __slots__ = (
-        *("connection", "done", "error", "fenced", "into", "key", "parts", "redirects", "reply"),
-        *("target", "weight"),
+        *("connection", "done", "error", "fenced", "guarded", "into", "key", "parts", "redirects"),
+        *("reply", "target", "weight"),
     )
 
     def __init__(
@@ -103,7 +104,7 @@ class Request:
     ) -> None:
         self.parts = parts
         self.key = key
-        self.fenced = self.done = False
+        self.fenced = self.guarded = self.done = False
         self.redirects = 0
         self.target: Any = None
         self.connection: Any = None

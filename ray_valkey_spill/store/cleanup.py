@@ -294,7 +294,7 @@ class CleanUp:
     def _remove_half_written(self, owner: Owner) -> None:
         self._tier.remove_half_written(owner)
         self._ledger.release_all(owner)
-        self._of_overflow(lambda overflow: overflow.remove_parts(owner, lambda pid: False), None)
+        self._of_overflow(lambda overflow: overflow.remove_parts(owner, lambda pid: False), 0)
 
     def _remove_session(self, session: str, owners: Sequence[Owner]) -> bool:
         """Remove what a session has, while it is dead; returns whether it still is at the end."""
@@ -321,19 +321,19 @@ class CleanUp:
         if self._overflow is None:
             self._ledger.forget_overflow(session)
         else:
-            shared = SharedOverflow(self._overflow, session)
-            self._of_overflow(lambda overflow: shared.leave(self._ledger), None)
+            shared = SharedOverflow(self._overflow, session, self._ledger)
+            self._of_overflow(lambda overflow: shared.leave(), None)
 
     def _remove_from_valkey(self, owner: Owner) -> bool:
         """Remove what a dead session has in Valkey, while it is dead; returns whether that is."""
         for names in self._ledger.pending(owner):
             if not self._is_dead(owner.session):
                 return False
-            self._tier.remove(names)
+            self._tier.remove_objects(names)
         for entries in self._ledger.stored(owner):
             if not self._is_dead(owner.session):
                 return False
-            self._tier.remove(entry.name for entry in entries)
+            self._tier.remove_objects(entry.name for entry in entries)
         return True
 
     def _is_dead(self, session: str) -> bool:
@@ -341,6 +341,7 @@ class CleanUp:
         return self._leases()[session] == self._dead[session]
 
     def recount(self) -> None:
-        """Correct what the books say of everybody's use of the server."""
+        """Correct what the metadata say of everybody's use of the server."""
         for owner in self._ledger.owners():
             self._ledger.recount(owner)
+        self._ledger.recount_totals()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from ray_valkey_spill.errors import SpillError
+from ray_valkey_spill.format.names import TierName
 
-__all__ = ["Loss", "Observer", "Operation", "Tier"]
+__all__ = ["Loss", "Observer", "Operation"]
 
 Operation = Literal["spill", "restore", "delete"]
-Tier = Literal["valkey", "overflow"]
 # What is missing is not there, or not all of it; what is damaged does not read back as it was put;
 # what is foreign was not put by this package, by its URL.
 Loss = Literal["missing", "damaged", "foreign"]
@@ -24,7 +24,7 @@ class Observer:
     def done(
         self,
         operation: Operation,
-        tier: Tier,
+        tier: TierName,
         objects: int,
         logical: int,
         stored: int | None,
@@ -42,7 +42,7 @@ class Observer:
             seconds: how long it took, with what had to be tried again.
         """
 
-    def lost(self, reason: Loss, tier: Tier) -> None:
+    def lost(self, reason: Loss, tier: TierName) -> None:
         """An object that was looked for in `tier` is lost."""
 
     def waiting(self, error: SpillError) -> None:

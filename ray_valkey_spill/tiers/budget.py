@@ -1,114 +1,109 @@
-"""How much may be written: the namespace's budget, and what a shared server has room for.
+"""How much a writer may write: the namespace's budget, and what a shared server has room for.
 
 Without `max_bytes` spilling takes only memory that is free, less a margin, so that no server evicts
 anything for it. `max_bytes` is the operator's permission to take that much, also where a server
 evicts keys of others for it.
 
-A writer takes what each value costs out of a grant, and has that enlarged when it is used up. So
-the budget is never exceeded, by however many writers, and a server is asked seldom. Without limits
-nothing is asked but, once a second, whether there are limits now.
+A writer pays for each value out of a grant. When it settles what it has written, it is granted some
+for its next objects, so that in the steady state it asks for nothing before bytes flow. What all
+writers keep in this way is at most a twentieth of `max_bytes`, and half the margin of a server with
+`maxmemory`, which therefore has room for it whatever others write there meanwhile. A grant is in
+the metadata before anything is written of it, so the budget is never exceeded, whoever is killed.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator
 
-from ray_valkey_spill.errors import ServerFullError
+from ray_valkey_spill.errors import ServerFullError, SpillError
+from ray_valkey_spill.format.names import Entry, ObjectName, Owner
+from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.resp import Request
 from ray_valkey_spill.protocol.server_info import MemoryInfo
-from ray_valkey_spill.tiers.ledger import Grant, Ledger
+from ray_valkey_spill.tiers.ledger import Grant, Kept, Ledger, Reservation, Totals
+from ray_valkey_spill.tiers.room import Limits, cost, free_room, margin, member_cost
 from ray_valkey_spill.units import KIB, MIB
 
-__all__ = ["Budget", "cost", "free_room", "margin", "member_cost"]
+__all__ = ["Budget", "Payments"]
 
-# What the server needs beside a value and its key: hash table slot, object, string headers. And
-# beside a member of a sorted set: skip list node, slot, and the sorted set of what is pending.
-# Measured with Redis 7.0 on jemalloc; Valkey 9.1 needs some tens of bytes less.
-_PER_KEY = 112
-_PER_MEMBER = 144
-_VALUE_HEADER = 16
-
-# What is asked for at once, if that much is expected to be written; and however little is, for many
-# small objects take more than their data.
-_GRANTED_AT_ONCE, _LEAST_GRANTED = 8 * MIB, 64 * KIB
-_BETWEEN_LOOKS = 1.0
-_USUAL_CHUNK = 512 * KIB
-# Of a server's maxmemory this share stays to others, within these bounds: what they write while
-# the server takes ours in, its buffers for that, the entries of what is pending, and in a cluster
-# what a shard gets beyond its share.
-_MARGIN = 1 / 20
-_LEAST_MARGIN, _MOST_MARGIN_SHARE = 16 * MIB, 1 / 4
-
-
-def cost(key: int, value: int) -> int:
-    """Bytes of memory that a key takes on a server, given the lengths of its name and value.
-
-    Values are taken to lie in jemalloc's size classes, four to each doubling
-    (https://jemalloc.net/jemalloc.3.html, table 1), as in the servers' official builds.
-    """
-    size = value + _VALUE_HEADER
-    spacing = 1 << max(4, (size - 1).bit_length() - 3)
-    return -(-size // spacing) * spacing + key + _PER_KEY
-
-
-def member_cost(member: int) -> int:
-    """Bytes of memory that an entry of the index takes, given its length."""
-    return member + _PER_MEMBER
-
-
-def margin(maxmemory: int) -> int:
-    """Bytes of a server's `maxmemory` that spilling leaves to others."""
-    return int(min(max(maxmemory * _MARGIN, _LEAST_MARGIN), maxmemory * _MOST_MARGIN_SHARE))
-
-
-def free_room(memory: MemoryInfo) -> int:
-    """Bytes that may be written to a server with a `maxmemory` without it evicting anything.
-
-    Negative if others have taken some of the margin. A replication backlog counts for eviction
-    (`freeMemoryGetNotCountedMemory` in Valkey's evict.c), and what is written fills it up too.
-    """
-    return memory.maxmemory - margin(memory.maxmemory) - memory.used - memory.backlog_left
+# A writer asks for at least this much: many small objects take more than their data.
+_LEAST_GRANTED = 64 * KIB
+# Seconds after which a writer that puts nothing gives back what it keeps.
+_IDLE = 10.0
+# Seconds after which a server without limits is looked at again: together with what is put, and
+# before anything is put.
+_LOOK_AGAIN, _LOOK_FIRST = 1.0, 10.0
+# How much of the margin others may use while a batch is written, without stopping it.
+_INTO_MARGIN = 1 / 2
+# How often a writer asks for a grant: what others ask for at the same time is taken by nobody yet.
+_ATTEMPTS = 2
 
 
 class Budget:
-    """What one writer may still write. For one thread.
+    """What one writer may still write.
+
+    For one thread, which puts between `begin` and `end`, and a second one for `give_back`,
+    `stranded` and `recovered`.
 
     Args:
         link: the one that the data are written over, too: no connection more than that is needed.
-        writer: of all writers of the namespace this one, `<session>:<node>:<process>…`.
+        ledger: over the same link.
+        node: of a session.
+        writer: this writer's name, unlike that of any other of the node.
         max_bytes: what the namespace may have stored, in bytes as `cost` counts them; or None.
         advice: how a user can get more room.
-        under_way: returns how many bytes of what was taken the server may not have yet.
     """
 
     def __init__(
         self,
         link: Link,
         ledger: Ledger,
+        node: Owner,
         writer: str,
         max_bytes: int | None,
         advice: str,
-        under_way: Callable[[], int],
     ) -> None:
         self._link = link
         self._ledger = ledger
-        self._writer = self._name = writer
-        self._abandoned = 0
-        self._max_bytes = max_bytes
+        self.node = node
+        self._writer = writer
         self._advice = advice
-        self._under_way = under_way
-        self._grant = Grant(0, 0)
-        self._has_asked = False
+        self._limits = Limits(max_bytes)
+        self._ours: Totals | Reservation = Totals()
+        self._looked_at = float("-inf")
+        # Held from `begin` to `end`, and while the grant is given back.
+        self._in_use = threading.Lock()
+        # Bytes: granted; written by this batch; written by earlier ones that may still be there.
+        self._granted = self._written = self._stranded = 0
         self._expected = 0
-        self._unlimited_until = float("-inf")
-        # What the latest look found, if a server is bounded, and how much is written at the next.
-        self._memories: list[MemoryInfo] | None = None
-        self._look_at = float("inf")
+        self._used_at = float("-inf")
+        # What the other writers had still to write, when the metadata were last read.
+        self._of_others = 0
+        # At how many bytes written the room is looked at again; the looks that are under way, what
+        # they have found, and how much had been written when they were sent.
+        self._look_at, self._is_look_due = float("inf"), False
+        self._looks: list[Request] = []
+        self._found: list[MemoryInfo] = []
+        self._written_at_look = 0
+        self._is_tight = False
 
-    def expect(self, size: int) -> None:
-        """Begin to write about `size` bytes in all."""
+    # --- one batch ---
+
+    def begin(self, size: int) -> None:
+        """Begin a batch of about `size` bytes in all."""
+        self._in_use.acquire()
         self._expected = size
+        self._looks, self._found = [], []
+        self._look_at, self._is_look_due = self._limits.between_looks, False
+
+    def end(self) -> None:
+        """End the batch: all that it wrote is settled, or removed, or stranded."""
+        self._written = 0
+        self._used_at = time.monotonic()
+        self._in_use.release()
 
     def require(self, size: int) -> None:
         """Make sure that `size` more bytes may be written.
@@ -117,133 +112,179 @@ class Budget:
             ServerFullError: they may not. What was granted before still stands.
             ServerError: as `link.Link.run`.
         """
-        left = self._grant.granted - self._grant.written
-        is_due = self._grant.written >= self._look_at
-        if (left < size or is_due) and time.monotonic() > self._unlimited_until:
-            expected = max(_LEAST_GRANTED, self._expected - self._grant.written)
-            most = max(size, min(_GRANTED_AT_ONCE, expected))
-            self._enlarge(max(0, size - left), max(0, most - left))
+        left = self._granted - self._stranded - self._written
+        if (left < size or self._is_tight) and not self._is_unlimited():
+            self._enlarge(size)
 
     def take(self, size: int) -> None:
         """Count `size` bytes as written. Errors as `require`."""
         self.require(size)
-        self._grant = Grant(self._grant.granted, self._grant.written + size)
+        self._written += size
 
-    def release(self) -> None:
-        """Give back what is granted, once what was written is settled or removed."""
-        self._begin_anew()
-        if self._has_asked:
-            self._ledger.release([self._name])
-            self._has_asked = False
+    def strand(self) -> None:
+        """What the batch has written may stay on the server, until it is `recovered`."""
+        self._stranded += self._written
+        self._written = 0
 
-    def abandon(self) -> list[str]:
-        """Begin anew, and let the grant stand: what was written of it may still be on the server.
+    def looks(self) -> Iterator[Request]:
+        """Requests that look for room again where that is due, to be sent with what is written."""
+        is_due = self._is_look_due or self._written >= self._look_at
+        if is_due and not self._looks:
+            self._is_look_due = False
+            self._written_at_look, self._found = self._written, []
+            for request in self._link.memory_requests():
+                self._looks.append(request)
+                yield request
 
-        Returns:
-            The names of the grants that stand, to be released once that is removed; one, or none.
+    def hear(self, request: Request) -> bool:
+        """Take in the reply to a look; returns whether it is one."""
+        if request not in self._looks:
+            return False
+        self._looks.remove(request)
+        if request.error is None:
+            self._found.append(self._link.memory_of(request))
+        if not self._looks and self._found:
+            self._take_in(self._found)
+            self._look_at = self._written + self._limits.between_looks
+            room = self._limits.room(self._ours, into_margin=_INTO_MARGIN)
+            left = self._granted - self._stranded - self._written_at_look
+            self._is_tight = room is not None and room < self._of_others + left
+        return True
+
+    def settlements(self, entries: Iterable[Entry], *, verify: bool) -> Iterator[Request]:
+        """Requests that settle objects, and keep some of the grant; see `Ledger.settlements`."""
+        entries = list(entries)
+        kept = None
+        if self._granted or self._limits.exist:
+            left = self._granted - self._stranded - sum(entry.stored for entry in entries)
+            most = self._limits.kept_by_one
+            is_enough = 2 * left >= most
+            kept = Kept(
+                self._writer,
+                self._stranded + (min(most, left) if is_enough else most),
+                self._stranded + self._limits.kept_by_all,
+                self._limits.max_bytes,
+            )
+            self._is_look_due = not is_enough and bool(self._limits.bounded)
+        else:
+            self._is_look_due = time.monotonic() - self._looked_at > _LOOK_AGAIN
+        yield from self._ledger.settlements(self.node, entries, kept, verify=verify)
+
+    def settled(self, granted: int, unwritten: int) -> None:
+        """The batch is settled.
+
+        Args:
+            granted: what the writer keeps, in bytes.
+            unwritten: what all writers may still write.
         """
-        standing = [self._name] if self._has_asked else []
-        self._begin_anew()
-        self._has_asked = False
-        self._abandoned += len(standing)
-        self._name = f"{self._writer}-{self._abandoned}"
-        return standing
+        self._granted = granted
+        self._written = self._written_at_look = 0
+        self._of_others = max(0, unwritten - granted)
 
-    def _begin_anew(self) -> None:
-        self._grant, self._look_at = Grant(0, 0), float("inf")
+    # --- in another thread ---
 
-    def _enlarge(self, least: int, most: int) -> None:
-        """Get `least` to `most` bytes on top; with `least` 0, look whether the grant still fits."""
-        if self._memories and self._try(least, most, self._memories) is None:
+    @property
+    def stranded(self) -> int:
+        """Bytes that were written, and neither settled nor removed."""
+        return self._stranded
+
+    def recovered(self, size: int) -> None:
+        """So many bytes that were stranded are removed."""
+        with self._in_use:
+            self._stranded -= size
+
+    def give_back(self, ledger: Ledger, idle: float = _IDLE) -> None:
+        """Release the grant if nothing was put for `idle` seconds, over the thread's own ledger.
+
+        What a writer that is killed keeps is released by its node: see `store.node`.
+        """
+        if not self._in_use.acquire(blocking=False):
             return
-        memories = self._link.memories()
-        if self._max_bytes is None and not any(map(self._is_bounded, memories)):
-            self._memories = None
-            self._unlimited_until = time.monotonic() + _BETWEEN_LOOKS
-            return
-        if (refusal := self._try(least, most, memories)) is not None:
-            raise refusal
+        try:
+            is_idle = time.monotonic() - self._used_at >= idle
+            if is_idle and self._granted and not self._stranded:
+                ledger.release(self.node, [self._writer])
+                self._granted = 0
+        finally:
+            self._in_use.release()
 
-    def _try(self, least: int, most: int, memories: Sequence[MemoryInfo]) -> ServerFullError | None:
-        """Enlarge the grant, given what a look at the servers found; returns why it cannot be.
+    # --- helpers ---
 
-        Once the grant is in the ledger, the servers are looked at again, and as much of it is given
-        back as does not fit: between the first look and the grant other writers may have written,
-        and reported it as written, which then counts nowhere. What all had written by the second
-        look counts there, and whatever is granted later counts this grant in.
+    def _is_unlimited(self) -> bool:
+        """Whether there are no limits, for all that is known; the servers are asked if need be."""
+        if self._limits.max_bytes is not None:
+            return False
+        if time.monotonic() - self._looked_at > _LOOK_FIRST:
+            self._take_in(self._link.memories())
+        return not self._limits.exist
+
+    def _take_in(self, memories: Iterable[MemoryInfo]) -> None:
+        self._limits = Limits(self._limits.max_bytes, [*memories])
+        self._looked_at = time.monotonic()
+
+    def _enlarge(self, size: int) -> None:
+        """Get a grant that has `size` bytes left, or more. Errors as `require`.
+
+        The grant comes first and the look at the servers after it: whatever others had written by
+        the look counts there, and whatever they are granted later counts this grant in. As much is
+        given back as does not fit.
         """
-        room = self._room(memories, least)
-        written = max(0, self._grant.written - self._under_way())
-        before = Grant(self._grant.granted, written)
-        self._has_asked = True
-        reply = self._ledger.reserve(self._name, before, least, most, self._max_bytes, room)
-        granted = reply.granted
-        if granted < least:
-            return self._refusal(memories, least, reply.used)
-        if room is not None:
-            memories = self._link.memories()
-            room = self._room(memories, least)
-        if room is not None and room < reply.unwritten:
-            granted -= reply.unwritten - room
-            kept = granted if granted >= least else 0
-            self._ledger.reserve(self._name, before, kept, kept, None, None)
-            if granted < least:
-                return self._refusal(memories, least, reply.used)
-        self._grant = Grant(self._grant.granted + granted, self._grant.written)
-        self._memories = None if room is None else [*memories]
-        self._look_at = float("inf") if room is None else self._grant.written + _GRANTED_AT_ONCE
-        return None
+        limits = self._limits
+        written = self._stranded + self._written
+        # One that does not fit any more is replaced.
+        grant = Grant(written if self._is_tight else max(written, self._granted), written)
+        left = grant.granted - written
+        expected = max(_LEAST_GRANTED, self._expected - self._written) + limits.kept_by_one
+        least, most = size - left, max(size, min(expected, limits.at_once)) - left
+        room: int | None = None
+        for _ in range(_ATTEMPTS):
+            reply = self._reserve(grant, least, most, room)
+            room = self._limits.room(reply, into_margin=_INTO_MARGIN if self._written else 0.0)
+            granted = reply.granted
+            if room is not None:
+                granted -= max(0, reply.unwritten - room)
+            if granted >= least:
+                if granted < reply.granted:
+                    self._link.execute(self._reservation(grant, granted, granted, None))
+                self._granted = grant.granted + granted
+                self._of_others = max(0, reply.unwritten - reply.granted - left)
+                self._is_tight = False
+                self._look_at = self._written + self._limits.between_looks
+                return
+            if reply.granted < least:
+                break
+        if reply.granted:
+            self._link.execute(self._reservation(grant, 0, 0, None))
+        self._granted = grant.granted
+        raise self._refusal(least, reply.used)
 
-    def _room(self, memories: Sequence[MemoryInfo], least: int) -> int | None:
-        """Bytes that may be written to all servers together; None if none is bounded.
+    def _reserve(self, grant: Grant, least: int, most: int, room: int | None) -> Reservation:
+        """Ask for bytes on top of `grant`, and look at the servers after that, in one exchange."""
+        request = self._reservation(grant, least, most, room)
 
-        A shard of a cluster gets its share of what is written, so the fullest decides. Others may
-        use some of the margin while an object is being written, which does not stop it.
-        """
-        bounded = [memory for memory in memories if self._is_bounded(memory)]
-        if not bounded:
-            return None
-        rooms = self._rooms(bounded, len(memories))
-        if not least:
-            rooms = [room + margin(m.maxmemory) // 2 for room, m in zip(rooms, bounded)]
-        return len(memories) * max(0, min(rooms))
+        def requests() -> Iterator[Request]:
+            yield request
+            yield from self._link.memory_requests()
 
-    def _is_bounded(self, memory: MemoryInfo) -> bool:
-        """Whether a server can be full for us.
+        _, *looks = list(self._link.run(requests()))
+        reply = Reservation(*request.result())
+        self._ours = reply
+        self._take_in(map(self._link.memory_of, looks))
+        return reply
 
-        One that may evict everything takes all that `max_bytes` permits.
-        """
-        return memory.maxmemory > 0 and not (memory.evicts_all and self._max_bytes is not None)
+    def _reservation(self, grant: Grant, least: int, most: int, room: int | None) -> Request:
+        budget = self._limits.max_bytes
+        return self._ledger.reservation(self.node, self._writer, grant, least, most, budget, room)
 
-    def _rooms(self, memories: Sequence[MemoryInfo], shards: int) -> list[int]:
-        """Bytes that may be written to each server without writes of others failing for that.
-
-        With `max_bytes` a server under `volatile-*` may evict keys that have a TTL, of which ours
-        have none. How much that can be is estimated: the keys of others are taken to be alike, and
-        our chunks to have the usual size.
-        """
-        rooms = [free_room(memory) for memory in memories]
-        evicting = [memory.evicts_others for memory in memories]
-        if self._max_bytes is None or not any(evicting):
-            return rooms
-        usages = self._ledger.usages().values()
-        ours = sum(usage.stored for usage in usages) // shards
-        keys = sum(usage.objects + usage.size // _USUAL_CHUNK for usage in usages) // shards
-        for i, memory in enumerate(memories):
-            if evicting[i]:
-                of_others = max(memory.volatile, memory.keys - keys)
-                rooms[i] += max(0, memory.used - ours) * memory.volatile // of_others
-        return rooms
-
-    def _refusal(self, memories: Sequence[MemoryInfo], wanted: int, used: int) -> ServerFullError:
-        budget = self._max_bytes
+    def _refusal(self, wanted: int, used: int) -> ServerFullError:
+        budget = self._limits.max_bytes
         if budget is not None and used + wanted > budget:
             return ServerFullError(
                 f"the budget is used up: {used / MIB:.1f} MiB of max_bytes ({budget / MIB:.1f} "
                 f"MiB) are taken, and {wanted / MIB:.1f} MiB are wanted",
                 f"Raise max_bytes, {self._advice}",
             )
-        memory = min(filter(self._is_bounded, memories), key=free_room)
+        memory = min(self._limits.bounded, key=free_room)
         left = margin(memory.maxmemory) / MIB
         what = (
             f"Valkey at {self._link.address} is full (OOM) but for what is left to others: "
@@ -260,3 +301,52 @@ class Budget:
         return ServerFullError(
             what, f"Raise the server's maxmemory, remove what else is in it, {self._advice}"
         )
+
+
+class Payments(Iterator[tuple[Value, Entry | None]]):
+    """Values, each paid for; with the last value of an object comes its entry.
+
+    They end where there is no more room: `failure` says why. Raised into `Link.run`, the failure
+    would cost a connection with replies under way.
+
+    Args:
+        budget: pays, between `begin` and `end`.
+        values: of objects, in order.
+    """
+
+    def __init__(self, budget: Budget, values: Iterator[Value]) -> None:
+        self.failure: SpillError | None = None
+        self._budget = budget
+        self._values = values
+        self._first: tuple[Value, Entry | None] | None = None
+        self._name: ObjectName | None = None
+        self._paid = 0
+
+    def begin(self) -> bool:
+        """Pay for the first value; returns whether there is one."""
+        self._first = next(self, None)
+        return self._first is not None
+
+    def __next__(self) -> tuple[Value, Entry | None]:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        value = next(self._values)
+        try:
+            entry = self._pay(value)
+        except SpillError as error:
+            self.failure = error
+            raise StopIteration from None
+        return value, entry
+
+    def _pay(self, value: Value) -> Entry | None:
+        if value.name is not self._name:
+            self._name = value.name
+            self._paid = member_cost(len(str(value.name)))
+            # What does not fit is better known before half of it is there.
+            self._budget.require(value.expected + self._paid)
+            self._budget.take(self._paid)
+        size = cost(len(value.key), value.length)
+        self._budget.take(size)
+        self._paid += size
+        return Entry(value.name, value.size, self._paid) if value.is_last else None

@@ -1,16 +1,20 @@
-"""The books on the server: what is stored, what is being written, how much that is, who lives.
+"""The metadata on the server: what is stored, what is being written, how much that is, who lives.
 
-What has to change together is changed by a Lua script, so that it does, whatever dies in between;
-and each script may be carried out twice with no other effect, as a `Link` may send it twice. They
-run on a full server too (`allow-oom`): they write a few bytes where data has many.
+What has to change together is changed by a Lua script, so that it does, whatever dies in between.
+Each request may be carried out twice with no other effect than once, because a `Link` may send it
+twice. Scripts run on a full server too (`allow-oom`): they write a few bytes where data has many.
 
-    index    sorted set   entries of stored objects                 (see `names`)
-    pending  sorted set   names of objects that are being written   (see `names`)
-    usage    hash         <session>:<node> → "<objects> <size> <stored> <changes>"; sizes in bytes,
+    index     sorted set  entries of stored objects                 (see `names`)
+    pending   sorted set  names of objects that are being written   (see `names`)
+    usage     hash        <session>:<node> → "<objects> <size> <stored> <changes>"; sizes in bytes,
                           and changes counted on from when this began, in µs: none comes twice
-    grants   hash         <session>:<node>:<writer> → "<granted> <written>", in bytes
-    leases   sorted set   <session>:<node>:<GCS address>, by when it was last renewed, in ms
-    overflows  hash       <session> → the token of the overflow that its nodes have
+    writers   hash        <session>:<node> → "<writer>=<granted>/<written> …", in bytes
+    totals    string      sums over both: "<objects> <size> <stored> <granted> <written> <changes>"
+    leases    sorted set  <session>:<node>:<GCS address>, by when it was last renewed, in ms
+    overflows hash        <session> → the token of the overflow that its nodes have
+
+None of these keys, nor any other of ours, may have a TTL: a server under `volatile-*` evicts what
+has one. Therefore a lease is a member of a sorted set that is renewed, and not a key that expires.
 
 Members and fields that this package cannot have written are skipped: nobody is stopped by what
 somebody else left here, and no session or node has a name that leads elsewhere. The first one that
@@ -35,9 +39,11 @@ from ray_valkey_spill.tiers import scripts
 
 __all__ = [
     "Grant",
+    "Kept",
     "Lease",
     "Ledger",
     "Reservation",
+    "Totals",
     "Usage",
     "link_to",
     "pages",
@@ -48,19 +54,18 @@ __all__ = [
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# What one script handles, which nobody else is served meanwhile; and what one reply brings.
-_NAMES_PER_SCRIPT = 100
+# What one script handles, while nobody else is served; and what one reply brings.
+_NAMES_PER_SCRIPT, _KEYS_PER_SCRIPT, _NODES_PER_SCRIPT = 100, 1000, 100
 _MEMBERS_PER_PAGE = 500
 _RECOUNTS = 5
 
 # Names of sessions and nodes become paths in the overflow, which a clean-up removes.
 _OWNER = re.compile("([A-Za-z0-9_-]+):([A-Za-z0-9_-]+)")
 _LEASE = re.compile(f"{_OWNER.pattern}:([!-~]*)")
-_WRITER = re.compile(f"{_OWNER.pattern}:.+")
 _SESSION = re.compile("[A-Za-z0-9_-]+")
 _TOKEN = re.compile("[ -.0-~]+")  # part of a file's name
 _USAGE = re.compile(rb"(\d+) (\d+) (\d+) (\d+)")
-_GRANT = re.compile(rb"(\d+) (\d+)")
+_GRANT = re.compile(rb"([^ =]+)=(\d+)/(\d+)")
 
 # The keys of which this process has logged that they have something malformed.
 _logged: set[str] = set()
@@ -79,8 +84,24 @@ class Usage(NamedTuple):
     changes: int = 0
 
 
+class Totals(NamedTuple):
+    """Sums over all nodes of what `Usage` and `Grant` have, in bytes, and a count of changes."""
+
+    objects: int = 0
+    size: int = 0
+    stored: int = 0
+    granted: int = 0
+    written: int = 0
+    changes: int = 0
+
+    @property
+    def used(self) -> int:
+        """Bytes that count for a budget."""
+        return self.stored + self.granted
+
+
 class Grant(NamedTuple):
-    """What a writer may write, and has written of that, in bytes."""
+    """What a writer may write, and has written of that and not settled, in bytes."""
 
     granted: int
     written: int
@@ -91,13 +112,33 @@ class Reservation(NamedTuple):
 
     Attributes:
         granted: 0 if there was not as much as it wanted at least.
-        used: what of the budget was used before.
-        unwritten: what all writers may still write, with what was granted now.
+        used: how much of the budget was used before.
+        unwritten: how much all writers may still write, with what was granted now.
+        objects, size, stored: of all nodes, as in `Usage`.
     """
 
     granted: int
     used: int
     unwritten: int
+    objects: int
+    size: int
+    stored: int
+
+
+class Kept(NamedTuple):
+    """What a writer is granted for its next objects when it settles some, in bytes.
+
+    Attributes:
+        writer: its name, among those of its node.
+        most: how much it may keep.
+        limit: how much all writers may be granted for it to keep some.
+        budget: how much all may have stored and be granted; None for no bound.
+    """
+
+    writer: str
+    most: int
+    limit: int
+    budget: int | None
 
 
 class Lease(NamedTuple):
@@ -134,9 +175,9 @@ def link_to(
 
 
 class Ledger:
-    """Reads and writes the books, over a link. Errors are those of `link.Link.run`.
+    """Reads and writes the metadata, over a link. Errors are those of `link.Link.run`.
 
-    What goes together with data is returned as requests, to be sent with them.
+    What is sent together with data is returned as requests.
     """
 
     def __init__(self, link: Link, keyspace: Keyspace) -> None:
@@ -151,24 +192,48 @@ class Ledger:
             scored = [field for member in page for field in (0, member)]
             yield command("ZADD", self._keys.pending, *scored)
 
-    def settlements(self, owner: Owner, entries: Iterable[Entry]) -> Iterator[Request]:
-        """Enter objects as stored. The sum of the replies tells how many are.
+    def settlements(
+        self,
+        node: Owner,
+        entries: Iterable[Entry],
+        kept: Kept | None = None,
+        *,
+        verify: bool = False,
+    ) -> Iterator[Request]:
+        """Enter objects as stored. The sum of `settled` of the replies is how many are.
 
-        Those are missing that were not pending: their owner's data were destroyed meanwhile, or the
+        Those are missing that were not pending: their node's data were destroyed meanwhile, or the
         server lost them.
+
+        Args:
+            node: of the objects.
+            entries: which; none only to change what is granted.
+            kept: what their writer is granted from then on; None if it has no grant.
+            verify: count no object of which a value is not there. Only for a single server, which
+                has them all, and for objects that `can_verify`.
         """
-        for page in pages(entries, _NAMES_PER_SCRIPT):
-            told = [a for e in page for a in (str(e.name), f".{e.size}.{e.stored}")]
-            yield self._eval(scripts.SETTLE, self._books, str(owner), *told)
+        root = self._keys.root if verify else ""
+        for page, is_last in _settlement_pages(entries):
+            terms: tuple[str | int, ...] = ("", -1, 0, -1)
+            if kept is not None and is_last:
+                terms = (kept.writer, kept.most, kept.limit, _limit(kept.budget))
+            fields = [a for e in page for a in (str(e.name), f".{e.size}.{e.stored}")]
+            yield self._eval(scripts.SETTLE, self._accounts, str(node), *terms, root, *fields)
+
+    @staticmethod
+    def can_verify(name: ObjectName) -> bool:
+        """Whether one script can look for all the values of an object."""
+        return name.chunks < _KEYS_PER_SCRIPT
 
     def forget(self, names: Iterable[ObjectName]) -> Iterator[Request]:
-        """Take objects out of the books; what is not in them is no error."""
+        """Take objects out of the metadata; what is not in it is no error."""
         for page in pages(names, _NAMES_PER_SCRIPT):
-            yield self._eval(scripts.FORGET, self._books, *map(str, page))
+            yield self._eval(scripts.FORGET, self._accounts, *map(str, page))
 
     @property
-    def _books(self) -> list[str]:
-        return [self._keys.pending, self._keys.index, self._keys.usage]
+    def _accounts(self) -> list[str]:
+        keys = self._keys
+        return [keys.pending, keys.index, keys.usage, keys.writers, keys.totals]
 
     def _eval(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Request:
         return command("EVAL", script, len(keys), *keys, *args)
@@ -194,7 +259,9 @@ class Ledger:
         start: str | bytes
         start, stop = _range(str(owner))
         while True:
-            request = self._eval(scripts.PENDING, self._books[:2], start, stop, _MEMBERS_PER_PAGE)
+            request = self._eval(
+                scripts.PENDING, self._accounts[:2], start, stop, _MEMBERS_PER_PAGE
+            )
             ((last, members),) = self._link.execute(request)
             if not last:
                 return
@@ -202,27 +269,32 @@ class Ledger:
             start = b"(" + last
 
     def owners(self) -> set[Owner]:
-        """Everybody who is in any book, found by hopping from one to the next."""
-        usages = self.usages()
-        writers = [writer.encode() for writer in self.grants()]
-        grants = well_formed(self._keys.grants, writers, _owner_of_writer)
+        """Everybody who is anywhere in the metadata, found by hopping from one to the next."""
         leases = {lease.owner for lease in self.leases()}
         stored = self._hop(self._keys.index, lambda member: parse_entry(member).name)
-        return {*usages, *grants, *leases, *stored, *self._hop(self._keys.pending, parse_pending)}
+        pending = self._hop(self._keys.pending, parse_pending)
+        return {*self.usages(), *self.grants(), *leases, *stored, *pending}
 
     def _hop(self, key: str, parse: Callable[[bytes], ObjectName]) -> Iterator[Owner]:
         start: str | bytes = "-"
         while True:
-            (members,) = self._link.execute(command("ZRANGEBYLEX", key, start, "+", "LIMIT", 0, 1))
+            request = self._eval(scripts.NODES, [key], start, _NODES_PER_SCRIPT)
+            (members,) = self._link.execute(request)
             if not members:
                 return
-            start = b"(" + members[0]
             for name in well_formed(key, members, parse):
-                owner = Owner(name.session, name.node)
-                yield owner
-                start = f"[{owner};"  # ";" comes right after ":"
+                yield Owner(name.session, name.node)
+            session, _, rest = members[-1].partition(b":")
+            node, separator, _ = rest.partition(b":")
+            is_node = bool(session and node and separator)
+            start = b"[%b:%b;" % (session, node) if is_node else b"(" + members[-1]
 
     # --- usage ---
+
+    def totals(self) -> Totals:
+        """The sums over all nodes."""
+        (reply,) = self._link.execute(self._eval(scripts.TOTALS, self._accounts))
+        return Totals(*reply)
 
     def usages(self) -> dict[Owner, Usage]:
         return dict(
@@ -256,45 +328,83 @@ class Ledger:
     def _correct(self, owner: Owner, was: bytes, usage: Usage | None) -> bool:
         """Replace an owner's usage, if it still is what it was; returns whether."""
         text = "" if usage is None else " ".join(map(str, usage))
-        request = self._eval(scripts.CORRECT, [self._keys.usage], str(owner), was, text)
+        request = self._eval(scripts.CORRECT, self._accounts, str(owner), was, text)
         return self._link.execute(request) == [1]
+
+    def recount_totals(self) -> bool:
+        """Correct the totals by adding up again; returns False if they change too fast.
+
+        They follow from what the same scripts keep of each node, so they only drift where somebody
+        else writes to these keys, as version 0.1 does.
+        """
+        for _ in range(_RECOUNTS):
+            before = self.totals()
+            usages = self.usages().values()
+            grants = [grant for of_node in self.grants().values() for grant in of_node.values()]
+            counted = (
+                *(sum(usage[i] for usage in usages) for i in range(3)),
+                *(sum(grant[i] for grant in grants) for i in range(2)),
+            )
+            if counted == before[:5]:
+                return True
+            request = self._eval(scripts.ADJUST, self._accounts, before.changes, *counted)
+            if self._link.execute(request) == [1]:
+                return True
+        return False
 
     # --- grants ---
 
-    def reserve(
-        self, writer: str, grant: Grant, least: int, most: int, budget: int | None, room: int | None
-    ) -> Reservation:
-        """Grant a writer `least` to `most` bytes on top of `grant`.
+    def reservation(
+        self,
+        node: Owner,
+        writer: str,
+        grant: Grant,
+        least: int,
+        most: int,
+        budget: int | None,
+        room: int | None,
+    ) -> Request:
+        """Grant a writer `least` to `most` bytes on top of `grant`. The reply is a `Reservation`.
+
+        Where there is not that much, the writer is left with `grant`.
 
         Args:
+            node: of the writer.
             writer: who.
             grant: what it has been granted, and has written of that.
             least: bytes.
             most: bytes.
-            budget: what all may have stored, in bytes; None for no bound.
+            budget: what all may have stored and be granted, in bytes; None for no bound.
             room: what the server has room for beside what is on it, in bytes; None for no bound.
         """
-        limits = [-1 if limit is None else limit for limit in (budget, room)]
-        keys = [self._keys.usage, self._keys.grants]
-        request = self._eval(scripts.RESERVE, keys, writer, *grant, least, most, *limits)
-        (reply,) = self._link.execute(request)
-        return Reservation(*reply)
-
-    def release(self, writers: Sequence[str | bytes]) -> None:
-        if writers:
-            self._link.execute(command("HDEL", self._keys.grants, *writers))
-
-    def release_all(self, owner: Owner) -> None:
-        """Release the grants of all writers of a node."""
-        (found,) = self._link.execute(command("HGETALL", self._keys.grants))
-        prefix = f"{owner}:".encode()
-        self.release([bytes(writer) for writer in found[::2] if writer.startswith(prefix)])
-
-    def grants(self) -> dict[str, Grant]:
-        """By writer: `<session>:<node>:<process>…`."""
-        return dict(
-            self._fields(self._keys.grants, lambda field, value: (field.decode(), _grant(value)))
+        limits = _limit(budget), _limit(room)
+        return self._eval(
+            scripts.RESERVE, self._accounts, str(node), writer, *grant, least, most, *limits
         )
+
+    def release(self, node: Owner, writers: Iterable[str]) -> None:
+        """Release the grants of writers of a node."""
+        if names := [*writers]:
+            self._link.execute(self._eval(scripts.RELEASE, self._accounts, str(node), *names))
+
+    def release_all(self, node: Owner) -> None:
+        """Release the grants of all writers of a node, and what version 0.1 has left of them."""
+        self.release(node, self.grants_of(node))
+        fields = [field for field, _ in self._pairs(self._keys.grants)]
+        if left := [field for field in fields if field.startswith(f"{node}:".encode())]:
+            self._link.execute(command("HDEL", self._keys.grants, *map(bytes, left)))
+
+    def grants(self) -> dict[Owner, dict[str, Grant]]:
+        """Those of all nodes, by node and writer."""
+        return dict(
+            self._fields(self._keys.writers, lambda field, value: (_owner(field), _grants(value)))
+        )
+
+    def grants_of(self, node: Owner) -> dict[str, Grant]:
+        """Those of a node, by writer."""
+        (value,) = self._link.execute(command("HGET", self._keys.writers, str(node)))
+        found = [] if value is None else [value]
+        return next(well_formed(self._keys.writers, found, _grants), {})
 
     # --- leases ---
 
@@ -306,9 +416,26 @@ class Ledger:
         return self._link.execute(request) == [1]
 
     def leases(self) -> list[Lease]:
-        (found,) = self._link.execute(command("ZRANGE", self._keys.leases, 0, -1, "WITHSCORES"))
-        pairs = zip(found[::2], found[1::2])
+        pairs = self._leases_by_page()
         return list(well_formed(self._keys.leases, pairs, lambda pair: _lease(*pair)))
+
+    def _leases_by_page(self) -> Iterator[tuple[bytes, bytes]]:
+        """Members and scores. One that is renewed meanwhile may come twice; none is left out."""
+        score, seen = b"-inf", 0
+        while True:
+            request = command(
+                *("ZRANGE", self._keys.leases, score, "+inf", "BYSCORE"),
+                *("LIMIT", seen, _MEMBERS_PER_PAGE, "WITHSCORES"),
+            )
+            (found,) = self._link.execute(request)
+            pairs = list(zip(found[::2], found[1::2]))
+            yield from pairs
+            if len(pairs) < _MEMBERS_PER_PAGE:
+                return
+            # The next page begins with those that have the same score as the last one.
+            last = bytes(pairs[-1][1])
+            same = sum(other == last for _, other in pairs)
+            score, seen = last, same + (seen if last == score else 0)
 
     def close_account(self, owner: Owner) -> None:
         """Forget everything of an owner that has nothing stored any more."""
@@ -353,8 +480,18 @@ class Ledger:
     def _fields(
         self, key: str, parse: Callable[[bytes, bytes], tuple[_K, _T]]
     ) -> Iterator[tuple[_K, _T]]:
-        (found,) = self._link.execute(command("HGETALL", key))
-        return well_formed(key, zip(found[::2], found[1::2]), lambda pair: parse(*pair))
+        return well_formed(key, self._pairs(key), lambda pair: parse(*pair))
+
+    def _pairs(self, key: str) -> Iterator[tuple[bytes, bytes]]:
+        """The fields of a hash and their values, by the page; some may come twice."""
+        cursor = b"0"
+        while True:
+            request = command("HSCAN", key, cursor, "COUNT", _MEMBERS_PER_PAGE)
+            ((next_cursor, found),) = self._link.execute(request)
+            yield from zip(found[::2], found[1::2])
+            cursor = bytes(next_cursor)
+            if cursor == b"0":
+                return
 
 
 def well_formed(key: str, found: Iterable[_F], parse: Callable[[_F], _T]) -> Iterator[_T]:
@@ -397,6 +534,24 @@ def parse_pending(member: bytes) -> ObjectName:
     return name
 
 
+def _settlement_pages(entries: Iterable[Entry]) -> Iterator[tuple[list[Entry], bool]]:
+    """What one script each settles, and whether it is the last page; there is at least one."""
+    page: list[Entry] = []
+    keys = 0
+    for entry in entries:
+        count = 1 + entry.name.chunks
+        if page and (len(page) == _NAMES_PER_SCRIPT or keys + count > _KEYS_PER_SCRIPT):
+            yield page, False
+            page, keys = [], 0
+        page.append(entry)
+        keys += count
+    yield page, True
+
+
+def _limit(size: int | None) -> int:
+    return -1 if size is None else size
+
+
 def pages(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
     source = iter(items)
     while page := list(islice(source, size)):
@@ -419,10 +574,6 @@ def _owner(field: bytes) -> Owner:
     return Owner(*_matched(_OWNER, field).groups())
 
 
-def _owner_of_writer(writer: bytes) -> Owner:
-    return Owner(*_matched(_WRITER, writer).groups())
-
-
 def _lease(member: bytes, score: bytes) -> Lease:
     session, node, gcs_address = _matched(_LEASE, member).groups()
     return Lease(Owner(session, node), gcs_address, int(float(score)))
@@ -432,8 +583,14 @@ def _usage(value: bytes) -> Usage:
     return Usage(*_numbers(_USAGE, value))
 
 
-def _grant(value: bytes) -> Grant:
-    return Grant(*_numbers(_GRANT, value))
+def _grants(value: bytes) -> dict[str, Grant]:
+    grants = {}
+    for each in bytes(value).split():
+        match = _GRANT.fullmatch(each)
+        if match is None:
+            raise ValueError
+        grants[match[1].decode()] = Grant(int(match[2]), int(match[3]))
+    return grants
 
 
 def _numbers(pattern: re.Pattern[bytes], value: bytes) -> Iterator[int]:

@@ -194,11 +194,11 @@ class OverflowTier:
                             create = functools.partial(self._create, place)
                             file = _Writer(create, self._discard, thread, buffers)
                         file.write(value.parts)
-                        if value.completes is None:
+                        if not value.is_last:
                             continue
                         size = file.commit()
                         file = None
-                    yield value.completes._replace(stored=size)
+                    yield Entry(value.name, value.size, size)
             finally:
                 if file is not None:
                     thread.finish(file.discard)
@@ -357,18 +357,25 @@ class OverflowTier:
         }
 
     @_changing
-    def remove_parts(self, owner: Owner, is_alive: Callable[[int], bool]) -> None:
+    def remove_parts(self, owner: Owner, is_alive: Callable[[int], bool]) -> int:
         """Remove what killed processes of a node were writing.
 
         Args:
             owner: the node, of a session.
             is_alive: whether a process of the node, given by its id, may still be writing.
+
+        Returns:
+            The length of all other files of the node, in bytes.
         """
+        size = 0
         for file in self.files(owner):
-            if not file.is_whole and not is_alive(file.entry.name.writer):
-                begin_step(self._patience.answer)
-                with contextlib.suppress(FileNotFoundError):
-                    self._fs.delete_file(file.path)
+            if file.is_whole or is_alive(file.entry.name.writer):
+                size += file.entry.stored
+                continue
+            begin_step(self._patience.answer)
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.delete_file(file.path)
+        return size
 
     @_changing
     def destroy(self, owner: Owner) -> int:

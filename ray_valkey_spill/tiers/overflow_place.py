@@ -1,39 +1,88 @@
-"""Whether the overflow of a node is that of its whole session, and not one that only looks alike.
+"""The overflow as a tier: only if it is that of the whole session, and not one that looks alike.
 
-The books have a token for each session, and the overflow a file named after it. A node whose
+The metadata have a token for each session, and the overflow a file named after it. A node whose
 overflow has no such file has another directory, or a mount that is not there: what the others have
 left there it would take for lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NoReturn, TypeVar
 
 from ray_valkey_spill.errors import OverflowUnavailableError
+from ray_valkey_spill.format.names import Entry, Owner, Place
+from ray_valkey_spill.format.packing import Receive
+from ray_valkey_spill.format.values import Value
+from ray_valkey_spill.tiers.base import Stat
 from ray_valkey_spill.tiers.ledger import Ledger
 from ray_valkey_spill.tiers.overflow import OverflowTier
 
-__all__ = ["SharedOverflow"]
+__all__ = ["MissingOverflow", "SharedOverflow"]
+
+_T = TypeVar("_T")
 
 
 class SharedOverflow:
-    """One node's view of what the session's nodes agree on. Any thread may join.
+    """A `Tier`: what one thread of a node sees of the session's overflow.
 
-    Errors are `OverflowUnavailableError`, and with a ledger also those of `link.Link.run`.
+    Errors are `OverflowUnavailableError`, and those of `link.Link.run`: the server says which
+    overflow is the session's.
 
     Args:
         overflow: the node's; also an attribute, for what may be done before it has joined.
         session: the session.
+        ledger: the thread's.
     """
 
-    def __init__(self, overflow: OverflowTier, session: str) -> None:
+    def __init__(self, overflow: OverflowTier, session: str, ledger: Ledger) -> None:
         self.overflow = overflow
         self._session = session
+        self._ledger = ledger
         self._agreed: str | None = None  # the token, once it has been seen here
 
-    def close(self) -> None:
-        """End the threads of the overflow; the next use starts others."""
-        self.overflow.close()
+    # --- objects ---
+
+    def write(self, values: Iterable[Value]) -> Iterator[Entry]:
+        """As `OverflowTier.write`."""
+        return self._joined().write(values)
+
+    def stat(self, places: Sequence[Place]) -> Iterator[Stat]:
+        """As `Tier.stat`.
+
+        The server is not asked whether this is the session's overflow as long as an object is
+        there: nothing is lost by reading it while the server is away.
+        """
+        for place in places:
+            stat = Stat(None, [])
+            with contextlib.suppress(OverflowUnavailableError):  # once more, below
+                stat = self.overflow.stat(place)
+            yield stat if stat.header is not None else self._joined().stat(place)
+
+    def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
+        """As `Tier.read`, with the exceptions that `OverflowTier.read` names."""
+        return self.overflow.read(place, sizes, use)
+
+    def close_reading(self) -> None:
+        """As `Tier.close_reading`: nothing is read ahead."""
+
+    def remove(self, places: Sequence[Place]) -> None:
+        """As `Tier.remove`."""
+        overflow = self._joined()
+        for place in places:
+            overflow.remove(place)
+
+    def mark_lost(self, place: Place) -> None:
+        """As `Tier.mark_lost`: the file is removed."""
+        self.remove([place])
+
+    def remove_parts(self, node: Owner, is_alive: Callable[[int], bool]) -> int:
+        """As `OverflowTier.remove_parts`."""
+        return self._joined().remove_parts(node, is_alive)
+
+    # --- the place ---
 
     def probe(self) -> None:
         """Make sure that what is written to the overflow can be found there."""
@@ -45,20 +94,14 @@ class SharedOverflow:
             )
         self.overflow.unsign(self._session, token)
 
-    def joined(self, ledger: Ledger) -> OverflowTier:
-        """The overflow, once it is known to be the session's."""
-        if self._agreed is None:
-            self.join(ledger)
-        return self.overflow
-
-    def join(self, ledger: Ledger) -> None:
+    def join(self) -> None:
         """Make sure that the overflow is the session's, or make it that. The node needs a lease."""
-        known = self._agreed or ledger.overflows().get(self._session)
+        known = self._agreed or self._ledger.overflows().get(self._session)
         token = known or _new_token()
         if known is None:
             self.overflow.sign(self._session, token)
-        # A server that has lost its data is told again.
-        agreed = ledger.agree_on_overflow(self._session, token)
+        # A server that has lost its data is given the token again.
+        agreed = self._ledger.agree_on_overflow(self._session, token)
         is_here = agreed == self._agreed or self.overflow.is_signed(self._session, agreed)
         if agreed != token and (is_here or known is None):
             # Others were faster, and nobody will look for this one.
@@ -72,12 +115,46 @@ class SharedOverflow:
             )
         self._agreed = agreed
 
-    def leave(self, ledger: Ledger) -> None:
+    def leave(self) -> None:
         """The last of the session's nodes takes down what they had agreed on."""
-        agreed = ledger.overflows().get(self._session)
-        if agreed is not None and ledger.forget_overflow(self._session):
+        agreed = self._ledger.overflows().get(self._session)
+        if agreed is not None and self._ledger.forget_overflow(self._session):
             self.overflow.unsign(self._session, agreed)
         self._agreed = None
+
+    def _joined(self) -> OverflowTier:
+        """The overflow, once it is known to be the session's."""
+        if self._agreed is None:
+            self.join()
+        return self.overflow
+
+
+class MissingOverflow:
+    """The `Tier` of a node without `overflow_uri`, on which no object of the overflow can be used.
+
+    Every method raises OverflowUnavailableError.
+    """
+
+    def stat(self, places: Sequence[Place]) -> Iterator[Stat]:
+        self._refuse()
+
+    def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
+        self._refuse()
+
+    def close_reading(self) -> None:
+        """Nothing is read."""
+
+    def remove(self, places: Sequence[Place]) -> None:
+        self._refuse()
+
+    def mark_lost(self, place: Place) -> None:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise OverflowUnavailableError(
+            "an object was spilled to the overflow, and this node has no overflow_uri",
+            "Give every node the same overflow_uri",
+        )
 
 
 def _new_token() -> str:

@@ -25,8 +25,8 @@ from ray_valkey_spill.format.sealing import TAG_SIZE, KeyRing
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command, fetch, store
 from ray_valkey_spill.protocol.server_info import ServerInfo, fields_of
-from ray_valkey_spill.tiers.budget import free_room, margin
 from ray_valkey_spill.tiers.ledger import link_to
+from ray_valkey_spill.tiers.room import free_room, margin
 from ray_valkey_spill.units import MIB
 
 __all__ = [
@@ -52,9 +52,9 @@ HEAD_START_PATIENCE = 1.5
 
 # Every command that this package sends to any server, but those that any user may run.
 COMMANDS = (
-    *("GET", "INFO", "SET", "STRLEN", "UNLINK", "EVAL", "TIME"),
+    *("EXISTS", "GET", "INFO", "SET", "STRLEN", "UNLINK", "EVAL", "TIME"),
     *("ZADD", "ZRANGE", "ZRANGEBYLEX", "ZREM", "ZSCORE"),
-    *("HDEL", "HGET", "HGETALL", "HSET", "HSETNX", "HVALS"),
+    *("HDEL", "HGET", "HSCAN", "HSET", "HSETNX", "HVALS"),
 )
 # A key lies on one of a thousand shards, if there were as many, within this many tries.
 _TRIES = 10_000
@@ -292,8 +292,9 @@ def _try_commands(
         "ZSCORE": command("ZSCORE", index, "x"),
         "HDEL": command("HDEL", table, "x"),
         "HGET": command("HGET", table, "x"),
-        "HGETALL": command("HGETALL", table),
+        "HSCAN": command("HSCAN", table, 0),
         "HVALS": command("HVALS", table),
+        "EXISTS": command("EXISTS", value),
         "GET": command("GET", value),
         "STRLEN": command("STRLEN", value),
         "TIME": command("TIME"),

@@ -1,14 +1,37 @@
-"""The ledger's Lua scripts. The comment above each lists its KEYS and ARGV."""
+"""The ledger's Lua scripts. The comment above each lists its KEYS and ARGV.
+
+Those that account for objects or grants have the same keys: pending, index, usage, writers, totals.
+Each may run twice with no other effect than once, because a link may send it twice: it replaces
+what it is given the whole of, or acts on what a set has.
+
+Every script takes the same time whatever the number of nodes. The exception is a server without
+totals, as version 0.1 leaves one: the first script adds them up, once.
+"""
 
 from __future__ import annotations
 
-__all__ = ["AGREE", "CORRECT", "FORGET", "FORGET_OVERFLOW", "PENDING", "RENEW", "RESERVE", "SETTLE"]
+__all__ = [
+    "ADJUST",
+    "AGREE",
+    "CORRECT",
+    "FORGET",
+    "FORGET_OVERFLOW",
+    "NODES",
+    "PENDING",
+    "RELEASE",
+    "RENEW",
+    "RESERVE",
+    "SETTLE",
+    "SIZES",
+    "TOTALS",
+]
 
 
-def _script(body: str) -> str:
-    return "#!lua flags=allow-oom\n" + body.strip()
+def _script(*parts: str) -> str:
+    return "#!lua flags=allow-oom\n" + "\n".join(part.strip() for part in parts)
 
 
+# What `find` returns is the entry that an object has in the index.
 _FIND = """
 local function find(name)
     local entries = redis.call('ZRANGEBYLEX', KEYS[2], '[' .. name .. '.', '(' .. name .. '/')
@@ -18,109 +41,264 @@ local function find(name)
 end
 """
 
-_CHANGE = """
-local function change(owner, objects, size, stored)
-    local was = redis.call('HGET', KEYS[3], owner) or ''
-    local o, z, s, c = was:match('^(%d+) (%d+) (%d+) (%d+)$')
-    if not o then
-        local now = redis.call('TIME')
-        o, z, s, c = 0, 0, 0, now[1] * 1000000 + now[2]
+# `totals` reads the sums over all nodes, and `keep_totals` writes them.
+_TOTALS = """
+local PATTERN = '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$'
+local function text(...) return string.format(('%.0f '):rep(select('#', ...)), ...):sub(1, -2) end
+local function change_number()
+    local now = redis.call('TIME')
+    return now[1] * 1000000 + now[2]
+end
+local function totals()
+    local t = {(redis.call('GET', KEYS[5]) or ''):match(PATTERN)}
+    if t[1] then
+        for i = 1, 6 do t[i] = tonumber(t[i]) end
+        return t
     end
-    if o + objects <= 0 then
-        redis.call('HDEL', KEYS[3], owner)
+    t = {0, 0, 0, 0, 0, change_number()}
+    for _, value in ipairs(redis.call('HVALS', KEYS[3])) do
+        local objects, size, stored = value:match('^(%d+) (%d+) (%d+) %d+$')
+        if objects then t[1], t[2], t[3] = t[1] + objects, t[2] + size, t[3] + stored end
+    end
+    for _, value in ipairs(redis.call('HVALS', KEYS[4])) do
+        for granted, written in value:gmatch('=(%d+)/(%d+)') do
+            t[4], t[5] = t[4] + granted, t[5] + written
+        end
+    end
+    return t
+end
+local function keep_totals(t)
+    for i = 1, 5 do t[i] = math.max(0, t[i]) end
+    if t[1] + t[3] + t[4] == 0 then redis.call('UNLINK', KEYS[5])
+    else redis.call('SET', KEYS[5], text(t[1], t[2], t[3], t[4], t[5], t[6] + 1)) end
+end
+"""
+
+# `change` adds to the usage of a node, and to the totals.
+_CHANGE = """
+local function change(t, node, objects, size, stored)
+    local was = redis.call('HGET', KEYS[3], node) or ''
+    local o, z, s, c = was:match('^(%d+) (%d+) (%d+) (%d+)$')
+    if not o then o, z, s, c = 0, 0, 0, change_number() end
+    local left = o + objects > 0
+    local size_now, stored_now = math.max(0, z + size), math.max(0, s + stored)
+    if not left then
+        redis.call('HDEL', KEYS[3], node)
+        t[1], t[2], t[3] = t[1] - o, t[2] - z, t[3] - s
     else
-        redis.call('HSET', KEYS[3], owner, string.format('%.0f %.0f %.0f %.0f',
-            o + objects, math.max(0, z + size), math.max(0, s + stored), c + 1))
+        redis.call('HSET', KEYS[3], node, text(o + objects, size_now, stored_now, c + 1))
+        t[1], t[2], t[3] = t[1] + objects, t[2] + size_now - z, t[3] + stored_now - s
     end
 end
 """
 
-# KEYS: pending, index, usage. ARGV: owner, then for each object its name and ".<size>.<stored>".
-# Returns how many are in the index now.
+# `grant_of` returns what a writer is granted and has written; `set_grant` replaces that.
+_GRANTS = """
+local function grant_of(node, writer)
+    for name, granted, written in
+            (redis.call('HGET', KEYS[4], node) or ''):gmatch('([^ =]+)=(%d+)/(%d+)') do
+        if name == writer then return tonumber(granted), tonumber(written) end
+    end
+    return 0, 0
+end
+local function set_grant(t, node, writer, granted, written)
+    local others, was = {}, redis.call('HGET', KEYS[4], node)
+    for name, g, w in (was or ''):gmatch('([^ =]+)=(%d+)/(%d+)') do
+        if name == writer then t[4], t[5] = t[4] - g, t[5] - w
+        else others[#others + 1] = name .. '=' .. g .. '/' .. w end
+    end
+    if granted > 0 then
+        t[4], t[5] = t[4] + granted, t[5] + written
+        others[#others + 1] = writer .. '=' .. text(granted) .. '/' .. text(written)
+    end
+    if #others > 0 then redis.call('HSET', KEYS[4], node, table.concat(others, ' '))
+    elseif was then redis.call('HDEL', KEYS[4], node) end
+end
+"""
+
+# ARGV: node, writer; what it may keep for its next objects, what all writers may keep together, and
+# the budget, or -1; the namespace's root if the values are to be looked for, else ''; then for each
+# object its name and ".<size>.<stored>".
+# Returns how many are in the index now, what the writer is granted, what all may still write.
 SETTLE = _script(
-    _FIND
-    + _CHANGE
-    + """
+    _TOTALS,
+    _CHANGE,
+    _GRANTS,
+    """
+local node, writer, root = ARGV[1], ARGV[2], ARGV[6]
+local function is_there(name)
+    if root == '' then return true end
+    local header, chunks = root .. name, tonumber(name:match('%d+$'))
+    local keys = {header}
+    for i = 1, chunks do keys[i + 1] = header .. ':' .. (i - 1) end
+    return redis.call('EXISTS', unpack(keys)) == chunks + 1
+end
+local t = totals()
 local settled, objects, size, stored = 0, 0, 0, 0
-for i = 2, #ARGV, 2 do
-    local was_pending = redis.call('ZREM', KEYS[1], ARGV[i]) == 1
-    if find(ARGV[i]) then
+for i = 7, #ARGV, 2 do
+    local name, rest = ARGV[i], ARGV[i + 1]
+    if is_there(name) and redis.call('ZREM', KEYS[1], name) == 1 then
+        if redis.call('ZADD', KEYS[2], 0, name .. rest) == 1 then
+            local z, s = rest:match('^%.(%d+)%.(%d+)$')
+            objects, size, stored = objects + 1, size + z, stored + s
+        end
         settled = settled + 1
-    elseif was_pending then
-        redis.call('ZADD', KEYS[2], 0, ARGV[i] .. ARGV[i + 1])
-        local z, s = ARGV[i + 1]:match('^%.(%d+)%.(%d+)$')
-        objects, size, stored = objects + 1, size + z, stored + s
+    elseif redis.call('ZSCORE', KEYS[2], name .. rest) then
         settled = settled + 1
     end
 end
-if objects > 0 then change(ARGV[1], objects, size, stored) end
-return settled
-"""
+if objects > 0 then change(t, node, objects, size, stored) end
+local granted = 0
+if ARGV[3] ~= '-1' then
+    local budget = tonumber(ARGV[5])
+    local others = t[4] - grant_of(node, writer)
+    granted = math.min(tonumber(ARGV[3]), ARGV[4] - others)
+    if budget >= 0 then granted = math.min(granted, budget - t[3] - others) end
+    granted = math.max(0, granted)
+    set_grant(t, node, writer, granted, 0)
+end
+if objects > 0 or ARGV[3] ~= '-1' then keep_totals(t) end
+return {settled, granted, t[4] - t[5]}
+""",
 )
 
-# KEYS: pending, index, usage. ARGV: names.
+# ARGV: names.
 FORGET = _script(
-    _FIND
-    + _CHANGE
-    + """
-local owners = {}
+    _FIND,
+    _TOTALS,
+    _CHANGE,
+    """
+local nodes, found = {}, false
 for _, name in ipairs(ARGV) do
     redis.call('ZREM', KEYS[1], name)
     local entry = find(name)
     if entry then
         redis.call('ZREM', KEYS[2], entry)
-        local owner = name:match('^[^:]+:[^:]+')
+        local node = name:match('^[^:]+:[^:]+')
         local z, s = entry:match('%.(%d+)%.(%d+)$')
-        local sums = owners[owner] or {0, 0, 0}
-        owners[owner] = {sums[1] - 1, sums[2] - z, sums[3] - s}
+        local sums = nodes[node] or {0, 0, 0}
+        nodes[node], found = {sums[1] - 1, sums[2] - z, sums[3] - s}, true
     end
 end
-for owner, sums in pairs(owners) do change(owner, sums[1], sums[2], sums[3]) end
-"""
+if not found then return end
+local t = totals()
+for node, sums in pairs(nodes) do change(t, node, sums[1], sums[2], sums[3]) end
+keep_totals(t)
+""",
 )
 
-# KEYS: pending, index. ARGV: start, stop, count. Returns the last member looked at, and those that
-# are pending: a member that is in the index too came over a connection that had broken.
+# ARGV: start, stop, count. Returns the last member looked at, and those that are pending: a member
+# that is in the index too came over a connection that had broken.
 PENDING = _script(
-    _FIND
-    + """
+    _FIND,
+    """
 local page = redis.call('ZRANGEBYLEX', KEYS[1], ARGV[1], ARGV[2], 'LIMIT', 0, ARGV[3])
 local left = {}
 for _, name in ipairs(page) do
     if not find(name) then table.insert(left, name) end
 end
 return {page[#page] or '', left}
+""",
+)
+
+# ARGV: node, writer, granted and written so far, at least, at most, budget, room.
+# Budget is what may be stored, and room what may be written beside what is; both in bytes, or -1.
+# Returns what is granted on top, or 0; how much of the budget was used; how much all may still
+# write; how many objects are stored, their size, and what they take.
+RESERVE = _script(
+    _TOTALS,
+    _GRANTS,
+    """
+local node, writer, granted, written = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local t = totals()
+local own_granted, own_written = grant_of(node, writer)
+-- What the writer has been granted may not be here yet, nor what it has written of that.
+local used = t[3] + t[4] - own_granted + granted
+local unwritten = t[4] - own_granted + granted - (t[5] - own_written + written)
+local budget, room, most = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[6])
+if budget >= 0 then most = math.min(most, budget - used) end
+if room >= 0 then most = math.min(most, room - unwritten) end
+if most < tonumber(ARGV[5]) then most = 0 end
+set_grant(t, node, writer, granted + most, written)
+keep_totals(t)
+return {most, used, unwritten + most, t[1], t[2], t[3]}
+""",
+)
+
+# ARGV: node, writers.
+RELEASE = _script(
+    _TOTALS,
+    _GRANTS,
+    """
+local t = totals()
+for i = 2, #ARGV do set_grant(t, ARGV[1], ARGV[i], 0, 0) end
+keep_totals(t)
+""",
+)
+
+# Returns the totals.
+TOTALS = _script(
+    _TOTALS,
+    """
+return totals()
+""",
+)
+
+# ARGV: the number of changes of the totals that were found to be wrong, then what they are to be.
+# Returns whether nothing had changed since.
+ADJUST = _script(
+    _TOTALS,
+    """
+local t = totals()
+if t[6] ~= tonumber(ARGV[1]) then return 0 end
+keep_totals({ARGV[2] + 0, ARGV[3] + 0, ARGV[4] + 0, ARGV[5] + 0, ARGV[6] + 0, t[6]})
+return 1
+""",
+)
+
+# ARGV: node, what its usage was, and what it is to be. Returns whether it was that.
+CORRECT = _script(
+    _TOTALS,
+    """
+if (redis.call('HGET', KEYS[3], ARGV[1]) or '') ~= ARGV[2] then return 0 end
+local t = totals()
+local function add(usage, sign)
+    local o, z, s = usage:match('^(%d+) (%d+) (%d+) %d+$')
+    if o then t[1], t[2], t[3] = t[1] + sign * o, t[2] + sign * z, t[3] + sign * s end
+end
+add(ARGV[2], -1)
+add(ARGV[3], 1)
+if ARGV[3] == '' then redis.call('HDEL', KEYS[3], ARGV[1])
+else redis.call('HSET', KEYS[3], ARGV[1], ARGV[3]) end
+keep_totals(t)
+return 1
+""",
+)
+
+# KEYS: a sorted set. ARGV: start, count. Returns one member of each node's that follow.
+NODES = _script(
+    """
+local found, start = {}, ARGV[1]
+for _ = 1, ARGV[2] do
+    local member = redis.call('ZRANGEBYLEX', KEYS[1], start, '+', 'LIMIT', 0, 1)[1]
+    if not member then break end
+    table.insert(found, member)
+    local node = member:match('^[^:]+:[^:]+')
+    start = node and '[' .. node .. ';' or '(' .. member
+end
+return found
 """
 )
 
-# KEYS: usage, grants. ARGV: writer, granted and written so far, at least, at most, budget, room.
-# Budget is what may be stored, and room what may be written beside what is; both in bytes, or -1.
-# Returns what is granted on top, or 0, how much of the budget was used, and how much all may still
-# write.
-RESERVE = _script(
-    """
-local used, unwritten = 0, 0
-for _, value in ipairs(redis.call('HVALS', KEYS[1])) do
-    used = used + (value:match('^%d+ %d+ (%d+) %d+$') or 0)
+# KEYS: chunks of objects. Returns the length of each, 0 if it is missing.
+SIZES = """
+local sizes = {}
+for i, key in ipairs(KEYS) do
+    local size = redis.pcall('STRLEN', key)
+    sizes[i] = type(size) == 'number' and size or 0
 end
--- Its own may not be there yet: a writer asks for nothing while there are no limits.
-used, unwritten = used + ARGV[2], ARGV[2] - ARGV[3]
-local grants = redis.call('HGETALL', KEYS[2])
-for i = 1, #grants, 2 do
-    local granted, written = grants[i + 1]:match('^(%d+) (%d+)$')
-    if granted and grants[i] ~= ARGV[1] then
-        used, unwritten = used + granted, unwritten + granted - written
-    end
-end
-local budget, room = tonumber(ARGV[6]), tonumber(ARGV[7])
-local most = tonumber(ARGV[5])
-if budget >= 0 then most = math.min(most, budget - used) end
-if room >= 0 then most = math.min(most, room - unwritten) end
-if most < tonumber(ARGV[4]) then return {0, used, unwritten} end
-redis.call('HSET', KEYS[2], ARGV[1], string.format('%.0f %.0f', ARGV[2] + most, ARGV[3]))
-return {most, used, unwritten + most}
+return table.concat(sizes, ' ')
 """
-)
 
 # KEYS: leases. ARGV: member, "1" if it may be new. Returns whether there is one.
 RENEW = _script(
@@ -129,16 +307,6 @@ if ARGV[2] ~= '1' and not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 e
 local now = redis.call('TIME')
 redis.call('ZADD', KEYS[1], string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)),
            ARGV[1])
-return 1
-"""
-)
-
-# KEYS: usage. ARGV: owner, what its usage was, and what it is to be. Returns whether it was that.
-CORRECT = _script(
-    """
-if (redis.call('HGET', KEYS[1], ARGV[1]) or '') ~= ARGV[2] then return 0 end
-if ARGV[3] == '' then redis.call('HDEL', KEYS[1], ARGV[1])
-else redis.call('HSET', KEYS[1], ARGV[1], ARGV[3]) end
 return 1
 """
 )

@@ -1,39 +1,50 @@
-"""Where bytes live in Valkey: values under keys, and what books are kept of them.
+"""The tier in Valkey: values under keys, and the metadata that finds them again.
 
-A tier moves values and knows nothing of what is in them. An object is in the books before any value
-of it is written and until the last is removed, so that whatever a crash leaves can be found.
+An object is in the metadata before any value of it is written and until the last is removed, so
+that whatever a crash leaves can be found.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
-from ray_valkey_spill.errors import LostObjectError, ServerError, UnconfirmedError
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
-from ray_valkey_spill.format.values import Value
+from ray_valkey_spill.errors import LostObjectError, ServerError, SpillError, UnconfirmedError
+from ray_valkey_spill.format.codec import copy_into
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place
+from ray_valkey_spill.format.packing import Receive
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request, command, fetch, store
+from ray_valkey_spill.tiers import scripts
 from ray_valkey_spill.tiers.base import Stat
+from ray_valkey_spill.tiers.budget import Budget, Payments
 from ray_valkey_spill.tiers.ledger import Ledger, pages
 
 __all__ = ["ValkeyTier"]
 
 _NAMES_PER_PAGE = 500
+# What one command checks, while nobody else is served.
+_KEYS_PER_CHECK = 500
 # What is looked at again together once something was missing.
 _OBJECTS_LOOKED_AT_AGAIN = 16
 _READINGS = 5
 
+_Wanted = Iterable[tuple[int, memoryview]]
+_T = TypeVar("_T")
+
 
 class ValkeyTier:
-    """Objects' values in one Valkey. Errors are those of `link.Link.run` and of the commands."""
+    """A `Tier` in one Valkey. Errors are those of `link.Link.run` and of the commands."""
 
     def __init__(self, link: Link, keyspace: Keyspace) -> None:
         self._link = link
         self._keys = keyspace
+        self._reading: _Reading | None = None
         self.ledger = Ledger(link, keyspace)
 
     @property
@@ -43,59 +54,96 @@ class ValkeyTier:
 
     def operation(self) -> AbstractContextManager[None]:
         """See `link.Link.operation`. What is written and then confirmed has to be in one."""
+        self.close_reading()
         return self._link.operation()
 
-    def register(self, names: Iterable[ObjectName]) -> None:
-        """Enter objects into the books. Nothing of them may be written before this returns."""
-        self._drain(self.ledger.registrations(names))
+    def close(self) -> None:
+        """Drop the connections."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.abort()
+        self._link.close()
 
-    def write(self, values: Iterable[Value]) -> Iterator[Entry]:
-        """Write `values` in order, and yield each object once all of it is there."""
-        under_way: deque[Value] = deque()
+    # --- writing ---
+
+    def write(
+        self, node: Owner, names: Sequence[ObjectName], values: Payments, budget: Budget
+    ) -> Iterator[Entry]:
+        """Register, write and settle objects, and yield each whose values are there.
+
+        All that was yielded is settled once this has ended without an error. To one server this is
+        one exchange, and the server itself settles no object of which it has not taken a value; to
+        a cluster it is three.
+
+        Args:
+            node: of the objects.
+            names: of all that may be written; nothing of them is written before they are pending.
+            values: of objects, in the order of `names`. What they leave out stays pending.
+            budget: between its `begin` and `end`.
+
+        Raises:
+            LostObjectError: what was written is not pending any more: the node's data were
+                destroyed meanwhile, or the server lost them.
+        """
+        under_way: deque[Entry | None] = deque()
+        settlements: list[Request] = []
+        written: list[Entry] = []
 
         def requests() -> Iterator[Request]:
-            for value in values:
-                under_way.append(value)
-                yield store(value.key, value.parts)
+            for request in self.ledger.registrations(names):
+                under_way.append(None)
+                yield request
+            is_first = True
+            for value, entry in values:
+                request = store(value.key, value.parts)
+                request.fenced, is_first = is_first, False
+                under_way.append(entry)
+                if entry is not None:
+                    written.append(entry)
+                yield request
+                for look in budget.looks():
+                    under_way.append(None)
+                    yield look
+            verify = self._link.is_single and all(
+                self.ledger.can_verify(entry.name) for entry in written
+            )
+            for request in budget.settlements(written, verify=verify):
+                request.fenced = not settlements
+                request.guarded = not settlements and not verify
+                settlements.append(request)
+                under_way.append(None)
+                yield request
+            for look in budget.looks():
+                under_way.append(None)
+                yield look
 
         for request in self._run_to_failure(requests()):
-            request.result()
-            entry = under_way.popleft().completes
+            entry = under_way.popleft()
+            if not budget.hear(request):
+                request.result()
             if entry is not None:
                 yield entry
+        _require_settled(settlements, written, budget)
 
-    def settle(self, owner: Owner, entries: Sequence[Entry]) -> None:
-        """End the writing of objects: nobody will take them for half-written any more.
-
-        Raises:
-            LostObjectError: if not all of them were pending: their node's data were destroyed
-                meanwhile, or the server lost them.
-        """
-        settlements = list(self._link.run(self.ledger.settlements(owner, entries)))
-        _require_settled(settlements, entries)
-
-    def write_at_once(self, owner: Owner, values: Sequence[Value]) -> list[Entry]:
-        """Register, write and settle objects: in one round trip, or three to a cluster.
-
-        All their values are in memory.
+    def settle(self, node: Owner, entries: Sequence[Entry], budget: Budget) -> None:
+        """Settle objects whose values are there, where `write` failed after them.
 
         Raises:
-            LostObjectError: as `settle`.
+            LostObjectError: as `write`.
         """
-        entries = [value.completes for value in values if value.completes]
-        settlements = list(self.ledger.settlements(owner, entries))
-        stores = [store(value.key, value.parts) for value in values]
-        names = [entry.name for entry in entries]
-        self._drain([*self.ledger.registrations(names), *_fenced(stores), *_fenced(settlements)])
-        _require_settled(settlements, entries)
-        return entries
+        settlements = []
+        for request in self._link.run(budget.settlements(entries, verify=False)):
+            request.result()
+            settlements.append(request)
+        _require_settled(settlements, entries, budget)
 
-    def confirm(self, entries: Sequence[Entry], breaks: int) -> None:
+    def confirm(self, node: Owner, entries: Sequence[Entry], breaks: int) -> None:
         """Make sure that objects that were written are there, and on as many replicas as wanted.
 
         A server that is restarted or fails over may lose what it has acknowledged.
 
         Args:
+            node: of the objects.
             entries: which.
             breaks: what `self.breaks` was before they were written.
 
@@ -107,20 +155,37 @@ class ValkeyTier:
         latest = self._link.breaks
         if latest == breaks or not entries:
             return
-        stats = list(self.stat([(entry.name, 0) for entry in entries]))
+        stats = list(self.measure([(entry.name, 0) for entry in entries]))
+        are_whole = all(stat.is_whole for stat in stats)
         # What fell back to being pending would be removed once this process has ended.
-        owner = Owner(*entries[0].name[:2])
-        settlements = list(self._link.run(self.ledger.settlements(owner, entries)))
-        settled = sum(request.result() for request in settlements)
-        are_there = all(stat.is_whole for stat in stats) and settled == len(entries)
-        if not are_there or self._link.breaks != latest:
+        settlements = list(self._link.run(self.ledger.settlements(node, entries)))
+        settled = sum(request.result()[0] for request in settlements)
+        if not are_whole or settled != len(entries) or self._link.breaks != latest:
             raise UnconfirmedError("the server lost what had just been written to it")
 
-    def stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
-        """Headers and sizes of chunks of objects, given about how long each header is.
+    # --- reading ---
 
-        What is missing was looked for again, as `link.Link.confirmed` does.
+    def stat(self, places: Sequence[Place]) -> Iterator[Stat]:
+        """As `Tier.stat`. What is missing was looked for again, as `link.Link.confirmed` does.
+
+        Of a single object with chunks of its own the first chunks are asked for together with the
+        header: `read` receives them.
         """
+        self.close_reading()
+        if len(places) == 1 and places[0].name.chunks:
+            reading = _Reading(self._link, self._keys, places[0])
+            stat = reading.stat()
+            if stat.is_whole:
+                self._reading = reading
+                yield stat
+                return
+            reading.finish()
+        yield from self.measure(
+            [(place.name, 0 if place.name.chunks else place.size) for place in places]
+        )
+
+    def measure(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
+        """The headers, given about how long each is, and the sizes of all chunks. As `stat`."""
         done = 0
         while done < len(wanted):
             for stat in self._stat(wanted[done:]):
@@ -149,35 +214,44 @@ class ValkeyTier:
             header, *sizes = islice(replies, 1 + name.chunks)
             yield Stat(_value(header), [_value(size) or 0 for size in sizes])
 
-    def read(self, name: ObjectName, wanted: Iterable[tuple[int, memoryview]]) -> Iterator[None]:
-        """Receive chunks of an object into memoryviews; yields as each is there, in order.
+    def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
+        """As `Tier.read`. What is missing was looked for again, as `link.Link.confirmed` does."""
+        reading, self._reading = self._reading, None
+        if reading is not None and reading.place != place:
+            reading.finish()
+            reading = None
+        return use(functools.partial(self._receive, place.name, reading))
 
-        Raises:
-            LostObjectError: if a chunk is missing or has another size, as `link.Link.confirmed`
-                finds.
-        """
+    def _receive(
+        self, name: ObjectName, reading: _Reading | None, wanted: _Wanted
+    ) -> Iterator[None]:
         key = self._keys.header(name)
         remaining = iter(wanted)
-        under_way: deque[tuple[int, memoryview]] = deque()
+        asked: deque[tuple[int, memoryview]] = deque()
 
         def requests() -> Iterator[Request]:
             for number, into in remaining:
-                under_way.append((number, into))
+                asked.append((number, into))
                 yield fetch(f"{key}:{number}", into=into)
 
+        if reading is not None:
+            replies = reading.receive(remaining, asked)
+        else:
+            replies = self._link.run(requests())
         while True:
-            for request in self._link.run(requests()):
-                if not _is_filled(request):
-                    break
-                under_way.popleft()
-                yield
-            else:
-                return
-            number, into = under_way.popleft()
+            with contextlib.closing(replies):
+                for request in replies:
+                    number, into = asked.popleft()
+                    if not _is_received(request, into):
+                        break
+                    yield
+                else:
+                    return
             self._read_again(f"{key}:{number}", into)
-            remaining = chain([*under_way], remaining)
-            under_way.clear()
             yield
+            remaining = chain([*asked], remaining)
+            asked.clear()
+            replies = self._link.run(requests())
 
     def _read_again(self, key: str, into: memoryview) -> None:
         """Receive a chunk that was missing. Errors as `read`."""
@@ -186,23 +260,40 @@ class ValkeyTier:
             (request,) = self._link.run([fetch(key, into=into)])
             return request
 
-        request = self._link.confirmed(look, lacks_nothing=_is_filled)
-        if not _is_filled(request):
+        request = self._link.confirmed(look, lacks_nothing=lambda found: _is_received(found, into))
+        if not _is_received(request, into):
             raise LostObjectError("a chunk is missing, or changed its size meanwhile")
 
-    def remove(self, names: Iterable[ObjectName], since: int | None = None) -> None:
+    def close_reading(self) -> None:
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.finish()
+
+    # --- removing ---
+
+    def remove(self, places: Sequence[Place]) -> None:
+        """As `Tier.remove`."""
+        self.remove_objects(place.name for place in places)
+
+    def remove_objects(self, names: Iterable[ObjectName], since: int | None = None) -> None:
         """Remove objects, their values first; what is not there is no error.
 
         Args:
             names: which.
             since: as `link.Link.run`, which raises UnconfirmedError then.
         """
+        self.close_reading()
         for page in pages(names, _NAMES_PER_PAGE):
             breaks = self._link.breaks
             self._drain(self._removals(page), since)
             if self._link.breaks != breaks:
                 # A server that fails over may lose again what it has acknowledged.
                 self._drain(self._removals(page))
+
+    def mark_lost(self, place: Place) -> None:
+        """As `Tier.mark_lost`: the header is removed. The chunks stay until the object is."""
+        self.close_reading()
+        self._link.execute(command("UNLINK", self._keys.header(place.name)))
 
     def remove_half_written(
         self, owner: Owner, is_half_written: Callable[[ObjectName], bool] = lambda name: True
@@ -214,7 +305,7 @@ class ValkeyTier:
 
         Args:
             owner: whose.
-            is_half_written: which of these nobody will settle, for its writer is dead.
+            is_half_written: which of these nobody will settle, because its writer is dead.
 
         Raises:
             UnconfirmedError: connections broke again and again.
@@ -227,7 +318,7 @@ class ValkeyTier:
                 )
                 names = [name for name in names if is_half_written(name)]
                 try:
-                    self.remove(names, since=self._link.generation)
+                    self.remove_objects(names, since=self._link.generation)
                 except UnconfirmedError:
                     if reading == _READINGS - 1:
                         raise
@@ -239,16 +330,9 @@ class ValkeyTier:
         """Remove all stored objects of a node of a session; returns how many that were."""
         count = 0
         for entries in self.ledger.stored(owner):
-            self.remove(entry.name for entry in entries)
+            self.remove_objects(entry.name for entry in entries)
             count += len(entries)
         return count
-
-    def remove_header(self, name: ObjectName) -> None:
-        """Make the object count as lost; its chunks stay until it is removed."""
-        self._link.execute(command("UNLINK", self._keys.header(name)))
-
-    def close(self) -> None:
-        self._link.close()
 
     def _removals(self, names: Sequence[ObjectName]) -> Iterator[Request]:
         keys = (
@@ -258,7 +342,9 @@ class ValkeyTier:
         # while everybody else waits.
         for key in keys:
             yield command("UNLINK", key)
-        yield from _fenced(self.ledger.forget(names))
+        for number, request in enumerate(self.ledger.forget(names)):
+            request.fenced = number == 0
+            yield request
 
     def _drain(self, requests: Iterable[Request], since: int | None = None) -> None:
         for request in self._run_to_failure(requests, since):
@@ -289,20 +375,97 @@ class ValkeyTier:
             yield failed
 
 
-def _fenced(requests: Iterable[Request]) -> Iterator[Request]:
-    """`requests`, the first of which is carried out only after all before it."""
-    for number, request in enumerate(requests):
-        request.fenced = number == 0
-        yield request
+class _Reading:
+    """One object on its way from the server: its header, then its chunks, in one exchange.
+
+    The first chunks are asked for before it is known where they are to be received. That has to be
+    said before their replies are read, which nothing does between `stat` and `receive`.
+    """
+
+    def __init__(self, link: Link, keyspace: Keyspace, place: Place) -> None:
+        self.place = place
+        self._link = link
+        self._key = keyspace.header(place.name)
+        self._chunks = keyspace.chunks(place.name)
+        self._header = fetch(self._key)
+        self._checks: list[Request] = []
+        self._ahead: deque[Request] = deque()
+        self._wanted: Iterator[tuple[int, memoryview]] | None = None
+        self._asked: deque[tuple[int, memoryview]] = deque()
+        self._replies = link.run(self._requests())
+
+    def _requests(self) -> Iterator[Request]:
+        yield self._header
+        self._checks += self._new_checks()
+        yield from self._checks
+        expected = -(-self.place.size // len(self._chunks))
+        for key in self._chunks:
+            if self._wanted is not None:
+                break
+            request = fetch(key, expected=expected)
+            self._ahead.append(request)
+            yield request
+        for number, into in self._wanted or ():
+            self._asked.append((number, into))
+            yield fetch(self._chunks[number], into=into)
+
+    def _new_checks(self) -> Iterator[Request]:
+        """Requests for the sizes of all chunks; those of one server come with one reply."""
+        if self._link.is_single:
+            for page in pages(self._chunks, _KEYS_PER_CHECK):
+                yield command("EVAL", scripts.SIZES, len(page), *page)
+        else:
+            for key in self._chunks:
+                yield command("STRLEN", key)
+
+    def stat(self) -> Stat:
+        header = _value(next(self._replies))
+        sizes: list[int] = []
+        for _ in range(len(self._checks)):
+            found = _value(next(self._replies))
+            sizes += map(int, found.split()) if isinstance(found, bytearray) else [found or 0]
+        return Stat(header, sizes)
+
+    def receive(
+        self, wanted: Iterator[tuple[int, memoryview]], asked: deque[tuple[int, memoryview]]
+    ) -> Generator[Request]:
+        """Receive all chunks in order; `asked` has those whose replies have not been yielded."""
+        self._asked = asked
+        # Fewer may be wanted than were asked for, though nobody wants that.
+        for request, (number, into) in zip(self._ahead, wanted):
+            asked.append((number, into))
+            request.into = into
+        self._wanted = wanted
+        return self._replies
+
+    def finish(self) -> None:
+        """Receive what is under way, and drop it: the connection can be used again."""
+        self._wanted = iter(())
+        with contextlib.suppress(SpillError):
+            for _ in self._replies:
+                pass
+
+    def abort(self) -> None:
+        """Drop what is under way together with its connection."""
+        self._replies.close()
 
 
-def _require_settled(settlements: Iterable[Request], entries: Sequence[Entry]) -> None:
-    if sum(request.result() for request in settlements) != len(entries):
+def _require_settled(
+    settlements: Sequence[Request], entries: Sequence[Entry], budget: Budget
+) -> None:
+    if sum(request.result()[0] for request in settlements) != len(entries):
         raise LostObjectError("the server lost objects that had just been written to it")
+    _, granted, unwritten = settlements[-1].result()
+    budget.settled(granted, unwritten)
 
 
-def _is_filled(request: Request) -> bool:
-    return request.into is not None and _value(request) == len(request.into)
+def _is_received(request: Request, into: memoryview) -> bool:
+    """Whether a chunk is in its place; one whose reply came before its place was known, by now."""
+    reply = _value(request)
+    if isinstance(reply, bytearray) and len(reply) == len(into):
+        copy_into(reply, into)
+        return True
+    return bool(reply == len(into))
 
 
 def _value(request: Request) -> Any:

@@ -1,0 +1,127 @@
+"""One batch of a spill to Valkey, as a transaction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Self
+
+from ray_valkey_spill.errors import (
+    LostObjectError,
+    ServerUnavailableError,
+    SpillError,
+    UnconfirmedError,
+)
+from ray_valkey_spill.format.names import Entry, ObjectName, Owner
+from ray_valkey_spill.store.under_way import UNDER_WAY
+from ray_valkey_spill.tiers.budget import Budget, Payments
+from ray_valkey_spill.tiers.valkey import ValkeyTier
+
+__all__ = ["LATE_ARRIVALS", "Batch"]
+
+# Seconds in which a server carries out what it got over a connection that broke.
+LATE_ARRIVALS = 1.0
+
+
+class Batch:
+    """Objects on their way into Valkey: `with Batch(…) as batch: batch.write(…); batch.commit()`.
+
+    From the end of the block on, `stored` is what is there to stay, a prefix of `names`, and
+    `failure` is what kept the rest from it. SpillErrors end the block and are not raised. Nothing
+    is left of the rest; or, where the server could not be reached, nothing that is under way any
+    more, so that `Node.recover` removes it.
+
+    Args:
+        tier: takes the objects.
+        budget: pays for them.
+        node: of the objects.
+        names: of the attempts, in order.
+        size: bytes of data in all.
+    """
+
+    def __init__(
+        self, tier: ValkeyTier, budget: Budget, node: Owner, names: Sequence[ObjectName], size: int
+    ) -> None:
+        self.stored: list[Entry] = []
+        self.failure: SpillError | None = None
+        self._tier = tier
+        self._budget = budget
+        self._node = node
+        self._names = names
+        self._size = size
+        # What the tier had counted when the batch began: what was written before a connection broke
+        # may be lost, though the server had acknowledged it.
+        self._breaks = tier.breaks
+        self._is_reachable = True
+        self._is_settled = False
+        self._under_way = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._budget.begin(self._size)
+        self._under_way.enter_context(UNDER_WAY.attempts(self._names))
+        return self
+
+    def write(self, values: Payments) -> None:
+        """Register, write and settle objects, as far as there is room and nothing fails."""
+        if not values.begin():
+            # Where there is no room, not even a registration may be written.
+            self.failure, self._names, self._is_settled = values.failure, (), True
+            return
+        try:
+            for entry in self._tier.write(self._node, self._names, values, self._budget):
+                self.stored.append(entry)
+        except ServerUnavailableError:
+            self._is_reachable = False
+            raise
+        except SpillError as error:
+            self.failure = self._as_unconfirmed(error)
+        else:
+            self.failure, self._is_settled = values.failure, True
+
+    def commit(self) -> None:
+        """Remove what is not whole, and make sure that the rest is there to stay."""
+        if rest := self._names[len(self.stored) :]:
+            self._remove(rest)
+        if not self._is_settled:
+            self._tier.settle(self._node, self.stored, self._budget)
+        self._tier.confirm(self._node, self.stored, self._breaks)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        is_undone = error is None
+        try:
+            if error is not None:
+                self.stored = []
+            if isinstance(error, SpillError):
+                self.failure = self.failure or self._as_unconfirmed(error)
+                is_undone = self._is_reachable and self._undo()
+        finally:
+            # In this order: whoever finds that something is stranded finds all of it.
+            self._under_way.close()
+            if not is_undone:
+                self._budget.strand()
+            self._budget.end()
+        return isinstance(error, SpillError)
+
+    def _undo(self) -> bool:
+        """Remove all of it; returns whether nothing is left."""
+        try:
+            self._remove(self._names)
+            self._tier.settle(self._node, [], self._budget)
+        except SpillError:
+            return False
+        return True
+
+    def _remove(self, names: Sequence[ObjectName]) -> None:
+        if self._tier.breaks != self._breaks:
+            # The server may still write what is removed here.
+            time.sleep(LATE_ARRIVALS)
+        self._tier.remove_objects(names)
+
+    def _as_unconfirmed(self, error: SpillError) -> SpillError:
+        """`error`; but what is lost after a failover is put again, and not the node's destruction.
+
+        A primary that has just become one may know of no registration.
+        """
+        is_lost = isinstance(error, LostObjectError) and self._tier.breaks != self._breaks
+        return UnconfirmedError(error.message) if is_lost else error

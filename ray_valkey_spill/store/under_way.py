@@ -1,0 +1,63 @@
+"""What this process is writing, so that whatever else is pending of it can be removed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+from weakref import WeakValueDictionary
+
+from ray_valkey_spill.format.names import ObjectName, Owner
+from ray_valkey_spill.tiers.budget import Budget
+
+__all__ = ["UNDER_WAY", "UnderWay"]
+
+
+class UnderWay:
+    """Attempts to put objects, and the budgets that pay for them. Thread-safe.
+
+    What is pending on the server is removed if its process is dead, or is this one and the attempt
+    is not under way any more. So a failed put that could not clean up has only to end its attempts.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._attempts: set[ObjectName] = set()
+        # By writer. One whose store is gone has ended, and its grant is to be released.
+        self._budgets = WeakValueDictionary[str, Budget]()
+
+    @contextlib.contextmanager
+    def attempts(self, names: Iterable[ObjectName]) -> Iterator[None]:
+        """Have attempts under way."""
+        names = set(names)
+        with self._lock:
+            self._attempts |= names
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._attempts -= names
+
+    def __contains__(self, name: ObjectName) -> bool:
+        """Whether an attempt is under way."""
+        with self._lock:
+            return name in self._attempts
+
+    def add(self, writer: str, budget: Budget) -> None:
+        """Let a writer's budget be known, from before it is granted anything."""
+        with self._lock:
+            self._budgets[writer] = budget
+
+    def has_writer(self, writer: str) -> bool:
+        """Whether a writer of this process may still use what it is granted."""
+        with self._lock:
+            return writer in self._budgets
+
+    def budgets(self, node: Owner) -> list[Budget]:
+        """Those of the writers of a node that are in this process."""
+        with self._lock:
+            return [budget for budget in self._budgets.values() if budget.node == node]
+
+
+# That of this process.
+UNDER_WAY = UnderWay()

@@ -1,0 +1,69 @@
+"""A store together with the background half of its node, as an IO worker that keeps it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.protocol.link import USUAL_SHARING, Sharing
+from ray_valkey_spill.store.node import Node, Room
+from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.store.observer import Observer
+
+__all__ = ["Store"]
+
+
+class Store(ObjectStore):
+    """An `ObjectStore` with the methods of its `Node`, which is the attribute `background`."""
+
+    def __init__(
+        self,
+        config: Config,
+        session: str,
+        node: str,
+        observer: Observer | None = None,
+        sharing: Sharing = USUAL_SHARING,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, session, node, observer, sharing)
+        self.background = Node(config, session, node, observer, sharing, beside=self, **options)
+
+    def close(self) -> None:
+        super().close()
+        self.background.close()
+
+    def close_idle(self) -> None:
+        super().close_idle()
+        self.background.close_idle()
+
+    def renew_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
+        self.background.renew_lease(gcs_address, is_destroyed)
+
+    def keep_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
+        self.background.keep_lease(gcs_address, is_destroyed)
+
+    def probe_overflow(self) -> None:
+        self.background.probe_overflow()
+
+    def join_overflow(self) -> None:
+        self.background.join_overflow()
+
+    def recover(self, is_alive: Callable[[int], bool]) -> int:
+        return self.background.recover(is_alive)
+
+    def sweep_overflow(self, is_alive: Callable[[int], bool] = lambda pid: True) -> int | None:
+        return self.background.sweep_overflow(is_alive)
+
+    def delete_again(self, urls: Iterable[str]) -> None:
+        self.background.delete(urls)
+
+    def room(self) -> Room:
+        return self.background.room()
+
+    def give_back(self) -> None:
+        """Release the grant now."""
+        self.background.give_back(idle=0.0)
+
+    def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
+        return self.background.destroy(is_alive, patience)
