@@ -24,6 +24,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -121,27 +122,7 @@ def encode_header(header: Header, payload: Sequence[Buffer] = ()) -> list[Buffer
 
     It is sealed if the header has a seal; `payload` has to be by then.
     """
-    metadata = {
-        "version": str(FORMAT_VERSION),
-        "object_id": header.object_id,
-        "ray_metadata": header.ray_metadata,
-        "owner_address": header.owner_address,
-        "size": str(header.size),
-        "chunk_size": str(header.chunk_size),
-    }
-    if header.inline:
-        (chunk,) = header.chunks
-        metadata["inline"] = f"{chunk.stored_size} {int(chunk.codec)} {chunk.checksum}"
-        stream = _NO_COLUMNS.with_metadata(metadata).serialize().to_pybytes() + _END_OF_STREAM
-    else:
-        schema = _CHUNKS.with_metadata(metadata)
-        columns = [
-            _column("I", pa.uint32(), [chunk.stored_size for chunk in header.chunks]),
-            _column("B", pa.uint8(), [chunk.codec for chunk in header.chunks]),
-            _column("Q", pa.uint64(), [chunk.checksum for chunk in header.chunks]),
-        ]
-        batch = pa.RecordBatch.from_arrays(columns, schema=schema)
-        stream = b"".join((schema.serialize(), batch.serialize(), _END_OF_STREAM))
+    stream = _encode_stream(header)
     seal = header.seal
     if seal is None:
         trailer = _TRAILER.pack(_MAGIC, FORMAT_VERSION, 0, len(stream), checksum(stream))
@@ -149,12 +130,6 @@ def encode_header(header: Header, payload: Sequence[Buffer] = ()) -> list[Buffer
     size = len(stream) + TAG_SIZE
     trailer = _TRAILER.pack(_MAGIC, FORMAT_VERSION, _SEALED, size, seal.key_id)
     return [seal.seal_header(stream, trailer[:_BOUND]), *payload, trailer]
-
-
-def _column(code: str, kind: pa.DataType, values: list[int]) -> pa.Array:
-    """An array of integers, given its `struct` code: a fifth of the time of `pa.array`."""
-    data = pa.py_buffer(struct.pack(f"<{len(values)}{code}", *values))
-    return pa.Array.from_buffers(kind, len(values), [None, data])
 
 
 def decode_header(
@@ -249,7 +224,180 @@ def largest_header(chunks: int) -> int:
     return _LARGEST_METADATA + chunks * _BYTES_PER_CHUNK
 
 
+# --- the stream ---
+
+
+class _Fields(NamedTuple):
+    """What varies in a stream, as bytes; `inline`, or else the columns, are empty."""
+
+    object_id: bytes
+    ray_metadata: bytes
+    owner_address: bytes
+    size: bytes
+    chunk_size: bytes
+    inline: bytes
+    sizes: bytes
+    codecs: bytes
+    checksums: bytes
+
+    @classmethod
+    def of(cls, header: Header) -> _Fields:
+        inline = sizes = codecs = checksums = b""
+        if header.inline:
+            (chunk,) = header.chunks
+            inline = b"%d %d %d" % chunk
+        else:
+            count = len(header.chunks)
+            columns = zip(*header.chunks) if header.chunks else ((), (), ())
+            kinds = (struct.pack(f"<{count}{c}", *column) for c, column in zip("IBQ", columns))
+            sizes, codecs, checksums = kinds
+        return cls(
+            header.object_id.encode(),
+            header.ray_metadata,
+            header.owner_address,
+            b"%d" % header.size,
+            b"%d" % header.chunk_size,
+            inline,
+            sizes,
+            codecs,
+            checksums,
+        )
+
+    def header(self) -> Header:
+        """Raises ValueError if they cannot be those of one."""
+        if self.inline:
+            size, codec, digest = map(int, self.inline.split())
+            chunks = [Chunk(size, Codec(codec), digest)]
+        else:
+            count = len(self.codecs)
+            columns = (
+                struct.unpack(f"<{count}I", self.sizes),
+                map(Codec, self.codecs) if set(self.codecs) - {0} else repeat(Codec.RAW, count),
+                struct.unpack(f"<{count}Q", self.checksums),
+            )
+            chunks = list(map(Chunk, *columns))
+        return Header(
+            object_id=self.object_id.decode(),
+            ray_metadata=self.ray_metadata,
+            owner_address=self.owner_address,
+            size=int(self.size),
+            chunk_size=int(self.chunk_size),
+            chunks=chunks,
+            inline=bool(self.inline),
+        )
+
+
+class _Template:
+    """A stream without its fields, which only those of certain lengths fit.
+
+    Arrow takes some ten times as long for a stream as it takes to put fields in their places. So
+    Arrow makes two streams of each shape, whose fields have no byte in common: where these differ,
+    there are the fields.
+    """
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        blank = _arrow_stream(_Fields(*(bytes(length) for length in lengths)))
+        marked = _arrow_stream(
+            _Fields(*(bytes([1 + i]) * length for i, length in enumerate(lengths)))
+        )
+        # Between two constants is the field with that number.
+        self._constants: list[bytes] = []
+        self._numbers: list[int] = []
+        self._lengths = lengths
+        start = 0
+        for _ in lengths:
+            position = self._place(blank, marked, start)
+            if position == len(blank):
+                break
+            number = marked[position] - 1
+            self._constants.append(blank[start:position])
+            self._numbers.append(number)
+            start = position + lengths[number]
+        self._constants.append(blank[start:])
+        self.size = len(blank)
+
+    @staticmethod
+    def _place(blank: bytes, marked: bytes, start: int) -> int:
+        return next((i for i in range(start, len(blank)) if blank[i] != marked[i]), len(blank))
+
+    def stream(self, fields: _Fields) -> bytes:
+        parts: list[bytes] = []
+        for constant, number in zip(self._constants, self._numbers):
+            parts += (constant, fields[number])
+        parts.append(self._constants[-1])
+        return b"".join(parts)
+
+    def fields(self, stream: bytes) -> _Fields | None:
+        """The fields of a stream; None if it has another shape."""
+        found = [b""] * len(self._lengths)
+        start = 0
+        for constant, number in zip(self._constants, self._numbers):
+            start += len(constant)
+            found[number] = stream[start : start + self._lengths[number]]
+            start += self._lengths[number]
+        fields = _Fields(*found)
+        return fields if self.stream(fields) == stream else None
+
+
+# Of shapes that were seen, by the lengths of the fields, and by that of the stream.
+_MOST_TEMPLATES = 512
+_by_lengths: dict[tuple[int, ...], _Template] = {}
+_by_size: dict[int, list[_Template]] = {}
+
+
+def _template(fields: _Fields) -> _Template:
+    lengths = tuple(map(len, fields))
+    template = _by_lengths.get(lengths)
+    if template is None:
+        template = _Template(lengths)
+        if len(_by_lengths) >= _MOST_TEMPLATES:
+            _by_lengths.clear()
+            _by_size.clear()
+        _by_lengths[lengths] = template
+        _by_size.setdefault(template.size, []).append(template)
+    return template
+
+
+def _encode_stream(header: Header) -> bytes:
+    fields = _Fields.of(header)
+    return _template(fields).stream(fields)
+
+
+def _arrow_stream(fields: _Fields) -> bytes:
+    metadata = {
+        "version": str(FORMAT_VERSION),
+        "object_id": fields.object_id,
+        "ray_metadata": fields.ray_metadata,
+        "owner_address": fields.owner_address,
+        "size": fields.size,
+        "chunk_size": fields.chunk_size,
+    }
+    if fields.inline:
+        metadata["inline"] = fields.inline
+        return bytes(_NO_COLUMNS.with_metadata(metadata).serialize()) + _END_OF_STREAM
+    schema = _CHUNKS.with_metadata(metadata)
+    count = len(fields.codecs)
+    columns = [
+        pa.Array.from_buffers(kind.type, count, [None, pa.py_buffer(data)])
+        for kind, data in zip(_CHUNKS, (fields.sizes, fields.codecs, fields.checksums))
+    ]
+    batch = pa.RecordBatch.from_arrays(columns, schema=schema)
+    return b"".join((schema.serialize(), batch.serialize(), _END_OF_STREAM))
+
+
 def _parse_stream(stream: memoryview) -> Header:
+    data = bytes(stream)
+    for template in _by_size.get(len(data), ()):
+        fields = template.fields(data)
+        if fields is not None:
+            return fields.header()
+    header = _parse_by_arrow(stream)
+    # The next one of the same shape is parsed faster.
+    _template(_Fields.of(header))
+    return header
+
+
+def _parse_by_arrow(stream: memoryview) -> Header:
     schema = pa.ipc.read_schema(pa.ipc.read_message(stream))
     metadata = schema.metadata or {}
     version = int(metadata[b"version"])
@@ -284,10 +432,12 @@ def _check_consistency(header: Header, payload_size: int) -> None:
         raise LostObjectError(f"its header has {len(header.chunks)} rows for {wanted} chunks")
     if payload_size != (header.stored_size if header.inline else 0):
         raise LostObjectError(f"its header has {payload_size} bytes beside it")
-    for index, chunk in enumerate(header.chunks):
-        span = slice(0, header.size) if header.inline else header.span(index)
-        size = span.stop - span.start + (0 if header.seal is None else TAG_SIZE)
-        if chunk.stored_size > size or (chunk.codec is Codec.RAW and chunk.stored_size != size):
+    more = 0 if header.seal is None else TAG_SIZE
+    full = header.chunk_size + more
+    last = header.size - (wanted - 1) * header.chunk_size + more if wanted else 0
+    for index, (stored, codec, _) in enumerate(header.chunks):
+        size = full if index < wanted - 1 else last
+        if stored > size or (codec is Codec.RAW and stored != size):
             raise LostObjectError(f"its header gives chunk {index} a wrong size")
 
 

@@ -23,6 +23,7 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from ray_valkey_spill.config import Config
@@ -121,7 +122,7 @@ class Place(NamedTuple):
     key_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Keyspace:
     """The keys below `root`, which is `<key_prefix><namespace>:`."""
 
@@ -131,23 +132,23 @@ class Keyspace:
     def of(cls, config: Config) -> Keyspace:
         return cls(f"{config.key_prefix}{config.namespace}:")
 
-    @property
+    @cached_property
     def index(self) -> str:
         return self._metadata("index")
 
-    @property
+    @cached_property
     def pending(self) -> str:
         return self._metadata("pending")
 
-    @property
+    @cached_property
     def usage(self) -> str:
         return self._metadata("usage")
 
-    @property
+    @cached_property
     def totals(self) -> str:
         return self._metadata("totals")
 
-    @property
+    @cached_property
     def writers(self) -> str:
         return self._metadata("writers")
 
@@ -156,11 +157,11 @@ class Keyspace:
         """What version 0.1 had for `writers`."""
         return self._metadata("grants")
 
-    @property
+    @cached_property
     def leases(self) -> str:
         return self._metadata("leases")
 
-    @property
+    @cached_property
     def overflows(self) -> str:
         return self._metadata("overflows")
 

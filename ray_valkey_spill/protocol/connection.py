@@ -26,21 +26,25 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.protocol import tls
 from ray_valkey_spill.protocol.addresses import DIALER
 from ray_valkey_spill.protocol.dial import dial, does_not_answer, not_valkey
+from ray_valkey_spill.protocol.pacing import Pacer
 from ray_valkey_spill.protocol.resp import ReplyReader, Request, command
 from ray_valkey_spill.protocol.roles import HELLO, QUESTIONS, Question, Role, hello_fields
 from ray_valkey_spill.units import KIB, MIB, Buffer
 
 __all__ = ["Connection"]
 
-# Bytes under way before replies are waited for: enough to fill the wire until a reply comes, and
-# within that no more than two chunks, because what is between two processes of a machine should fit
-# their cores' caches, and because whoever else uses the server waits for it. What is asked for and
-# not yet read lies in the server's memory, and counts for its maxmemory, so this also bounds what
-# one IO worker costs the server.
+# Bytes under way before replies are waited for: at least two chunks, within bounds, and at first as
+# much as fills the fastest wire for a round trip; `pacing` finds how much is needed. What is asked
+# for and not yet read lies in the server's memory, and counts for its maxmemory, so the upper bound
+# is also that of what one IO worker costs the server.
 _CHUNKS_UNDER_WAY = 2
 _SMALLEST_WINDOW, _SMALL_WINDOW = 256 * KIB, 1 * MIB
 _LARGEST_WINDOW = 8 * MIB
 _FASTEST_WIRE = 4e9  # bytes per second
+# What is smaller does not show which way the data are going.
+_DATA = 4 * KIB
+# Seconds after which the round trip is looked at again.
+_BETWEEN_LOOKS = 1.0
 # Requests are gathered into one system call up to this many bytes, less than a chunk of the default
 # size, and this many buffers, which is below Linux's IOV_MAX.
 _BATCH = 448 * KIB
@@ -90,7 +94,7 @@ class Connection:
         self.waiting: deque[Request] = deque()
         self.used = self.turn_began = time.monotonic()
         self._unsent: list[Request] = []
-        self._unsent_weight = self.weight = 0
+        self._unsent_length = self.weight = 0
         timeout = (
             _SENTINEL_TIMEOUT if sentinel else min(_STALL_TIMEOUT, max(_SHORTEST_TIMEOUT, patience))
         )
@@ -101,8 +105,11 @@ class Connection:
             self._stream = tls.TlsSocket(self._sock)
         else:
             _have_kernel_time_out(self._sock, timeout)
-        self._window = _window(self._sock, config.chunk_size)
-        self._batch = min(_BATCH, self._window // 2)
+        self._least_window = min(
+            max(_SMALLEST_WINDOW, _CHUNKS_UNDER_WAY * config.chunk_size), _SMALL_WINDOW
+        )
+        self._round_trip = -1.0
+        self._look_at_round_trip()
         self._replies = ReplyReader(self._stream)
         self._question: Question | None = None
         try:
@@ -156,10 +163,12 @@ class Connection:
 
         With `depth`, that may be so many times as much as keeps the wire busy.
         """
-        if self._unsent or len(self.waiting) < _CHUNKS_UNDER_WAY:
+        requests = len(self.waiting)
+        is_batch_open = self._unsent_length > 0 and self._pacer is self._sending
+        if is_batch_open or requests < _CHUNKS_UNDER_WAY:
             return True
-        weight, requests = self.weight + self._batch, len(self.waiting)
-        return weight <= depth * self._window and requests <= _MAX_REQUESTS // 2
+        weight = self.weight + self._batch
+        return weight <= depth * self._pacer.limit and requests <= _MAX_REQUESTS // 2
 
     def add(self, request: Request) -> None:
         """Take `request`, which is sent now, or together with those that follow.
@@ -171,16 +180,20 @@ class Connection:
         self.waiting.append(request)
         self._unsent.append(request)
         self.weight += request.weight
-        self._unsent_weight += request.weight
-        if self._unsent_weight >= self._batch or len(self._unsent) >= _MAX_REQUESTS // 2:
+        self._unsent_length += request.length
+        if request.weight >= _DATA:
+            self._pacer = self._receiving if request.is_received else self._sending
+        if self._unsent_length >= self._batch or len(self._unsent) >= _MAX_REQUESTS // 2:
             self.flush()
 
     def flush(self) -> None:
         """Send all that was taken. Errors as `add`."""
         if self._unsent:
             parts = [part for request in self._unsent for part in request.parts]
-            self._unsent, self._unsent_weight = [], 0
+            self._unsent, self._unsent_length = [], 0
             self.used = time.monotonic()
+            if self.used - self._looked_at > _BETWEEN_LOOKS:
+                self._look_at_round_trip()
             try:
                 self._send(parts)
             except TimeoutError:
@@ -234,8 +247,33 @@ class Connection:
             self.close()
             raise
         self.waiting.popleft()
+        self._pace(request)
         self.weight -= request.weight
         return request
+
+    def _pace(self, request: Request) -> None:
+        """Note that a request is done; before its weight is taken off."""
+        if self.weight + self._batch > self._pacer.limit:
+            self._pacer.deliver(request.weight, time.monotonic())
+        else:
+            self._pacer.interrupt()
+
+    @property
+    def _batch(self) -> int:
+        """Bytes that are gathered before they are sent."""
+        return min(_BATCH, self._pacer.limit // 2)
+
+    def _look_at_round_trip(self) -> None:
+        """Begin anew to look for the limits if the peer is much nearer or farther than before."""
+        self._looked_at = time.monotonic()
+        found = _round_trip(self._sock)
+        if self._round_trip / 2 <= found <= self._round_trip * 2:
+            return
+        self._round_trip = found
+        start = int(found * _FASTEST_WIRE)
+        self._sending = Pacer(self._least_window, _LARGEST_WINDOW, start)
+        self._receiving = Pacer(self._least_window, _LARGEST_WINDOW, start)
+        self._pacer = self._sending
 
     def close(self) -> None:
         """What has not left this machine yet is dropped too (by SO_LINGER), or it could be carried
@@ -282,12 +320,10 @@ def _have_kernel_time_out(sock: Any, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, interval)
 
 
-def _window(sock: Any, chunk_size: int) -> int:
-    """Bytes under way that keep the fastest wire busy for a round trip to `sock`'s peer."""
-    least = min(max(_SMALLEST_WINDOW, _CHUNKS_UNDER_WAY * chunk_size), _SMALL_WINDOW)
+def _round_trip(sock: Any) -> float:
+    """Seconds that a byte takes to `sock`'s peer and back; 0 if it is no TCP socket."""
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_MIN_RTT.stop)
-    except OSError:  # no TCP
-        return least
-    round_trip = int.from_bytes(info[_TCP_MIN_RTT], sys.byteorder) / 1e6
-    return int(min(max(least, round_trip * _FASTEST_WIRE), _LARGEST_WINDOW))
+    except OSError:
+        return 0.0
+    return int.from_bytes(info[_TCP_MIN_RTT], sys.byteorder) / 1e6

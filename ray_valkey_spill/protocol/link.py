@@ -88,10 +88,6 @@ class _Patience:
         self._failing_since: float | None = None
         self._backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
 
-    def renew(self) -> None:
-        self._failing_since = None
-        self._backoff.renew()
-
     def wait(self, failure: Exception) -> None:
         """Sleep before the next attempt; the first one after a success comes at once.
 
@@ -590,7 +586,7 @@ class Link:
         in_flight: deque[Request] = deque()
         held: Request | None = None
         exhausted = failed = False
-        patience = self._new_patience()
+        patience: _Patience | None = None
         try:
             while True:
                 if held is None and not exhausted:
@@ -613,6 +609,7 @@ class Link:
                 except (OSError, TransientError) as failure:
                     self._broke(failure)
                     self._require_generation(since)
+                    patience = patience or self._new_patience()
                     patience.wait(failure)
                     continue
                 except ServerRefusedError as refusal:
@@ -621,10 +618,10 @@ class Link:
                     if isinstance(refusal, ProtocolError) or not may_change:
                         raise
                     self._broke(refusal)
+                    patience = patience or self._new_patience()
                     patience.wait(refusal)
                     continue
-                patience.renew()
-                self._has_served = True
+                patience, self._has_served = None, True
                 request = in_flight.popleft()
                 failed = failed or request.error is not None
                 yield request

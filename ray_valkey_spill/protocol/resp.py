@@ -17,7 +17,16 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.units import Buffer
 
-__all__ = ["ReplyReader", "Request", "command", "fetch", "not_now", "reply_error", "store"]
+__all__ = [
+    "Prepared",
+    "ReplyReader",
+    "Request",
+    "command",
+    "fetch",
+    "not_now",
+    "reply_error",
+    "store",
+]
 
 # What of a value comes together with its first line has to be copied: no more than this.
 _READ_SIZE = 8 << 10
@@ -86,12 +95,13 @@ class Request:
         reply: as the server sent it: bytes for a status, bytearray for a value, int, list or None.
             The length of `into`, if that was filled.
         error: the server's error instead of a reply.
+        length: bytes of the command.
         weight: bytes that it has under way: its own and `expected` ones of the reply.
     """
 
     __slots__ = (
         *("connection", "done", "error", "fenced", "guarded", "into", "key", "parts", "redirects"),
-        *("reply", "target", "weight"),
+        *("length", "reply", "target", "weight"),
     )
 
     def __init__(
@@ -111,7 +121,13 @@ class Request:
         self.into = into
         self.reply: Any = None
         self.error: ServerError | None = None
-        self.weight = sum(map(len, parts)) + (expected if into is None else len(into))
+        self.length = sum(map(len, parts))
+        self.weight = self.length + (expected if into is None else len(into))
+
+    @property
+    def is_received(self) -> bool:
+        """Whether most of its bytes are those of the reply."""
+        return self.weight > 2 * self.length
 
     def result(self) -> Any:
         """The reply. Raises the server's error, translated."""
@@ -120,14 +136,35 @@ class Request:
         return self.reply
 
 
+class Prepared:
+    """A command whose first arguments stay the same: they are encoded once.
+
+    For EVAL all keys must be in one slot, and there must be some.
+    """
+
+    __slots__ = ("_count", "_encoded", "_key")
+
+    def __init__(self, name: str, *args: str | bytes | int) -> None:
+        encoded = [name.encode(), *(a if isinstance(a, bytes) else str(a).encode() for a in args)]
+        place = 3 if name == "EVAL" else 1
+        self._key = None if name in _KEYLESS or place >= len(encoded) else encoded[place]
+        self._count = len(encoded)
+        self._encoded = _bulks(encoded)
+
+    def request(self, *args: str | bytes | int) -> Request:
+        """The command with further arguments."""
+        rest = _bulks([a if isinstance(a, bytes) else str(a).encode() for a in args])
+        head = b"*%d\r\n" % (self._count + len(args))
+        return Request([b"".join((head, self._encoded, rest))], self._key)
+
+
+def _bulks(encoded: Sequence[bytes]) -> bytes:
+    return b"".join([b"$%d\r\n%b\r\n" % (len(a), a) for a in encoded])
+
+
 def command(name: str, *args: str | bytes | int) -> Request:
-    """A small command; for EVAL all keys must be in one slot, and there must be some."""
-    encoded = [name.encode(), *(a if isinstance(a, bytes) else str(a).encode() for a in args)]
-    pieces = [b"*%d\r\n" % len(encoded)]
-    pieces += [b"$%d\r\n%b\r\n" % (len(a), a) for a in encoded]
-    place = 3 if name == "EVAL" else 1
-    key = None if name in _KEYLESS or place >= len(encoded) else encoded[place]
-    return Request([b"".join(pieces)], key)
+    """A small command, as `Prepared`."""
+    return Prepared(name, *args).request()
 
 
 def store(key: str, value: Sequence[Buffer]) -> Request:

@@ -34,7 +34,7 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
 from ray_valkey_spill.protocol.link import USUAL_SHARING, Link, Sharing
-from ray_valkey_spill.protocol.resp import Request, command
+from ray_valkey_spill.protocol.resp import Prepared, Request, command
 from ray_valkey_spill.tiers import scripts
 
 __all__ = [
@@ -183,6 +183,16 @@ class Ledger:
     def __init__(self, link: Link, keyspace: Keyspace) -> None:
         self._link = link
         self._keys = keyspace
+        keys = keyspace
+        self._accounts = [keys.pending, keys.index, keys.usage, keys.writers, keys.totals]
+        # Those that are sent with each spill or deletion; scripts are long.
+        self._settle = self._script(scripts.SETTLE)
+        self._forget = self._script(scripts.FORGET)
+        self._reserve = self._script(scripts.RESERVE)
+
+    def _script(self, script: str) -> Prepared:
+        """A script that accounts for something."""
+        return Prepared("EVAL", script, len(self._accounts), *self._accounts)
 
     # --- requests ---
 
@@ -218,7 +228,7 @@ class Ledger:
             if kept is not None and is_last:
                 terms = (kept.writer, kept.most, kept.limit, _limit(kept.budget))
             fields = [a for e in page for a in (str(e.name), f".{e.size}.{e.stored}")]
-            yield self._eval(scripts.SETTLE, self._accounts, str(node), *terms, root, *fields)
+            yield self._settle.request(str(node), *terms, root, *fields)
 
     @staticmethod
     def can_verify(name: ObjectName) -> bool:
@@ -228,12 +238,7 @@ class Ledger:
     def forget(self, names: Iterable[ObjectName]) -> Iterator[Request]:
         """Take objects out of the metadata; what is not in it is no error."""
         for page in pages(names, _NAMES_PER_SCRIPT):
-            yield self._eval(scripts.FORGET, self._accounts, *map(str, page))
-
-    @property
-    def _accounts(self) -> list[str]:
-        keys = self._keys
-        return [keys.pending, keys.index, keys.usage, keys.writers, keys.totals]
+            yield self._forget.request(*map(str, page))
 
     def _eval(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Request:
         return command("EVAL", script, len(keys), *keys, *args)
@@ -378,9 +383,7 @@ class Ledger:
             room: what the server has room for beside what is on it, in bytes; None for no bound.
         """
         limits = _limit(budget), _limit(room)
-        return self._eval(
-            scripts.RESERVE, self._accounts, str(node), writer, *grant, least, most, *limits
-        )
+        return self._reserve.request(str(node), writer, *grant, least, most, *limits)
 
     def release(self, node: Owner, writers: Iterable[str]) -> None:
         """Release the grants of writers of a node."""

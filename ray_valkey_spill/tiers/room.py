@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from ray_valkey_spill.protocol.server_info import MemoryInfo
@@ -76,7 +77,7 @@ class Stored(Protocol):
     def stored(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Limits:
     """What limits the writers of a namespace. Sizes are in bytes.
 
@@ -88,7 +89,7 @@ class Limits:
     max_bytes: int | None
     memories: Sequence[MemoryInfo] = ()
 
-    @property
+    @cached_property
     def bounded(self) -> list[MemoryInfo]:
         """Of the servers that can be full for us.
 
@@ -100,12 +101,12 @@ class Limits:
             if each.maxmemory > 0 and not (each.evicts_all and self.max_bytes is not None)
         ]
 
-    @property
+    @cached_property
     def exist(self) -> bool:
         """Whether anything limits the writers, as far as is known."""
         return self.max_bytes is not None or bool(self.bounded)
 
-    @property
+    @cached_property
     def kept_by_all(self) -> int:
         """How much all writers together may be granted, for one to keep some."""
         limits = [] if self.max_bytes is None else [self.max_bytes * _KEPT_SHARE]
@@ -114,20 +115,20 @@ class Limits:
         ]
         return int(min(limits, default=0))
 
-    @property
+    @cached_property
     def kept_by_one(self) -> int:
         """How much one writer may keep of that."""
         share = int(self.kept_by_all * _KEPT_BY_ONE_SHARE)
         return min(max(_LEAST_KEPT, share), _MOST_KEPT, self.kept_by_all)
 
-    @property
+    @cached_property
     def at_once(self) -> int:
         """How much a writer may be granted at once, if no object needs more."""
         limits = [] if self.max_bytes is None else [self.max_bytes]
         limits += [self._times(each.maxmemory) for each in self.bounded]
         return max(_LEAST_AT_ONCE, int(min(limits, default=0) * _SHARE_AT_ONCE))
 
-    @property
+    @cached_property
     def between_looks(self) -> float:
         """How much is written until the room has to be looked at again."""
         least = min((self._times(margin(each.maxmemory)) for each in self.bounded), default=0)
