@@ -108,7 +108,7 @@ class Connection:
         self._least_window = min(
             max(_SMALLEST_WINDOW, _CHUNKS_UNDER_WAY * config.chunk_size), _SMALL_WINDOW
         )
-        self._round_trip = -1.0
+        self._start = 0
         self._look_at_round_trip()
         self._replies = ReplyReader(self._stream)
         self._question: Question | None = None
@@ -266,11 +266,10 @@ class Connection:
     def _look_at_round_trip(self) -> None:
         """Begin anew to look for the limits if the peer is much nearer or farther than before."""
         self._looked_at = time.monotonic()
-        found = _round_trip(self._sock)
-        if self._round_trip / 2 <= found <= self._round_trip * 2:
+        start = max(int(_round_trip(self._sock) * _FASTEST_WIRE), self._least_window)
+        if self._start / 2 < start < self._start * 2:
             return
-        self._round_trip = found
-        start = int(found * _FASTEST_WIRE)
+        self._start = start
         self._sending = Pacer(self._least_window, _LARGEST_WINDOW, start)
         self._receiving = Pacer(self._least_window, _LARGEST_WINDOW, start)
         self._pacer = self._sending
