@@ -56,26 +56,26 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 class Contender:
-    """Spills, restores and deletes objects of one node, whose data cannot be compressed."""
+    """Spills, restores and deletes objects of node 0, whose data cannot be compressed."""
 
     def __init__(self) -> None:
         self._store: ObjectStore | None = None
         self._data = memoryview(b"")
         self._target = memoryview(b"")
         self._sources: list[SourceObject] = []
-        self._urls: list[str] = []
+        self._spilled: list[list[str]] = []
 
     def imported_from(self) -> str:
         return str(ray_valkey_spill.__file__)
 
-    def open(self, params: dict[str, Any], size: int, count: int, session: str, node: str) -> None:
+    def open(self, params: dict[str, Any], size: int, count: int) -> None:
         """Begin anew with a store that has no connection yet, and `count` objects of `size`."""
         self.close()
         if len(self._data) < size:
             self._data = memoryview(random.Random(0).randbytes(size))
             self._target = memoryview(bytearray(size))
         self._sources = [_source(self._data[:size], number) for number in range(count)]
-        self._store = ObjectStore(Config.load(params, {}), session, node)
+        self._store = ObjectStore(Config.load(params, {}), SESSION, _node(0))
 
     def close(self) -> None:
         if self._store is not None:
@@ -84,19 +84,15 @@ class Contender:
 
     def spill(self) -> float:
         """Seconds that putting all objects in one batch takes."""
-
-        def run() -> None:
-            self._urls = _put(self._store, self._sources)
-
-        return _seconds(run)
+        return _seconds(lambda: self._spilled.append(_put(self._store, self._sources)))
 
     def restore(self) -> float:
-        """Seconds that the first object takes."""
+        """Seconds that finding and filling the first object of the latest batch takes."""
         source = self._sources[0]
         target = self._target[: len(source.data)]
 
         def run() -> None:
-            self._store.fill(self._store.find(self._urls[0], source.object_id), target)
+            self._store.fill(self._store.find(self._spilled[-1][0], source.object_id), target)
 
         seconds = _seconds(run)
         assert target == source.data
@@ -104,8 +100,12 @@ class Contender:
         return seconds
 
     def delete(self) -> float:
-        """Seconds that deleting all objects in one batch takes."""
-        return _seconds(lambda: self._store.delete(self._urls))
+        """Seconds that deleting the latest batch takes."""
+        return _seconds(lambda: self._store.delete(self._spilled.pop()))
+
+    def repeat(self, operation: str, times: int) -> None:
+        for _ in range(times):
+            getattr(self, operation)()
 
 
 class FleetContender(Contender):
@@ -145,8 +145,8 @@ class FleetContender(Contender):
 
     # --- one node ---
 
-    def open_node(self, params: dict[str, Any], session: str, node: str) -> int:
-        """Begin a node's IO workers, each of which spills, restores and deletes once.
+    def open_node(self, params: dict[str, Any]) -> int:
+        """Begin node 0's IO workers, each of which spills, restores and deletes once.
 
         Returns:
             How many processes of the node do its background work.
@@ -154,8 +154,8 @@ class FleetContender(Contender):
         config = Config.load(params, {})
         data = memoryview(random.Random(1).randbytes(900 * 1024))
         target = memoryview(bytearray(len(data)))
-        self._workers = [ObjectStore(config, session, node) for _ in range(IO_WORKERS)]
-        self._background = [Node(config, session, node)] if HAS_NODE else self._workers
+        self._workers = [ObjectStore(config, SESSION, _node(0)) for _ in range(IO_WORKERS)]
+        self._background = [_background_of(config, _node(0))] if HAS_NODE else self._workers
         for number, store in enumerate(self._workers):
             urls = _put(store, [_source(data, number)])
             store.fill(store.find(urls[0], f"{number:056x}"), target)
@@ -182,12 +182,14 @@ class FleetContender(Contender):
 
     # --- a head ---
 
+    def import_ray(self) -> None:
+        ray_valkey_spill.ValkeyStorage  # noqa: B018 (imported when asked for)
+
     def head_start(self, params: dict[str, Any]) -> float:
         """Seconds that Ray's validation takes at a head start, without the imports."""
-        from ray_valkey_spill import ValkeyStorage
-
-        # Of a session that is there: for those of others it would start a clean-up.
-        return _seconds(lambda: ValkeyStorage("f" * 56, SESSION, **params))
+        # Of the session that is there: for those of others it would start a clean-up.
+        storage = ray_valkey_spill.ValkeyStorage
+        return _seconds(lambda: storage("f" * 56, SESSION, **params))
 
 
 def _node(number: int) -> str:

@@ -4,8 +4,7 @@ A delay line is a process of its own. `proxy` forwards TCP connections. `link` j
 namespaces by IP packets, so that both ends' TCP sees the distance, with a rate limit on top; that
 needs root, Linux's namespaces, tun devices and `tc tbf`.
 
-Each direction has a thread that receives, and one that sends what has waited for long enough: the
-delay limits how old bytes are, and not how many are on their way.
+The delay says how old bytes are when they arrive, and does not limit how many are on their way.
 """
 
 from __future__ import annotations
@@ -14,15 +13,17 @@ import contextlib
 import fcntl
 import os
 import queue
+import select
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks.common import KIB
 from benchmarks.serving import Process, serve
@@ -87,8 +88,12 @@ class _DelayLine:
     def join(self, delay: float) -> list[str]:
         """Forward packets between two new devices; returns their names. They end with this."""
         devices = [_tun(), _tun()]
+        self._until_closed, until_closed = os.pipe()[::-1]
         for (_, source), (_, target) in (devices, devices[::-1]):
-            _carry(_reader(source), _writer(target), delay)
+            # A process each: threads of one would wait for each other at this rate.
+            if not os.fork():
+                os.close(self._until_closed)
+                _forward(source, target, delay, until_closed)
         return [name for name, _ in devices]
 
 
@@ -100,23 +105,30 @@ def _sender(sock: socket.socket) -> Callable[[bytes], object]:
     return lambda piece: sock.sendall(piece) if piece else sock.shutdown(socket.SHUT_WR)
 
 
-def _reader(device: int) -> Callable[[], bytes]:
-    def read() -> bytes:
-        while True:
-            # A device that is not up yet has nothing to read.
-            with contextlib.suppress(OSError):
-                return os.read(device, _LARGEST_PACKET)
-            time.sleep(0.01)
-
-    return read
-
-
-def _writer(device: int) -> Callable[[bytes], object]:
-    return lambda packet: os.write(device, packet)
+def _forward(source: int, target: int, delay: float, until_closed: int) -> NoReturn:
+    """Forward packets as long as the other end of the pipe `until_closed` is open."""
+    under_way: deque[tuple[float, bytes]] = deque()
+    while True:
+        left = under_way[0][0] - time.monotonic() if under_way else None
+        if left is None or left > 0:
+            ready, _, _ = select.select([source, until_closed], [], [], left)
+            if until_closed in ready:
+                os._exit(0)
+            if ready:
+                try:
+                    packet = os.read(source, _LARGEST_PACKET)
+                except OSError:
+                    time.sleep(0.01)  # the device is not up yet
+                else:
+                    under_way.append((time.monotonic() + delay, packet))
+                continue
+        # What cannot be delivered is lost, as on any wire.
+        with contextlib.suppress(OSError):
+            os.write(target, under_way.popleft()[1])
 
 
 def _tun() -> tuple[str, int]:
-    device = os.open("/dev/net/tun", os.O_RDWR)
+    device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     request = struct.pack("16sH22x", b"rvs%d", _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR)
     name = fcntl.ioctl(device, _TUNSETIFF, request)[:16].rstrip(b"\0").decode()
     fcntl.ioctl(device, _TUNSETOFFLOAD, _TUN_F_CSUM | _TUN_F_TSO4)

@@ -169,8 +169,6 @@ def _operations(
             params={**params, "namespace": name},
             size=batch.size,
             count=batch.count,
-            session="benchmark",
-            node="node",
         )
         first[name] = once(process)
     steady = in_turn(
@@ -268,7 +266,7 @@ def _throughput(
         url = f"valkey://{host}:{port}/0"
         for name, process in processes.items():
             params = {"url": url, "namespace": name}
-            process.ask("open", params=params, size=SIZE, count=1, session="s", node="n")
+            process.ask("open", params=params, size=SIZE, count=1)
         found: dict[str, Any] = {"rate": rate, "round_trip": round_trip}
         for case, idle in (("steady", 0.0), ("after a second's pause", _IDLE)):
             note(f"throughput: {rate / 1e9:g} Gbit/s, {round_trip * 1e3:g} ms, {case}")
