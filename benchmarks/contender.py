@@ -204,18 +204,18 @@ def _background_of(config: Config, node: str) -> Any:
 def _be_killed_while_spilling(config: Config, node: str) -> None:
     """Let a process begin to spill two objects, and be killed as it reads the second.
 
-    That one's memory is mapped from a file that has become shorter.
+    That one's memory is mapped from a file that has become shorter. The first is longer than what
+    is packed ahead of the network, and takes little room.
     """
     process = os.fork()
     if not process:
         try:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            size = 300 * 1024  # not inline
             with tempfile.TemporaryFile() as file:
-                file.truncate(size)
-                gone = mmap.mmap(file.fileno(), size)
+                file.truncate(mmap.PAGESIZE)
+                gone = mmap.mmap(file.fileno(), mmap.PAGESIZE)
                 file.truncate(0)
-                data = memoryview(bytes(size))
+                data = memoryview(bytes(16 << 20))
                 sources = [_source(data, 0), _source(memoryview(gone), 1)]
                 ObjectStore(config, SESSION, node).put(sources)
         finally:

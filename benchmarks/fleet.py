@@ -36,7 +36,8 @@ OBJECTS_PER_NODE = 8
 PAPER = 10_000
 CORE, NETWORK, CLIENTS, HELD = 1.0, 10e9 / 8, 10_000, 0.001
 
-_MAXMEMORY = 8 << 30
+# More than there is: what all nodes together may have under way has to be within it.
+_MAXMEMORY = 64 << 30
 _GC_PATIENCE = 100.0  # seconds, more than a lease lasts
 _SIZES = {"4 KiB": 4 * KIB, "900 KiB": 900 * KIB}
 _OPERATIONS = ("spill", "restore", "delete")
