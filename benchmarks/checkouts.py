@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,8 +91,9 @@ def side_by_side(values: Mapping[str, float | None], digits: int = 1) -> list[st
 
 def heads(names: Sequence[str], what: str = "") -> list[str]:
     """The heads of the columns of `side_by_side`."""
-    columns = [f"{what} {name}".strip() for name in names]
-    return [*columns, "new / old"] if OLD in names else columns
+    if OLD not in names:
+        return [what]
+    return [*(f"{what} {name}".strip() for name in names), "new / old"]
 
 
 def main(
@@ -110,6 +112,8 @@ def main(
         help="another checkout of this repository, which is measured too, as the old one",
     )
     options = parser.parse_args()
+    # What was started is stopped then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     compared = checkouts(options.against and options.against.resolve())
     with results_only() as output:
         results = {"machine": machine(), **measure(options.quick, compared)}

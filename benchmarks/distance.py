@@ -69,7 +69,7 @@ _LARGE = [Batch(25 * MIB), Batch(64 * MIB)]
 _BATCHES = {
     "no limit": [*_SMALL[:2], _MANY[1], _LARGE[0]],
     "max_bytes": [*_SMALL[:2], _MANY[1], _LARGE[0]],
-    "maxmemory": [*_SMALL, *_MANY, *_LARGE, Batch(25 * MIB, 4)],
+    "maxmemory": [*_SMALL, *_MANY, *_LARGE, Batch(25 * MIB, 2)],
     "maxmemory, sealed": [*_SMALL[:2], _LARGE[0]],
     "cluster of 3, maxmemory": [*_SMALL[:2], _MANY[1], _LARGE[0]],
 }
@@ -115,7 +115,7 @@ def round_trips(compared: Sequence[Checkout], quick: bool) -> dict[str, Any]:
                 found[kind] = {"round_trip": round_trip, "batches": {}}
                 for batch in batches[kind]:
                     note(f"round trips: {kind}, {batch}")
-                    rounds = 2 if quick or batch.size * batch.count > 32 * MIB else 5
+                    rounds = 2 if quick or batch.size * batch.count > 16 * MIB else 5
                     found[kind]["batches"][str(batch)] = _operations(
                         processes, {"url": url, **params}, batch, round_trip, rounds
                     )
@@ -186,7 +186,8 @@ CHUNK = 512 * KIB - 128  # the store's
 _WINDOWS = (2, 4, 8, 16)  # chunks under way of the raw loop: 1 MiB to the most that the store has
 _RATES = (10e9, 5e9, 2.5e9, 1e9)
 _WANTED, _ROUND_TRIP = _RATES[0], 0.001
-_IDLE = 1.0
+# Seconds before each operation, of which TCP makes use to start slowly again; and rounds.
+_PAUSES = (("steady", 0.0, 4), ("after a second's pause", 1.0, 2))
 
 
 def throughput(compared: Sequence[Checkout], quick: bool) -> dict[str, Any]:
@@ -196,12 +197,11 @@ def throughput(compared: Sequence[Checkout], quick: bool) -> dict[str, Any]:
     more at a distance at which as many bytes are on their way as there.
     """
     try:
-        rate, cases = _rate(), []
+        rate = _rate(_RATES[2:] if quick else _RATES)
         distances = [_ROUND_TRIP]
-        if rate < _WANTED:
+        if rate < _WANTED and not quick:
             distances.append(_ROUND_TRIP * _WANTED / rate)
-        for distance in distances:
-            cases.append(_throughput(compared, rate, distance, 2 if quick else 7))
+        cases = [_throughput(compared, rate, distance, quick) for distance in distances]
     except (OSError, subprocess.CalledProcessError) as error:
         return {"unavailable": f"{type(error).__name__}: {error}", "cases": []}
     return {"unavailable": None, "wanted": _WANTED, "rate": rate, "cases": cases}
@@ -240,21 +240,21 @@ def _raw_loop(link: delay_line.Link, host: str, port: int) -> Process:
     return Process(command, {"PYTHONPATH": str(HERE.parent)})
 
 
-def _rate() -> float:
-    """The highest rate that the raw loop fills to nine tenths here, in bits per second."""
+def _rate(rates: Sequence[float]) -> float:
+    """The highest of `rates` that the raw loop fills to nine tenths here, in bits per second."""
     with _far_server(_ROUND_TRIP) as (link, host, port), _raw_loop(link, host, port) as raw:
         raw.ask("open", size=SIZE, chunk=CHUNK)
-        for rate in _RATES:
+        for rate in rates:
             note(f"throughput: does the raw loop fill {rate / 1e9:g} Gbit/s?")
             link.limit(rate)
             figures = in_turn({"raw": partial(_raw, raw, _WINDOWS[-1])}, 3)["raw"]
             if min(figures.values()) >= 0.9 * rate:
                 return rate
-    return _RATES[-1]
+    return rates[-1]
 
 
 def _throughput(
-    compared: Sequence[Checkout], rate: float, round_trip: float, rounds: int
+    compared: Sequence[Checkout], rate: float, round_trip: float, quick: bool
 ) -> dict[str, Any]:
     with (
         _far_server(round_trip) as (link, host, port),
@@ -268,14 +268,15 @@ def _throughput(
             params = {"url": url, "namespace": name}
             process.ask("open", params=params, size=SIZE, count=1)
         found: dict[str, Any] = {"rate": rate, "round_trip": round_trip}
-        for case, idle in (("steady", 0.0), ("after a second's pause", _IDLE)):
+        for case, idle, rounds in _PAUSES[:1] if quick else _PAUSES:
             note(f"throughput: {rate / 1e9:g} Gbit/s, {round_trip * 1e3:g} ms, {case}")
+            windows = _WINDOWS[-2:] if idle else _WINDOWS
             actions: dict[str, Callable[[], dict[str, float]]] = {
-                f"raw, {window} chunks": partial(_raw, raw, window, idle) for window in _WINDOWS
+                f"raw, {window} chunks": partial(_raw, raw, window, idle) for window in windows
             }
             for name, process in processes.items():
                 actions[name] = partial(_moved, process, idle)
-            found[case] = in_turn(actions, rounds if not idle else max(2, rounds // 2))
+            found[case] = in_turn(actions, 1 if quick else rounds)
     return found
 
 
@@ -346,8 +347,8 @@ def _tables(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _throughput_table(case: dict[str, Any], names: Sequence[str]) -> str:
-    rows = [["64 MiB", "contender", "spill Gbit/s", "of raw", "restore Gbit/s", "of raw"]]
-    for when in ("steady", "after a second's pause"):
+    rows = [["64 MiB", "", "spill Gbit/s", "of raw", "restore Gbit/s", "of raw"]]
+    for when in (when for when, *_ in _PAUSES if when in case):
         best = {
             way: max(figures[way] for name, figures in case[when].items() if name not in names)
             for way in ("spill", "restore")

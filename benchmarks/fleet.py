@@ -26,8 +26,8 @@ from typing import Any
 import valkey
 from support.servers import Server, valkey_server
 
-from benchmarks.checkouts import Checkout, contenders, heads, main, side_by_side
-from benchmarks.common import KIB, MIB, note, table
+from benchmarks.checkouts import Checkout, contenders, heads, in_turn, main, side_by_side
+from benchmarks.common import KIB, MIB, note, table, used_memory
 from benchmarks.serving import Process
 
 PERIOD = 10.0  # seconds between two rounds of a node's background work
@@ -71,7 +71,10 @@ class Counters:
         )
 
     def since(self, before: Counters) -> dict[str, float]:
-        """Differences; `held` is how long a command of the slowest kind took, on average."""
+        """Differences; `held` is how long a command of the slowest kind took, on average.
+
+        INFO is left out of that: the looks are INFOs too.
+        """
         of_each = [
             (seconds - before.spent.get(name, (0, 0))[1]) / calls_now
             for name, (calls, seconds) in self.spent.items()
@@ -162,36 +165,38 @@ def beside(all_: Mapping[str, Contender], quick: bool) -> dict[str, Any]:
         note(f"beside {nodes:,} nodes")
         _populate(all_, first, nodes, OBJECTS_PER_NODE, busy=True)
         first = nodes
-        found[str(nodes)] = {
-            name: {**_node(each, 2 if quick else 5), "operations": {}}
-            for name, each in all_.items()
+        rounds, times = (1, 10) if quick else (3, 30)
+        node = in_turn({name: partial(_node, each, 2) for name, each in all_.items()}, rounds)
+        operations = {
+            size: in_turn(
+                {
+                    name: partial(_operations, each, _SIZES[size], times)
+                    for name, each in all_.items()
+                },
+                rounds,
+            )
+            for size in _SIZES
         }
-        for size in _SIZES:
-            samples: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in all_}
-            for _ in range(1 if quick else 3):
-                for name, each in all_.items():
-                    samples[name].append(_operations(each, _SIZES[size], 10 if quick else 30))
-            for name, of_each in samples.items():
-                found[str(nodes)][name]["operations"][size] = {
-                    operation: _medians([sample[operation] for sample in of_each])
-                    for operation in _OPERATIONS
-                }
+        found[str(nodes)] = {
+            name: {
+                **node[name],
+                "operations": {size: of_each[name] for size, of_each in operations.items()},
+            }
+            for name in all_
+        }
     return found
 
 
-def _medians(samples: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(each[key] for each in samples) for key in samples[0]}
-
-
-def _operations(each: Contender, size: int, times: int) -> dict[str, dict[str, float]]:
+def _operations(each: Contender, size: int, times: int) -> dict[str, float]:
     """What the server does for each operation on one object, in the steady state."""
     each.process.ask("open", params=each.params, size=size, count=1)
     for operation in _OPERATIONS:  # opens the connections
         each.process.ask(operation)
-    found: dict[str, dict[str, float]] = {}
+    found = {}
     for operation in _OPERATIONS:
         run = partial(_repeat, each.process, operation, times)
-        found[operation] = counted(each.server.client, run, times)
+        figures = counted(each.server.client, run, times)
+        found |= {f"{operation}: {key}": value for key, value in figures.items()}
     each.process.ask("close")
     return found
 
@@ -203,9 +208,8 @@ def _repeat(process: Process, operation: str, times: int) -> None:
 def _node(each: Contender, rounds: int) -> dict[str, float]:
     """A node with eight IO workers: its connections, and a round of its background work."""
     client = each.server.client
-    before = len(client.client_list())
     by = each.process.ask("open_node", params=each.params)
-    connections = len(client.client_list()) - before
+    connections = len(client.client_list()) - 1  # all others are closed
 
     def run() -> None:
         for _ in range(rounds):
@@ -222,13 +226,16 @@ def _node(each: Contender, rounds: int) -> dict[str, float]:
 def many_objects(all_: Mapping[str, Contender], nodes: int, objects: int) -> dict[str, Any]:
     """Memory of the metadata, tools and a head start, with many nodes and objects."""
     note(f"{objects:,} objects of {nodes:,} nodes")
-    before = {name: _metadata(each.server.client) for name, each in all_.items()}
+    before = {name: _memory(each.server.client) for name, each in all_.items()}
     started = time.perf_counter()
     _populate(all_, 0, nodes, objects // nodes, busy=False)
-    found: dict[str, Any] = {
-        name: {"metadata_bytes": (_metadata(each.server.client) - before[name]) / objects}
-        for name, each in all_.items()
-    }
+    found: dict[str, Any] = {}
+    for name, each in all_.items():
+        metadata, used = _memory(each.server.client)
+        found[name] = {
+            "metadata_bytes": (metadata - before[name][0]) / objects,
+            "used_bytes": (used - before[name][1]) / objects,
+        }
     note(f"put in {time.perf_counter() - started:.0f} s")
     for name, each in all_.items():
         for tool in (["stats", "--json"], ["gc", "--dry-run", "--json"]):
@@ -238,10 +245,10 @@ def many_objects(all_: Mapping[str, Contender], nodes: int, objects: int) -> dic
     return found
 
 
-def _metadata(client: valkey.Valkey) -> int:
-    """Bytes of memory that the namespace's metadata take."""
+def _memory(client: valkey.Valkey) -> tuple[int, int]:
+    """Bytes of memory that the namespace's metadata take, and all that the server uses."""
     keys = client.keys("ray:spill:default:{default}:*")
-    return sum(client.memory_usage(key, samples=0) for key in keys)
+    return sum(client.memory_usage(key, samples=0) for key in keys), used_memory(client)
 
 
 def _run(each: Contender, nodes: int, tool: Sequence[str]) -> dict[str, Any]:
@@ -388,24 +395,25 @@ def _operation_rows(beside_: Mapping[str, Any], names: Sequence[str]) -> list[li
     for size in _SIZES:
         for operation in _OPERATIONS:
             for nodes, found in beside_.items():
-                of = {name: found[name]["operations"][size][operation] for name in names}
+                of = {name: found[name]["operations"][size] for name in names}
                 rows.append(
                     [
                         size,
                         operation,
                         f"{int(nodes):,}",
-                        *side_by_side({n: of[n]["cpu"] * 1e6 for n in names}, 0),
-                        *side_by_side({n: of[n]["commands"] for n in names}, 1),
-                        *side_by_side({n: of[n]["bytes"] / KIB for n in names}, 1),
+                        *side_by_side({n: of[n][f"{operation}: cpu"] * 1e6 for n in names}, 0),
+                        *side_by_side({n: of[n][f"{operation}: commands"] for n in names}, 1),
+                        *side_by_side({n: of[n][f"{operation}: bytes"] / KIB for n in names}, 1),
                     ]
                 )
     return rows
 
 
 def _many_rows(many: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
-    rows = [["what", *heads(names)]]
+    rows = [["", *heads(names)]]
     figures: dict[str, Callable[[dict[str, Any]], float | None]] = {
         "metadata of an object, bytes of server memory": lambda f: f["metadata_bytes"],
+        "all of an object of 8 bytes, the same": lambda f: f["used_bytes"],
         "head start, s": lambda f: f["head start"]["seconds"],
         "head start, server's ms": lambda f: f["head start"]["cpu"] * 1e3,
     }

@@ -131,9 +131,11 @@ def test_fleet_counts_what_both_checkouts_cost(another_checkout: Path) -> None:
     assert list(found["beside"]) == ["1", "10", "100"]
     for beside in found["beside"].values():
         for figures in beside.values():
-            for operation in figures["operations"]["900 KiB"].values():
-                assert operation["commands"] >= 1
-            assert figures["operations"]["900 KiB"]["spill"]["bytes"] > 900 << 10
+            of_object = figures["operations"]["900 KiB"]
+            for operation in ("spill", "restore", "delete"):
+                assert of_object[f"{operation}: commands"] >= 1
+            assert of_object["spill: bytes"] > 900 << 10
+            assert of_object["restore: bytes"] > 900 << 10
             assert figures["commands"] > 0
             assert figures["connections"] >= 8
     for figures in found["many"].values():
