@@ -32,7 +32,7 @@ else:
 # A node's background work is done by one of them, or, where there is no `Node`, by each.
 IO_WORKERS = 8
 
-SESSION = "session_fleet"
+SESSION = "session_benchmark"
 # Nobody listens there, and nobody asks: every lease is fresh.
 GCS_ADDRESS = "127.0.0.1:1"
 _METADATA, _OWNER = b"PYTHON", b"\x00owner"
