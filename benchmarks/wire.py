@@ -38,53 +38,11 @@ from benchmarks.common import (
     used_memory,
     valkey_server,
 )
+from benchmarks.raw_loop import RawLoop
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
 
 CHUNK = MIB - 128
-WINDOW = 8
-
-
-class RawLoop:
-    """SETs and GETs of chunks over one socket, as fast as Python's socket allows."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-
-    def store(self, values: list[memoryview], keys: list[bytes]) -> None:
-        outstanding = 0
-        for key, value in zip(keys, values):
-            head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, len(value))
-            self._send_all([memoryview(head), value, memoryview(b"\r\n")])
-            outstanding += len(b"+OK\r\n")
-            while outstanding > WINDOW * 5:
-                outstanding -= len(self._sock.recv(65536))
-        while outstanding:
-            outstanding -= len(self._sock.recv(65536))
-
-    def fetch(self, targets: list[memoryview], keys: list[bytes]) -> None:
-        requests = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key) for key in keys]
-        self._sock.sendall(b"".join(requests[:WINDOW]))
-        tail = memoryview(bytearray(2))
-        for number, target in enumerate(targets):
-            head = memoryview(bytearray(len(b"$%d\r\n" % len(target))))
-            parts = [head, target, tail]
-            while parts:
-                got = self._sock.recvmsg_into(parts)[0]
-                while parts and got >= len(parts[0]):
-                    got -= len(parts.pop(0))
-                if got:
-                    parts[0] = parts[0][got:]
-            if number + WINDOW < len(requests):
-                self._sock.sendall(requests[number + WINDOW])
-
-    def _send_all(self, parts: list[memoryview]) -> None:
-        while parts:
-            sent = self._sock.sendmsg(parts)
-            while parts and sent >= len(parts[0]):
-                sent -= len(parts.pop(0))
-            if sent:
-                parts[0] = parts[0][sent:]
 
 
 class Bench:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +33,15 @@ def benchmark(name: str, *options: str) -> Any:
     return found
 
 
-def quick(name: str) -> Any:
-    return benchmark(name, "--quick")
+def quick(name: str, *options: str) -> Any:
+    return benchmark(name, "--quick", *options)
+
+
+@pytest.fixture
+def another_checkout(tmp_path: Path) -> Path:
+    """A copy of the package, as another checkout of the repository has it."""
+    shutil.copytree(ROOT / "ray_valkey_spill", tmp_path / "ray_valkey_spill")
+    return tmp_path
 
 
 def test_half_a_minute_of_faults_loses_and_wedges_and_leaves_nothing() -> None:
@@ -99,3 +107,38 @@ def test_a_working_set_many_times_the_servers_memory_comes_back_from_the_overflo
     (run,) = benchmark("overflow", "--gib=0.6")["runs"]
     assert run["failures"] == []
     assert run["peaks"]["overflow_bytes"] > run["peaks"]["valkey_bytes"]
+
+
+def test_distance_has_the_round_trips_of_both_checkouts(another_checkout: Path) -> None:
+    found = quick("distance", "--against", str(another_checkout))
+    assert found["contenders"] == ["old", "new"]
+    assert {len(kind["batches"]) for kind in found["round_trips"].values()} <= {2, 3}
+    for kind in found["round_trips"].values():
+        for figures in kind["batches"].values():
+            for when in ("first", "steady"):
+                for contender in found["contenders"]:
+                    # Nothing is done without an answer.
+                    assert all(trips > 0.9 for trips in figures[when][contender].values())
+    through = found["throughput"]
+    assert bool(through["unavailable"]) == (not through["cases"])
+    for case in through["cases"]:
+        assert {"old", "new"} < set(case["steady"])
+
+
+def test_fleet_counts_what_both_checkouts_cost(another_checkout: Path) -> None:
+    found = quick("fleet", "--against", str(another_checkout))
+    assert found["contenders"] == ["old", "new"]
+    assert list(found["beside"]) == ["1", "10", "100"]
+    for beside in found["beside"].values():
+        for figures in beside.values():
+            of_object = figures["operations"]["900 KiB"]
+            for operation in ("spill", "restore", "delete"):
+                assert of_object[f"{operation}: commands"] >= 1
+            assert of_object["spill: bytes"] > 900 << 10
+            assert of_object["restore: bytes"] > 900 << 10
+            assert figures["commands"] > 0
+            assert figures["connections"] >= 8
+    for figures in found["many"].values():
+        # More than the name of an object has.
+        assert figures["metadata_bytes"] > 100
+        assert all(figures[tool]["seconds"] for tool in ("stats", "gc", "head start"))
