@@ -43,8 +43,8 @@ _LARGEST_WINDOW = 8 * MIB
 _FASTEST_WIRE = 4e9  # bytes per second
 # What is smaller does not show which way the data are going.
 _DATA = 4 * KIB
-# Seconds after which the round trip is looked at again.
-_BETWEEN_LOOKS = 1.0
+# Seconds after which the round trip is looked at again, and how much longer it can have become.
+_BETWEEN_LOOKS, _GROWTH = 1.0, 1.25
 # Requests are gathered into one system call up to this many bytes, less than a chunk of the default
 # size, and this many buffers, which is below Linux's IOV_MAX.
 _BATCH = 448 * KIB
@@ -108,12 +108,16 @@ class Connection:
         self._least_window = min(
             max(_SMALLEST_WINDOW, _CHUNKS_UNDER_WAY * config.chunk_size), _SMALL_WINDOW
         )
-        self._start = 0
-        self._look_at_round_trip()
+        # When a small request was sent alone, until its reply comes; the shortest time that one
+        # took since the latest look at the round trip.
+        self._asked_at: float | None = None
+        self._shortest = self._round_trip = float("inf")
+        self._begin_to_pace(self._least_window)
         self._replies = ReplyReader(self._stream)
         self._question: Question | None = None
         try:
             self.mode, self.role = self._hello(config)
+            self._look_at_round_trip()
         except NotValkeyError as error:
             raise not_valkey(endpoint, error) from error
         except TooManyClientsError:
@@ -190,8 +194,10 @@ class Connection:
         """Send all that was taken. Errors as `add`."""
         if self._unsent:
             parts = [part for request in self._unsent for part in request.parts]
+            is_small = self._unsent_length < _DATA and len(self.waiting) == len(self._unsent)
             self._unsent, self._unsent_length = [], 0
             self.used = time.monotonic()
+            self._asked_at = self.used if is_small else None
             if self.used - self._looked_at > _BETWEEN_LOOKS:
                 self._look_at_round_trip()
             try:
@@ -247,6 +253,10 @@ class Connection:
             self.close()
             raise
         self.waiting.popleft()
+        if self._asked_at is not None:
+            if request.weight < _DATA:
+                self._shortest = min(self._shortest, time.monotonic() - self._asked_at)
+            self._asked_at = None
         self._pace(request)
         self.weight -= request.weight
         return request
@@ -264,12 +274,25 @@ class Connection:
         return min(_BATCH, self._pacer.limit // 2)
 
     def _look_at_round_trip(self) -> None:
-        """Begin anew to look for the limits if the peer is much nearer or farther than before."""
+        """Begin anew to look for the limits if the server is much nearer or farther than before.
+
+        TCP knows how far its peer is, which may be a proxy beside this process. So what an exchange
+        takes counts, too. A busy machine makes it longer, so it is believed to grow only slowly.
+        """
         self._looked_at = time.monotonic()
-        start = max(int(_round_trip(self._sock) * _FASTEST_WIRE), self._least_window)
-        if self._start / 2 < start < self._start * 2:
-            return
+        found = max(_round_trip(self._sock), self._shortest)
+        self._shortest = float("inf")
+        if found < float("inf"):
+            self._round_trip = min(found, self._round_trip * _GROWTH)
+        enough = int(min(self._round_trip * _FASTEST_WIRE, _LARGEST_WINDOW))
+        start = max(enough, self._least_window)
+        if not self._start / 2 < start < self._start * 2:
+            self._begin_to_pace(start)
+
+    def _begin_to_pace(self, start: int) -> None:
+        """Look for the limits from `start` bytes on."""
         self._start = start
+        self._looked_at = time.monotonic()
         self._sending = Pacer(self._least_window, _LARGEST_WINDOW, start)
         self._receiving = Pacer(self._least_window, _LARGEST_WINDOW, start)
         self._pacer = self._sending
