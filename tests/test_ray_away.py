@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import os
 import re
 import subprocess
@@ -175,6 +176,23 @@ class TestOneTierIsAway:
                 ray.get(refs, timeout=5)
             wait_until(deferred)
             refs.clear()
+        wait_until(lambda: not deferred())
+
+    def test_an_object_that_came_back_another_way_is_waited_for_no_more(self, tiers: Tiers) -> None:
+        refs = put(range(300, 301))
+        worker = ray._private.worker.global_worker.core_worker
+        ((data, metadata, *_),) = worker.get_if_local(refs)
+        copy = bytes(data)
+        del data
+        spill(refs, tiers.server)
+        push_out()
+        with refusing(tiers.proxy):
+            waiting = count.remote(*refs)
+            wait_until(deferred)
+            # As if another node had sent it.
+            worker.put_file_like_object(metadata, len(copy), io.BytesIO(copy), refs[0], b"")
+            assert ray.get(waiting, timeout=120) == 1
+            assert deferred()
         wait_until(lambda: not deferred())
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import ObjectRef
 from ray._private.utils import push_error_to_driver
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "in_io_worker",
     "is_alive",
     "is_connected",
-    "is_in_plasma",
     "session_dir",
 ]
 
@@ -82,15 +80,6 @@ def identity_of(pid: int) -> str | None:
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
-
-
-def is_in_plasma(object_id: str) -> bool:
-    """Whether plasma has an object; False if it cannot be found out."""
-    worker = ray._private.worker.global_worker
-    try:
-        return bool(worker.core_worker.object_exists(ObjectRef(bytes.fromhex(object_id))))
-    except Exception:  # what is there is then found by putting it
-        return False
 
 
 class Drivers:
