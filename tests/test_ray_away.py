@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from support.clusters import MIB, OBJECT_STORE, kill, local_ray, spill, starting_ray, system_config
+from support.clusters import (
+    MIB,
+    OBJECT_STORE,
+    io_workers,
+    kill,
+    local_ray,
+    spill,
+    starting_ray,
+    system_config,
+    title,
+)
 from support.proxy import Proxy, proxy_to
 from support.servers import Server, valkey_server, wait_until
 
@@ -50,6 +60,10 @@ def is_done(result: Any) -> bool:
 
 def session_dir() -> Path:
     return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
+def restore_workers() -> list[int]:
+    return [process.pid for process in io_workers() if "RestoreWorker" in title(process)]
 
 
 def deferred() -> dict[str, int]:
@@ -164,6 +178,8 @@ class TestOneTierIsAway:
             for pid in killed:
                 kill(pid)
             wait_until(lambda: {*found} <= {*deferred()} and not killed & {*deferred().values()})
+            # One that spills could wait for room that only it can make.
+            assert {*deferred().values()} <= {*restore_workers()}
         assert ray.get(waiting, timeout=120) == MANY
         wait_until(lambda: not deferred())
 

@@ -16,6 +16,7 @@ __all__ = [
     "gcs_address",
     "identity_of",
     "in_io_worker",
+    "in_spill_worker",
     "is_alive",
     "is_connected",
     "session_dir",
@@ -54,7 +55,15 @@ def gcs_address() -> str:
 
 def in_io_worker() -> bool:
     """Whether this process is one of Ray's IO workers (`default_worker.py --worker-type=…`)."""
-    kinds = ("SPILL_WORKER", "RESTORE_WORKER")
+    return _is_of("SPILL_WORKER", "RESTORE_WORKER")
+
+
+def in_spill_worker() -> bool:
+    """Whether Ray has this process spill, which no restore must ever hold up."""
+    return _is_of("SPILL_WORKER")
+
+
+def _is_of(*kinds: str) -> bool:
     return any(argument.removeprefix("--worker-type=") in kinds for argument in sys.argv)
 
 

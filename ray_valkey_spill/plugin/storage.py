@@ -51,6 +51,7 @@ from ray_valkey_spill.plugin.process import (
     gcs_address,
     identity_of,
     in_io_worker,
+    in_spill_worker,
     is_alive,
     is_connected,
     session_dir,
@@ -350,7 +351,11 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         if self._config is None:
             return  # nothing can be done here
         self._journal.adopt(is_alive)
-        self._deferred.adopt(lambda url: (self._needs(url) or [VALKEY])[0])
+        # A restore for which plasma has no room holds up its whole process, because
+        # `put_file_like_object` does not release the GIL. What makes room is spilling: a spill
+        # worker that restores could wait for itself.
+        if not in_spill_worker():
+            self._deferred.adopt(lambda url: (self._needs(url) or [VALKEY])[0])
 
     def _delete_again(self) -> None:
         """Delete what could not be deleted before, in each tier whatever becomes of the other."""
