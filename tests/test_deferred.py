@@ -203,7 +203,12 @@ def test_what_ray_asks_for_no_more_ends_where_nothing_can_be_shared(world: World
     world.errors = {"aa": AWAY}
     it = world.node()
     it.add(SERVER, restores("aa"))
-    wait_until(lambda: world.reports > 1)
+    world.now += 50
+    it.add(SERVER, restores("aa"))
+    world.now += 50
+    attempts = world.reports
+    wait_until(lambda: world.reports > attempts + 1)
+    assert it.count(SERVER) == 1
     world.now += 100
     wait_until(lambda: not it.count(SERVER))
 

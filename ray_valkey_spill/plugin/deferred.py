@@ -8,7 +8,7 @@ worker puts the object into plasma once it can be read. Ray does not mind who do
 whoever waits for the object when plasma seals it.
 
 Each deferred restore is one IO worker's, however often Ray asks the others for it. If that one is
-killed, another one of its node takes over what it had.
+killed, another one of its node that restores takes over what it had.
 
 Ray does not say that nobody waits for an object any more: it only stops asking, when a `ray.get`
 has timed out, or when plasma has no room for all that is wanted. A deferred restore ends then too,
