@@ -20,6 +20,7 @@ import ray
 from support.clusters import (
     MIB,
     OBJECT_STORE,
+    RETRIED_SOON,
     io_workers,
     kill,
     local_ray,
@@ -188,9 +189,7 @@ class TestOneTierIsAway:
         spill(refs, tiers.server)
         push_out()
         with refusing(tiers.proxy):
-            with contextlib.suppress(ray.exceptions.GetTimeoutError):
-                ray.get(refs, timeout=5)
-            wait_until(deferred)
+            wait_until(lambda: ray.wait(refs, timeout=0.5) and deferred())
             refs.clear()
         wait_until(lambda: not deferred())
 
@@ -265,9 +264,9 @@ ray.shutdown()
 class Driver:
     """A driver in a process of its own, which does what it is sent, and what it prints."""
 
-    def __init__(self, *system_config_args: Any, **params: Any) -> None:
+    def __init__(self, url: str, **params: Any) -> None:
         seen = {"log_to_driver": True, "logging_level": "INFO"}
-        script = starting_ray(system_config(*system_config_args, **params), **seen) + HEARING
+        script = starting_ray({**system_config(url, **params), **RETRIED_SOON}, **seen) + HEARING
         self.process = subprocess.Popen(
             [sys.executable, "-c", script],
             stdin=subprocess.PIPE,
