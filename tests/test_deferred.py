@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,12 +29,18 @@ class World:
         self.restored: list[str] = []
         self.tried: list[str] = []
         self.open = 0
+        self.now = 1000.0
         self.refused_restorers = self.failing_reports = 0
         self._all: list[DeferredRestores] = []
 
     def node(self, identity_of: Callable[[int], str | None] = str) -> DeferredRestores:
         it = DeferredRestores(
-            lambda: self.directory, "restores", identity_of, self._new_restorer, self._failed
+            lambda: self.directory,
+            "restores",
+            identity_of,
+            self._new_restorer,
+            self._failed,
+            lambda: self.now,
         )
         self._all.append(it)
         return it
@@ -66,12 +74,11 @@ class Restorer:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def restore(self, wanted: Restore) -> bool:
+    def restore(self, wanted: Restore) -> None:
         self._world.tried.append(wanted.object_id)
         if (error := self._world.errors.get(wanted.object_id)) is not None:
             raise error
         self._world.restored.append(wanted.object_id)
-        return True
 
     def close(self) -> None:
         self._world.open -= 1
@@ -132,6 +139,90 @@ def test_what_another_process_was_asked_to_delete_is_waited_for_no_more(world: W
     wait_until(lambda: world.restored == ["bb"] and not world.claims)
 
 
+# Ray asks after 10 s, then after 20, 40, 80, …
+
+
+def test_what_ray_asks_for_no_more_is_not_restored(world: World) -> None:
+    world.errors = {"aa": AWAY, "bb": AWAY}
+    it = world.node()
+    it.add(SERVER, restores("aa", "bb"))
+    world.now += 50
+    it.add(SERVER, restores("bb"))
+    world.now += 50
+    wait_until(lambda: world.claims == ["bb"])
+    assert it.count(SERVER) == 1
+    world.errors.clear()
+    wait_until(lambda: not threads())
+    assert world.restored == ["bb"]
+
+
+def test_what_ray_asks_for_ever_more_rarely_goes_on_waiting(world: World) -> None:
+    world.errors = {"aa": AWAY}
+    it = world.node()
+    it.add(SERVER, restores("aa"))
+    for seconds in (10, 20, 40):
+        world.now += seconds
+        attempts = world.reports
+        wait_until(lambda attempts=attempts: world.reports > attempts + 1)
+        it.add(SERVER, restores("aa"))
+    world.now += 130
+    attempts = world.reports
+    wait_until(lambda: world.reports > attempts + 1)
+    assert it.count(SERVER) == 1
+    world.now += 100
+    wait_until(lambda: not it.count(SERVER) and not world.claims)
+
+
+ANOTHER_PROCESS = """
+import sys
+from pathlib import Path
+from ray_valkey_spill.plugin.deferred import DeferredRestores, Restore
+directory, now = sys.argv[1:]
+node = DeferredRestores(lambda: Path(directory), "restores", str, None, None, lambda: float(now))
+node.add("the server", [Restore("aa", "ray:aa")])
+print(node.count("the server"))
+"""
+
+
+def test_what_ray_asks_another_process_for_goes_on_waiting(world: World) -> None:
+    world.errors = {"aa": AWAY, "bb": AWAY}
+    it = world.node()
+    it.add(SERVER, restores("aa", "bb"))
+    world.now += 50
+    asked = [sys.executable, "-c", ANOTHER_PROCESS, str(world.directory), str(world.now)]
+    assert subprocess.run(asked, capture_output=True, check=True).stdout == b"0\n"
+    world.now += 50
+    wait_until(lambda: world.claims == ["aa"])
+    world.errors.clear()
+    wait_until(lambda: not threads())
+    assert world.restored == ["aa"]
+
+
+def test_what_ray_asks_for_no_more_ends_where_nothing_can_be_shared(world: World) -> None:
+    world.directory = world.directory / "missing"
+    world.errors = {"aa": AWAY}
+    it = world.node()
+    it.add(SERVER, restores("aa"))
+    world.now += 50
+    it.add(SERVER, restores("aa"))
+    world.now += 50
+    attempts = world.reports
+    wait_until(lambda: world.reports > attempts + 1)
+    assert it.count(SERVER) == 1
+    world.now += 100
+    wait_until(lambda: not it.count(SERVER))
+
+
+def test_what_waits_for_something_else_after_all_is_as_old_as_before(world: World) -> None:
+    world.errors = {"aa": AWAY}
+    it = world.node()
+    it.add("another server", restores("aa"))
+    wait_until(lambda: it.count(SERVER) == 1)
+    assert world.claims == ["aa"]
+    world.now += 100
+    wait_until(lambda: not it.count(SERVER) and not world.claims)
+
+
 def test_without_a_directory_nothing_is_taken_for_deleted(world: World) -> None:
     world.directory = world.directory / "missing"
     world.errors = {"aa": AWAY}
@@ -144,7 +235,8 @@ def test_without_a_directory_nothing_is_taken_for_deleted(world: World) -> None:
 def leave_claim(world: World, pid: int, started: str) -> None:
     directory = world.directory / "restores"
     directory.mkdir()
-    (directory / "aa").write_text(f"{pid} {started} ray:aa\n")
+    (directory / "aa").write_text(f"{pid} {started} {world.now} ray:aa\n")
+    os.utime(directory / "aa", (world.now, world.now))
     world.errors = {"aa": AWAY}
 
 
@@ -156,6 +248,20 @@ def test_what_a_killed_process_had_is_adopted_by_one(world: World) -> None:
     nodes[1].adopt(lambda url: SERVER)
     assert nodes[1].count(SERVER) == 0
     assert world.claims == ["aa"]
+
+
+def test_what_a_killed_process_had_is_as_old_as_before(world: World) -> None:
+    leave_claim(world, 1, "1000")
+    world.now += 1000
+    os.utime(world.directory / "restores/aa", (world.now, world.now))
+    node = world.node(lambda pid: str(pid) if pid == os.getpid() else None)
+    node.adopt(lambda url: SERVER)
+    world.now += 1900
+    attempts = world.reports
+    wait_until(lambda: world.reports > attempts + 1)
+    assert node.count(SERVER) == 1
+    world.now += 200
+    wait_until(lambda: not node.count(SERVER) and not world.claims)
 
 
 def test_what_a_killed_process_had_is_not_that_of_another_with_its_id(world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import os
 import re
 import subprocess
@@ -16,7 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from support.clusters import MIB, OBJECT_STORE, kill, local_ray, spill, starting_ray, system_config
+from support.clusters import (
+    MIB,
+    OBJECT_STORE,
+    RETRIED_SOON,
+    io_workers,
+    kill,
+    local_ray,
+    spill,
+    starting_ray,
+    system_config,
+    title,
+)
 from support.proxy import Proxy, proxy_to
 from support.servers import Server, valkey_server, wait_until
 
@@ -49,6 +61,10 @@ def is_done(result: Any) -> bool:
 
 def session_dir() -> Path:
     return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
+def restore_workers() -> list[int]:
+    return [process.pid for process in io_workers() if "RestoreWorker" in title(process)]
 
 
 def deferred() -> dict[str, int]:
@@ -163,6 +179,8 @@ class TestOneTierIsAway:
             for pid in killed:
                 kill(pid)
             wait_until(lambda: {*found} <= {*deferred()} and not killed & {*deferred().values()})
+            # One that spills could wait for room that only it can make.
+            assert {*deferred().values()} <= {*restore_workers()}
         assert ray.get(waiting, timeout=120) == MANY
         wait_until(lambda: not deferred())
 
@@ -171,10 +189,25 @@ class TestOneTierIsAway:
         spill(refs, tiers.server)
         push_out()
         with refusing(tiers.proxy):
-            with contextlib.suppress(ray.exceptions.GetTimeoutError):
-                ray.get(refs, timeout=5)
-            wait_until(deferred)
+            wait_until(lambda: ray.wait(refs, timeout=0.5) and deferred())
             refs.clear()
+        wait_until(lambda: not deferred())
+
+    def test_an_object_that_came_back_another_way_is_waited_for_no_more(self, tiers: Tiers) -> None:
+        refs = put(range(300, 301))
+        worker = ray._private.worker.global_worker.core_worker
+        ((data, metadata, *_),) = worker.get_if_local(refs)
+        copy = bytes(data)
+        del data
+        spill(refs, tiers.server)
+        push_out()
+        with refusing(tiers.proxy):
+            waiting = count.remote(*refs)
+            wait_until(deferred)
+            # As if another node had sent it.
+            worker.put_file_like_object(metadata, len(copy), io.BytesIO(copy), refs[0], b"")
+            assert ray.get(waiting, timeout=120) == 1
+            assert deferred()
         wait_until(lambda: not deferred())
 
 
@@ -231,9 +264,9 @@ ray.shutdown()
 class Driver:
     """A driver in a process of its own, which does what it is sent, and what it prints."""
 
-    def __init__(self, *system_config_args: Any, **params: Any) -> None:
+    def __init__(self, url: str, **params: Any) -> None:
         seen = {"log_to_driver": True, "logging_level": "INFO"}
-        script = starting_ray(system_config(*system_config_args, **params), **seen) + HEARING
+        script = starting_ray({**system_config(url, **params), **RETRIED_SOON}, **seen) + HEARING
         self.process = subprocess.Popen(
             [sys.executable, "-c", script],
             stdin=subprocess.PIPE,

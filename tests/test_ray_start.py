@@ -121,7 +121,8 @@ def test_a_node_without_the_package_is_found_and_joins_once_it_has_it(short_dir:
     with valkey_server() as server, contextlib.ExitStack() as stack:
         config = {
             **ray_valkey_spill.system_config(url=server.url),
-            "worker_register_timeout_seconds": 30,  # not 60 until Ray starts the next IO worker
+            # Not 60 until Ray starts the next IO worker. Long enough for one that is only slow.
+            "worker_register_timeout_seconds": 15,
         }
         stack.enter_context(
             ray_start(

@@ -22,7 +22,12 @@ from ray_valkey_spill.plugin.deferred import DeferredRestores
 from ray_valkey_spill.plugin.deletions import DeletionJournal
 from ray_valkey_spill.plugin.metrics import Metrics
 from ray_valkey_spill.plugin.outage import OVERFLOW, VALKEY, Outages
-from ray_valkey_spill.plugin.process import gcs_address, is_alive, is_connected
+from ray_valkey_spill.plugin.process import (
+    gcs_address,
+    in_spill_worker,
+    is_alive,
+    is_connected,
+)
 from ray_valkey_spill.store.cleanup import RENEWAL
 from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import ObjectStore
@@ -203,13 +208,15 @@ class Keeper:
                 self._renew_lease,
                 self._join_overflow,
                 self._measure_room,
-                self._adopt,
+                self._adopt_deletions,
                 self._recover,
-                self._node.give_back,
-                self._delete_again,
+                *self._steps_of_each(),
                 self._sweep_overflow,
             ]
-        return [self._recover_own, self._node.give_back, self._delete_again]
+        return [self._recover_own, *self._steps_of_each()]
+
+    def _steps_of_each(self) -> list[Callable[[], None]]:
+        return [self._adopt_restores, self._node.give_back, self._delete_again]
 
     def _renew_lease(self) -> None:
         self._node.renew_lease(gcs_address(), self._is_destroyed)
@@ -238,10 +245,18 @@ class Keeper:
         with contextlib.suppress(SpillError):  # another time
             self._metrics.found_room(self._node.room())
 
-    def _adopt(self) -> None:
-        """Take over what killed IO workers of the node had put off."""
+    def _adopt_deletions(self) -> None:
+        """Take over what killed IO workers of the node had still to delete."""
         self._journal.adopt(is_alive)
-        self._deferred.adopt(lambda url: [*self._needs(url), VALKEY][0])
+
+    def _adopt_restores(self) -> None:
+        """Take over what killed IO workers of the node had put off.
+
+        A spill worker does not: Ray's `put_file_like_object` holds the GIL while plasma makes room
+        for an object, and plasma may wait for just this process to spill.
+        """
+        if not in_spill_worker():
+            self._deferred.adopt(lambda url: [*self._needs(url), VALKEY][0])
 
     def _recover(self) -> None:
         self._has_left_something = False

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import ObjectRef
 from ray._private.utils import push_error_to_driver
 
 __all__ = [
@@ -17,9 +16,9 @@ __all__ = [
     "gcs_address",
     "identity_of",
     "in_io_worker",
+    "in_spill_worker",
     "is_alive",
     "is_connected",
-    "is_in_plasma",
     "session_dir",
 ]
 
@@ -56,7 +55,15 @@ def gcs_address() -> str:
 
 def in_io_worker() -> bool:
     """Whether this process is one of Ray's IO workers (`default_worker.py --worker-type=…`)."""
-    kinds = ("SPILL_WORKER", "RESTORE_WORKER")
+    return _is_of("SPILL_WORKER", "RESTORE_WORKER")
+
+
+def in_spill_worker() -> bool:
+    """Whether Ray has this process spill, which no restore must ever hold up."""
+    return _is_of("SPILL_WORKER")
+
+
+def _is_of(*kinds: str) -> bool:
     return any(argument.removeprefix("--worker-type=") in kinds for argument in sys.argv)
 
 
@@ -82,15 +89,6 @@ def identity_of(pid: int) -> str | None:
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
-
-
-def is_in_plasma(object_id: str) -> bool:
-    """Whether plasma has an object; False if it cannot be found out."""
-    worker = ray._private.worker.global_worker
-    try:
-        return bool(worker.core_worker.object_exists(ObjectRef(bytes.fromhex(object_id))))
-    except Exception:  # what is there is then found by putting it
-        return False
 
 
 class Drivers:

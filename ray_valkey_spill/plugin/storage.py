@@ -50,7 +50,6 @@ from ray_valkey_spill.plugin.process import (
     in_io_worker,
     is_alive,
     is_connected,
-    is_in_plasma,
     session_dir,
 )
 from ray_valkey_spill.store.cleanup import CleanUp
@@ -458,15 +457,14 @@ class _Restorer:
         self._storage = storage
         self._store = storage._new_store()
 
-    def restore(self, wanted: Restore) -> bool:
-        if is_in_plasma(wanted.object_id):
-            return True  # another IO worker was faster, or another node has sent it
+    def restore(self, wanted: Restore) -> None:
         with self._store.hurried(_HOLD_DEFERRED):
             (found,) = self._store.find_all([(wanted.url, wanted.object_id)])
-        restored = self._storage._restore(self._store, wanted, found)
-        is_done = restored or isinstance(found, LostObjectError) or not found.header.size
-        # Else plasma has no room for it now.
-        return bool(is_done) or is_in_plasma(wanted.object_id)
+        # Plasma takes no data for what it has already: another IO worker was faster, or another
+        # node has sent it. It takes none either where its disk is full too, and does not say which
+        # it was (`put_file_like_object`). In both cases the rest is Ray's, which asks again for
+        # what is not there.
+        self._storage._restore(self._store, wanted, found)
 
     def close(self) -> None:
         self._store.close()

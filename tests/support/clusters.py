@@ -28,12 +28,15 @@ OBJECT_STORE = 100 * MIB
 _OF_TESTS = {
     # So that small values too live in plasma and can be spilled.
     "max_direct_call_object_size": 0,
+    # More than one, of which each takes more than a second of a processor to start. What the tests
+    # do not configure, such as the demo, has Ray's four.
+    "max_io_workers": 2,
     # Most tests run no task: workers are started when there is one.
     "prestart_worker_first_driver": False,
     # A node is dead after five checks that found nobody. One that is only slow has longer.
     "health_check_period_ms": 500,
 }
-# Ray tries a restore that failed again after a second, two, four, …: ten times as soon as else.
+# Ray asks again for what was not restored after a second, two, four, …: ten times as soon as else.
 RETRIED_SOON = {"object_manager_pull_timeout_ms": 1000}
 # Nobody reads a test's logs, and none of its clusters grows by itself.
 _NODE_OPTIONS = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
@@ -148,6 +151,7 @@ def ray_start(
             [
                 *(str(python), "-m", "ray.scripts.scripts", "start", "--block", *args),
                 *("--object-store-memory=100000000", "--num-cpus=1", "--node-ip-address=127.0.0.1"),
+                *(["--no-monitor"] if "--head" in args else []),
             ],
             stdout=output,
             stderr=subprocess.STDOUT,
