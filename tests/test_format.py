@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,57 @@ def test_a_header_is_read_back_as_it_was_written(size: int) -> None:
     got, payload = decode_header(encoded(header(size)))
     assert got == header(size)
     assert payload == b""
+
+
+@given(
+    object_id=st.text("0123456789abcdef", min_size=1, max_size=60),
+    ray_metadata=st.binary(max_size=20),
+    owner_address=st.binary(max_size=200),
+    chunks=st.lists(
+        st.tuples(st.integers(1, 1000), st.sampled_from(Codec), st.integers(0, 2**64 - 1)),
+        max_size=40,
+    ),
+)
+def test_any_header_is_what_arrow_would_write(
+    object_id: str,
+    ray_metadata: bytes,
+    owner_address: bytes,
+    chunks: list[tuple[int, Codec, int]],
+) -> None:
+    rows = [
+        Chunk(1000 if codec is Codec.RAW else size, codec, digest) for size, codec, digest in chunks
+    ]
+    written = Header(object_id, ray_metadata, owner_address, 1000 * len(rows), 1000, rows)
+    first, again = encoded(written), encoded(written)
+    assert first == again
+    assert decode_header(first)[0] == decode_header(first)[0] == written
+    with pa.ipc.open_stream(first) as reader:
+        table = reader.read_all()
+    assert table.schema.metadata == {
+        b"version": b"%d" % FORMAT_VERSION,
+        b"object_id": object_id.encode(),
+        b"ray_metadata": ray_metadata,
+        b"owner_address": owner_address,
+        b"size": b"%d" % written.size,
+        b"chunk_size": b"1000",
+    }
+    assert [tuple(row.values()) for row in table.to_pylist()] == [tuple(map(int, r)) for r in rows]
+
+
+def test_a_header_of_another_shape_with_the_same_meaning_is_read() -> None:
+    """As another version of Arrow, or of this package, may write it."""
+    value = encoded(header(2500))
+    with pa.ipc.open_stream(value) as reader:
+        table = reader.read_all()
+    turned = dict(reversed(table.schema.metadata.items()))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema.with_metadata(turned)) as writer:
+        writer.write_table(table)
+    stream = sink.getvalue().to_pybytes()
+    trailer = struct.pack("<4sHHIQ", b"RVSP", FORMAT_VERSION, 0, len(stream), checksum(stream))
+    assert stream != value[:-TRAILER_SIZE]
+    for _ in range(2):
+        assert decode_header(stream + trailer)[0] == header(2500)
 
 
 def test_an_inline_payload_lies_beside_the_header() -> None:

@@ -28,7 +28,8 @@ __all__ = [
 
 
 def _script(*parts: str) -> str:
-    return "#!lua flags=allow-oom\n" + "\n".join(part.strip() for part in parts)
+    lines = [line.strip() for part in parts for line in part.splitlines()]
+    return "#!lua flags=allow-oom\n" + "\n".join(filter(None, lines))
 
 
 # What `find` returns is the entry that an object has in the index.
