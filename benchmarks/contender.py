@@ -127,14 +127,14 @@ class FleetContender(Contender):
         worker at work has in the metadata.
         """
         config = Config.load(params, {})
-        data = memoryview(bytes(range(8)))
+        data, zeros = memoryview(bytes(range(8))), memoryview(bytearray(16 << 20))
         for number in range(first, last):
             with contextlib.closing(ObjectStore(config, SESSION, _node(number))) as store:
                 for start in range(0, objects, 1000):
                     count = min(1000, objects - start)
                     _put(store, [_source(data, start + i) for i in range(count)])
             if busy:
-                _be_killed_while_spilling(config, _node(number))
+                _be_killed_while_spilling(config, _node(number), zeros)
         self.renew_leases(params, first, last)
 
     def renew_leases(self, params: dict[str, Any], first: int, last: int) -> None:
@@ -201,11 +201,11 @@ def _background_of(config: Config, node: str) -> Any:
     return (Node if HAS_NODE else ObjectStore)(config, SESSION, node)
 
 
-def _be_killed_while_spilling(config: Config, node: str) -> None:
+def _be_killed_while_spilling(config: Config, node: str, zeros: memoryview) -> None:
     """Let a process begin to spill two objects, and be killed as it reads the second.
 
-    That one's memory is mapped from a file that has become shorter. The first is longer than what
-    is packed ahead of the network, and takes little room.
+    That one's memory is mapped from a file that has become shorter. The first, `zeros`, is longer
+    than what is packed ahead of the network, and takes little room.
     """
     process = os.fork()
     if not process:
@@ -215,8 +215,7 @@ def _be_killed_while_spilling(config: Config, node: str) -> None:
                 file.truncate(mmap.PAGESIZE)
                 gone = mmap.mmap(file.fileno(), mmap.PAGESIZE)
                 file.truncate(0)
-                data = memoryview(bytes(16 << 20))
-                sources = [_source(data, 0), _source(memoryview(gone), 1)]
+                sources = [_source(zeros, 0), _source(memoryview(gone), 1)]
                 ObjectStore(config, SESSION, node).put(sources)
         finally:
             os._exit(1)

@@ -116,9 +116,10 @@ def test_distance_has_the_round_trips_of_both_checkouts(another_checkout: Path) 
     for kind in found["round_trips"].values():
         for figures in kind["batches"].values():
             for when in ("first", "steady"):
-                for contender in found["contenders"]:
-                    # Nothing is done without an answer.
-                    assert all(trips > 0.9 for trips in figures[when][contender].values())
+                assert list(figures[when]) == found["contenders"]
+                for trips in figures[when].values():
+                    assert set(trips) == {"spill", "restore", "delete"}
+                    assert all(trips.values())
     through = found["throughput"]
     assert bool(through["unavailable"]) == (not through["cases"])
     for case in through["cases"]:
