@@ -345,8 +345,6 @@ class Ledger:
                 *(sum(usage[i] for usage in usages) for i in range(3)),
                 *(sum(grant[i] for grant in grants) for i in range(2)),
             )
-            if counted == before[:5]:
-                return True
             request = self._eval(scripts.ADJUST, self._accounts, before.changes, *counted)
             if self._link.execute(request) == [1]:
                 return True
@@ -389,7 +387,7 @@ class Ledger:
 
     def release_all(self, node: Owner) -> None:
         """Release the grants of all writers of a node, and what version 0.1 has left of them."""
-        self.release(node, self.grants_of(node))
+        self._link.execute(self._eval(scripts.RELEASE, self._accounts, str(node)))
         fields = [field for field, _ in self._pairs(self._keys.grants)]
         if left := [field for field in fields if field.startswith(f"{node}:".encode())]:
             self._link.execute(command("HDEL", self._keys.grants, *map(bytes, left)))
@@ -590,6 +588,8 @@ def _grants(value: bytes) -> dict[str, Grant]:
         if match is None:
             raise ValueError
         grants[match[1].decode()] = Grant(int(match[2]), int(match[3]))
+    if not grants:
+        raise ValueError
     return grants
 
 

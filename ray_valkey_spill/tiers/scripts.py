@@ -49,6 +49,14 @@ local function change_number()
     local now = redis.call('TIME')
     return now[1] * 1000000 + now[2]
 end
+-- Of nodes: who else is in a hash, this package cannot have written.
+local function values(hash)
+    local found, i = redis.call('HGETALL', hash), -1
+    return function()
+        repeat i = i + 2 until not found[i] or found[i]:match('^[%w_-]+:[%w_-]+$')
+        return found[i + 1]
+    end
+end
 local function totals()
     local t = {(redis.call('GET', KEYS[5]) or ''):match(PATTERN)}
     if t[1] then
@@ -56,12 +64,12 @@ local function totals()
         return t
     end
     t = {0, 0, 0, 0, 0, change_number()}
-    for _, value in ipairs(redis.call('HVALS', KEYS[3])) do
+    for value in values(KEYS[3]) do
         local objects, size, stored = value:match('^(%d+) (%d+) (%d+) %d+$')
         if objects then t[1], t[2], t[3] = t[1] + objects, t[2] + size, t[3] + stored end
     end
-    for _, value in ipairs(redis.call('HVALS', KEYS[4])) do
-        for granted, written in value:gmatch('=(%d+)/(%d+)') do
+    for value in values(KEYS[4]) do
+        for granted, written in value:gmatch('[^ =]+=(%d+)/(%d+)') do
             t[4], t[5] = t[4] + granted, t[5] + written
         end
     end
@@ -225,13 +233,20 @@ return {most, used, unwritten + most, t[1], t[2], t[3]}
 """,
 )
 
-# ARGV: node, writers.
+# ARGV: node, writers; without any, all that the node has.
 RELEASE = _script(
     _TOTALS,
     _GRANTS,
     """
 local t = totals()
 for i = 2, #ARGV do set_grant(t, ARGV[1], ARGV[i], 0, 0) end
+if #ARGV == 1 then
+    local was = redis.call('HGET', KEYS[4], ARGV[1]) or ''
+    for granted, written in was:gmatch('[^ =]+=(%d+)/(%d+)') do
+        t[4], t[5] = t[4] - granted, t[5] - written
+    end
+    redis.call('HDEL', KEYS[4], ARGV[1])
+end
 keep_totals(t)
 """,
 )
@@ -244,15 +259,21 @@ return totals()
 """,
 )
 
-# ARGV: the number of changes of the totals that were found to be wrong, then what they are to be.
-# Returns whether nothing had changed since.
+# ARGV: the number of changes of the totals when all nodes were added up, then what came of that.
+# Returns whether the totals are that now: nothing had changed since, or they were right.
 ADJUST = _script(
     _TOTALS,
     """
 local t = totals()
-if t[6] ~= tonumber(ARGV[1]) then return 0 end
-keep_totals({ARGV[2] + 0, ARGV[3] + 0, ARGV[4] + 0, ARGV[5] + 0, ARGV[6] + 0, t[6]})
-return 1
+local counted, are_right = {0, 0, 0, 0, 0, t[6]}, true
+for i = 1, 5 do
+    counted[i] = tonumber(ARGV[i + 1])
+    are_right = are_right and t[i] == counted[i]
+end
+local is_current = are_right or t[6] == tonumber(ARGV[1])
+-- Totals that could not be read are added up by now, and have a number of changes from here on.
+keep_totals(is_current and counted or t)
+return is_current and 1 or 0
 """,
 )
 
