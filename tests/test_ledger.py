@@ -321,7 +321,7 @@ def test_whatever_comes_first_adds_missing_totals_up(
     firsts = [
         change_nothing,
         lambda: metadata.reserve("2-y", Grant(0, 0), 1, 1, None, None),
-        lambda: metadata.settle_and_keep(Kept("2-y", 1, 1000, None)),
+        lambda: metadata.settle_and_keep(Kept("2-y", 0, 1, 1000, None)),
         lambda: metadata.forget(entry(1).name),
         lambda: metadata.store(entry(3)),
         lambda: metadata.ledger.recount(OWNER),
@@ -523,7 +523,7 @@ def test_registering_settling_forgetting_and_recounting_in_any_order_keeps_the_m
 
         @rule(writer=st.sampled_from("ab"), most=st.integers(0, 300))
         def keep(self, writer: str, most: int) -> None:
-            _, kept, unwritten = metadata.settle_and_keep(Kept(writer, most, 300, 400))
+            _, kept, unwritten = metadata.settle_and_keep(Kept(writer, 0, most, 300, 400))
             assert kept <= most
             assert unwritten == sum(grant.granted for grant in metadata.grants().values())
 
@@ -613,19 +613,37 @@ def test_a_writer_keeps_a_grant_when_it_settles_what_it_has_written(metadata: Me
     with room(metadata):
         metadata.register(entry(1).name)
     for _ in range(2):
-        assert metadata.settle_and_keep(Kept("a", 100, 150, 1000), entry(1)) == (1, 100, 100)
+        assert metadata.settle_and_keep(Kept("a", 0, 100, 150, 1000), entry(1)) == (1, 100, 100)
         assert metadata.grants() == {"a": Grant(100, 0)}
         metadata.expect_totals()
     # All writers together keep no more than the limit, and nobody more than the budget permits.
-    assert metadata.settle_and_keep(Kept("b", 100, 150, 1000)) == (0, 50, 150)
-    assert metadata.settle_and_keep(Kept("c", 100, 150, 1000)) == (0, 0, 150)
-    assert metadata.settle_and_keep(Kept("a", 100, 150, 100)) == (0, 30, 80)
-    assert metadata.settle_and_keep(Kept("a", 100, 150, 0)) == (0, 0, 50)
-    assert metadata.settle_and_keep(Kept("b", 100, 150, None)) == (0, 100, 100)
+    assert metadata.settle_and_keep(Kept("b", 0, 100, 150, 1000)) == (0, 50, 150)
+    assert metadata.settle_and_keep(Kept("c", 0, 100, 150, 1000)) == (0, 0, 150)
+    assert metadata.settle_and_keep(Kept("a", 0, 100, 150, 100)) == (0, 30, 80)
+    assert metadata.settle_and_keep(Kept("a", 0, 100, 150, 0)) == (0, 0, 50)
+    assert metadata.settle_and_keep(Kept("b", 0, 100, 150, None)) == (0, 100, 100)
     assert metadata.grants() == {"b": Grant(100, 0)}
     ledger.release(OWNER, ["b"])
     metadata.expect_totals()
     assert ledger.totals()[:5] == (1, 10, 20, 0, 0)
+
+
+def test_a_grant_stands_for_what_is_written_and_neither_settled_nor_removed(
+    metadata: Metadata,
+) -> None:
+    metadata.reserve("a", Grant(0, 0), 500, 500, 1000, None)
+    metadata.reserve("b", Grant(0, 0), 300, 300, 1000, None)
+    with room(metadata):
+        metadata.register(entry(1).name)
+    # The second object is not pending, so its values are left, beside 70 bytes of earlier ones.
+    kept = Kept("a", 70, 100, 150, 1000)
+    assert metadata.settle_and_keep(kept, entry(1), entry(2)) == (1, 90, 300)
+    assert metadata.grants() == {"a": Grant(90, 90), "b": Grant(300, 0)}
+    metadata.ledger.release(OWNER, ["b"])
+    assert metadata.settle_and_keep(kept) == (0, 170, 100)
+    assert metadata.settle_and_keep(kept._replace(budget=20 + 70 + 30)) == (0, 100, 30)
+    assert metadata.grants() == {"a": Grant(100, 70)}
+    metadata.expect_totals()
 
 
 def test_an_object_of_which_a_value_is_missing_is_not_settled_where_values_are_looked_for(

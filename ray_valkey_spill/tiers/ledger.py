@@ -130,12 +130,14 @@ class Kept(NamedTuple):
 
     Attributes:
         writer: its name, among those of its node.
-        most: how much it may keep.
+        written: how much of what it was granted before is written, and neither settled nor removed.
+        most: how much it may keep beside that.
         limit: how much all writers may be granted for it to keep some.
         budget: how much all may have stored and be granted; None for no bound.
     """
 
     writer: str
+    written: int
     most: int
     limit: int
     budget: int | None
@@ -214,9 +216,9 @@ class Ledger:
         """
         root = self._keys.root if verify else ""
         for page, is_last in _settlement_pages(entries):
-            terms: tuple[str | int, ...] = ("", -1, 0, -1)
+            terms: tuple[str | int, ...] = ("", 0, 0, 0, -1)
             if kept is not None and is_last:
-                terms = (kept.writer, kept.most, kept.limit, _limit(kept.budget))
+                terms = (*kept[:-1], _limit(kept.budget))
             fields = [a for e in page for a in (str(e.name), f".{e.size}.{e.stored}")]
             yield self._eval(scripts.SETTLE, self._accounts, str(node), *terms, root, *fields)
 
