@@ -27,6 +27,7 @@ from ray_valkey_spill.tiers.ledger import (
     Kept,
     Ledger,
     Reservation,
+    Totals,
     Usage,
     link_to,
 )
@@ -344,17 +345,17 @@ def test_totals_that_change_while_they_are_counted_are_counted_again(
     with room(metadata):
         metadata.store(entry(1))
         metadata.client.set(metadata.keys.totals, "9 9 9 9 9 9")
-        usages = metadata.ledger.usages
+        totals = metadata.ledger.totals
         numbers = iter(range(2, 4))
 
-        def growing() -> dict[Owner, Usage]:
-            found = usages()
+        def and_they_change() -> Totals:
+            found = totals()
             for number in numbers:
                 metadata.store(entry(number))
                 break
             return found
 
-        monkeypatch.setattr(metadata.ledger, "usages", growing)
+        monkeypatch.setattr(metadata.ledger, "totals", and_they_change)
         assert metadata.ledger.recount_totals()
         monkeypatch.undo()
     metadata.expect_totals()
@@ -367,15 +368,15 @@ def test_totals_that_change_all_the_time_are_left_as_they_are(
     with room(metadata):
         metadata.store(entry(1))
         metadata.client.set(metadata.keys.totals, "9 9 9 9 9 9")
-        usages = metadata.ledger.usages
+        totals = metadata.ledger.totals
         numbers = iter(range(2, 100))
 
-        def growing() -> dict[Owner, Usage]:
-            found = usages()
+        def and_they_change() -> Totals:
+            found = totals()
             metadata.store(entry(next(numbers)))
             return found
 
-        monkeypatch.setattr(metadata.ledger, "usages", growing)
+        monkeypatch.setattr(metadata.ledger, "totals", and_they_change)
         assert not metadata.ledger.recount_totals()
         monkeypatch.undo()
         assert metadata.ledger.recount_totals()
@@ -789,6 +790,8 @@ def test_objects_are_stored_and_forgotten_beside_what_is_malformed(littered: Met
 
 def test_bytes_are_granted_beside_what_is_malformed(littered: Metadata) -> None:
     ledger = littered.ledger
+    littered.client.hdel(littered.keys.usage, "..:..")
+    littered.client.hdel(littered.keys.writers, "..:..")
     assert littered.reserve("w", Grant(0, 0), 5, 50, 10_000, 1000, OTHER) == (50, 0, 50)
     assert littered.reserve("w", Grant(0, 0), 5, 50, 10_000, 1000, OWNER) == (50, 50, 100)
     littered.expect_totals()

@@ -341,8 +341,9 @@ class Ledger:
         """
         for _ in range(_RECOUNTS):
             before = self.totals()
-            usages = self.usages().values()
-            grants = [grant for of_node in self.grants().values() for grant in of_node.values()]
+            usages = self._values(self._keys.usage, _usage)
+            of_nodes = self._values(self._keys.writers, _grants)
+            grants = [grant for of_node in of_nodes for grant in of_node.values()]
             counted = (
                 *(sum(usage[i] for usage in usages) for i in range(3)),
                 *(sum(grant[i] for grant in grants) for i in range(2)),
@@ -481,6 +482,11 @@ class Ledger:
         self, key: str, parse: Callable[[bytes, bytes], tuple[_K, _T]]
     ) -> Iterator[tuple[_K, _T]]:
         return well_formed(key, self._pairs(key), lambda pair: parse(*pair))
+
+    def _values(self, key: str, parse: Callable[[bytes], _T]) -> list[_T]:
+        """The values of a hash, of whatever fields, as the scripts add them up."""
+        values = {bytes(field): value for field, value in self._pairs(key)}.values()
+        return list(well_formed(key, values, parse))
 
     def _pairs(self, key: str) -> Iterator[tuple[bytes, bytes]]:
         """The fields of a hash and their values, by the page; some may come twice."""

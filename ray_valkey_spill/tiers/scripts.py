@@ -49,14 +49,6 @@ local function change_number()
     local now = redis.call('TIME')
     return now[1] * 1000000 + now[2]
 end
--- Of nodes: who else is in a hash, this package cannot have written.
-local function values(hash)
-    local found, i = redis.call('HGETALL', hash), -1
-    return function()
-        repeat i = i + 2 until not found[i] or found[i]:match('^[%w_-]+:[%w_-]+$')
-        return found[i + 1]
-    end
-end
 local function totals()
     local t = {(redis.call('GET', KEYS[5]) or ''):match(PATTERN)}
     if t[1] then
@@ -64,11 +56,11 @@ local function totals()
         return t
     end
     t = {0, 0, 0, 0, 0, change_number()}
-    for value in values(KEYS[3]) do
+    for _, value in ipairs(redis.call('HVALS', KEYS[3])) do
         local objects, size, stored = value:match('^(%d+) (%d+) (%d+) %d+$')
         if objects then t[1], t[2], t[3] = t[1] + objects, t[2] + size, t[3] + stored end
     end
-    for value in values(KEYS[4]) do
+    for _, value in ipairs(redis.call('HVALS', KEYS[4])) do
         for granted, written in value:gmatch('[^ =]+=(%d+)/(%d+)') do
             t[4], t[5] = t[4] + granted, t[5] + written
         end
