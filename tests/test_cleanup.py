@@ -88,13 +88,16 @@ class Namespace:
         """
         store = self.store(session, node)
         self.come_to_life(store, session)
-        writer = f"{session}:{node}:1-x"
-        self.ledger.reserve(writer, Grant(0, 0), 5, 5, None, None)
+        self.grant(session, node, "1-x", 5)
         return [
             *self.put(store),
             *self.put(self.store(session, node, max_bytes=0)),
             *self.half_write(session, node),
         ]
+
+    def grant(self, session: str, node: str, writer: str, size: int) -> None:
+        owner, nothing = Owner(session, node), Grant(0, 0)
+        self.link.execute(self.ledger.reservation(owner, writer, nothing, size, size, None, None))
 
     def come_to_life(self, store: Store, session: str) -> None:
         """What an IO worker does first, and again and again."""
@@ -112,7 +115,7 @@ class Namespace:
     def half_write(self, session: str, node: str) -> list[str]:
         """Leave what a killed writer leaves. Nothing of it is whole."""
         name = ObjectName(session, node, "f" * 56, new_attempt(), 3)
-        ValkeyTier(self.link, self.keys).register([name])
+        self.link.execute(*self.ledger.registrations([name]))
         self.client.set(self.keys.chunks(name)[0], b"some")
         part = self.directory / self.keys.root.rstrip(":") / session / node
         part.mkdir(parents=True, exist_ok=True)
@@ -166,13 +169,13 @@ class Namespace:
         return sorted(str(path.relative_to(self.directory)) for path in self.directory.rglob("*"))
 
     def left_of(self, session: str) -> list[str]:
-        """Every key, member of a book, and file that tells of a session."""
+        """Every key, member of the metadata, and file that names a session."""
         keys = [key.decode() for key in self.client.keys(f"{self.keys.root}*")]
         members: list[bytes] = []
-        for book in (self.keys.index, self.keys.pending, self.keys.leases):
-            members += self.client.zrange(book, 0, -1)
-        for book in (self.keys.usage, self.keys.grants, self.keys.overflows):
-            members += self.client.hkeys(book)
+        for key in (self.keys.index, self.keys.pending, self.keys.leases):
+            members += self.client.zrange(key, 0, -1)
+        for key in (self.keys.usage, self.keys.writers, self.keys.overflows):
+            members += self.client.hkeys(key)
         everything = [*keys, *(member.decode() for member in members), *self.files()]
         return sorted(each for each in everything if session in each)
 
@@ -414,7 +417,7 @@ def test_of_a_dead_node_of_a_running_session_only_what_is_half_written_goes(
     assert (remains.pending, remains.files) == (1, 1)
     assert namespace.half_written(LIVING, dead) == (0, 0)
     assert namespace.half_written(LIVING, living) == (1, 1)
-    assert [*namespace.ledger.grants()] == [f"{LIVING}:{living}:1-x"]
+    assert [*namespace.ledger.grants()] == [Owner(LIVING, living)]
     namespace.expect_all(urls)
     assert all(each.is_empty for each in namespace.gc())
 
@@ -431,15 +434,16 @@ def test_what_was_removed_while_its_writer_was_stopped_is_not_reported_as_stored
     namespace.come_to_life(store, LIVING)
     settlements = Ledger.settlements
 
-    def stopped(self: Ledger, *args: Any) -> Any:
+    def stopped(self: Ledger, *args: Any, **options: Any) -> Any:
         monkeypatch.undo()
+        self.totals()  # over the same connection: all before has been carried out by then
+        assert namespace.data_keys() != []
         monkeypatch.setattr(cleanup, "time", namespace.clock)
         namespace.gc()
-        return settlements(self, *args)
+        assert namespace.data_keys() == []
+        return settlements(self, *args, **options)
 
     monkeypatch.setattr(Ledger, "settlements", stopped)
-    # It registers on its own.
-    monkeypatch.setattr("ray_valkey_spill.store.object_store.INLINE_LIMIT", 0)
     urls, failure = store.put([source(bytes(size))])
     assert urls == []
     assert isinstance(failure, LostObjectError)
@@ -506,13 +510,13 @@ def test_a_session_that_comes_to_life_while_it_is_removed_keeps_the_rest(
     urls = namespace.node(LIVING)
     look = namespace.look()
     remains = look.find()
-    remove = ValkeyTier.remove
+    remove = ValkeyTier.remove_objects
 
     def and_it_comes_to_life(self: ValkeyTier, names: Any) -> None:
         remove(self, names)
         namespace.renew(LIVING)
 
-    monkeypatch.setattr(ValkeyTier, "remove", and_it_comes_to_life)
+    monkeypatch.setattr(ValkeyTier, "remove_objects", and_it_comes_to_life)
     look.remove(remains)
     namespace.expect_all(urls)
     assert namespace.half_written(LIVING, NODES[0]) == (0, 1)
@@ -611,14 +615,14 @@ def test_two_clean_ups_at_once_do_no_harm(
     one, other = namespace.look(), namespace.look()
     of_one, of_other = one.find(), other.find()
     assert of_one == of_other
-    remove = ValkeyTier.remove
+    remove = ValkeyTier.remove_objects
 
     def interrupted(self: ValkeyTier, names: Any) -> None:
         monkeypatch.undo()
         other.remove(of_other)
         remove(self, names)
 
-    monkeypatch.setattr(ValkeyTier, "remove", interrupted)
+    monkeypatch.setattr(ValkeyTier, "remove_objects", interrupted)
     one.remove(of_one)
     namespace.expect_nothing()
 
@@ -629,14 +633,14 @@ def test_a_node_may_be_destroyed_while_it_is_removed(
     namespace.node(DEAD)
     look = namespace.look()
     remains = look.find()
-    remove = ValkeyTier.remove
+    remove = ValkeyTier.remove_objects
 
     def interrupted(self: ValkeyTier, names: Any) -> None:
         monkeypatch.undo()
         namespace.store(DEAD).destroy(lambda pid: False)
         remove(self, names)
 
-    monkeypatch.setattr(ValkeyTier, "remove", interrupted)
+    monkeypatch.setattr(ValkeyTier, "remove_objects", interrupted)
     look.remove(remains)
     namespace.gc()
     namespace.expect_nothing()
@@ -721,7 +725,10 @@ def test_a_recount_corrects_everybodys_usage(namespace: Namespace) -> None:
     right = {owner: usage[:3] for owner, usage in namespace.ledger.usages().items()}
     namespace.client.hset(namespace.keys.usage, f"{DEAD}:{NODES[0]}", "9 9 9 9")
     namespace.client.hdel(namespace.keys.usage, f"{LIVING}:{NODES[0]}")
+    namespace.client.set(namespace.keys.totals, "9 9 9 9 9 9")
     namespace.look().recount()
+    stored = sum(usage[2] for usage in right.values())
+    assert namespace.ledger.totals()[:5] == (4, 2 * (SMALL + LARGE), stored, 10, 0)
     assert {owner: usage[:3] for owner, usage in namespace.ledger.usages().items()} == right
 
 

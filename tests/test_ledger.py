@@ -1,11 +1,11 @@
-"""The books on the server: their scripts may be sent twice, and on a full server."""
+"""The metadata on the server: each script may be sent twice, and works on a full server."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,8 +22,15 @@ from support.servers import PRODUCTS, server_of
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
-from ray_valkey_spill.protocol.resp import Request
-from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage, link_to
+from ray_valkey_spill.tiers.ledger import (
+    Grant,
+    Kept,
+    Ledger,
+    Reservation,
+    Totals,
+    Usage,
+    link_to,
+)
 from ray_valkey_spill.units import MIB
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -34,7 +41,7 @@ ALIKE, NEXT = Owner("session_1", "aab"), Owner("session_10", "aa")
 GCS = "127.0.0.1:6379"
 
 
-class Books:
+class Metadata:
     """A ledger, what it is on, and how often each of its scripts is sent."""
 
     def __init__(self, url: str, client: valkey.Valkey) -> None:
@@ -44,23 +51,52 @@ class Books:
         self.link = link_to(config)
         self.ledger = Ledger(self.link, self.keys)
 
-    def send(self, requests: Iterable[Request]) -> int:
-        """Send `requests`, and return the sum of the replies that are numbers."""
-        replies = self.link.execute(*requests)
-        return sum(reply for reply in replies if isinstance(reply, int))
-
     def register(self, *names: ObjectName) -> None:
-        self.send(self.ledger.registrations(names))
+        self.link.execute(*self.ledger.registrations(names))
 
     def settle(self, *entries: Entry, owner: Owner = OWNER) -> int:
-        return self.send(self.ledger.settlements(owner, entries))
+        replies = self.link.execute(*self.ledger.settlements(owner, entries))
+        return sum(settled for settled, _, _ in replies)
+
+    def settle_and_keep(self, kept: Kept, *entries: Entry) -> tuple[int, ...]:
+        """Returns how many are stored, what their writer keeps, and what all may still write."""
+        (reply,) = self.link.execute(*self.ledger.settlements(OWNER, entries, kept))
+        return tuple(reply)
 
     def forget(self, *names: ObjectName) -> None:
-        self.send(self.ledger.forget(names))
+        self.link.execute(*self.ledger.forget(names))
 
     def store(self, *entries: Entry, owner: Owner = OWNER) -> None:
         self.register(*(entry.name for entry in entries))
         assert self.settle(*entries, owner=owner) == len(entries)
+
+    def reserve(
+        self,
+        writer: str,
+        grant: Grant,
+        least: int,
+        most: int,
+        budget: int | None,
+        room: int | None,
+        owner: Owner = OWNER,
+    ) -> tuple[int, ...]:
+        """Returns what is granted on top, what was used before, and what all may still write."""
+        request = self.ledger.reservation(owner, writer, grant, least, most, budget, room)
+        (reply,) = self.link.execute(request)
+        return Reservation(*reply)[:3]
+
+    def grants(self, owner: Owner = OWNER) -> dict[str, Grant]:
+        found = self.ledger.grants_of(owner)
+        assert self.ledger.grants().get(owner, {}) == found
+        return found
+
+    def expect_totals(self) -> None:
+        """The totals are the sums of what the metadata have of each node."""
+        usages = self.ledger.usages().values()
+        grants = [grant for of_node in self.ledger.grants().values() for grant in of_node.values()]
+        sums = [sum(usage[i] for usage in usages) for i in range(3)]
+        sums += [sum(grant[i] for grant in grants) for i in range(2)]
+        assert [*self.ledger.totals()[:5]] == sums
 
     def stored(self, owner: Owner | None = None) -> list[Entry]:
         return [entry for page in self.ledger.stored(owner) for entry in page]
@@ -83,12 +119,14 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(params=[0, 1], ids=["with room", "full"])
-def books(running: tuple[str, valkey.Valkey], request: pytest.FixtureRequest) -> Iterator[Books]:
+def metadata(
+    running: tuple[str, valkey.Valkey], request: pytest.FixtureRequest
+) -> Iterator[Metadata]:
     """On a server with room, and on one that is full."""
     url, client = running
     client.flushall()
     client.config_set("maxmemory", request.param)
-    made = Books(url, client)
+    made = Metadata(url, client)
     yield made
     made.link.close()
     client.config_set("maxmemory", 0)
@@ -98,181 +136,278 @@ def books(running: tuple[str, valkey.Valkey], request: pytest.FixtureRequest) ->
 # --- what is stored and what is being written ---
 
 
-def test_what_is_registered_is_pending_and_what_is_settled_is_stored(books: Books) -> None:
-    books.client.config_set("maxmemory", 0)  # an object is registered with ZADD
+def test_what_is_registered_is_pending_and_what_is_settled_is_stored(metadata: Metadata) -> None:
+    metadata.client.config_set("maxmemory", 0)  # an object is registered with ZADD
     first, second = entry(1, size=3, stored=7), entry(2, size=30, stored=70)
-    books.register(first.name, second.name)
-    assert books.pending() == [first.name, second.name]
-    assert books.stored() == []
-    assert books.settle(first, second) == 2
-    assert books.pending() == []
-    assert books.stored() == [first, second]
-    assert books.usage() == (2, 33, 77)
-    books.forget(first.name)
-    assert books.stored() == [second]
-    assert books.usage() == (1, 30, 70)
-    books.forget(second.name)
-    assert books.client.keys("*") == []
+    metadata.register(first.name, second.name)
+    assert metadata.pending() == [first.name, second.name]
+    assert metadata.stored() == []
+    assert metadata.settle(first, second) == 2
+    assert metadata.pending() == []
+    assert metadata.stored() == [first, second]
+    assert metadata.usage() == (2, 33, 77)
+    metadata.forget(first.name)
+    assert metadata.stored() == [second]
+    assert metadata.usage() == (1, 30, 70)
+    metadata.forget(second.name)
+    assert metadata.client.keys("*") == []
 
 
-def test_each_script_does_the_same_when_it_comes_twice(books: Books) -> None:
+def test_each_script_does_the_same_when_it_comes_twice(metadata: Metadata) -> None:
     stored = [entry(i) for i in range(250)]  # more than one script takes
-    with room(books):
-        books.register(*(each.name for each in stored))
+    with room(metadata):
+        metadata.register(*(each.name for each in stored))
     for _ in range(2):
-        assert books.settle(*stored) == 250
-        assert books.usage() == (250, 2500, 5000)
+        assert metadata.settle(*stored) == 250
+        assert metadata.usage() == (250, 2500, 5000)
     for _ in range(2):
-        books.forget(*(each.name for each in stored[:130]))
-        assert books.usage() == (120, 1200, 2400)
+        metadata.forget(*(each.name for each in stored[:130]))
+        assert metadata.usage() == (120, 1200, 2400)
     for _ in range(2):
-        assert books.ledger.reserve("w", Grant(0, 0), 5, 50, 10_000, None) == (50, 2400, 50)
-        assert books.ledger.reserve("w", Grant(50, 20), 5, 50, 10_000, None) == (50, 2450, 80)
-        assert books.ledger.grants() == {"w": Grant(100, 20)}
+        assert metadata.reserve("w", Grant(0, 0), 5, 50, 10_000, None) == (50, 2400, 50)
+        assert metadata.reserve("w", Grant(50, 20), 5, 50, 10_000, None) == (50, 2450, 80)
+        assert metadata.grants() == {"w": Grant(100, 20)}
+        metadata.expect_totals()
     for _ in range(2):
-        books.ledger.release(["w"])
-        assert books.ledger.grants() == {}
+        metadata.ledger.release(OWNER, ["w"])
+        assert metadata.ledger.grants() == {}
+        metadata.expect_totals()
     for _ in range(2):
-        assert books.ledger.renew(OWNER, GCS, new=True)
-        assert [lease.owner for lease in books.ledger.leases()] == [OWNER]
+        assert metadata.ledger.renew(OWNER, GCS, new=True)
+        assert [lease.owner for lease in metadata.ledger.leases()] == [OWNER]
     for _ in range(2):
-        assert books.ledger.agree_on_overflow("session_1", "token") == "token"
-        assert books.ledger.agree_on_overflow("session_1", "another") == "token"
+        assert metadata.ledger.agree_on_overflow("session_1", "token") == "token"
+        assert metadata.ledger.agree_on_overflow("session_1", "another") == "token"
     for _ in range(2):
-        books.ledger.close_account(OWNER)
-        assert books.ledger.leases() == []
+        metadata.ledger.close_account(OWNER)
+        assert metadata.ledger.leases() == []
     for _ in range(2):
-        assert books.ledger.forget_overflow("session_1")
-        assert books.ledger.overflows() == {}
+        assert metadata.ledger.forget_overflow("session_1")
+        assert metadata.ledger.overflows() == {}
 
 
-def test_a_settlement_that_comes_late_after_a_deletion_stores_nothing(books: Books) -> None:
+def test_a_settlement_that_comes_late_after_a_deletion_stores_nothing(metadata: Metadata) -> None:
     kept, deleted = entry(1), entry(2)
-    with room(books):
-        books.register(kept.name, deleted.name)
-    assert books.settle(kept, deleted) == 2
-    books.forget(deleted.name)
-    assert books.settle(kept, deleted) == 1
-    assert books.stored() == [kept]
-    assert books.usage() == (1, 10, 20)
+    with room(metadata):
+        metadata.register(kept.name, deleted.name)
+    assert metadata.settle(kept, deleted) == 2
+    metadata.forget(deleted.name)
+    assert metadata.settle(kept, deleted) == 1
+    assert metadata.stored() == [kept]
+    assert metadata.usage() == (1, 10, 20)
 
 
-def test_what_was_destroyed_or_never_registered_is_not_settled(books: Books) -> None:
+def test_what_was_destroyed_or_never_registered_is_not_settled(metadata: Metadata) -> None:
     registered, never = entry(1), entry(2)
-    with room(books):
-        books.register(registered.name)
-    assert books.settle(registered, never) == 1
-    assert books.stored() == [registered]
+    with room(metadata):
+        metadata.register(registered.name)
+    assert metadata.settle(registered, never) == 1
+    assert metadata.stored() == [registered]
 
 
 def test_a_registration_that_comes_late_does_not_make_a_stored_object_half_written(
-    books: Books,
+    metadata: Metadata,
 ) -> None:
-    with room(books):
-        books.store(entry(1))
-        books.register(entry(1).name)
-        assert books.pending() == []
-        books.forget(entry(1).name)
-    assert books.client.keys("*") == []
+    with room(metadata):
+        metadata.store(entry(1))
+        metadata.register(entry(1).name)
+        assert metadata.pending() == []
+        metadata.forget(entry(1).name)
+    assert metadata.client.keys("*") == []
 
 
-def test_what_is_forgotten_of_several_nodes_is_taken_from_each(books: Books) -> None:
-    with room(books):
+def test_what_is_forgotten_of_several_nodes_is_taken_from_each(metadata: Metadata) -> None:
+    with room(metadata):
         for owner in (OWNER, OTHER):
-            books.store(entry(1, owner), entry(2, owner), owner=owner)
-    books.forget(*(entry(i, owner).name for owner in (OWNER, OTHER) for i in (1, 7)))
-    assert books.ledger.usages().keys() == {OWNER, OTHER}
-    assert books.usage(OWNER) == books.usage(OTHER) == (1, 10, 20)
+            metadata.store(entry(1, owner), entry(2, owner), owner=owner)
+    metadata.forget(*(entry(i, owner).name for owner in (OWNER, OTHER) for i in (1, 7)))
+    assert metadata.ledger.usages().keys() == {OWNER, OTHER}
+    assert metadata.usage(OWNER) == metadata.usage(OTHER) == (1, 10, 20)
 
 
-def test_books_are_read_by_the_page_and_by_the_node(books: Books) -> None:
+def test_metadata_are_read_by_the_page_and_by_the_node(metadata: Metadata) -> None:
     count = 1203
     stored = {o: [entry(i, o) for i in range(count)] for o in (OWNER, ALIKE, NEXT)}
     half = [entry(i).name for i in range(count, 2 * count)]
-    with room(books):
+    with room(metadata):
         for owner, entries in stored.items():
-            books.store(*entries, owner=owner)
+            metadata.store(*entries, owner=owner)
         # Whole pages of what is stored already hide nothing of what is pending.
-        books.register(*(each.name for each in stored[OWNER]), *half)
+        metadata.register(*(each.name for each in stored[OWNER]), *half)
     for owner, entries in stored.items():
-        assert books.stored(owner) == entries
-    assert len(books.stored()) == 3 * count
-    assert max(map(len, books.ledger.stored())) < count
-    assert books.pending() == half
-    assert books.pending(ALIKE) == books.pending(NEXT) == []
+        assert metadata.stored(owner) == entries
+    assert len(metadata.stored()) == 3 * count
+    assert max(map(len, metadata.ledger.stored())) < count
+    assert metadata.pending() == half
+    assert metadata.pending(ALIKE) == metadata.pending(NEXT) == []
 
 
-def test_everybody_in_any_book_is_an_owner(books: Books) -> None:
+def test_whoever_is_anywhere_in_the_metadata_is_found(metadata: Metadata) -> None:
     session = "session_1"
-    with room(books):
-        books.store(*(entry(i, Owner(session, "a")) for i in range(3)), owner=Owner(session, "a"))
-        books.register(*(entry(i, Owner(session, "b")).name for i in range(3)))
-        books.store(entry(0, Owner("session_0", "z")), owner=Owner("session_0", "z"))
-    books.ledger.renew(Owner(session, "c"), GCS, new=True)
-    books.ledger.reserve(f"{session}:d:1-x", Grant(0, 0), 1, 1, None, None)
-    books.client.delete(books.keys.usage)
+    with room(metadata):
+        metadata.store(
+            *(entry(i, Owner(session, "a")) for i in range(3)), owner=Owner(session, "a")
+        )
+        metadata.register(*(entry(i, Owner(session, "b")).name for i in range(3)))
+        metadata.store(entry(0, Owner("session_0", "z")), owner=Owner("session_0", "z"))
+    metadata.ledger.renew(Owner(session, "c"), GCS, new=True)
+    metadata.reserve("1-x", Grant(0, 0), 1, 1, None, None, Owner(session, "d"))
+    metadata.client.delete(metadata.keys.usage)
     nodes = {*map(Owner, [session] * 4, "abcd")}
-    assert books.ledger.owners() == {*nodes, Owner("session_0", "z")}
+    assert metadata.ledger.owners() == {*nodes, Owner("session_0", "z")}
 
 
 # --- usage ---
 
 
 @pytest.mark.parametrize("drift", ["999 999 999 5", "1 1 1 5", None])
-def test_a_recount_corrects_drift(books: Books, drift: str | None) -> None:
-    with room(books):
-        books.store(*(entry(i) for i in range(600)))
-        books.client.delete(books.keys.usage)
+def test_a_recount_corrects_drift(metadata: Metadata, drift: str | None) -> None:
+    with room(metadata):
+        metadata.store(*(entry(i) for i in range(600)))
+        metadata.client.delete(metadata.keys.usage)
         if drift:
-            books.client.hset(books.keys.usage, str(OWNER), drift)
-    assert books.ledger.recount(OWNER)
-    assert books.usage() == (600, 6000, 12_000)
+            metadata.client.hset(metadata.keys.usage, str(OWNER), drift)
+    assert metadata.ledger.recount(OWNER)
+    assert metadata.usage() == (600, 6000, 12_000)
 
 
-def test_a_recount_of_a_node_that_has_nothing_leaves_nothing(books: Books) -> None:
-    assert books.ledger.recount(OWNER)
-    assert books.client.keys("*") == []
-    books.client.config_set("maxmemory", 0)
-    books.client.hset(books.keys.usage, str(OWNER), "3 3 3 5")
-    assert books.ledger.recount(OWNER)
-    assert books.client.keys("*") == []
+def test_a_recount_of_a_node_that_has_nothing_leaves_nothing(metadata: Metadata) -> None:
+    assert metadata.ledger.recount(OWNER)
+    assert metadata.client.keys("*") == []
+    metadata.client.config_set("maxmemory", 0)
+    metadata.client.hset(metadata.keys.usage, str(OWNER), "3 3 3 5")
+    assert metadata.ledger.recount(OWNER)
+    assert metadata.client.keys("*") == []
 
 
-def test_a_recount_removes_a_usage_of_nothing(books: Books) -> None:
+def test_a_recount_removes_a_usage_of_nothing(metadata: Metadata) -> None:
     """As a recount leaves it that is killed, or gives up, while it counts anew."""
-    books.client.config_set("maxmemory", 0)
-    books.client.hset(books.keys.usage, str(OWNER), "0 0 0 5")
-    assert books.ledger.owners() == {OWNER}
-    assert books.ledger.recount(OWNER)
-    assert books.client.keys("*") == []
-    assert books.ledger.owners() == set()
+    metadata.client.config_set("maxmemory", 0)
+    metadata.client.hset(metadata.keys.usage, str(OWNER), "0 0 0 5")
+    assert metadata.ledger.owners() == {OWNER}
+    assert metadata.ledger.recount(OWNER)
+    assert metadata.client.keys("*") == []
+    assert metadata.ledger.owners() == set()
 
 
-def test_usage_is_never_negative(books: Books) -> None:
-    with room(books):
-        books.store(*(entry(i) for i in range(3)))
-        books.client.hset(books.keys.usage, str(OWNER), "3 5 5 9")
-    books.forget(entry(0).name)
-    assert books.usage() == (2, 0, 0)
-    books.forget(entry(1).name)
-    books.forget(entry(2).name)
-    assert books.usage() == (0, 0, 0)
+TAMPERED = [None, b"", b"\xff", b"1 2 3", b"9 9 9 9 9 9", b"0 0 0 0 0 1"]
 
 
-def _nothing(books: Books) -> None:
+@pytest.mark.parametrize("totals", TAMPERED)
+def test_totals_that_are_missing_or_tampered_with_are_corrected(
+    metadata: Metadata, totals: bytes | None
+) -> None:
+    with room(metadata):
+        metadata.store(entry(1), entry(2))
+        metadata.reserve("1-x", Grant(0, 0), 100, 100, None, None, OTHER)
+        metadata.client.delete(metadata.keys.totals)
+        if totals is not None:
+            metadata.client.set(metadata.keys.totals, totals)
+    assert metadata.ledger.recount_totals()
+    assert metadata.ledger.totals()[:5] == (2, 20, 40, 100, 0)
+    metadata.forget(entry(1).name)
+    metadata.ledger.release(OTHER, ["1-x"])
+    assert metadata.ledger.totals()[:5] == (1, 10, 20, 0, 0)
+    metadata.forget(entry(2).name)
+    assert metadata.client.keys("*") == []
+
+
+@pytest.mark.parametrize("totals", [None, b"", b"\xff", b"1 2 3"])
+def test_whatever_comes_first_adds_missing_totals_up(
+    metadata: Metadata, totals: bytes | None
+) -> None:
+    def change_nothing() -> None:
+        metadata.ledger.release(OTHER, ["nobody"])
+
+    firsts = [
+        change_nothing,
+        lambda: metadata.reserve("2-y", Grant(0, 0), 1, 1, None, None),
+        lambda: metadata.settle_and_keep(Kept("2-y", 0, 1, 1000, None)),
+        lambda: metadata.forget(entry(1).name),
+        lambda: metadata.store(entry(3)),
+        lambda: metadata.ledger.recount(OWNER),
+    ]
+    with room(metadata):
+        metadata.store(entry(1), entry(2))
+        metadata.reserve("1-x", Grant(0, 0), 100, 100, None, None, OTHER)
+        for first in firsts:
+            metadata.client.delete(metadata.keys.totals)
+            if totals is not None:
+                metadata.client.set(metadata.keys.totals, totals)
+            first()
+            metadata.expect_totals()
+            assert metadata.ledger.totals().objects == len(metadata.stored())
+
+
+def test_totals_that_change_while_they_are_counted_are_counted_again(
+    metadata: Metadata, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with room(metadata):
+        metadata.store(entry(1))
+        metadata.client.set(metadata.keys.totals, "9 9 9 9 9 9")
+        totals = metadata.ledger.totals
+        numbers = iter(range(2, 4))
+
+        def and_they_change() -> Totals:
+            found = totals()
+            for number in numbers:
+                metadata.store(entry(number))
+                break
+            return found
+
+        monkeypatch.setattr(metadata.ledger, "totals", and_they_change)
+        assert metadata.ledger.recount_totals()
+        monkeypatch.undo()
+    metadata.expect_totals()
+    assert metadata.usage() == (3, 30, 60)
+
+
+def test_totals_that_change_all_the_time_are_left_as_they_are(
+    metadata: Metadata, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with room(metadata):
+        metadata.store(entry(1))
+        metadata.client.set(metadata.keys.totals, "9 9 9 9 9 9")
+        totals = metadata.ledger.totals
+        numbers = iter(range(2, 100))
+
+        def and_they_change() -> Totals:
+            found = totals()
+            metadata.store(entry(next(numbers)))
+            return found
+
+        monkeypatch.setattr(metadata.ledger, "totals", and_they_change)
+        assert not metadata.ledger.recount_totals()
+        monkeypatch.undo()
+        assert metadata.ledger.recount_totals()
+    metadata.expect_totals()
+
+
+def test_usage_is_never_negative(metadata: Metadata) -> None:
+    with room(metadata):
+        metadata.store(*(entry(i) for i in range(3)))
+        metadata.client.hset(metadata.keys.usage, str(OWNER), "3 5 5 9")
+    metadata.forget(entry(0).name)
+    assert metadata.usage() == (2, 0, 0)
+    metadata.forget(entry(1).name)
+    metadata.forget(entry(2).name)
+    assert metadata.usage() == (0, 0, 0)
+
+
+def _nothing(metadata: Metadata) -> None:
     pass
 
 
-def _forget_the_first(books: Books) -> None:
-    books.forget(entry(0).name)
+def _forget_the_first(metadata: Metadata) -> None:
+    metadata.forget(entry(0).name)
 
 
-def _store_a_second(books: Books) -> None:
-    books.store(entry(1))
+def _store_a_second(metadata: Metadata) -> None:
+    metadata.store(entry(1))
 
 
-def _forget_the_second(books: Books) -> None:
-    books.forget(entry(1).name)
+def _forget_the_second(metadata: Metadata) -> None:
+    metadata.forget(entry(1).name)
 
 
 @pytest.mark.parametrize(("is_known", "attempt"), [(True, 0), (False, 0), (False, 1)])
@@ -287,58 +422,58 @@ def _forget_the_second(books: Books) -> None:
     ids=["exchanged", "came and went", "came", "went"],
 )
 def test_a_recount_sees_what_changes_before_and_after_it_counts(
-    books: Books,
+    metadata: Metadata,
     monkeypatch: pytest.MonkeyPatch,
-    before: Callable[[Books], None],
-    after: Callable[[Books], None],
+    before: Callable[[Metadata], None],
+    after: Callable[[Metadata], None],
     is_known: bool,
     attempt: int,
 ) -> None:
-    read, attempts = books.ledger.stored, itertools.count()
+    read, attempts = metadata.ledger.stored, itertools.count()
 
     def while_it_changes(owner: Owner | None = None) -> Iterator[list[Entry]]:
         changes = next(attempts) == attempt
-        before(books) if changes else None
+        before(metadata) if changes else None
         pages = list(read(owner))
-        after(books) if changes else None
+        after(metadata) if changes else None
         yield from pages
 
-    with room(books):
-        books.store(entry(0))
+    with room(metadata):
+        metadata.store(entry(0))
         if not is_known:
-            books.client.delete(books.keys.usage)
-        monkeypatch.setattr(books.ledger, "stored", while_it_changes)
-        assert books.ledger.recount(OWNER)
+            metadata.client.delete(metadata.keys.usage)
+        monkeypatch.setattr(metadata.ledger, "stored", while_it_changes)
+        assert metadata.ledger.recount(OWNER)
         monkeypatch.undo()
-    count = len(books.stored())
-    assert books.usage() == (count, 10 * count, 20 * count)
+    count = len(metadata.stored())
+    assert metadata.usage() == (count, 10 * count, 20 * count)
 
 
 def test_a_recount_of_what_changes_all_the_time_is_given_up(
-    books: Books, monkeypatch: pytest.MonkeyPatch
+    metadata: Metadata, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with room(books):
-        books.store(entry(0), entry(1))
-        books.client.hset(books.keys.usage, str(OWNER), "7 7 7 7")
-        read = books.ledger.stored
+    with room(metadata):
+        metadata.store(entry(0), entry(1))
+        metadata.client.hset(metadata.keys.usage, str(OWNER), "7 7 7 7")
+        read = metadata.ledger.stored
         numbers = iter(range(2, 100))
 
         def growing(owner: Owner | None = None) -> Iterator[list[Entry]]:
             yield from read(owner)
-            books.store(entry(next(numbers)))
+            metadata.store(entry(next(numbers)))
 
-        monkeypatch.setattr(books.ledger, "stored", growing)
-        assert not books.ledger.recount(OWNER)
+        monkeypatch.setattr(metadata.ledger, "stored", growing)
+        assert not metadata.ledger.recount(OWNER)
         monkeypatch.undo()
-        assert books.ledger.recount(OWNER)
-    assert books.usage()[0] == len(books.stored())
+        assert metadata.ledger.recount(OWNER)
+    assert metadata.usage()[0] == len(metadata.stored())
 
 
-def test_registering_settling_forgetting_and_recounting_in_any_order_keeps_books_right(
+def test_registering_settling_forgetting_and_recounting_in_any_order_keeps_the_metadata_right(
     running: tuple[str, valkey.Valkey],
 ) -> None:
     url, client = running
-    books = Books(url, client)
+    metadata = Metadata(url, client)
     numbers = st.lists(st.integers(0, 7), max_size=5, unique=True)
 
     class Bookkeeping(RuleBasedStateMachine):
@@ -350,141 +485,232 @@ def test_registering_settling_forgetting_and_recounting_in_any_order_keeps_books
 
         @rule(numbers=numbers)
         def register(self, numbers: list[int]) -> None:
-            books.register(*(entry(i).name for i in numbers))
+            metadata.register(*(entry(i).name for i in numbers))
             self.pending |= {*numbers}
 
         @rule(numbers=numbers)
         def settle(self, numbers: list[int]) -> None:
             settled = {*numbers} & (self.pending | self.stored)
-            assert books.settle(*(entry(i) for i in numbers)) == len(settled)
+            assert metadata.settle(*(entry(i) for i in numbers)) == len(settled)
             self.stored |= settled
             self.pending -= settled
 
         @rule(numbers=numbers)
         def forget(self, numbers: list[int]) -> None:
-            books.forget(*(entry(i).name for i in numbers))
+            metadata.forget(*(entry(i).name for i in numbers))
             self.stored -= {*numbers}
             self.pending -= {*numbers}
 
         @rule()
         def drift_and_recount(self) -> None:
-            client.hset(books.keys.usage, str(OWNER), "5 1 1 1")
-            assert books.ledger.recount(OWNER)
+            client.hset(metadata.keys.usage, str(OWNER), "5 1 1 1")
+            assert metadata.ledger.recount(OWNER)
+            assert metadata.ledger.recount_totals()
+
+        @rule(totals=st.sampled_from([None, b"", b"\xff", b"9 9 9 9 9 9", b"0 0 0 0 0 1"]))
+        def tamper_with_the_totals(self, totals: bytes | None) -> None:
+            client.delete(metadata.keys.totals)
+            if totals is not None:
+                client.set(metadata.keys.totals, totals)
+            assert metadata.ledger.recount_totals()
+
+        @rule(writer=st.sampled_from("ab"), size=st.integers(0, 300))
+        def reserve(self, writer: str, size: int) -> None:
+            used = metadata.ledger.totals().used
+            own = metadata.grants().get(writer, Grant(0, 0))
+            granted, was_used, _ = metadata.reserve(writer, own, 1, size, 400, None)
+            assert was_used == used
+            assert granted == (size if size <= 400 - used else max(0, 400 - used))
+
+        @rule(writer=st.sampled_from("ab"), most=st.integers(0, 300))
+        def keep(self, writer: str, most: int) -> None:
+            _, kept, unwritten = metadata.settle_and_keep(Kept(writer, 0, most, 300, 400))
+            assert kept <= most
+            assert unwritten == sum(grant.granted for grant in metadata.grants().values())
+
+        @rule(writers=st.lists(st.sampled_from("ab")))
+        def release(self, writers: list[str]) -> None:
+            metadata.ledger.release(OWNER, writers)
+            assert not {*writers} & metadata.grants().keys()
 
         @invariant()
-        def books_tell_what_is_there(self) -> None:
+        def metadata_say_what_is_there(self) -> None:
             count = len(self.stored)
-            assert books.stored() == [entry(i) for i in sorted(self.stored)]
-            assert books.pending() == [entry(i).name for i in sorted(self.pending - self.stored)]
-            assert books.usage() == (count, 10 * count, 20 * count)
+            assert metadata.stored() == [entry(i) for i in sorted(self.stored)]
+            assert metadata.pending() == [entry(i).name for i in sorted(self.pending - self.stored)]
+            assert metadata.usage() == (count, 10 * count, 20 * count)
+            metadata.expect_totals()
+            if not self.stored and not metadata.grants():
+                assert not client.exists(metadata.keys.totals)
 
     run_state_machine_as_test(
         Bookkeeping, settings=settings(max_examples=15, stateful_step_count=20, deadline=None)
     )
-    books.link.close()
+    metadata.link.close()
     client.flushall()
 
 
 # --- grants ---
 
 
-def test_grants_and_what_is_stored_share_the_budget(books: Books) -> None:
-    with room(books):
-        books.store(entry(1, stored=600))
-    ledger = books.ledger
-    assert ledger.reserve("a", Grant(0, 0), 1, 300, 1000, None) == (300, 600, 300)
-    assert ledger.reserve("b", Grant(0, 0), 1, 300, 1000, None) == (100, 900, 400)
-    assert ledger.reserve("c", Grant(0, 0), 1, 300, 1000, None) == (0, 1000, 400)
-    assert ledger.reserve("a", Grant(300, 300), 1, 300, 1000, None) == (0, 1000, 100)
-    ledger.release(["a"])
-    assert ledger.reserve("c", Grant(0, 0), 300, 300, 1000, None) == (300, 700, 400)
-    assert ledger.grants() == {"b": Grant(100, 0), "c": Grant(300, 0)}
+def test_grants_and_what_is_stored_share_the_budget(metadata: Metadata) -> None:
+    with room(metadata):
+        metadata.store(entry(1, stored=600))
+    ledger = metadata.ledger
+    assert metadata.reserve("a", Grant(0, 0), 1, 300, 1000, None) == (300, 600, 300)
+    assert metadata.reserve("b", Grant(0, 0), 1, 300, 1000, None) == (100, 900, 400)
+    assert metadata.reserve("c", Grant(0, 0), 1, 300, 1000, None) == (0, 1000, 400)
+    assert metadata.reserve("a", Grant(300, 300), 1, 300, 1000, None) == (0, 1000, 100)
+    ledger.release(OWNER, ["a"])
+    assert metadata.reserve("c", Grant(0, 0), 300, 300, 1000, None) == (300, 700, 400)
+    assert metadata.grants() == {"b": Grant(100, 0), "c": Grant(300, 0)}
 
 
-def test_less_than_the_least_that_is_wanted_is_not_granted(books: Books) -> None:
-    assert books.ledger.reserve("a", Grant(0, 0), 101, 500, 100, None) == (0, 0, 0)
-    assert books.ledger.reserve("a", Grant(0, 0), 100, 500, 100, None) == (100, 0, 100)
-    assert books.ledger.reserve("b", Grant(0, 0), 0, 0, 0, 0) == (0, 100, 100)
+def test_less_than_the_least_that_is_wanted_is_not_granted(metadata: Metadata) -> None:
+    assert metadata.reserve("a", Grant(0, 0), 101, 500, 100, None) == (0, 0, 0)
+    assert metadata.reserve("a", Grant(0, 0), 100, 500, 100, None) == (100, 0, 100)
+    assert metadata.reserve("b", Grant(0, 0), 0, 0, 0, 0) == (0, 100, 100)
 
 
-def test_room_is_shared_with_what_others_may_still_write(books: Books) -> None:
-    ledger = books.ledger
-    assert ledger.reserve("a", Grant(0, 0), 1, 60, None, 100) == (60, 0, 60)
-    assert ledger.reserve("b", Grant(0, 0), 1, 60, None, 100) == (40, 60, 100)
+def test_room_is_shared_with_what_others_may_still_write(metadata: Metadata) -> None:
+    ledger = metadata.ledger
+    assert metadata.reserve("a", Grant(0, 0), 1, 60, None, 100) == (60, 0, 60)
+    assert metadata.reserve("b", Grant(0, 0), 1, 60, None, 100) == (40, 60, 100)
     # The 50 that it has written since are in what the server has, which left 50.
-    assert ledger.reserve("a", Grant(60, 50), 1, 60, None, 50) == (0, 100, 50)
-    ledger.release(["b"])
-    assert ledger.reserve("a", Grant(60, 50), 1, 60, None, 50) == (40, 60, 50)
+    assert metadata.reserve("a", Grant(60, 50), 1, 60, None, 50) == (0, 100, 50)
+    ledger.release(OWNER, ["b"])
+    assert metadata.reserve("a", Grant(60, 50), 1, 60, None, 50) == (40, 60, 50)
 
 
-def test_what_was_written_before_there_were_limits_needs_no_room(books: Books) -> None:
-    granted = books.ledger.reserve("a", Grant(0, 1000), 1005, 1060, None, 10)
+def test_what_was_written_before_there_were_limits_needs_no_room(metadata: Metadata) -> None:
+    granted = metadata.reserve("a", Grant(0, 1000), 1005, 1060, None, 10)
     assert granted == (1010, 0, 10)
-    assert books.ledger.grants() == {"a": Grant(1010, 1000)}
-    assert books.ledger.reserve("b", Grant(0, 0), 1, 60, None, 10) == (0, 1010, 10)
+    assert metadata.grants() == {"a": Grant(1010, 1000)}
+    assert metadata.reserve("b", Grant(0, 0), 1, 60, None, 10) == (0, 1010, 10)
 
 
-def test_amounts_above_any_length_of_a_value_are_told(books: Books) -> None:
+def test_amounts_above_any_length_of_a_value_are_told(metadata: Metadata) -> None:
     terabyte = 1 << 40
-    books.client.config_set("maxmemory", 0)
-    books.client.hset(books.keys.usage, str(OWNER), f"9 9 {3 * terabyte} 9")
-    granted = books.ledger.reserve("a", Grant(0, 0), terabyte, 2 * terabyte, 5 * terabyte, None)
+    metadata.client.config_set("maxmemory", 0)
+    metadata.client.hset(metadata.keys.usage, str(OWNER), f"9 9 {3 * terabyte} 9")
+    granted = metadata.reserve("a", Grant(0, 0), terabyte, 2 * terabyte, 5 * terabyte, None)
     assert granted == (2 * terabyte, 3 * terabyte, 2 * terabyte)
-    assert books.ledger.grants() == {"a": Grant(2 * terabyte, 0)}
-    refused = books.ledger.reserve("b", Grant(0, 0), 1, 1, 5 * terabyte, None)
+    assert metadata.grants() == {"a": Grant(2 * terabyte, 0)}
+    refused = metadata.reserve("b", Grant(0, 0), 1, 1, 5 * terabyte, None)
     assert refused == (0, 5 * terabyte, 2 * terabyte)
 
 
-def test_releasing_all_grants_of_a_node_leaves_those_of_others(books: Books) -> None:
-    writers = [f"{OWNER}:1-x", f"{OWNER}:2-y", f"{OTHER}:1-x", f"{ALIKE}:1-x"]
-    for writer in writers:
-        books.ledger.reserve(writer, Grant(0, 0), MIB, MIB, None, None)
-    books.ledger.release_all(OWNER)
-    assert [*books.ledger.grants()] == writers[2:]
+def test_releasing_all_grants_of_a_node_leaves_those_of_others(metadata: Metadata) -> None:
+    for owner, writer in [(OWNER, "1-x"), (OWNER, "2-y"), (OTHER, "1-x"), (ALIKE, "1-x")]:
+        metadata.reserve(writer, Grant(0, 0), MIB, MIB, None, None, owner)
+    metadata.ledger.release_all(OWNER)
+    assert metadata.ledger.grants() == {owner: {"1-x": Grant(MIB, 0)} for owner in (OTHER, ALIKE)}
+    metadata.expect_totals()
+
+
+def test_a_writer_keeps_a_grant_when_it_settles_what_it_has_written(metadata: Metadata) -> None:
+    ledger = metadata.ledger
+    metadata.reserve("a", Grant(0, 0), 500, 500, 1000, None)
+    with room(metadata):
+        metadata.register(entry(1).name)
+    for _ in range(2):
+        assert metadata.settle_and_keep(Kept("a", 0, 100, 150, 1000), entry(1)) == (1, 100, 100)
+        assert metadata.grants() == {"a": Grant(100, 0)}
+        metadata.expect_totals()
+    # All writers together keep no more than the limit, and nobody more than the budget permits.
+    assert metadata.settle_and_keep(Kept("b", 0, 100, 150, 1000)) == (0, 50, 150)
+    assert metadata.settle_and_keep(Kept("c", 0, 100, 150, 1000)) == (0, 0, 150)
+    assert metadata.settle_and_keep(Kept("a", 0, 100, 150, 100)) == (0, 30, 80)
+    assert metadata.settle_and_keep(Kept("a", 0, 100, 150, 0)) == (0, 0, 50)
+    assert metadata.settle_and_keep(Kept("b", 0, 100, 150, None)) == (0, 100, 100)
+    assert metadata.grants() == {"b": Grant(100, 0)}
+    ledger.release(OWNER, ["b"])
+    metadata.expect_totals()
+    assert ledger.totals()[:5] == (1, 10, 20, 0, 0)
+
+
+def test_a_grant_stands_for_what_is_written_and_neither_settled_nor_removed(
+    metadata: Metadata,
+) -> None:
+    metadata.reserve("a", Grant(0, 0), 500, 500, 1000, None)
+    metadata.reserve("b", Grant(0, 0), 300, 300, 1000, None)
+    with room(metadata):
+        metadata.register(entry(1).name)
+    # The second object is not pending, so its values are left, beside 70 bytes of earlier ones.
+    kept = Kept("a", 70, 100, 150, 1000)
+    assert metadata.settle_and_keep(kept, entry(1), entry(2)) == (1, 90, 300)
+    assert metadata.grants() == {"a": Grant(90, 90), "b": Grant(300, 0)}
+    metadata.ledger.release(OWNER, ["b"])
+    assert metadata.settle_and_keep(kept) == (0, 170, 100)
+    assert metadata.settle_and_keep(kept._replace(budget=20 + 70 + 30)) == (0, 100, 30)
+    assert metadata.grants() == {"a": Grant(100, 70)}
+    metadata.expect_totals()
+
+
+def test_an_object_of_which_a_value_is_missing_is_not_settled_where_values_are_looked_for(
+    metadata: Metadata,
+) -> None:
+    whole, headless, chunkless = entry(1), entry(2), entry(3)
+    with room(metadata):
+        metadata.register(*(each.name for each in (whole, headless, chunkless)))
+        for each in (whole, chunkless):
+            metadata.client.set(metadata.keys.header(each.name), "header")
+        for each in (whole, headless):
+            metadata.client.set(metadata.keys.chunks(each.name)[0], "chunk")
+    requests = metadata.ledger.settlements(OWNER, [whole, headless, chunkless], verify=True)
+    assert sum(reply[0] for reply in metadata.link.execute(*requests)) == 1
+    assert metadata.stored() == [whole]
+    assert metadata.pending() == [headless.name, chunkless.name]
+    assert metadata.usage() == (1, 10, 20)
 
 
 # --- leases and places ---
 
 
-def test_a_lease_is_dated_by_the_server_and_renewed_only_where_there_is_one(books: Books) -> None:
-    ledger = books.ledger
+def test_a_lease_is_dated_by_the_server_and_renewed_only_where_there_is_one(
+    metadata: Metadata,
+) -> None:
+    ledger = metadata.ledger
     assert not ledger.renew(OWNER, GCS, new=False)
-    assert books.client.keys("*") == []
+    assert metadata.client.keys("*") == []
     before = ledger.time()
     assert ledger.renew(OWNER, "[::1]:6379", new=True)
     (lease,) = ledger.leases()
     assert (lease.owner, lease.gcs_address) == (OWNER, "[::1]:6379")
     assert before <= lease.renewed <= ledger.time()
-    books.client.config_set("maxmemory", 0)
-    books.client.zadd(books.keys.leases, {f"{OWNER}:[::1]:6379": 1})
+    metadata.client.config_set("maxmemory", 0)
+    metadata.client.zadd(metadata.keys.leases, {f"{OWNER}:[::1]:6379": 1})
     assert ledger.renew(OWNER, "[::1]:6379", new=False)
     (lease,) = ledger.leases()
     assert lease.renewed >= before
 
 
-def test_what_is_no_lease_of_ours_is_passed_over(books: Books) -> None:
-    books.ledger.renew(OWNER, GCS, new=True)
-    books.client.config_set("maxmemory", 0)
+def test_what_is_no_lease_of_ours_is_passed_over(metadata: Metadata) -> None:
+    metadata.ledger.renew(OWNER, GCS, new=True)
+    metadata.client.config_set("maxmemory", 0)
     forged = [b"\xff", b"session", b"a:b", b"../../victim:n:", b"s:..:x", b"s:n:a b", b"s:n:\n"]
-    books.client.zadd(books.keys.leases, dict.fromkeys(forged, 1))
-    assert [lease.owner for lease in books.ledger.leases()] == [OWNER]
+    metadata.client.zadd(metadata.keys.leases, dict.fromkeys(forged, 1))
+    assert [lease.owner for lease in metadata.ledger.leases()] == [OWNER]
 
 
 def test_an_account_is_closed_with_every_lease_and_grant_of_it_and_nothing_of_others(
-    books: Books,
+    metadata: Metadata,
 ) -> None:
-    ledger = books.ledger
+    ledger = metadata.ledger
     for owner in (OWNER, OTHER, ALIKE, NEXT):
         ledger.renew(owner, GCS, new=True)
-        ledger.reserve(f"{owner}:1-x", Grant(0, 0), 1, 1, None, None)
+        metadata.reserve("1-x", Grant(0, 0), 1, 1, None, None, owner)
     ledger.renew(OWNER, "127.0.0.1:6380", new=True)
     ledger.close_account(OWNER)
     assert {lease.owner for lease in ledger.leases()} == {OTHER, ALIKE, NEXT}
-    assert [*ledger.grants()] == [f"{owner}:1-x" for owner in (OTHER, ALIKE, NEXT)]
+    assert {*ledger.grants()} == {OTHER, ALIKE, NEXT}
+    metadata.expect_totals()
 
 
-def test_a_place_is_not_forgotten_while_a_node_of_its_session_has_a_lease(books: Books) -> None:
-    ledger = books.ledger
+def test_a_place_is_not_forgotten_while_a_node_of_its_session_has_a_lease(
+    metadata: Metadata,
+) -> None:
+    ledger = metadata.ledger
     for session in ("session_1", "session_10"):
         assert ledger.agree_on_overflow(session, f"of {session}") == f"of {session}"
     ledger.renew(OWNER, GCS, new=True)
@@ -513,40 +739,39 @@ MALFORMED_NUMBERS = [b"", b"\xff", b"x", b"1 x", b"a b c d", b"1 2 3 -4", b"nan 
 
 
 @pytest.fixture
-def littered(books: Books) -> Books:
+def littered(metadata: Metadata) -> Metadata:
     """A server with all kinds of what is malformed, and nothing else."""
-    client, keys = books.client, books.keys
+    client, keys = metadata.client, metadata.keys
     client.config_set("maxmemory", 0)
     client.zadd(keys.index, dict.fromkeys([*MALFORMED_NAMES, b"session_1:aa:zz"], 0))
     client.zadd(keys.pending, dict.fromkeys([*MALFORMED_NAMES[:5], b"~"], 0))
-    for book in (keys.usage, keys.grants):
-        end = ":writer" if book == keys.grants else ""
+    for key in (keys.usage, keys.writers):
         for number, value in enumerate(MALFORMED_NUMBERS):
-            client.hset(book, f"session_{number}:aa{end}", value)
+            client.hset(key, f"session_{number}:aa", value)
         for field in MALFORMED_NAMES:
-            client.hset(book, field, "x")
+            client.hset(key, field, "x")
     client.hset(keys.usage, b"..:..", "1 1 1 1")
-    client.hset(keys.grants, b"..:..:writer", "0 0")
+    client.hset(keys.writers, b"..:..", "1-x=5/1")
     client.hset(keys.overflows, b"../..", "token")
     client.hset(keys.overflows, b"\xff", "token")
     client.hset(keys.overflows, "session_1", b"../\xff")
     client.zadd(keys.leases, {b"\xff": 1, "session_1:aa:": float("inf")})
-    return books
+    return metadata
 
 
-def test_what_is_malformed_belongs_to_nobody(littered: Books) -> None:
+def test_what_is_malformed_belongs_to_nobody(littered: Metadata) -> None:
     ledger = littered.ledger
     assert ledger.owners() == set()
     assert ledger.overflows() == {}
     assert ledger.usages() == {}
     assert ledger.leases() == []
-    assert [*ledger.grants()] == ["..:..:writer"]
+    assert ledger.grants() == {}
     for owner in (OWNER, Owner("..", "..")):
         assert [entry for page in ledger.stored(owner) for entry in page] == []
         assert [name for page in ledger.pending(owner) for name in page] == []
 
 
-def test_objects_are_stored_and_forgotten_beside_what_is_malformed(littered: Books) -> None:
+def test_objects_are_stored_and_forgotten_beside_what_is_malformed(littered: Metadata) -> None:
     ledger = littered.ledger
     first, second = entry(1), entry(2)
     littered.client.zadd(littered.keys.index, {f"{first.name}.x": 0, f"{first.name}.1": 0})
@@ -563,22 +788,26 @@ def test_objects_are_stored_and_forgotten_beside_what_is_malformed(littered: Boo
     assert littered.usage() == (1, 10, 20)
 
 
-def test_bytes_are_granted_beside_what_is_malformed(littered: Books) -> None:
+def test_bytes_are_granted_beside_what_is_malformed(littered: Metadata) -> None:
     ledger = littered.ledger
     littered.client.hdel(littered.keys.usage, "..:..")
-    assert ledger.reserve("w", Grant(0, 0), 5, 50, 10_000, 1000) == (50, 0, 50)
-    ledger.close_account(Owner("session_1", "aa"))
-    assert not littered.client.hexists(littered.keys.grants, "session_1:aa:writer")
-    assert ledger.grants()["w"] == Grant(50, 0)
+    littered.client.hdel(littered.keys.writers, "..:..")
+    assert littered.reserve("w", Grant(0, 0), 5, 50, 10_000, 1000, OTHER) == (50, 0, 50)
+    assert littered.reserve("w", Grant(0, 0), 5, 50, 10_000, 1000, OWNER) == (50, 50, 100)
+    littered.expect_totals()
+    littered.client.hset(littered.keys.writers, str(OWNER), "some thing")
+    ledger.close_account(OWNER)
+    assert not littered.client.hexists(littered.keys.writers, str(OWNER))
+    assert ledger.grants() == {OTHER: {"w": Grant(50, 0)}}
 
 
-def test_a_malformed_token_of_an_overflow_is_replaced(littered: Books) -> None:
+def test_a_malformed_token_of_an_overflow_is_replaced(littered: Metadata) -> None:
     assert littered.ledger.agree_on_overflow("session_1", "token") == "token"
     assert littered.ledger.overflows() == {"session_1": "token"}
 
 
 def test_what_is_malformed_is_reported_once_for_each_key(
-    littered: Books, caplog: pytest.LogCaptureFixture
+    littered: Metadata, caplog: pytest.LogCaptureFixture
 ) -> None:
     elsewhere = Keyspace(f"of_this_test_{secrets.token_hex(4)}:")
     ledger = Ledger(littered.link, elsewhere)
@@ -592,9 +821,9 @@ def test_what_is_malformed_is_reported_once_for_each_key(
 
 
 @contextlib.contextmanager
-def room(books: Books) -> Iterator[None]:
+def room(metadata: Metadata) -> Iterator[None]:
     """The server has room meanwhile: what ZADD enters is not entered on a full one."""
-    (limit,) = books.client.config_get("maxmemory").values()
-    books.client.config_set("maxmemory", 0)
+    (limit,) = metadata.client.config_get("maxmemory").values()
+    metadata.client.config_set("maxmemory", 0)
     yield
-    books.client.config_set("maxmemory", limit)
+    metadata.client.config_set("maxmemory", limit)

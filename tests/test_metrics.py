@@ -41,6 +41,7 @@ from ray_valkey_spill.protocol.server_info import MemoryInfo
 from ray_valkey_spill.store.node import Room
 from ray_valkey_spill.store.object_store import StoredObject
 from ray_valkey_spill.store.observer import Observer
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 
 OWNER = Owner("session_1", "ab" * 28)
@@ -176,7 +177,7 @@ def test_what_the_budget_has_no_room_for_counts_for_the_overflow(
         assert it.told.sums["delete", tier] == (objects, logical, None)
 
 
-def test_room_and_overflow_are_what_books_server_and_files_tell(
+def test_room_and_overflow_are_what_metadata_server_and_files_say(
     server: Server, watch: Watch, tmp_path: Path
 ) -> None:
     server.client.config_set("maxmemory", 1 << 30)
@@ -184,8 +185,12 @@ def test_room_and_overflow_are_what_books_server_and_files_tell(
     it = watch(server.url, **params)
     assert it.store.sweep_overflow() == 0
     it.store.put(sources(*[30 * CHUNK] * 6))
-    server.client.hset(it.store.keys.grants, "session:node:1", "1000 10")
-    room = it.store.room()
+    it.store.give_back()
+    with contextlib.closing(link_to(Config.load({"url": server.url}, {}))) as link:
+        ledger, other = Ledger(link, it.store.keys), Owner("session", "other")
+        link.execute(ledger.reservation(other, "1-x", Grant(0, 0), 1000, 1000, None, None))
+        room = it.store.room()
+        ledger.release(other, ["1-x"])
     assert room.used == usage(server)[2] + 1000
     assert room.max_bytes == MIB
     assert room.memory.maxmemory == 1 << 30
@@ -193,7 +198,6 @@ def test_room_and_overflow_are_what_books_server_and_files_tell(
     # A listing is kept for ten minutes.
     assert it.store.sweep_overflow() == 0
     assert watch(server.url, **params).store.sweep_overflow() == sum(files(tmp_path)) > 0
-    server.client.hdel(it.store.keys.grants, "session:node:1")
 
 
 def test_a_put_is_counted_as_far_as_it_went_and_not_at_all_if_nothing_is_left_of_it(

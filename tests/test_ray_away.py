@@ -203,11 +203,11 @@ class TestOneTierIsAway:
         push_out()
         with refusing(tiers.proxy):
             waiting = count.remote(*refs)
-            wait_until(deferred)
+            wait_until(lambda: refs[0].hex() in deferred())
             # As if another node had sent it.
             worker.put_file_like_object(metadata, len(copy), io.BytesIO(copy), refs[0], b"")
             assert ray.get(waiting, timeout=120) == 1
-            assert deferred()
+            assert refs[0].hex() in deferred()
         wait_until(lambda: not deferred())
 
 

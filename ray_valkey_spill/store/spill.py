@@ -77,7 +77,7 @@ class Batch:
         except SpillError as error:
             self.failure = self._as_unconfirmed(error)
         else:
-            self.failure, self._is_settled = values.failure, True
+            self.failure, self._is_settled = values.failure, not values.is_half_way
 
     def commit(self) -> None:
         """Remove what is not whole, and make sure that the rest is there to stay."""

@@ -161,8 +161,9 @@ class Budget:
             is_enough = 2 * left >= most
             kept = Kept(
                 self._writer,
-                self._stranded + (min(most, left) if is_enough else most),
-                self._stranded + self._limits.kept_by_all,
+                self._stranded,
+                min(most, left) if is_enough else most,
+                self._limits.kept_by_all,
                 self._limits.max_bytes,
             )
             self._is_look_due = not is_enough and bool(self._limits.bounded)
@@ -179,7 +180,7 @@ class Budget:
         """
         self._granted = granted
         self._written = self._written_at_look = 0
-        self._of_others = max(0, unwritten - granted)
+        self._of_others = max(0, unwritten - (granted - self._stranded))
 
     # --- in another thread ---
 
@@ -321,6 +322,12 @@ class Payments(Iterator[tuple[Value, Entry | None]]):
         self._first: tuple[Value, Entry | None] | None = None
         self._name: ObjectName | None = None
         self._paid = 0
+        self._is_half_way = False
+
+    @property
+    def is_half_way(self) -> bool:
+        """Whether values of an object were paid for, and not all that it has."""
+        return self._is_half_way
 
     def begin(self) -> bool:
         """Pay for the first value; returns whether there is one."""
@@ -346,7 +353,9 @@ class Payments(Iterator[tuple[Value, Entry | None]]):
             # What does not fit is better known before half of it is there.
             self._budget.require(value.expected + self._paid)
             self._budget.take(self._paid)
+            self._is_half_way = True
         size = cost(len(value.key), value.length)
         self._budget.take(size)
         self._paid += size
+        self._is_half_way = not value.is_last
         return Entry(value.name, value.size, self._paid) if value.is_last else None

@@ -130,12 +130,14 @@ class Kept(NamedTuple):
 
     Attributes:
         writer: its name, among those of its node.
-        most: how much it may keep.
+        written: how much of what it was granted before is written, and neither settled nor removed.
+        most: how much it may keep beside that.
         limit: how much all writers may be granted for it to keep some.
         budget: how much all may have stored and be granted; None for no bound.
     """
 
     writer: str
+    written: int
     most: int
     limit: int
     budget: int | None
@@ -224,9 +226,9 @@ class Ledger:
         """
         root = self._keys.root if verify else ""
         for page, is_last in _settlement_pages(entries):
-            terms: tuple[str | int, ...] = ("", -1, 0, -1)
+            terms: tuple[str | int, ...] = ("", 0, 0, 0, -1)
             if kept is not None and is_last:
-                terms = (kept.writer, kept.most, kept.limit, _limit(kept.budget))
+                terms = (*kept[:-1], _limit(kept.budget))
             fields = [a for e in page for a in (str(e.name), f".{e.size}.{e.stored}")]
             yield self._settle.request(str(node), *terms, root, *fields)
 
@@ -344,14 +346,13 @@ class Ledger:
         """
         for _ in range(_RECOUNTS):
             before = self.totals()
-            usages = self.usages().values()
-            grants = [grant for of_node in self.grants().values() for grant in of_node.values()]
+            usages = self._values(self._keys.usage, _usage)
+            of_nodes = self._values(self._keys.writers, _grants)
+            grants = [grant for of_node in of_nodes for grant in of_node.values()]
             counted = (
                 *(sum(usage[i] for usage in usages) for i in range(3)),
                 *(sum(grant[i] for grant in grants) for i in range(2)),
             )
-            if counted == before[:5]:
-                return True
             request = self._eval(scripts.ADJUST, self._accounts, before.changes, *counted)
             if self._link.execute(request) == [1]:
                 return True
@@ -392,7 +393,7 @@ class Ledger:
 
     def release_all(self, node: Owner) -> None:
         """Release the grants of all writers of a node, and what version 0.1 has left of them."""
-        self.release(node, self.grants_of(node))
+        self._link.execute(self._eval(scripts.RELEASE, self._accounts, str(node)))
         fields = [field for field, _ in self._pairs(self._keys.grants)]
         if left := [field for field in fields if field.startswith(f"{node}:".encode())]:
             self._link.execute(command("HDEL", self._keys.grants, *map(bytes, left)))
@@ -484,6 +485,11 @@ class Ledger:
         self, key: str, parse: Callable[[bytes, bytes], tuple[_K, _T]]
     ) -> Iterator[tuple[_K, _T]]:
         return well_formed(key, self._pairs(key), lambda pair: parse(*pair))
+
+    def _values(self, key: str, parse: Callable[[bytes], _T]) -> list[_T]:
+        """The values of a hash, of whatever fields, as the scripts add them up."""
+        values = {bytes(field): value for field, value in self._pairs(key)}.values()
+        return list(well_formed(key, values, parse))
 
     def _pairs(self, key: str) -> Iterator[tuple[bytes, bytes]]:
         """The fields of a hash and their values, by the page; some may come twice."""
@@ -593,6 +599,8 @@ def _grants(value: bytes) -> dict[str, Grant]:
         if match is None:
             raise ValueError
         grants[match[1].decode()] = Grant(int(match[2]), int(match[3]))
+    if not grants:
+        raise ValueError
     return grants
 
 

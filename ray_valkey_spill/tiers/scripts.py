@@ -62,7 +62,7 @@ local function totals()
         if objects then t[1], t[2], t[3] = t[1] + objects, t[2] + size, t[3] + stored end
     end
     for _, value in ipairs(redis.call('HVALS', KEYS[4])) do
-        for granted, written in value:gmatch('=(%d+)/(%d+)') do
+        for granted, written in value:gmatch('[^ =]+=(%d+)/(%d+)') do
             t[4], t[5] = t[4] + granted, t[5] + written
         end
     end
@@ -117,16 +117,17 @@ local function set_grant(t, node, writer, granted, written)
 end
 """
 
-# ARGV: node, writer; what it may keep for its next objects, what all writers may keep together, and
-# the budget, or -1; the namespace's root if the values are to be looked for, else ''; then for each
-# object its name and ".<size>.<stored>".
+# ARGV: node, writer, or ''; how much of its grant it has written that is left, how much it may keep
+# for its next objects, how much all writers may keep together, and the budget, or -1; the
+# namespace's root if the values are to be looked for, else ''; then for each object its name and
+# ".<size>.<stored>". What is not settled is left, too: a grant stands for it until it is removed.
 # Returns how many are in the index now, what the writer is granted, what all may still write.
 SETTLE = _script(
     _TOTALS,
     _CHANGE,
     _GRANTS,
     """
-local node, writer, root = ARGV[1], ARGV[2], ARGV[6]
+local node, writer, left, root = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[7]
 local function is_there(name)
     if root == '' then return true end
     local header, chunks = root .. name, tonumber(name:match('%d+$'))
@@ -136,29 +137,31 @@ local function is_there(name)
 end
 local t = totals()
 local settled, objects, size, stored = 0, 0, 0, 0
-for i = 7, #ARGV, 2 do
+for i = 8, #ARGV, 2 do
     local name, rest = ARGV[i], ARGV[i + 1]
+    local z, s = rest:match('^%.(%d+)%.(%d+)$')
     if is_there(name) and redis.call('ZREM', KEYS[1], name) == 1 then
         if redis.call('ZADD', KEYS[2], 0, name .. rest) == 1 then
-            local z, s = rest:match('^%.(%d+)%.(%d+)$')
             objects, size, stored = objects + 1, size + z, stored + s
         end
         settled = settled + 1
     elseif redis.call('ZSCORE', KEYS[2], name .. rest) then
         settled = settled + 1
+    else
+        left = left + s
     end
 end
 if objects > 0 then change(t, node, objects, size, stored) end
 local granted = 0
-if ARGV[3] ~= '-1' then
-    local budget = tonumber(ARGV[5])
+if writer ~= '' then
+    local budget = tonumber(ARGV[6])
     local others = t[4] - grant_of(node, writer)
-    granted = math.min(tonumber(ARGV[3]), ARGV[4] - others)
-    if budget >= 0 then granted = math.min(granted, budget - t[3] - others) end
-    granted = math.max(0, granted)
-    set_grant(t, node, writer, granted, 0)
+    local kept = math.min(tonumber(ARGV[4]), ARGV[5] - others)
+    if budget >= 0 then kept = math.min(kept, budget - t[3] - others - left) end
+    granted = left + math.max(0, kept)
+    set_grant(t, node, writer, granted, left)
 end
-if objects > 0 or ARGV[3] ~= '-1' then keep_totals(t) end
+if objects > 0 or writer ~= '' then keep_totals(t) end
 return {settled, granted, t[4] - t[5]}
 """,
 )
@@ -226,13 +229,20 @@ return {most, used, unwritten + most, t[1], t[2], t[3]}
 """,
 )
 
-# ARGV: node, writers.
+# ARGV: node, writers; without any, all that the node has.
 RELEASE = _script(
     _TOTALS,
     _GRANTS,
     """
 local t = totals()
 for i = 2, #ARGV do set_grant(t, ARGV[1], ARGV[i], 0, 0) end
+if #ARGV == 1 then
+    local was = redis.call('HGET', KEYS[4], ARGV[1]) or ''
+    for granted, written in was:gmatch('[^ =]+=(%d+)/(%d+)') do
+        t[4], t[5] = t[4] - granted, t[5] - written
+    end
+    redis.call('HDEL', KEYS[4], ARGV[1])
+end
 keep_totals(t)
 """,
 )
@@ -245,15 +255,21 @@ return totals()
 """,
 )
 
-# ARGV: the number of changes of the totals that were found to be wrong, then what they are to be.
-# Returns whether nothing had changed since.
+# ARGV: the number of changes of the totals when all nodes were added up, then what came of that.
+# Returns whether the totals are that now: nothing had changed since, or they were right.
 ADJUST = _script(
     _TOTALS,
     """
 local t = totals()
-if t[6] ~= tonumber(ARGV[1]) then return 0 end
-keep_totals({ARGV[2] + 0, ARGV[3] + 0, ARGV[4] + 0, ARGV[5] + 0, ARGV[6] + 0, t[6]})
-return 1
+local counted, are_right = {0, 0, 0, 0, 0, t[6]}, true
+for i = 1, 5 do
+    counted[i] = tonumber(ARGV[i + 1])
+    are_right = are_right and t[i] == counted[i]
+end
+local is_current = are_right or t[6] == tonumber(ARGV[1])
+-- Totals that could not be read are added up by now, and have a number of changes from here on.
+keep_totals(is_current and counted or t)
+return is_current and 1 or 0
 """,
 )
 

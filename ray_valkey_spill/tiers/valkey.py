@@ -71,14 +71,16 @@ class ValkeyTier:
     ) -> Iterator[Entry]:
         """Register, write and settle objects, and yield each whose values are there.
 
-        All that was yielded is settled once this has ended without an error. To one server this is
-        one exchange, and the server itself settles no object of which it has not taken a value; to
-        a cluster it is three.
+        All that was yielded is settled once this has ended without an error, unless the values
+        ended half way through an object. To one server this is one exchange, and the server itself
+        settles no object of which it has not taken a value; to a cluster it is three.
 
         Args:
             node: of the objects.
             names: of all that may be written; nothing of them is written before they are pending.
-            values: of objects, in the order of `names`. What they leave out stays pending.
+            values: of objects, in the order of `names`. What they leave out stays pending. If they
+                end half way through an object, nothing is settled: until its values are removed,
+                the grant has to stand for them.
             budget: between its `begin` and `end`.
 
         Raises:
@@ -104,6 +106,8 @@ class ValkeyTier:
                 for look in budget.looks():
                     under_way.append(None)
                     yield look
+            if values.is_half_way:
+                return
             verify = self._link.is_single and all(
                 self.ledger.can_verify(entry.name) for entry in written
             )
@@ -123,7 +127,8 @@ class ValkeyTier:
                 request.result()
             if entry is not None:
                 yield entry
-        _require_settled(settlements, written, budget)
+        if not values.is_half_way:
+            _require_settled(settlements, written, budget)
 
     def settle(self, node: Owner, entries: Sequence[Entry], budget: Budget) -> None:
         """Settle objects whose values are there, where `write` failed after them.

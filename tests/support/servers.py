@@ -33,7 +33,7 @@ INDEX = f"{ROOT}{{default}}:index"
 
 # What is kept of a node while it lives, whatever it has stored; and what books there are beside.
 OF_THE_LIVING = (b":leases", b":overflows")
-BOOKS = (*OF_THE_LIVING, b":index", b":pending", b":usage", b":grants")
+BOOKS = (*OF_THE_LIVING, b":index", b":pending", b":usage", b":totals", b":writers")
 
 # What the neighbours of the platform decision keep on the same server.
 FOREIGN = {
