@@ -55,6 +55,8 @@ class Batch:
         self._breaks = tier.breaks
         self._is_reachable = True
         self._is_settled = False
+        # Whether the server may have settled objects, though that was not heard of.
+        self._may_be_settled = False
         self._under_way = ExitStack()
 
     def __enter__(self) -> Self:
@@ -78,9 +80,12 @@ class Batch:
             self.failure = self._as_unconfirmed(error)
         else:
             self.failure, self._is_settled = values.failure, not values.is_half_way
+        finally:
+            self._may_be_settled = values.are_drawn
 
     def commit(self) -> None:
         """Remove what is not whole, and make sure that the rest is there to stay."""
+        self._may_be_settled = True
         if rest := self._names[len(self.stored) :]:
             self._remove(rest)
         if not self._is_settled:
@@ -97,6 +102,8 @@ class Batch:
                 is_undone = self._is_reachable and self._undo()
         finally:
             # In this order: whoever finds that something is stranded finds all of it.
+            if not is_undone and self._may_be_settled:
+                UNDER_WAY.doubt(self._names)
             self._under_way.close()
             if not is_undone:
                 self._budget.strand()

@@ -17,12 +17,14 @@ class UnderWay:
     """Attempts to put objects, and the budgets that pay for them. Thread-safe.
 
     What is pending on the server is removed if its process is dead, or is this one and the attempt
-    is not under way any more. So a failed put that could not clean up has only to end its attempts.
+    is not under way any more. So a failed put that could not clean up has only to end its attempts,
+    unless the server may have settled them: then they are in doubt until they are removed.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._attempts: set[ObjectName] = set()
+        self._in_doubt: set[ObjectName] = set()
         # By writer. One whose store is gone has ended, and its grant is to be released.
         self._budgets = WeakValueDictionary[str, Budget]()
 
@@ -42,6 +44,21 @@ class UnderWay:
         """Whether an attempt is under way."""
         with self._lock:
             return name in self._attempts
+
+    def doubt(self, names: Iterable[ObjectName]) -> None:
+        """Note attempts that have failed, and that the server may have settled, or may yet."""
+        with self._lock:
+            self._in_doubt.update(names)
+
+    def in_doubt(self, node: Owner) -> list[ObjectName]:
+        """The attempts of a node that are in doubt."""
+        with self._lock:
+            return [name for name in self._in_doubt if (name.session, name.node) == node]
+
+    def removed(self, names: Iterable[ObjectName]) -> None:
+        """Note that nothing is left of attempts that were in doubt."""
+        with self._lock:
+            self._in_doubt.difference_update(names)
 
     def add(self, writer: str, budget: Budget) -> None:
         """Let a writer's budget be known, from before it is granted anything."""

@@ -313,10 +313,15 @@ class Payments(Iterator[tuple[Value, Entry | None]]):
     Args:
         budget: pays, between `begin` and `end`.
         values: of objects, in order.
+
+    Attributes:
+        failure: why there is no more room, if there is none.
+        are_drawn: whether there are no more of them.
     """
 
     def __init__(self, budget: Budget, values: Iterator[Value]) -> None:
         self.failure: SpillError | None = None
+        self.are_drawn = False
         self._budget = budget
         self._values = values
         self._first: tuple[Value, Entry | None] | None = None
@@ -338,11 +343,14 @@ class Payments(Iterator[tuple[Value, Entry | None]]):
         if self._first is not None:
             first, self._first = self._first, None
             return first
-        value = next(self._values)
+        value = next(self._values, None)
+        if value is None:
+            self.are_drawn = True
+            raise StopIteration
         try:
             entry = self._pay(value)
         except SpillError as error:
-            self.failure = error
+            self.failure, self.are_drawn = error, True
             raise StopIteration from None
         return value, entry
 

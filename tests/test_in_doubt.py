@@ -1,0 +1,73 @@
+"""What becomes of a spill of which nobody knows how far the server has carried it out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.proxy import Proxy, proxy_to
+from support.samples import noise, source
+from support.servers import Server
+from support.stores import Store
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import ServerUnavailableError
+from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.tiers.ledger import Ledger, link_to
+from ray_valkey_spill.units import MIB
+
+CHUNK = 100_000
+# The replies to one registration and to two chunks and their header. The next one says what is
+# settled.
+BEFORE_SETTLED = len(b":1\r\n") + 3 * len(b"+OK\r\n")
+
+
+class Cut:
+    """A store whose server carries out a spill, and says no more than that it has the values."""
+
+    def __init__(self, server: Server, proxy: Proxy, **params: Any) -> None:
+        self.client = server.client
+        self.params = {"url": proxy.url, "retry_timeout": 0.5, "chunk_size": CHUNK, **params}
+        config = Config.load(self.params, {})
+        self.keys = Keyspace.of(config)
+        self.store = Store(config, "session", "node")
+        self.link = link_to(Config.load({**self.params, "url": server.url}, {}))
+        self.ledger = Ledger(self.link, self.keys)
+        self._proxy = proxy
+
+    def put_unheard(self, number: int) -> None:
+        """Put an object of two chunks that the server settles, and does not tell of."""
+        before = self.client.zcard(self.keys.index)
+        self._proxy.to_client.refuse_after = BEFORE_SETTLED
+        urls, failure = self.store.put([source(noise(2 * CHUNK, number), number)])
+        self._proxy.refusing = False
+        assert urls == []
+        assert isinstance(failure, ServerUnavailableError)
+        assert self.client.zcard(self.keys.index) == before + 1
+
+    def close(self) -> None:
+        self.store.destroy(lambda pid: False)
+        self.store.close()
+        self.link.close()
+
+
+@contextlib.contextmanager
+def cut(server: Server, **params: Any) -> Iterator[Cut]:
+    with proxy_to(server.port) as proxy, contextlib.closing(Cut(server, proxy, **params)) as made:
+        yield made
+
+
+@pytest.mark.parametrize("max_bytes", [None, 64 * MIB])
+def test_what_was_settled_and_given_up_is_removed(server: Server, max_bytes: int | None) -> None:
+    with cut(server, max_bytes=max_bytes) as ours:
+        (url,), _ = ours.store.put([source(noise(1000))])
+        ours.put_unheard(1)
+        assert ours.store.recover(lambda pid: True) == 1
+        assert ours.client.zcard(ours.keys.index) == 1
+        assert len(ours.client.keys(f"{ours.keys.root}*:*:*")) == 1
+        # Once is enough.
+        assert ours.store.recover(lambda pid: True) == 0
+        ours.store.delete([url])
+        assert ours.ledger.totals().stored == 0
