@@ -14,8 +14,8 @@ from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
-from ray_valkey_spill.format.names import Keyspace
-from ray_valkey_spill.tiers.ledger import Ledger, link_to
+from ray_valkey_spill.format.names import Keyspace, Owner
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.units import MIB
 
 CHUNK = 100_000
@@ -35,14 +35,14 @@ class Cut:
         self.store = Store(config, "session", "node")
         self.link = link_to(Config.load({**self.params, "url": server.url}, {}))
         self.ledger = Ledger(self.link, self.keys)
-        self._proxy = proxy
+        self.proxy = proxy
 
     @contextlib.contextmanager
     def unheard(self, size: int) -> Iterator[None]:
         """Let so many bytes come from the server, which then cannot be reached."""
-        self._proxy.to_client.refuse_after = size
+        self.proxy.to_client.refuse_after = size
         yield
-        self._proxy.refusing = False
+        self.proxy.refusing = False
 
     def put_unheard(self, number: int) -> None:
         """Put an object of two chunks that the server settles, and does not tell of."""
@@ -134,3 +134,26 @@ def test_a_grant_that_was_unheard_of_is_given_back(server: Server) -> None:
         assert ours.ledger.totals().granted > 0
         ours.store.give_back()
         assert ours.ledger.totals().granted == 0
+
+
+def test_what_was_left_half_written_counts_whatever_others_are_granted(server: Server) -> None:
+    with cut(server, max_bytes=64 * MIB) as ours:
+        ours.store.put([source(noise(1000))])
+        ours.proxy.to_server.refuse_after = 6 * MIB
+        assert ours.store.put([source(noise(12 * MIB, 1), 1)])[0] == []
+        ours.proxy.refusing = False
+        # More than all may keep together, so that this writer may keep nothing for its next object.
+        other = Owner("session", "other")
+        ours.link.execute(
+            ours.ledger.reservation(other, "1-x", Grant(0, 0), MIB, 40 * MIB, None, None)
+        )
+        assert len(ours.store.put([source(noise(1000, 2), 2)])[0]) == 1
+        left = sum(
+            ours.client.memory_usage(key) for key in ours.client.keys(f"{ours.keys.root}*:*:*:*")
+        )
+        assert left > 2 * CHUNK
+        granted = ours.ledger.grants_of(ours.store.node)
+        ours.ledger.release(other, ["1-x"])
+        assert sum(grant.granted for grant in granted.values()) >= left
+        ours.store.recover(lambda pid: True)
+        assert ours.client.keys(f"{ours.keys.root}*:*:*:*") == []

@@ -168,6 +168,7 @@ class Budget:
             is_enough = 2 * left >= most
             kept = Kept(
                 self._writer,
+                self._stranded,
                 self._stranded + (min(most, left) if is_enough else most),
                 self._stranded + self._limits.kept_by_all,
                 self._limits.max_bytes,

@@ -130,12 +130,14 @@ class Kept(NamedTuple):
 
     Attributes:
         writer: its name, among those of its node.
+        least: how much it keeps in any case: what it has written, and did not settle.
         most: how much it may keep.
         limit: how much all writers may be granted for it to keep some.
         budget: how much all may have stored and be granted; None for no bound.
     """
 
     writer: str
+    least: int
     most: int
     limit: int
     budget: int | None
@@ -224,9 +226,9 @@ class Ledger:
         """
         root = self._keys.root if verify else ""
         for page, is_last in _settlement_pages(entries):
-            terms: tuple[str | int, ...] = ("", -1, 0, -1)
+            terms: tuple[str | int, ...] = ("", 0, -1, 0, -1)
             if kept is not None and is_last:
-                terms = (kept.writer, kept.most, kept.limit, _limit(kept.budget))
+                terms = (kept.writer, kept.least, kept.most, kept.limit, _limit(kept.budget))
             fields = [a for e in page for a in (str(e.name), f".{e.size}.{e.stored}")]
             yield self._settle.request(str(node), *terms, root, *fields)
 

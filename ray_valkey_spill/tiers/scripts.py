@@ -117,16 +117,16 @@ local function set_grant(t, node, writer, granted, written)
 end
 """
 
-# ARGV: node, writer; what it may keep for its next objects, what all writers may keep together, and
-# the budget, or -1; the namespace's root if the values are to be looked for, else ''; then for each
-# object its name and ".<size>.<stored>".
+# ARGV: node, writer; what it keeps in any case, what it may keep for its next objects, what all
+# writers may keep together, and the budget, or -1; the namespace's root if the values are to be
+# looked for, else ''; then for each object its name and ".<size>.<stored>".
 # Returns how many are in the index now, what the writer is granted, what all may still write.
 SETTLE = _script(
     _TOTALS,
     _CHANGE,
     _GRANTS,
     """
-local node, writer, root = ARGV[1], ARGV[2], ARGV[6]
+local node, writer, root = ARGV[1], ARGV[2], ARGV[7]
 local function is_there(name)
     if root == '' then return true end
     local header, chunks = root .. name, tonumber(name:match('%d+$'))
@@ -136,7 +136,7 @@ local function is_there(name)
 end
 local t = totals()
 local settled, objects, size, stored = 0, 0, 0, 0
-for i = 7, #ARGV, 2 do
+for i = 8, #ARGV, 2 do
     local name, rest = ARGV[i], ARGV[i + 1]
     if is_there(name) and redis.call('ZREM', KEYS[1], name) == 1 then
         if redis.call('ZADD', KEYS[2], 0, name .. rest) == 1 then
@@ -150,15 +150,15 @@ for i = 7, #ARGV, 2 do
 end
 if objects > 0 then change(t, node, objects, size, stored) end
 local granted = 0
-if ARGV[3] ~= '-1' then
-    local budget = tonumber(ARGV[5])
+if ARGV[4] ~= '-1' then
+    local budget = tonumber(ARGV[6])
     local others = t[4] - grant_of(node, writer)
-    granted = math.min(tonumber(ARGV[3]), ARGV[4] - others)
+    granted = math.min(tonumber(ARGV[4]), ARGV[5] - others)
     if budget >= 0 then granted = math.min(granted, budget - t[3] - others) end
-    granted = math.max(0, granted)
+    granted = math.max(tonumber(ARGV[3]), granted)
     set_grant(t, node, writer, granted, 0)
 end
-if objects > 0 or ARGV[3] ~= '-1' then keep_totals(t) end
+if objects > 0 or ARGV[4] ~= '-1' then keep_totals(t) end
 return {settled, granted, t[4] - t[5]}
 """,
 )
