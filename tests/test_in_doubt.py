@@ -13,9 +13,9 @@ from support.servers import Server
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import ServerUnavailableError
-from ray_valkey_spill.format.names import Keyspace
-from ray_valkey_spill.tiers.ledger import Ledger, link_to
+from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
+from ray_valkey_spill.format.names import Keyspace, Owner
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.units import MIB
 
 CHUNK = 100_000
@@ -35,14 +35,20 @@ class Cut:
         self.store = Store(config, "session", "node")
         self.link = link_to(Config.load({**self.params, "url": server.url}, {}))
         self.ledger = Ledger(self.link, self.keys)
-        self._proxy = proxy
+        self.proxy = proxy
+
+    @contextlib.contextmanager
+    def unheard(self, size: int) -> Iterator[None]:
+        """Let so many bytes come from the server, which then cannot be reached."""
+        self.proxy.to_client.refuse_after = size
+        yield
+        self.proxy.refusing = False
 
     def put_unheard(self, number: int) -> None:
         """Put an object of two chunks that the server settles, and does not tell of."""
         before = self.client.zcard(self.keys.index)
-        self._proxy.to_client.refuse_after = BEFORE_SETTLED
-        urls, failure = self.store.put([source(noise(2 * CHUNK, number), number)])
-        self._proxy.refusing = False
+        with self.unheard(BEFORE_SETTLED):
+            urls, failure = self.store.put([source(noise(2 * CHUNK, number), number)])
         assert urls == []
         assert isinstance(failure, ServerUnavailableError)
         assert self.client.zcard(self.keys.index) == before + 1
@@ -71,3 +77,83 @@ def test_what_was_settled_and_given_up_is_removed(server: Server, max_bytes: int
         assert ours.store.recover(lambda pid: True) == 0
         ours.store.delete([url])
         assert ours.ledger.totals().stored == 0
+
+
+def fill_beside(ours: Cut, max_bytes: int) -> None:
+    """Have another node take all that is left of the budget, but for some kilobytes."""
+    other = Store(Config.load(ours.params, {}), "session", "other")
+    with contextlib.closing(other):
+        for size in (MIB, CHUNK, CHUNK // 10):
+            number, failure = 0, None
+            while failure is None:
+                number += 1
+                _, failure = other.put([source(noise(size, number), number)])
+            assert isinstance(failure, ServerFullError)
+        other.give_back()
+    assert ours.ledger.totals().used > max_bytes - CHUNK
+
+
+def assert_within(ours: Cut, max_bytes: int) -> None:
+    """Nothing is put that the budget, which others have used up, has no room for."""
+    urls, failure = ours.store.put([source(noise(9 * CHUNK, 9), 9)])
+    assert ours.ledger.totals().used <= max_bytes
+    assert urls == []
+    assert isinstance(failure, ServerFullError)
+    other = Store(Config.load(ours.params, {}), "session", "other")
+    with contextlib.closing(other):
+        other.destroy(lambda pid: False)
+
+
+def test_a_grant_that_was_settled_unheard_is_not_used_again(server: Server) -> None:
+    with cut(server, max_bytes=20 * MIB) as ours:
+        ours.store.put([source(noise(1000))])
+        ours.put_unheard(1)
+        ours.store.recover(lambda pid: True)
+        fill_beside(ours, 20 * MIB)
+        assert_within(ours, 20 * MIB)
+
+
+def test_a_grant_whose_release_was_unheard_is_not_used_again(server: Server) -> None:
+    with cut(server, max_bytes=20 * MIB) as ours:
+        ours.store.put([source(noise(1000))])
+        ours.store.recover(lambda pid: True)
+        with ours.unheard(0), pytest.raises(ServerUnavailableError):
+            ours.store.give_back()
+        assert ours.ledger.totals().granted == 0
+        fill_beside(ours, 20 * MIB)
+        assert_within(ours, 20 * MIB)
+
+
+def test_a_grant_that_was_unheard_of_is_given_back(server: Server) -> None:
+    with cut(server, max_bytes=20 * MIB) as ours:
+        ours.store.begin_lease("", lambda: False)
+        with ours.unheard(0):
+            urls, failure = ours.store.put([source(noise(1000))])
+        assert urls == []
+        assert isinstance(failure, ServerUnavailableError)
+        assert ours.ledger.totals().granted > 0
+        ours.store.give_back()
+        assert ours.ledger.totals().granted == 0
+
+
+def test_what_was_left_half_written_counts_whatever_others_are_granted(server: Server) -> None:
+    with cut(server, max_bytes=64 * MIB) as ours:
+        ours.store.put([source(noise(1000))])
+        ours.proxy.to_server.refuse_after = 6 * MIB
+        assert ours.store.put([source(noise(12 * MIB, 1), 1)])[0] == []
+        ours.proxy.refusing = False
+        # More than all may keep together, so that this writer may keep nothing for its next object.
+        other = Owner("session", "other")
+        ours.link.execute(
+            ours.ledger.reservation(other, "1-x", Grant(0, 0), MIB, 40 * MIB, None, None)
+        )
+        assert len(ours.store.put([source(noise(1000, 2), 2)])[0]) == 1
+        left = sum(
+            ours.client.memory_usage(key) for key in ours.client.keys(f"{ours.keys.root}*:*:*:*")
+        )
+        assert left > 2 * CHUNK
+        granted = ours.ledger.grants_of(ours.store.node)
+        ours.ledger.release(other, ["1-x"])
+        assert sum(grant.granted for grant in granted.values()) >= left
+        ours.store.recover(lambda pid: True)
+        assert ours.client.keys(f"{ours.keys.root}*:*:*:*") == []
