@@ -76,8 +76,11 @@ class Budget:
         self._looked_at = float("-inf")
         # Held from `begin` to `end`, and while the grant is given back.
         self._in_use = threading.Lock()
-        # Bytes: granted; written by this batch; written by earlier ones that may still be there.
+        # Bytes: granted for certain; written by this batch; written by earlier ones that may still
+        # be there.
         self._granted = self._written = self._stranded = 0
+        # Whether the server may have a grant of this writer.
+        self._is_granted = False
         self._expected = 0
         self._used_at = float("-inf")
         # What the other writers had still to write, when the metadata were last read.
@@ -122,9 +125,12 @@ class Budget:
         self._written += size
 
     def strand(self) -> None:
-        """What the batch has written may stay on the server, until it is `recovered`."""
+        """What the batch has written may stay on the server, until it is `recovered`.
+
+        If it was settled unheard, less is granted now than was.
+        """
         self._stranded += self._written
-        self._written = 0
+        self._granted = self._written = 0
 
     def looks(self) -> Iterator[Request]:
         """Requests that look for room again where that is due, to be sent with what is written."""
@@ -155,7 +161,8 @@ class Budget:
         """Requests that settle objects, and keep some of the grant; see `Ledger.settlements`."""
         entries = list(entries)
         kept = None
-        if self._granted or self._limits.exist:
+        if self._is_granted or self._limits.exist:
+            self._is_granted = True
             left = self._granted - self._stranded - sum(entry.stored for entry in entries)
             most = self._limits.kept_by_one
             is_enough = 2 * left >= most
@@ -203,9 +210,11 @@ class Budget:
             return
         try:
             is_idle = time.monotonic() - self._used_at >= idle
-            if is_idle and self._granted and not self._stranded:
-                ledger.release(self.node, [self._writer])
+            if is_idle and self._is_granted and not self._stranded:
+                # In this order: a release may be carried out and fail nevertheless.
                 self._granted = 0
+                ledger.release(self.node, [self._writer])
+                self._is_granted = False
         finally:
             self._in_use.release()
 
@@ -234,6 +243,7 @@ class Budget:
         written = self._stranded + self._written
         # One that does not fit any more is replaced.
         grant = Grant(written if self._is_tight else max(written, self._granted), written)
+        self._granted = grant.granted
         left = grant.granted - written
         expected = max(_LEAST_GRANTED, self._expected - self._written) + limits.kept_by_one
         least, most = size - left, max(size, min(expected, limits.at_once)) - left
@@ -256,12 +266,12 @@ class Budget:
                 break
         if reply.granted:
             self._link.execute(self._reservation(grant, 0, 0, None))
-        self._granted = grant.granted
         raise self._refusal(least, reply.used)
 
     def _reserve(self, grant: Grant, least: int, most: int, room: int | None) -> Reservation:
         """Ask for bytes on top of `grant`, and look at the servers after that, in one exchange."""
         request = self._reservation(grant, least, most, room)
+        self._is_granted = True
 
         def requests() -> Iterator[Request]:
             yield request
