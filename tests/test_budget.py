@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import valkey
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 from support.faults import Rig
 from support.samples import noise, source
 from support.servers import PRODUCTS, Server, server_of, valkey_server, wait_until
@@ -28,6 +37,7 @@ from ray_valkey_spill.format.names import Keyspace, ObjectName, Owner
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request
 from ray_valkey_spill.store.cleanup import CleanUp
+from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers.budget import Budget
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage, link_to
@@ -814,6 +824,127 @@ def test_room_is_left_for_a_replication_backlog_that_fills_up() -> None:
 
 
 # --- many writers ---
+
+
+class Died(BaseException):
+    """Ends a put as the death of its process does: nothing is undone."""
+
+
+def test_many_writers_in_any_order_are_counted_as_what_is_on_the_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever writers put, delete, leave half-written and recover."""
+    limit = 400_000
+    monkeypatch.setattr("ray_valkey_spill.store.node.LATE_ARRIVALS", 0.05)
+    nodes = st.sampled_from(["aa", "bb"])
+    numbers = st.integers(0, 3)
+
+    class Writers(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            server.settle_foreign()
+            self.ours = Tenant(server, max_bytes=limit)
+            # Two writers of each node; what is done in the background is the node's.
+            self.writers = [self.new(node) for node in ("aa", "bb", "aa", "bb")]
+            self.nodes = {node: Node(self.ours.config, SESSION, node) for node in ("aa", "bb")}
+            self.urls: dict[str, str] = {}
+
+        def new(self, node: str) -> ObjectStore:
+            return ObjectStore(self.ours.config, SESSION, node)
+
+        @rule(number=numbers, sizes=st.lists(st.sampled_from([0, 500, 9_000, 60_000]), max_size=4))
+        def put(self, number: int, sizes: list[int]) -> None:
+            store = self.writers[number]
+            urls, failure = store.put([source(noise(s, i), i) for i, s in enumerate(sizes)])
+            assert failure is None or isinstance(failure, ServerFullError)
+            assert (failure is None) == (len(urls) == len(sizes))
+            self.urls |= dict.fromkeys(urls, store.node.node)
+
+        @rule(number=numbers)
+        def put_what_is_refused(self, number: int) -> None:
+            urls, failure = self.writers[number].put([source(noise(limit))])
+            assert urls == [] and isinstance(failure, ServerFullError)
+
+        @rule(number=numbers, values=st.integers(0, 9), lives_on=st.booleans())
+        def die(self, number: int, values: int, lives_on: bool) -> None:
+            """In the middle of a put; or only the put fails, if the writer lives on."""
+            store, takes = self.writers[number], itertools.count()
+            take = Budget.take
+
+            def take_until_it_dies(budget: Budget, size: int) -> None:
+                if next(takes) > values:
+                    raise Died
+                take(budget, size)
+
+            with monkeypatch.context() as patched, contextlib.suppress(Died):
+                patched.setattr(Budget, "take", take_until_it_dies)
+                urls, _ = store.put([source(noise(9_000 + 60_000 * (i % 2)), i) for i in range(4)])
+                self.urls |= dict.fromkeys(urls, store.node.node)
+            if not lives_on:
+                store.close()
+                self.writers[number] = self.new(store.node.node)
+                del store
+                gc.collect()
+
+        @rule(share=st.integers(1, 3))
+        def delete(self, share: int) -> None:
+            for url in [*self.urls][::share]:
+                assert self.writers[0].delete([url]) == []
+                del self.urls[url]
+
+        @rule(node=nodes)
+        def recover(self, node: str) -> None:
+            self.nodes[node].recover(lambda pid: True)
+            assert list(self.ours.ledger.pending(Owner(SESSION, node))) == []
+
+        @rule(node=nodes)
+        def give_back(self, node: str) -> None:
+            self.nodes[node].give_back(idle=0.0)
+
+        @rule(node=nodes)
+        def destroy(self, node: str) -> None:
+            self.nodes[node].destroy(lambda pid: True)
+            self.urls = {url: where for url, where in self.urls.items() if where != node}
+
+        @rule(totals=st.sampled_from([None, b"", b"1 2", b"9 9 9 9 9 9", b"0 0 0 0 0 1"]))
+        def tamper_with_the_totals(self, totals: bytes | None) -> None:
+            server.client.delete(self.ours.keys.totals)
+            if totals is not None:
+                server.client.set(self.ours.keys.totals, totals)
+            with contextlib.closing(CleanUp(self.ours.config, lambda address: None)) as look:
+                look.recount()
+
+        @invariant()
+        def what_is_there_is_counted_and_within_the_budget(self) -> None:
+            look, ledger = self.ours.look(), self.ours.ledger
+            assert look.taken <= look.stored + look.granted <= limit
+            # Where there are none, the next script adds them up.
+            assert look.totals == (look.stored, look.granted) or look.totals == (0, 0)
+            assert ledger.totals()[2:4] == (look.stored, look.granted)
+            entries = [entry for page in ledger.stored() for entry in page]
+            there = {self.writers[0].keys.parse_url(url).name for url in self.urls}
+            assert {entry.name for entry in entries} == there
+            usages = ledger.usages()
+            for node in {entry.name.node for entry in entries} | {o.node for o in usages}:
+                own = [entry for entry in entries if entry.name.node == node]
+                assert usages[Owner(SESSION, node)][:3] == (
+                    len(own),
+                    sum(entry.size for entry in own),
+                    sum(entry.stored for entry in own),
+                )
+
+        def teardown(self) -> None:
+            for node in self.nodes.values():
+                node.recover(lambda pid: True)
+                node.destroy(lambda pid: True)
+            assert server.our_keys() == []
+            for each in (*self.writers, *self.nodes.values(), self.ours):
+                each.close()
+
+    run_state_machine_as_test(
+        Writers, settings=settings(max_examples=20, stateful_step_count=15, deadline=None)
+    )
+
 
 _WRITER = """
 import json, random, sys
