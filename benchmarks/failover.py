@@ -36,6 +36,7 @@ from benchmarks.common import KIB, machine, note, results_only, table
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerError
 from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.store import node
 from ray_valkey_spill.store.object_store import ObjectStore
 
 REPLICAS = 2
@@ -81,6 +82,7 @@ class Writer(threading.Thread):
     def __init__(self, config: Config, seed: int) -> None:
         super().__init__()
         self._store = ObjectStore(config, "session", "node")
+        self._node = node.Node(config, "session", "node")
         self._make = Objects(seed)
         self._choices = random.Random(seed)
         self._live: collections.deque[Live] = collections.deque()
@@ -115,7 +117,8 @@ class Writer(threading.Thread):
             time.sleep(max(0.0, start + size / RATE - time.monotonic()))
         while self._live:
             self._drop_oldest()
-        self._store.destroy(is_alive=lambda process: False)
+        self._node.destroy(is_alive=lambda process: False)
+        self._node.close()
         self._store.close()
 
     def _put(self, number: int) -> int:

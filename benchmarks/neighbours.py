@@ -32,6 +32,7 @@ from benchmarks.wire import floats
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.protocol import connection
+from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.tiers.ledger import pages
 
@@ -131,7 +132,11 @@ def writer(pipe: Any, url: str, number: int, stop: Any) -> None:
         connection._LARGEST_WINDOW = setting.window
         connection._BATCH = min(_DEFAULT_BATCH, setting.window // 2)
         config = Config.load({"url": url, "chunk_size": setting.chunk_size}, {})
-        with contextlib.closing(ObjectStore(config, "benchmark", f"node{number}")) as store:
+        name = "benchmark", f"node{number}"
+        with (
+            contextlib.closing(ObjectStore(config, *name)) as store,
+            contextlib.closing(Node(config, *name)) as node,
+        ):
             held = _put(store, spilled)
             pipe.send("begun")
             times, start = 0, time.perf_counter()
@@ -144,7 +149,7 @@ def writer(pipe: Any, url: str, number: int, stop: Any) -> None:
                     store.fill(found, target)
                 times += 1
             pipe.send(times * OBJECT / (time.perf_counter() - start))
-            store.destroy(lambda pid: False)
+            node.destroy(lambda pid: False)
         assert way == "spill" or target == spilled.data
         pipe.send("done")
 

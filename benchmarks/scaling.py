@@ -30,6 +30,7 @@ from benchmarks.common import (
 from benchmarks.wire import columns, floats
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format import packing
+from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
 
 # A command that takes longer on the server is one too many, in microseconds.
@@ -40,7 +41,9 @@ class Bench:
     """An object store, and spill, restore and delete of objects with it."""
 
     def __init__(self, url: str, **params: Any) -> None:
-        self.store = ObjectStore(Config.load({"url": url, **params}, {}), "benchmark", "node")
+        config = Config.load({"url": url, **params}, {})
+        self.store = ObjectStore(config, "benchmark", "node")
+        self.node = Node(config, "benchmark", "node")
         self.wanted: list[tuple[str, str]] = []
 
     def spill(self, objects: list[memoryview], first: int = 0) -> None:
@@ -128,7 +131,7 @@ def live_objects(url: str, quick: bool) -> dict[str, Any]:
         }
     note("destroy")
     start_time = time.perf_counter()
-    destroyed = bench.store.destroy(is_alive=lambda pid: False)
+    destroyed = bench.node.destroy(is_alive=lambda pid: False)
     took = time.perf_counter() - start_time
     assert destroyed == alive
     assert client.dbsize() == foreign
@@ -189,6 +192,7 @@ def _worker(url: str, barrier: Any, rounds: int) -> None:
             barrier.wait()
         bench.delete()
     bench.store.close()
+    bench.node.close()
 
 
 # --- chunk size ---

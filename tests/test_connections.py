@@ -26,7 +26,9 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def test_an_io_worker_needs_one_connection_and_one_more_for_a_moment(server: Server) -> None:
+def test_an_io_worker_needs_one_connection_and_the_one_that_keeps_the_node_another(
+    server: Server,
+) -> None:
     server.client.config_set("maxmemory", 1 << 30)
     with proxy_to(server.port) as proxy:
         store = Store(load(proxy.url, max_bytes=64 << 20), "session", "node")
@@ -37,10 +39,11 @@ def test_an_io_worker_needs_one_connection_and_one_more_for_a_moment(server: Ser
         assert proxy.connections == proxy.open_connections == 1
         store.renew_lease("", lambda: False)
         store.recover(is_alive)
-        wait_until(lambda: proxy.open_connections == 1)
-        assert proxy.connections == 2
+        store.give_back()
+        assert proxy.connections == proxy.open_connections == 2
+        # One that must not wait is for a moment.
         store.keep_lease("", lambda: False)
-        wait_until(lambda: proxy.open_connections == 1)
+        wait_until(lambda: proxy.open_connections == 2)
         assert proxy.connections == 3
         store.delete(urls)
         store.destroy(is_alive)
@@ -86,6 +89,9 @@ def write_until_all_have(url: str, writers: int) -> None:
         thread.join()
     assert not failures
     assert min(done.values()) >= 2
+    for number in range(3):
+        with contextlib.closing(Store(load(url), "session", f"node{number}")) as store:
+            assert store.destroy(is_alive) == 0
 
 
 @pytest.mark.parametrize(("allowed", "writers"), [(4, 8), (20, 24)])

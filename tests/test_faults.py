@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +83,7 @@ class Struck:
 
     def put(self, strike: Callable[[], object] = lambda: None) -> str | SpillError:
         """The URL, or what kept the object from being put; `strike` comes in the middle."""
-        with _in_the_middle_of(self.store._packer, "pack", strike):
+        with self._before(b"SET", strike):
             source = SourceObject(OBJECT_ID, b"PYTHON", b"owner", memoryview(DATA))
             urls, failure = self.store.put([source])
         assert bool(urls) == (failure is None)
@@ -97,27 +96,22 @@ class Struck:
 
     def get(self, url: str, strike: Callable[[], object] = lambda: None) -> None:
         target = bytearray(len(DATA))
-        found = self.store.find(url, OBJECT_ID)
-        with _in_the_middle_of(self.store._valkey, "read", strike):
+        with self._before(b"GET", strike):
+            found = self.store.find(url, OBJECT_ID)
             self.store.fill(found, memoryview(target))
         assert target == DATA
 
+    @contextlib.contextmanager
+    def _before(self, command: bytes, strike: Callable[[], object]) -> Iterator[None]:
+        """Have `strike` come before the eighth such command, and again in what is done anew."""
 
-@contextlib.contextmanager
-def _in_the_middle_of(owner: Any, name: str, strike: Callable[[], object]) -> Iterator[None]:
-    method = getattr(owner, name)
+        def act() -> None:
+            strike()
+            self.rig.proxy.before(act, command, len(DATA) // CHUNK)
 
-    def struck(*args: Any) -> Iterator[Any]:
-        for number, item in enumerate(method(*args)):
-            if number == 7:
-                strike()
-            yield item
-
-    setattr(owner, name, struck)
-    try:
+        self.rig.proxy.before(act, command, 8)
         yield
-    finally:
-        delattr(owner, name)
+        self.rig.proxy.disarm()
 
 
 @pytest.fixture
@@ -228,14 +222,18 @@ def test_a_refusal_fails_the_put_and_nothing_is_left_once_it_is_lifted(
     case: Struck, fault: Fault, error: type[SpillError]
 ) -> None:
     kept = case.put_unharmed()
-    before = case.rig.our_keys()
+    before = case.rig.data_keys()
     mends: list[Callable[[], object]] = []
     assert isinstance(case.put(lambda: mends.append(case.struck(fault))), error)
     mends[0]()
     case.store.recover(is_alive=lambda pid: True)
-    assert case.rig.our_keys() == before
+    assert case.rig.data_keys() == before
+    assert case.rig.client.zcard(case.store.keys.pending) == 0
     case.get(kept)
-    case.get(case.put_unharmed())
+    other = case.put_unharmed()
+    case.get(other)
+    case.store.delete([kept, other])
+    assert case.rig.our_keys() == []
 
 
 def test_a_refusal_of_reads_is_no_loss(case: Struck) -> None:
@@ -251,7 +249,11 @@ def test_a_refusal_of_reads_is_no_loss(case: Struck) -> None:
 
 def test_a_refusal_of_deletes_is_made_up_for(case: Struck) -> None:
     url = case.put_unharmed()
+    keys = case.rig.our_keys()
     with forbids_unlink(case.rig), pytest.raises(ServerRefusedError, match="NOPERM"):
         case.store.delete([url])
+    # Until then the metadata know of it, whoever else is to remove it.
+    assert case.rig.our_keys() == keys
+    assert case.rig.client.zcard(case.store.keys.index) == 1
     case.store.delete_again([url])
     assert case.rig.our_keys() == []

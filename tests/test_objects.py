@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import secrets
 import shutil
-import subprocess
-import sys
 import tracemalloc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,27 +32,36 @@ from hypothesis.stateful import (
 )
 from support.proxy import proxy_to
 from support.samples import get, noise, source
-from support.servers import Server, acl_user, redis_server, unix_socket_server, valkey_server
+from support.servers import (
+    Server,
+    acl_user,
+    redis_server,
+    unix_socket_server,
+    valkey_server,
+    wait_until,
+)
 from support.stores import Store
 from support.tls import tls_binary, tls_front, tls_server
 from support.topologies import Cluster, cluster_servers, sentinel_servers
+from support.writer import Writer
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
 from ray_valkey_spill.format.codec import Codec, checksum
 from ray_valkey_spill.format.header import FORMAT_VERSION, decode_header, encode_header
-from ray_valkey_spill.format.names import Entry, Owner
+from ray_valkey_spill.format.names import Entry
 from ray_valkey_spill.format.packing import INLINE_LIMIT, SourceObject
 from ray_valkey_spill.format.sealing import TAG_SIZE
 from ray_valkey_spill.protocol.link import Sharing
 from ray_valkey_spill.store.object_store import StoredObject
 from ray_valkey_spill.tiers import preflight
+from ray_valkey_spill.tiers.ledger import Ledger, link_to
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 SESSION, NODE = "session_1", "ab" * 28
 CHUNK = 10_000
-BOOKS = 2  # keys: the index and the usage
+BOOKS = 3  # keys: the index, the usage and the totals
 
 
 @dataclass(frozen=True)
@@ -209,11 +216,13 @@ class Backend:
         """What sealing adds to a chunk."""
         return TAG_SIZE if "encryption_key_file" in self.params else 0
 
-    def store(self, node: str = NODE, session: str = SESSION, **params: Any) -> Store:
+    def config(self, **params: Any) -> Config:
         if self.overflow is not None:
             params = {"overflow_uri": str(self.overflow), "max_bytes": 0, **params}
-        params = {"url": self.url, "chunk_size": CHUNK, **self.params, **params}
-        self.stores.append(Store(Config.load(params, {}), session, node))
+        return Config.load({"url": self.url, "chunk_size": CHUNK, **self.params, **params}, {})
+
+    def store(self, node: str = NODE, session: str = SESSION, **params: Any) -> Store:
+        self.stores.append(Store(self.config(**params), session, node))
         return self.stores[-1]
 
     def all_keys(self) -> list[bytes]:
@@ -258,6 +267,12 @@ def backend(running: Running) -> Iterator[Backend]:
     for store in backend.stores:
         store.close()
     backend.clear()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as pool:
+        yield pool
 
 
 def destroy(store: Store) -> int:
@@ -336,41 +351,45 @@ def test_any_batch_with_any_chunk_size_and_compression_comes_back(
 
 @everywhere
 def test_any_order_of_operations_leaves_what_it_should(backend: Backend) -> None:
-    store = backend.store(chunk_size=1024)
-
     class Operations(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            destroy(store)
+            backend.clear()
+            self.store = backend.store(chunk_size=1024)
             self.live: dict[str, bytes] = {}
 
         @rule(sizes=st.lists(st.integers(0, 5000), max_size=4), seed=st.integers(0, 99))
         def put(self, sizes: list[int], seed: int) -> None:
             values = [noise(size, seed) for size in sizes]
-            self.live |= zip(put_all(store, [source(v) for v in values]), values)
+            self.live |= zip(put_all(self.store, [source(v) for v in values]), values)
 
         @rule(data=st.data())
         def get(self, data: st.DataObject) -> None:
             if self.live:
                 url = data.draw(st.sampled_from(sorted(self.live)))
-                assert get(store, url) == self.live[url]
+                assert get(self.store, url) == self.live[url]
 
         @rule(data=st.data())
         def delete(self, data: st.DataObject) -> None:
             urls = data.draw(st.lists(st.sampled_from(sorted(self.live)))) if self.live else []
-            store.delete(urls)
+            self.store.delete(urls)
             for url in urls:
                 self.live.pop(url, None)
 
         @rule()
         def destroy(self) -> None:
-            assert destroy(store) == len(self.live)
+            assert destroy(self.store) == len(self.live)
+            self.teardown()
+            self.store = backend.store(chunk_size=1024)
             self.live.clear()
+
+        def teardown(self) -> None:
+            self.store.close()
 
         @invariant()
         def the_index_tells_every_key(self) -> None:
             if not backend.overflow:
-                assert backend.client.zcard(store.keys.index) == len(self.live)
+                assert backend.client.zcard(self.store.keys.index) == len(self.live)
             if not self.live:
                 assert backend.left() == []
 
@@ -671,6 +690,7 @@ def test_a_full_server_keeps_the_prefix_and_nothing_of_the_rest(full_server: Ser
     urls, failure = store.put([source(noise(3 << 20, i), i) for i in range(6)])
     assert isinstance(failure, ServerFullError)
     assert 0 < len(urls) < 6
+    store.give_back()
     assert len(full_server.our_keys()) == BOOKS + 4 * len(urls)
     for i, url in enumerate(urls):
         assert get(store, url, i) == noise(3 << 20, i)
@@ -712,6 +732,7 @@ def test_a_full_server_behind_a_slow_link_is_left_without_orphans(
             assert isinstance(failure, ServerFullError)
             # What was sent after the first refusal has come too late to be stored.
             chunks = sum(store.keys.parse_url(url).name.chunks for url in urls)
+            store.give_back()
             books = BOOKS if urls else 0
             assert len(full_server.our_keys()) == books + len(urls) + chunks
             store.delete(urls)
@@ -719,164 +740,135 @@ def test_a_full_server_behind_a_slow_link_is_left_without_orphans(
         store.close()
 
 
-def test_stores_of_one_process_leave_each_others_puts_alone(backend: Backend) -> None:
-    first, second = backend.store(), backend.store()
-    settle = first._valkey.settle
-
-    def recovered_meanwhile(owner: Owner, entries: Sequence[Entry]) -> None:
-        assert second.recover(is_alive=lambda pid: True) == 0
-        settle(owner, entries)
-
-    first._valkey.settle = recovered_meanwhile  # type: ignore[method-assign]
-    assert len(put_all(first, [source(noise(3 * CHUNK, i), i) for i in range(20)])) == 20
-
-
-def test_objects_destroyed_while_they_are_written_are_not_reported(backend: Backend) -> None:
-    store, other = backend.store(), backend.store()
-    written = store._valkey.settle
-
-    def destroyed_meanwhile(owner: Owner, entries: Sequence[Entry]) -> None:
-        assert destroy(other) == 20
-        written(owner, entries)
-
-    store._valkey.settle = destroyed_meanwhile  # type: ignore[method-assign]
-    urls, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
-    assert urls == []
-    assert isinstance(failure, LostObjectError)
-    assert backend.all_keys() == []
-
-
-def test_a_server_that_loses_its_data_meanwhile_is_noticed(backend: Backend) -> None:
-    store = backend.store()
-    values = store._packer.pack
-
-    def flushed_meanwhile(*args: Any) -> Any:
-        for number, value in enumerate(values(*args)):
-            if number == 7:
-                backend.client.flushall()
-            yield value
-
-    store._packer.pack = flushed_meanwhile  # type: ignore[method-assign]
-    urls, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
-    assert urls == []
-    assert isinstance(failure, LostObjectError)
-    assert backend.all_keys() == []
-
-
-KILL_POINTS = {
-    "before anything was written": "tier.write = stop",
-    "half-way through an object": "store._packer.pack = stop_after_seven",
-    "before it was reported": "tier.settle = stop",
-}
-
-DYING_WRITER = """
-import json
-import sys
-from ray_valkey_spill.config import Config
-from ray_valkey_spill.format.names import ObjectName
-from support.stores import Store
-from ray_valkey_spill.format.packing import SourceObject
-
-params, session, node, kill_point = sys.argv[1:]
-store = Store(Config.load({"chunk_size": 10000, **json.loads(params)}, {}), session, node)
-tier, values = store._valkey, store._packer.pack
-
-def stop(*args):
-    print("now", flush=True)
-    sys.stdin.read()
-
-settle = tier.settle
-
-def stop_once(*args):
-    stop()
-    settle(*args)
-
-def stop_after_seven(*args):
-    for number, value in enumerate(values(*args)):
-        if number == 7:
-            stop()
-        yield value
-
-exec(kill_point)
-store.put([SourceObject(f"{i:056x}", b"", b"", memoryview(bytes(30000))) for i in range(10)])
-"""
-
-
-def writer(backend: Backend) -> list[str]:
-    params = json.dumps({"url": backend.url, **backend.params})
-    return [sys.executable, "-c", DYING_WRITER, params, SESSION, NODE]
-
-
-@pytest.mark.parametrize("kill_point", KILL_POINTS.values(), ids=KILL_POINTS)
-def test_what_a_killed_writer_left_is_found_and_nothing_else(
-    backend: Backend, kill_point: str
+def test_stores_of_one_process_leave_each_others_puts_alone(
+    server: Server, pool: ThreadPoolExecutor
 ) -> None:
-    kept = put(backend.store(), noise(3 * CHUNK))
-    dying = subprocess.Popen(
-        [*writer(backend), kill_point],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert dying.stdout
-        assert dying.stdout.readline() == b"now\n"
-        elsewhere = put(backend.store(node="cd" * 28), noise(3 * CHUNK))
+    with proxy_to(server.port) as proxy:
+        backend = Backend(proxy.url, server.client)
+        first, second = backend.store(), Backend(server.url, server.client).store()
+        settling = proxy.hold(b"EVAL")
+        putting = pool.submit(put_all, first, [source(noise(3 * CHUNK, i), i) for i in range(20)])
+        settling.wait()
+        wait_until(lambda: server.client.zcard(first.keys.pending) == 20)
+        assert second.recover(is_alive=lambda pid: True) == 0
+        settling.release()
+        for i, url in enumerate(putting.result()):
+            assert get(first, url, i) == noise(3 * CHUNK, i)
+        destroy(second)
+        first.close()
+        second.close()
+
+
+def test_puts_of_one_thread_are_spared_by_the_recovery_in_another(
+    backend: Backend, pool: ThreadPoolExecutor
+) -> None:
+    first, second = backend.store(), backend.store()
+    for _ in range(10):
+        sources = [source(noise(3 * CHUNK, i), i) for i in range(20)]
+        putting = pool.submit(put_all, first, sources)
+        while not putting.done():
+            assert second.recover(is_alive=lambda pid: True) == 0
+        second.delete(putting.result())
+
+
+def test_objects_destroyed_while_they_are_written_are_not_reported(server: Server) -> None:
+    store = Backend(server.url, server.client).store()
+    with proxy_to(server.port) as proxy, writer(proxy.url) as writing:
+        settling = proxy.hold(b"EVAL")
+        writing.begin([3 * CHUNK] * 20)
+        settling.wait()
+        wait_until(lambda: len(server.our_keys()) == 1 + 20 * 4)
+        assert destroy(store) == 20
+        settling.release()
+        assert writing.end() == ([], "LostObjectError")
+    assert server.our_keys() == []
+    store.close()
+
+
+@pytest.mark.parametrize("number", [1, 2, 31, 80])
+def test_a_server_that_loses_its_data_meanwhile_is_noticed(server: Server, number: int) -> None:
+    with proxy_to(server.port) as proxy:
+        store = Backend(proxy.url, server.client).store()
+        put(store, b"x")
+        proxy.before(server.flush, b"SET", number)
+        urls, failure = store.put([source(noise(3 * CHUNK, i), i) for i in range(20)])
+        assert urls == []
+        assert isinstance(failure, LostObjectError)
+        assert server.keys() == []
+        server.settle_foreign()
+        store.close()
+
+
+def writer(url: str, **params: Any) -> Writer:
+    return Writer({"url": url, "chunk_size": CHUNK, **params}, SESSION, NODE)
+
+
+def test_what_a_killed_writer_left_is_found_and_nothing_else(server: Server) -> None:
+    with proxy_to(server.port) as proxy:
+        backend = Backend(server.url, server.client)
         survivor = backend.store()
-        before = backend.all_keys()
-        assert survivor.recover(is_alive=lambda pid: pid == dying.pid) == 0
-        assert backend.all_keys() == before
-    finally:
-        dying.kill()
-        dying.communicate()
-    assert survivor.recover(is_alive=lambda pid: pid != dying.pid) == 10
-    assert get(survivor, kept) == get(survivor, elsewhere) == noise(3 * CHUNK)
-    survivor.delete([kept, elsewhere])
-    assert backend.all_keys() == []
+        kept = put(survivor, noise(3 * CHUNK))
+        elsewhere = put(backend.store(node="cd" * 28), noise(3 * CHUNK))
+        writing = proxy.hold(b"SET", 8)
+        with writer(proxy.url) as dying:
+            dying.begin([3 * CHUNK] * 10)
+            writing.wait()
+            wait_until(lambda: server.client.zcard(survivor.keys.pending) == 10)
+            before = server.our_keys()
+            assert survivor.recover(is_alive=lambda pid: pid == dying.pid) == 0
+            assert server.our_keys() == before
+        writing.cut()
+        assert survivor.recover(is_alive=lambda pid: pid != dying.pid) == 10
+        assert get(survivor, kept) == get(survivor, elsewhere) == noise(3 * CHUNK)
+        survivor.delete([kept, elsewhere])
+        assert server.our_keys() == []
 
 
 def test_destroy_waits_for_a_living_writer_and_leaves_what_is_unfinished(
-    backend: Backend,
+    server: Server, pool: ThreadPoolExecutor
 ) -> None:
-    done = put(backend.store(), noise(3 * CHUNK))
-    writing = subprocess.Popen(
-        [*writer(backend), "tier.settle = stop_once"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert writing.stdout
-        assert writing.stdin
-        assert writing.stdout.readline() == b"now\n"
-        store = backend.store()
+    store = Backend(server.url, server.client).store()
+    done = put(store, noise(3 * CHUNK))
+    with proxy_to(server.port) as proxy, writer(proxy.url) as writing:
+        settling = proxy.hold(b"EVAL")
+        writing.begin([3 * CHUNK] * 10)
+        settling.wait()
+        wait_until(lambda: len(server.our_keys()) == BOOKS + 1 + 4 * 11)
         assert store.destroy(is_alive=lambda pid: True, patience=0) == 1
         with pytest.raises(LostObjectError):
             get(store, done)
         # The ten that are being written are whole, and can still be found.
-        assert backend.client.zcard(store.keys.pending) == 10
-        assert len(backend.all_keys()) == 1 + 10 * 4
-        writing.stdin.close()
-        assert store.destroy(is_alive=lambda pid: True, patience=30) == 10
-    finally:
-        writing.kill()
-        writing.wait()
-    assert backend.all_keys() == []
+        assert server.client.zcard(store.keys.pending) == 10
+        assert len(server.our_keys()) == 1 + 10 * 4
+        destroying = pool.submit(store.destroy, is_alive=lambda pid: True, patience=30)
+        settling.release()
+        assert writing.end().failure is None
+        assert destroying.result() == 10
+    assert server.our_keys() == []
+    store.close()
 
 
-def test_what_was_put_while_recover_looked_is_spared(backend: Backend) -> None:
-    first, second = backend.store(), backend.store()
-    settle = first._valkey.settle
+def test_what_was_put_while_recover_looked_is_spared(server: Server) -> None:
+    store = Backend(server.url, server.client).store()
+    with proxy_to(server.port) as proxy, writer(proxy.url) as writing:
+        settling = proxy.hold(b"EVAL")
+        writing.begin([INLINE_LIMIT + 1])
+        settling.wait()
+        wait_until(lambda: server.client.zcard(store.keys.pending) == 1)
+        outcomes = []
 
-    def recovered_meanwhile(owner: Owner, entries: Sequence[Entry]) -> None:
         def ends_well_and_then_dies(pid: int) -> bool:
-            if backend.client.zcard(first.keys.pending):
-                settle(owner, entries)
+            if not outcomes:
+                settling.release()
+                outcomes.append(writing.end())
+                writing.kill()
             return False
 
-        assert second.recover(ends_well_and_then_dies) == 0
-
-    first._valkey.settle = recovered_meanwhile  # type: ignore[method-assign]
-    data = noise(INLINE_LIMIT + 1)
-    assert get(first, put(first, data)) == data
+        assert store.recover(ends_well_and_then_dies) == 0
+        (url,) = outcomes[0].urls
+        assert get(store, url) == noise(INLINE_LIMIT + 1)
+    destroy(store)
+    store.close()
 
 
 @pytest.mark.parametrize("size", [1000, 3 << 20])
@@ -886,12 +878,15 @@ def test_what_a_broken_connection_carries_out_late_spoils_nothing(
     store = backend.store(chunk_size=1 << 20)
     url = put(store, noise(size))
     name = store.keys.parse_url(url).name
-    usage = backend.client.hgetall(store.keys.usage)
+    accounts = store.keys.usage, store.keys.totals
+    before = [backend.client.hgetall(accounts[0]), backend.client.get(accounts[1])]
     backend.client.zadd(store.keys.pending, {str(name): 0})
     assert store.recover(is_alive=lambda pid: False) == 0
     (entry,) = (Entry.parse(e.decode()) for e in backend.client.zrange(store.keys.index, 0, -1))
-    store._valkey.settle(Owner(name.session, name.node), [entry])
-    assert backend.client.hgetall(store.keys.usage) == usage
+    with contextlib.closing(link_to(backend.config())) as link:
+        ledger = Ledger(link, store.keys)
+        assert link.execute(*ledger.settlements(store.node, [entry])) == [[1, 0, 0]]
+    assert [backend.client.hgetall(accounts[0]), backend.client.get(accounts[1])] == before
     assert get(store, url) == noise(size)
     store.delete([url])
     assert backend.all_keys() == []
@@ -945,7 +940,7 @@ def test_objects_go_both_ways_without_a_stall_after_a_nat_forgot_the_connections
             url = put(store, data)
         assert proxy.swallowed == 0
         assert store.breaks == 0
-        store.delete([url])
+        destroy(store)
         store.close()
 
 

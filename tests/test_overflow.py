@@ -30,7 +30,7 @@ from ray_valkey_spill.errors import ConfigError, LostObjectError, OverflowUnavai
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
 from ray_valkey_spill.format.packing import Receive
 from ray_valkey_spill.format.values import Value
-from ray_valkey_spill.tiers.ledger import Grant
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 
 SESSION, NODE = "session_1", "ab" * 28
@@ -161,7 +161,7 @@ def values(name: ObjectName, header: bytes = b"header") -> list[Value]:
     """An object as values: as many chunks as its name tells, and a header, which is not one."""
     size = CHUNK * name.chunks
     chunks = [Value(f"{name}:{i}", name, size, [noise(CHUNK, i)]) for i in range(name.chunks)]
-    return [*chunks, Value(str(name), name, size, [header], completes=Entry(name, size, 0))]
+    return [*chunks, Value(str(name), name, size, [header], is_last=True)]
 
 
 def write(tier: OverflowTier, *names: ObjectName) -> list[Entry]:
@@ -204,7 +204,7 @@ def test_what_was_written_is_read_by_whole_objects_and_by_single_chunks(
 ) -> None:
     name = new_name(chunks=2000)
     (entry,) = write(tier, name)
-    found = Place(name, entry.size, overflow=True)
+    found = Place(name, entry.size, "overflow")
     assert entry.stored == entry.size + len(b"header")
     for numbers in (range(2000), [1999], [0, 1, 2, 700, 701, 1500], []):
         wanted = [(number, memoryview(bytearray(CHUNK))) for number in numbers]
@@ -347,7 +347,7 @@ def test_no_name_from_the_server_leads_out_of_its_place(tmp_path: Path, name: st
     tier = tier_at(str(tmp_path / "some" / "overflow"))
     tier.sign(SESSION, "signed")
     before = {*tmp_path.rglob("*")}
-    owner, place = Owner(name, "n"), Place(ObjectName(name, "n", "ab", "0" * 27, 0), 1, True)
+    owner, place = Owner(name, "n"), Place(ObjectName(name, "n", "ab", "0" * 27, 0), 1, "overflow")
     uses: list[Callable[[], object]] = [
         lambda: tier.destroy_session(name),
         lambda: tier.destroy(owner),
@@ -417,7 +417,7 @@ def test_an_upload_holds_no_more_than_a_part_of_an_object(bucket: Bucket) -> Non
         for number in range(150):
             yield Value(f"{name}:{number}", name, 150 * MIB, [data])
             grown = max(grown, psutil.Process().memory_info().rss - before)
-        yield Value(str(name), name, 150 * MIB, [b""], completes=Entry(name, 150 * MIB, 0))
+        yield Value(str(name), name, 150 * MIB, [b""], is_last=True)
 
     assert len(list(tier.write(large()))) == 1
     assert grown < 48 * MIB
@@ -858,7 +858,7 @@ def test_what_is_put_after_a_session_was_destroyed_is_refused(stores: Any, tmp_p
     place = Directory(tmp_path / "overflow")
     store, other = stores(place.uri), stores(place.uri)
     for each in (store, other):
-        each.join_overflow()
+        each.delete(each.put([source(noise(3 * CHUNK))])[0])
     assert store.destroy(is_alive) == 0
     urls, failure = other.put([source(noise(3 * CHUNK))])
     assert urls == []
@@ -869,32 +869,24 @@ def test_what_is_put_after_a_session_was_destroyed_is_refused(stores: Any, tmp_p
 # --- recovery ---
 
 
-def test_recovery_stays_off_the_connection_of_the_other_thread(
-    stores: Any, place: Place_, monkeypatch: pytest.MonkeyPatch
+def test_an_overflow_that_is_away_holds_up_nothing_in_valkey(
+    server: Server, stores: Any, tmp_path: Path
 ) -> None:
-    (url,), _ = stores(place.uri).put([source(noise(3 * CHUNK))])
-    store = stores(place.uri)
-    used: list[Any] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(store._links[0], "run", used.append)
-        assert store.recover(is_alive) == 0
-        store.delete_again([url])
-    assert used == []
-    assert place.files().keys() == _signatures(place)
-
-
-def test_an_overflow_that_is_away_holds_up_nothing_in_valkey(stores: Any, tmp_path: Path) -> None:
     place = Directory(tmp_path / "share")
     store = stores(place.uri)
     store.put([source(noise(3 * CHUNK))])
     place.path.rename(tmp_path / "away")
     place.path.mkdir()
-    writer = f"{SESSION}:{NODE}:999999-dead"
-    ledger = store._valkey.ledger
-    ledger.reserve(writer, Grant(0, 0), 100, 100, None, None)
-    with pytest.raises(OverflowUnavailableError):
-        stores(place.uri).recover(is_alive)
-    assert ledger.grants() == {}
+    node, other = store.node, stores(place.uri)
+    with contextlib.closing(link_to(Config.load({"url": server.url}, {}))) as link:
+        ledger = Ledger(link, store.keys)
+        dead = ledger.reservation(node, "999999-dead", Grant(0, 0), 100, 100, None, None)
+        link.execute(dead)
+        assert "999999-dead" in ledger.grants_of(node)
+        other.recover(is_alive)
+        assert "999999-dead" not in ledger.grants_of(node)
+        with pytest.raises(OverflowUnavailableError):
+            other.sweep_overflow(is_alive)
 
 
 def test_what_killed_writers_left_is_looked_for_until_the_overflow_is_there(
@@ -908,14 +900,14 @@ def test_what_killed_writers_left_is_looked_for_until_the_overflow_is_there(
     place.path.rename(away.path)
     place.path.mkdir()
     store = stores(place.uri)
-    for look in (lambda: store.recover(is_alive), store.sweep_overflow):
+    for _ in range(2):
         with pytest.raises(OverflowUnavailableError, match="not the one that the session's other"):
-            look()
+            store.sweep_overflow(is_alive)
     place.path.rmdir()
     away.path.rename(place.path)
-    store.recover(is_alive)
+    size = store.sweep_overflow(is_alive)
     assert place.files().keys() == {file} | _signatures(place)
-    assert store.sweep_overflow() == place.files()[file]
+    assert size == place.files()[file]
     assert get(first, url) == noise(3 * CHUNK)
 
 

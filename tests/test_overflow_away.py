@@ -28,7 +28,7 @@ from ray_valkey_spill.errors import (
     OverflowUnavailableError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
+from ray_valkey_spill.format.names import Keyspace, ObjectName, Owner, Place, new_attempt
 from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.tiers.overflow import OverflowTier, Patience
 from ray_valkey_spill.tiers.steps import StalledError, StepThreads, begin_step
@@ -74,11 +74,10 @@ def write(tier: OverflowTier, data: Any = DATA) -> Place:
         for i in range(4):
             chunk = view[i * CHUNK : (i + 1) * CHUNK]
             yield Value(f"{name}:{i}", name, len(DATA), [chunk])
-        entry = Entry(name, len(DATA), 0)
-        yield Value(str(name), name, len(DATA), [b"header"], completes=entry)
+        yield Value(str(name), name, len(DATA), [b"header"], is_last=True)
 
     (entry,) = tier.write(values())
-    return Place(entry.name, entry.size, overflow=True)
+    return Place(entry.name, entry.size, "overflow")
 
 
 def read(tier: OverflowTier, place: Place) -> bytes:
@@ -346,6 +345,7 @@ def test_a_tier_that_is_away_holds_up_no_removal_from_the_other(
     with proxy_to(server.port) as way:
         params = {"url": way.url, "retry_timeout": 1.0, "max_bytes": 4 * MIB}
         with new_store(server, str(share.path), **params) as store:
+            store.join_overflow()
             for remove in (store.delete, store.delete_again):
                 urls, failure = store.put([source(DATA, number) for number in range(2)])
                 assert failure is None
@@ -380,9 +380,8 @@ def test_the_lease_is_renewed_while_the_overflow_hangs(
         store.join_overflow()
         share.hang()
         for _ in range(2):
-            for work in (lambda: store.recover(lambda pid: False), store.sweep_overflow):
-                with pytest.raises(OverflowUnavailableError, match="does not answer"):
-                    work()
+            with pytest.raises(OverflowUnavailableError, match="does not answer"):
+                store.sweep_overflow()
             server.client.zincrby(store.keys.leases, -60_000, _lease(server, store))
             old = server.client.zscore(store.keys.leases, _lease(server, store))
             store.renew_lease("127.0.0.1:1", lambda: False)

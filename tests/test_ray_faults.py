@@ -187,20 +187,21 @@ def in_the_middle(owner, name, after):
 if any("SPILL_WORKER" in argument or "RESTORE_WORKER" in argument for argument in sys.orig_argv):
     from ray_valkey_spill.store.object_store import ObjectStore
     from ray_valkey_spill.format.packing import Packer
+    from ray_valkey_spill.store.spill import Batch
     from ray_valkey_spill.tiers.valkey import ValkeyTier
 
-    before_and_after(ValkeyTier, "register")
+    before_and_after(Batch, "write")
     in_the_middle(Packer, "pack", 3)
-    before_and_after(ValkeyTier, "settle")
+    before_and_after(Batch, "commit")
     before_and_after(ValkeyTier, "remove")
     in_the_middle(ObjectStore, "find_all", 0)
-    in_the_middle(ValkeyTier, "read", 3)
+    before_and_after(ValkeyTier, "read")
     before_and_after(ObjectStore, "fill")
 """
 STEPS = {
     *(f"{when} {name}" for when in ("before", "after")
-      for name in ("register", "settle", "remove", "fill")),
-    *(f"in the middle of {name}" for name in ("pack", "find_all", "read")),
+      for name in ("write", "commit", "remove", "read", "fill")),
+    *(f"in the middle of {name}" for name in ("pack", "find_all")),
 }  # fmt: skip
 
 

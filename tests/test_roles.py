@@ -20,6 +20,7 @@ from support.samples import get, noise, object_id, source
 from support.servers import INDEX, ROOT, Node, Server, acl_user, valkey_server, wait_until
 from support.stores import Store
 from support.topologies import cluster_servers, one_sentinel
+from support.writer import Writer
 
 from ray_valkey_spill.cli.inspection import Inspector, Target
 from ray_valkey_spill.cli.inventory import Inventory
@@ -340,8 +341,11 @@ def test_what_a_replica_calls_half_written_is_not_removed(pair: Pair) -> None:
 @below_ray
 def test_what_is_half_written_on_one_server_is_not_removed_from_another(pair: Pair) -> None:
     """Nobody can tell an old primary, that was never demoted, from its reply to one command."""
+    params = {"url": pair.name.url, "retry_timeout": 100, "chunk_size": CHUNK}
     with stored_at(pair.name.url) as store:
-        url = put(store, CHUNKED)
+        # Another process's: whether one of ours is under way, nobody has to be asked.
+        with Writer(params, SESSION, NODE) as writer:
+            (url,) = writer.put([len(CHUNKED)]).urls
         pair.lag()
         pair.replica.client.replicaof("NO", "ONE")
         half_write(pair.replica, store, url)

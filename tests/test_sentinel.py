@@ -145,16 +145,20 @@ def striking(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str, strike: Callable[[], object]
 ) -> None:
     """Have `strike` called once, in the middle of what the generator `name` yields."""
-    method = getattr(owner, name)
+    method, struck = getattr(owner, name), in_the_middle(strike)
+    monkeypatch.setattr(owner, name, lambda self, *args: struck(method(self, *args)))
+
+
+def in_the_middle(strike: Callable[[], object]) -> Callable[[Iterator[Any]], Iterator[Any]]:
     strikes = [strike]
 
-    def wrapped(self: Any, *args: Any) -> Iterator[Any]:
-        for number, item in enumerate(method(self, *args)):
+    def struck(items: Iterator[Any]) -> Iterator[Any]:
+        for number, item in enumerate(items):
             if number == 30 and strikes:
                 strikes.pop()()
             yield item
 
-    monkeypatch.setattr(owner, name, wrapped)
+    return struck
 
 
 def ask_for_failover(group: SentinelGroup) -> None:
@@ -316,7 +320,12 @@ def test_a_primary_killed_while_filling_is_followed(
 ) -> None:
     store = stores(min_replicas=2)
     url = put(store)
-    striking(monkeypatch, ValkeyTier, "read", group.kill_primary)
+    read, struck = ValkeyTier.read, in_the_middle(group.kill_primary)
+
+    def struck_read(self: Any, place: Any, sizes: Any, use: Any) -> Any:
+        return read(self, place, sizes, lambda receive: use(lambda wanted: struck(receive(wanted))))
+
+    monkeypatch.setattr(ValkeyTier, "read", struck_read)
     assert get(store, url) == CHUNKED
 
 

@@ -197,12 +197,13 @@ class Node:
         grants = [w for w in self._ledger.grants_of(self._name) if self._has_ended(w, is_alive)]
         in_doubt = UNDER_WAY.in_doubt(self._name)
         left = {name for page in self._ledger.pending(self._name) for name in page if is_left(name)}
+        count = 0
         if left or in_doubt:
             # The server may still have in its sockets what was sent, and carry it out later.
             time.sleep(LATE_ARRIVALS)
             # What is pending now, after its writer was seen dead, was never reported as put; at
             # first the writer may have died between that and this.
-            self._valkey.remove_half_written(
+            count = self._valkey.remove_half_written(
                 self._name, lambda name: name in left and is_left(name)
             )
             self._valkey.remove_objects(in_doubt)
@@ -210,7 +211,7 @@ class Node:
         self._ledger.release(self._name, grants)
         for budget, stranded in budgets:
             budget.recovered(stranded)
-        return len(left.union(in_doubt))
+        return count + len(in_doubt)
 
     def recover_own(self) -> int:
         """As `recover`, of this process alone."""

@@ -128,7 +128,8 @@ class ObjectStore:
         self.overflow = OverflowTier.of(config)
         self._overflow: SharedOverflow | None = None
         if self.overflow is not None:
-            self._overflow = SharedOverflow(self.overflow, session, self._valkey.ledger)
+            ledger = self._valkey.ledger
+            self._overflow = SharedOverflow(self.overflow, self.node.session, ledger)
         self._tiers: dict[TierName, Tier] = {
             "valkey": self._valkey,
             "overflow": self._overflow or MissingOverflow(),
@@ -206,7 +207,7 @@ class ObjectStore:
             stored, failure = self._put_in_overflow(self._overflow, rest, key)
             self._notify_put("overflow", stored, started)
             places += [Place(entry.name, entry.size, "overflow", sealed) for entry in stored]
-        return [self.keys.url(place) for place in places], _without_frames(failure)
+        return [self.keys.url(place) for place in places], failure
 
     def _put_in_valkey(
         self, sources: Sequence[SourceObject], key: Key | None
@@ -221,7 +222,7 @@ class ObjectStore:
         ):
             batch.write(Payments(self._budget, values))
             batch.commit()
-        return batch.stored, batch.failure
+        return batch.stored, _without_frames(batch.failure)
 
     def _put_in_overflow(
         self, overflow: SharedOverflow, sources: Sequence[SourceObject], key: Key | None
@@ -233,7 +234,7 @@ class ObjectStore:
                 for entry in overflow.write(values):
                     stored.append(entry)
         except SpillError as error:
-            return stored, error
+            return stored, _without_frames(error)
         return stored, None
 
     def _new_names(self, sources: Sequence[SourceObject]) -> list[ObjectName]:

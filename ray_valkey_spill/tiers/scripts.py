@@ -42,7 +42,8 @@ local function find(name)
 end
 """
 
-# `totals` reads the sums over all nodes, and `keep_totals` writes them.
+# `totals` reads the sums over all nodes; `keep_totals` writes what `take_totals` took away. What
+# is missing is added up again: a script that is refused a command half-way leaves no wrong sums.
 _TOTALS = """
 local PATTERN = '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$'
 local function text(...) return string.format(('%.0f '):rep(select('#', ...)), ...):sub(1, -2) end
@@ -68,10 +69,16 @@ local function totals()
     end
     return t
 end
+local function take_totals()
+    local t = totals()
+    redis.call('UNLINK', KEYS[5])
+    return t
+end
 local function keep_totals(t)
     for i = 1, 5 do t[i] = math.max(0, t[i]) end
-    if t[1] + t[3] + t[4] == 0 then redis.call('UNLINK', KEYS[5])
-    else redis.call('SET', KEYS[5], text(t[1], t[2], t[3], t[4], t[5], t[6] + 1)) end
+    if t[1] + t[3] + t[4] > 0 then
+        redis.call('SET', KEYS[5], text(t[1], t[2], t[3], t[4], t[5], t[6] + 1))
+    end
 end
 """
 
@@ -135,7 +142,7 @@ local function is_there(name)
     for i = 1, chunks do keys[i + 1] = header .. ':' .. (i - 1) end
     return redis.call('EXISTS', unpack(keys)) == chunks + 1
 end
-local t = totals()
+local t = take_totals()
 local settled, objects, size, stored = 0, 0, 0, 0
 for i = 8, #ARGV, 2 do
     local name, rest = ARGV[i], ARGV[i + 1]
@@ -161,18 +168,19 @@ if writer ~= '' then
     granted = left + math.max(0, kept)
     set_grant(t, node, writer, granted, left)
 end
-if objects > 0 or writer ~= '' then keep_totals(t) end
+keep_totals(t)
 return {settled, granted, t[4] - t[5]}
 """,
 )
 
-# ARGV: names.
+# ARGV: names. Nothing is forgotten for a user who may not UNLINK: the values are still there.
 FORGET = _script(
     _FIND,
     _TOTALS,
     _CHANGE,
     """
-local nodes, found = {}, false
+local t = take_totals()
+local nodes = {}
 for _, name in ipairs(ARGV) do
     redis.call('ZREM', KEYS[1], name)
     local entry = find(name)
@@ -181,11 +189,9 @@ for _, name in ipairs(ARGV) do
         local node = name:match('^[^:]+:[^:]+')
         local z, s = entry:match('%.(%d+)%.(%d+)$')
         local sums = nodes[node] or {0, 0, 0}
-        nodes[node], found = {sums[1] - 1, sums[2] - z, sums[3] - s}, true
+        nodes[node] = {sums[1] - 1, sums[2] - z, sums[3] - s}
     end
 end
-if not found then return end
-local t = totals()
 for node, sums in pairs(nodes) do change(t, node, sums[1], sums[2], sums[3]) end
 keep_totals(t)
 """,
@@ -214,7 +220,7 @@ RESERVE = _script(
     _GRANTS,
     """
 local node, writer, granted, written = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local t = totals()
+local t = take_totals()
 local own_granted, own_written = grant_of(node, writer)
 -- What the writer has been granted may not be here yet, nor what it has written of that.
 local used = t[3] + t[4] - own_granted + granted
@@ -234,7 +240,7 @@ RELEASE = _script(
     _TOTALS,
     _GRANTS,
     """
-local t = totals()
+local t = take_totals()
 for i = 2, #ARGV do set_grant(t, ARGV[1], ARGV[i], 0, 0) end
 if #ARGV == 1 then
     local was = redis.call('HGET', KEYS[4], ARGV[1]) or ''
@@ -260,7 +266,7 @@ return totals()
 ADJUST = _script(
     _TOTALS,
     """
-local t = totals()
+local t = take_totals()
 local counted, are_right = {0, 0, 0, 0, 0, t[6]}, true
 for i = 1, 5 do
     counted[i] = tonumber(ARGV[i + 1])
@@ -278,7 +284,7 @@ CORRECT = _script(
     _TOTALS,
     """
 if (redis.call('HGET', KEYS[3], ARGV[1]) or '') ~= ARGV[2] then return 0 end
-local t = totals()
+local t = take_totals()
 local function add(usage, sign)
     local o, z, s = usage:match('^(%d+) (%d+) (%d+) %d+$')
     if o then t[1], t[2], t[3] = t[1] + sign * o, t[2] + sign * z, t[3] + sign * s end

@@ -89,6 +89,10 @@ class Rig:
         """All but those that tell who lives."""
         return [key for key in self.our_keys() if not key.endswith(OF_THE_LIVING)]
 
+    def data_keys(self) -> list[bytes]:
+        """Those of objects."""
+        return [key for key in self.our_keys() if not key.endswith(BOOKS)]
+
 
 def mended_by_itself(strike: Callable[[Rig], object]) -> Fault:
     @contextlib.contextmanager
@@ -335,7 +339,7 @@ flips_bits = _damages(
 
 
 def _some_data_keys(rig: Rig) -> list[bytes]:
-    keys = [key for key in rig.our_keys() if not key.endswith(BOOKS)]
+    keys = rig.data_keys()
     return rig.random.sample(keys, (len(keys) + 2) // 3)
 
 

@@ -1,11 +1,14 @@
 """A TCP proxy between a client and a server that does what networks do: cut, stall, trickle, …
 
+It knows the commands that clients send, so that a test can interfere between any two of them.
+
 And a listener that is no Valkey.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import threading
@@ -13,7 +16,101 @@ import time
 from collections.abc import Callable, Iterator
 
 _PIECE = 1 << 16
+_HEAD = re.compile(rb"\*(\d+)\r\n\$(\d+)\r\n([^\r]+)\r\n")
+_ARGUMENT = re.compile(rb"\$(\d+)\r\n")
 _RESET = struct.pack("ii", 1, 0)  # struct linger
+
+
+class Hold:
+    """A command that is kept back, with all that the same client sends after it."""
+
+    def __init__(self) -> None:
+        self._reached, self._ended = threading.Event(), threading.Event()
+        self._is_cut = False
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the command has come. Those before it are on their way to the server by then."""
+        return self._reached.is_set()
+
+    def wait(self) -> None:
+        """Wait until the command has come."""
+        assert self._reached.wait(timeout=60), "the command never came"
+
+    def release(self) -> None:
+        """Let it through, and all after it."""
+        self._ended.set()
+
+    def cut(self) -> None:
+        """Drop it, and all after it, and reset the connection."""
+        self._is_cut = True
+        self._ended.set()
+
+    def __call__(self) -> bool:
+        self._reached.set()
+        self._ended.wait()
+        return not self._is_cut
+
+
+class _Trap:
+    """Springs once, before one command or in it; see `Proxy.before`."""
+
+    def __init__(self, act: Callable[[], object], command: bytes, number: int, within: int) -> None:
+        self.act = act
+        self.within = within
+        self._command = command
+        self._left = number
+
+    def is_sprung_by(self, command: bytes) -> bool:
+        if self._command in (b"", command):
+            self._left -= 1
+        return self._left == 0
+
+
+class _Commands:
+    """Finds the commands in what one client sends; what is none, as under TLS, passes as it is.
+
+    Args:
+        begun: is given the name of each command that begins. Where it returns a number, what comes
+            after so many bytes of the command is a piece of its own.
+    """
+
+    def __init__(self, begun: Callable[[bytes], int | None]) -> None:
+        self._begun = begun
+        self._unread = b""
+        self._arguments = 0  # of the command, that are still to come
+        self._bytes = 0  # of the argument, likewise
+        self._is_opaque = False
+
+    def pieces(self, data: bytes) -> list[bytes]:
+        """`data`, cut before what `begun` wants apart; a head that is not whole waits for more."""
+        data, self._unread = self._unread + data, b""
+        pieces: list[bytes] = []
+        start = at = 0
+        while at < len(data) and not self._is_opaque:
+            if self._bytes:
+                passed = min(self._bytes, len(data) - at)
+                self._bytes -= passed
+                at += passed
+                continue
+            match = (_ARGUMENT if self._arguments else _HEAD).match(data, at)
+            if match is None:
+                self._is_opaque = data[at : at + 1] != (b"$" if self._arguments else b"*")
+                break
+            if self._arguments:
+                self._arguments -= 1
+                self._bytes = int(match[1]) + len(b"\r\n")
+            else:
+                self._arguments = int(match[1]) - 1
+                within = self._begun(match[3].upper())
+                if within is not None:
+                    pieces.append(data[start : at + within])
+                    start = at + within
+            at = match.end()
+        if self._is_opaque:
+            at = len(data)
+        self._unread = data[at:]
+        return [*pieces, data[start:at]]
 
 
 class Way:
@@ -76,6 +173,7 @@ class Proxy:
         refusing: while True new connections are closed at once.
         connections: how many there have been.
         round_trips: how many times a client spoke after the server had.
+        commands: the names of those that clients have sent.
         swallowed: bytes that came over forgotten connections.
     """
 
@@ -87,6 +185,9 @@ class Proxy:
         self.refusing = False
         self.connections = 0
         self.round_trips = 0
+        self.commands: list[bytes] = []
+        self._trap: _Trap | None = None
+        self._holds: list[Hold] = []
         self._last_way: Way | None = None
         self.swallowed = 0
         self._open: set[tuple[socket.socket, socket.socket]] = set()
@@ -100,6 +201,30 @@ class Proxy:
         Neither end learns of it. New connections work.
         """
         self._forgotten |= self._open
+
+    def before(
+        self, act: Callable[[], object], command: bytes = b"", number: int = 1, within: int = 0
+    ) -> None:
+        """Call `act` before a command is passed on, and cut its connection if that returns False.
+
+        Args:
+            act: is called once, in the thread that passes on what this client sends.
+            command: the name; empty for any.
+            number: which of those that clients send from now on.
+            within: how many bytes of the command are passed on before, of its first ones.
+        """
+        self._trap = _Trap(act, command, number, within)
+
+    def hold(self, command: bytes = b"", number: int = 1, within: int = 0) -> Hold:
+        """Keep a command back, given as to `before`, until that is released or cut."""
+        hold = Hold()
+        self._holds.append(hold)
+        self.before(hold, command, number, within)
+        return hold
+
+    def disarm(self) -> None:
+        """Do nothing before any command."""
+        self._trap = None
 
     @property
     def url(self) -> str:
@@ -128,6 +253,9 @@ class Proxy:
             _reset(client, server)
 
     def close(self) -> None:
+        self.disarm()
+        for hold in self._holds:
+            hold.cut()
         self.flow()
         # Closing alone would leave accept() waiting.
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -166,6 +294,18 @@ class Proxy:
         to_server = way is self.to_server
         ends = (source, target) if to_server else (target, source)
         carried = 0
+        traps: list[_Trap] = []
+
+        def begun(command: bytes) -> int | None:
+            self.commands.append(command)
+            trap = self._trap
+            if trap is None or not trap.is_sprung_by(command):
+                return None
+            self._trap = None
+            traps.append(trap)
+            return trap.within
+
+        commands = _Commands(begun)
         try:
             while data := source.recv(way.piece):
                 if ends in self._forgotten:
@@ -175,13 +315,19 @@ class Proxy:
                 self._last_way = way
                 for word, other in way.replaced.items():
                     data = data.replace(word, other)
-                allowed, refuse = way.pass_on(len(data))
-                self.refusing |= refuse
-                target.sendall(data[:allowed])
-                carried += allowed
-                if allowed < len(data) or (way.most is not None and carried > way.most):
-                    _reset(*ends)
-                    break
+                first, *others = commands.pieces(data) if to_server else [data]
+                for piece, trap in [(first, None), *zip(others, traps)]:
+                    if trap is not None and trap.act() is False:
+                        _reset(*ends)
+                        return
+                    allowed, refuse = way.pass_on(len(piece)) if piece else (0, False)
+                    self.refusing |= refuse
+                    target.sendall(piece[:allowed])
+                    carried += allowed
+                    if allowed < len(piece) or (way.most is not None and carried > way.most):
+                        _reset(*ends)
+                        return
+                traps.clear()
         except OSError:
             pass
         finally:

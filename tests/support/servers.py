@@ -31,9 +31,10 @@ from ray_valkey_spill.format.names import Keyspace
 ROOT = "ray:spill:default:"
 INDEX = f"{ROOT}{{default}}:index"
 
-# What is kept of a node while it lives, whatever it has stored; and what books there are beside.
-OF_THE_LIVING = (b":leases", b":overflows")
-BOOKS = (*OF_THE_LIVING, b":index", b":pending", b":usage", b":totals", b":writers")
+# What is kept of a node while it lives, whatever it has stored: its writers keep grants, which the
+# totals count. And what metadata there are beside.
+OF_THE_LIVING = (b":leases", b":overflows", b":writers", b":totals")
+BOOKS = (*OF_THE_LIVING, b":index", b":pending", b":usage")
 
 # What the neighbours of the platform decision keep on the same server.
 FOREIGN = {
