@@ -110,6 +110,12 @@ class Namespace:
         lengths = [(len(key), self.client.strlen(key)) for key in values]
         return member_cost(len(str(entry.name))) + sum(cost(*each) for each in lengths)
 
+    def check_pending(self) -> int:
+        """Check that nothing is stored; returns how many objects are being written."""
+        keys = self.stores[0].keys
+        assert not self.client.exists(keys.index)
+        return int(self.client.zcard(keys.pending))
+
     def check_outcome(self, urls: Sequence[str], sizes: Sequence[int]) -> None:
         """Check that what was reported is there, and that nothing of the rest is once recovered."""
         survivor = self.store(self.url)
@@ -347,6 +353,29 @@ def test_a_writer_killed_at_any_command_leaves_nothing(
         assert survivor.destroy(is_alive=lambda pid: False) == len(left)
         assert namespace.server.our_keys() == []
     assert number > 3
+
+
+@pytest.mark.parametrize("limit", [LIMITS["no limit"]])
+def test_an_object_of_which_the_server_took_no_value_is_not_settled(namespace: Namespace) -> None:
+    """By what its writer had sent before it heard of that, and was killed."""
+    survivor = namespace.store(namespace.url)
+    with namespace.writer() as writer:
+        survivor.delete(writer.put([1000]).urls)
+        # More than the proxy has at once, so that it does not have the settlement by then.
+        storing = namespace.proxy.hold(b"SET")
+        writer.begin([10 * CHUNK])
+        storing.wait()
+        wait_until(lambda: namespace.check_pending() == 1)
+        namespace.fill_up()
+        settling = namespace.proxy.hold(b"EVAL")
+        storing.release()
+        settling.wait()
+    namespace.make_room()
+    settling.release()
+    wait_until(lambda: namespace.proxy.open_connections == 0)
+    assert namespace.check_pending() == 1
+    assert survivor.recover(is_alive=lambda pid: False) == 1
+    assert namespace.check() == set()
 
 
 # --- what it costs ---
