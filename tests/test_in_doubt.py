@@ -13,7 +13,7 @@ from support.servers import Server
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
+from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
 from ray_valkey_spill.format.names import Keyspace, Owner
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.units import MIB
@@ -157,3 +157,15 @@ def test_what_was_left_half_written_counts_whatever_others_are_granted(server: S
         assert sum(grant.granted for grant in granted.values()) >= left
         ours.store.recover(lambda pid: True)
         assert ours.client.keys(f"{ours.keys.root}*:*:*:*") == []
+
+
+def test_what_the_server_loses_before_it_is_settled_is_not_reported_as_stored(
+    server: Server,
+) -> None:
+    with cut(server) as ours:
+        # A chunk that gets to the server and is not there, as one that is evicted.
+        ours.proxy.to_server.replaced = {b".2:1\r\n": b".2:9\r\n"}
+        urls, failure = ours.store.put([source(noise(2 * CHUNK))])
+        assert urls == []
+        assert isinstance(failure, LostObjectError)
+        assert ours.client.zcard(ours.keys.index) == 0

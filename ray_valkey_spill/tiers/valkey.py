@@ -108,9 +108,7 @@ class ValkeyTier:
                     yield look
             if values.is_half_way:
                 return
-            verify = self._link.is_single and all(
-                self.ledger.can_verify(entry.name) for entry in written
-            )
+            verify = self._can_verify(written)
             for request in budget.settlements(written, verify=verify):
                 request.fenced = not settlements
                 request.guarded = not settlements and not verify
@@ -134,13 +132,18 @@ class ValkeyTier:
         """Settle objects whose values are there, where `write` failed after them.
 
         Raises:
-            LostObjectError: as `write`.
+            LostObjectError: as `write`; also because the server has lost a value since.
         """
         settlements = []
-        for request in self._link.run(budget.settlements(entries, verify=False)):
+        verify = self._can_verify(entries)
+        for request in self._link.run(budget.settlements(entries, verify=verify)):
             request.result()
             settlements.append(request)
         _require_settled(settlements, entries, budget)
+
+    def _can_verify(self, entries: Iterable[Entry]) -> bool:
+        """Whether the server itself can make sure that it has all values that it settles."""
+        return self._link.is_single and all(self.ledger.can_verify(each.name) for each in entries)
 
     def confirm(self, node: Owner, entries: Sequence[Entry], breaks: int) -> None:
         """Make sure that objects that were written are there, and on as many replicas as wanted.
