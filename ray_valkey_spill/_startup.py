@@ -1,13 +1,14 @@
-"""Teaches Ray the storage type "valkey", in every interpreter of the environment.
+"""Adds the storage type "valkey" to Ray, in every interpreter of the environment.
 
 Ray has no plug-in point for a storage class: `setup_external_storage` of
 `ray._private.external_storage` is a closed if/elif over the config's type, and the processes that
-spill call it before they run any code of the user's. So it is extended as Ray's module is imported.
+spill call it before they run any user code. So this module extends that function when Ray's module
+is imported.
 
 Up to Python 3.14, `ray_valkey_spill.pth` puts a finder on `sys.meta_path` when an interpreter
-starts, without importing anything, since most interpreters never hear of Ray; the finder calls
-`find_spec` here. From Python 3.15 on `ray_valkey_spill.start` takes its place (PEP 829) and calls
-`install`. Both have one name and one effect, and doing either twice does nothing more.
+starts. It imports nothing, since most interpreters never import Ray; the finder calls `find_spec`
+here. From Python 3.15 on, `ray_valkey_spill.start` replaces it (PEP 829) and calls `install`. Both
+have the same effect, and repeating either has no further effect.
 
 `RAY_VALKEY_SPILL_DISABLE=1` in the environment switches it off. Standard library only.
 """
@@ -28,7 +29,7 @@ STORAGE_TYPE = "valkey"
 
 
 class RayValkeySpillFinder:
-    """What `ray_valkey_spill.pth` defines too, to the letter of its name."""
+    """The finder that `ray_valkey_spill.pth` defines too, under exactly this name."""
 
     @staticmethod
     def find_spec(
@@ -38,7 +39,7 @@ class RayValkeySpillFinder:
 
 
 def install() -> None:
-    """Have Ray know the type, now or once its module is imported."""
+    """Add the type to Ray, now or once its module is imported."""
     module = sys.modules.get(RAY_MODULE)
     if module is not None:
         if not is_disabled():
@@ -50,7 +51,7 @@ def install() -> None:
 def is_installed() -> bool:
     """Whether Ray knows the type in this interpreter, or will once its module is imported.
 
-    Unless it is switched off: see `is_disabled`.
+    Does not consider `is_disabled`.
     """
     module = sys.modules.get(RAY_MODULE)
     if module is not None:
@@ -67,7 +68,7 @@ def is_disabled() -> bool:
 def find_spec(
     name: str, path: "Sequence[str] | None", target: "ModuleType | None"
 ) -> "ModuleSpec | None":
-    """Find Ray's module as everybody else would, and have it extended right after it has run."""
+    """Find Ray's module by the other finders, and extend it right after it has run."""
     if is_disabled():
         return None
     spec = None
@@ -90,7 +91,7 @@ def find_spec(
 
 
 def _extend(module: "ModuleType") -> None:
-    """Have the module's function make a ValkeyStorage where the config asks for one."""
+    """Make the module's function return a ValkeyStorage where the config asks for one."""
     original = getattr(module, RAY_FUNCTION, None)
     if hasattr(original, "ray_valkey_spill_original"):
         return
@@ -98,9 +99,14 @@ def _extend(module: "ModuleType") -> None:
     def setup_external_storage(*args: "Any", **kwargs: "Any") -> "Any":
         config = args[0] if args else kwargs.get("config")
         if isinstance(config, dict) and config.get("type") == STORAGE_TYPE:
+            from ray_valkey_spill.errors import SpillError
             from ray_valkey_spill.plugin.registration import set_up
 
-            return set_up(module, original, *args, **kwargs)
+            try:
+                return set_up(module, original, *args, **kwargs)
+            except SpillError as error:
+                # Its message names the fix; its frames in this package would only hide it.
+                raise error.with_traceback(None) from None
         if original is None:
             raise AttributeError(f"module {RAY_MODULE!r} has no attribute {RAY_FUNCTION!r}")
         return original(*args, **kwargs)

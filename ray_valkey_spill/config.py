@@ -1,48 +1,53 @@
-"""Parameters: their names, defaults and checks. Pure: nothing is opened or connected to.
+"""Parameters: their names, defaults and checks. Pure: opens no file and no connection.
 
 A parameter comes from the spilling config, else from `RAY_VALKEY_SPILL_<NAME>`, else it has its
-default. The password is no parameter: Ray puts the spilling config on the command line of its IO
-workers, where everyone on the machine can read it, so it comes from `RAY_VALKEY_SPILL_PASSWORD`,
-from `password_file`, or from a url that is itself taken from the environment.
+default. The password is not a parameter: Ray puts the spilling config on the command line of its IO
+workers, where everyone on the machine can read it. So the password comes from
+`RAY_VALKEY_SPILL_PASSWORD`, from `password_file`, or from a url in the environment.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from ray_valkey_spill.errors import ConfigError
-from ray_valkey_spill.units import KIB, MIB
+from ray_valkey_spill.units import KIB, MIB, parse_size
 
 __all__ = [
     "ENV_PREFIX",
     "MIN_CHUNK_SIZE",
+    "NAMESPACE_PATTERN",
     "Address",
     "Config",
     "Endpoint",
     "Parameter",
     "check_params",
+    "json_kind",
     "parameters",
 ]
 
 ENV_PREFIX = "RAY_VALKEY_SPILL_"
 _NOT_PARAMETERS = {"DISABLE", "PASSWORD"}
-# What Kubernetes sets for a Service whose name begins as ours do, in every pod of its namespace.
+# Kubernetes sets these in every pod for each Service of its namespace; a Service's name may begin
+# as our variables do.
 _SERVICE_LINK = re.compile(r"[A-Z0-9_]*(SERVICE_(HOST|PORT)|PORT)(_[A-Z0-9_]*)?")
 
 MIN_CHUNK_SIZE = 1 * KIB
 MAX_CHUNK_SIZE = 8 * MIB
 
-# Keys must survive inside Ray's `base?offset=N&size=M`, Valkey's glob patterns (ACLs), and our own
-# separators; a namespace moreover must not contain the ":" that ends it.
+# A key is part of Ray's `base?offset=N&size=M` and of Valkey's glob patterns (ACLs), and ":"
+# separates its parts. A namespace ends at the first ":".
 _PREFIX_PATTERN = re.compile(r"ray:[A-Za-z0-9_.:@-]*")
-_NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_.@-]{1,128}")
+NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_.@-]{1,128}")
 _OVERFLOW_PATTERN = re.compile(r"/[^\x00-\x1f]*|file:///\S*|(s3|gs|gcs|abfss?|hdfs|viewfs)://\S+")
 _PORT, _SENTINEL_PORT = 6379, 26379
 
@@ -50,14 +55,26 @@ _TLS_SCHEMES = ("valkeys", "rediss")
 _SCHEMES = ("valkey", "redis", *_TLS_SCHEMES, "unix")
 
 
-# --- kinds of parameters: what a value must be, from JSON or from an environment variable ---
+# --- kinds of parameters ---
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
+    """Describes the values of all parameters of a kind.
+
+    Attributes:
+        expected: describes a valid value; an error quotes it.
+        check: returns a value from JSON as the config stores it; raises ValueError.
+        metavar: stands for the value in the help of the command line.
+        from_text: returns the JSON value that text stands for; raises ValueError.
+        choices: all valid texts, if they are few.
+    """
+
     expected: str
-    check: Callable[[Any], Any]  # raises ValueError
+    check: Callable[[Any], Any]
+    metavar: str
     from_text: Callable[[str], Any] = str
+    choices: tuple[str, ...] = ()
 
 
 def _string(value: Any) -> str:
@@ -73,6 +90,11 @@ def _integer(low: int, high: float) -> Callable[[Any], int]:
         return value
 
     return check
+
+
+def _size(low: int, high: float) -> Callable[[Any], int]:
+    in_range = _integer(low, high)
+    return lambda value: in_range(parse_size(value) if isinstance(value, str) else value)
 
 
 def _seconds(value: Any) -> float:
@@ -94,9 +116,10 @@ def _boolean(value: Any) -> bool:
 
 
 def _boolean_text(text: str) -> bool:
-    return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
-        text.strip().lower()
-    ]
+    known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if (value := known.get(text.strip().lower())) is None:
+        raise ValueError
+    return value
 
 
 def _matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
@@ -117,20 +140,20 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
     return check
 
 
-def _overflow_uri(value: Any) -> str:
-    if not isinstance(value, str) or not _OVERFLOW_PATTERN.fullmatch(value):
-        raise ValueError
-    return value
+_CODECS = ("auto", "lz4", "none")
 
-
-_STRING = _Kind("a non-empty string", _string)
-_BOOLEAN = _Kind("true or false", _boolean, _boolean_text)
-_COUNT = _Kind("a whole number, 0 or more", _integer(0, math.inf), int)
+_STRING = _Kind("a non-empty string", _string, "NAME")
+_URL = _Kind("a non-empty string", _string, "URL")
+_FILE = _Kind("a non-empty string", _string, "FILE")
+_BOOLEAN = _Kind(
+    "true or false", _boolean, "[true|false]", _boolean_text, choices=("true", "false")
+)
+_COUNT = _Kind("a whole number, 0 or more", _integer(0, math.inf), "NUMBER", int)
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What there is to know of a parameter."""
+    """One parameter: its name, default, meaning and kind."""
 
     name: str
     default: Any
@@ -138,18 +161,18 @@ class Parameter:
     kind: _Kind
 
     def check(self, value: Any, called: str) -> Any:
-        """`value` as the config takes it; `called` is what the user knows the parameter as."""
+        """Return `value` as the config stores it; `called` is the parameter's name in an error."""
         try:
             return self.kind.check(value)
         except ValueError:
             raise ConfigError(_ill_typed(called, self.kind, value)) from None
 
-    def from_text(self, text: str, called: str = "") -> Any:
-        """The value that `text`, from the environment or a command line, stands for."""
+    def from_text(self, text: str, called: str) -> Any:
+        """Return the value that `text`, from the environment or a command line, stands for."""
         try:
             return self.kind.from_text(text)
-        except (KeyError, ValueError):
-            raise ConfigError(_ill_typed(called or self.name, self.kind, text)) from None
+        except ValueError:
+            raise ConfigError(_ill_typed(called, self.kind, text)) from None
 
 
 def _parameter(default: Any, kind: _Kind, meaning: str) -> Any:
@@ -172,7 +195,7 @@ class Endpoint(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """What `url` tells: servers, a cluster's nodes or Sentinels, and how to talk to them."""
+    """A parsed `url`: servers, a cluster's nodes or Sentinels, and how to connect to them."""
 
     endpoints: tuple[Endpoint, ...] = (Endpoint("127.0.0.1", _PORT),)
     tls: bool = False
@@ -190,14 +213,14 @@ class Address:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All parameters, checked, and the address parsed from `url`. Make one with `Config.load`.
+    """All parameters, checked, and the address parsed from `url`. Made by `Config.load`.
 
-    Nothing in it but `address.password` is secret, and that is in no repr.
+    Only `address.password` is secret, and no repr shows it.
     """
 
     url: str = _parameter(
         "valkey://127.0.0.1:6379/0",
-        _STRING,
+        _URL,
         "valkey://host:port/db, valkeys://… (TLS) or unix:///path?db=N; "
         "several host:port, with commas, for a cluster or Sentinels",
     )
@@ -208,7 +231,11 @@ class Config:
     )
     namespace: str = _parameter(
         "default",
-        _Kind("1 to 128 letters, digits or any of _ . @ - (no ':')", _matching(_NAMESPACE_PATTERN)),
+        _Kind(
+            "1 to 128 letters, digits or any of _ . @ - (no ':')",
+            _matching(NAMESPACE_PATTERN),
+            "NAME",
+        ),
         "keeps Ray clusters that share a server apart",
     )
     key_prefix: str = _parameter(
@@ -216,34 +243,47 @@ class Config:
         _Kind(
             "a prefix that begins with 'ray:' and has only letters, digits and _ . : @ -",
             _matching(_PREFIX_PATTERN),
+            "PREFIX",
         ),
-        "what every key begins with; must begin with ray:",
+        "every key begins with it; must begin with ray:",
     )
-    # A value of exactly 2^k bytes costs the next jemalloc size class, a quarter more; payload and
-    # allocation headers stay below the power of two with these 128 bytes to spare.
+    # jemalloc rounds a value of exactly 2^k bytes up to the next size class, a quarter more. With
+    # 128 bytes to spare, payload and allocation headers stay below the power of two.
     chunk_size: int = _parameter(
         512 * KIB - 128,
         _Kind(
-            f"a whole number of bytes from {MIN_CHUNK_SIZE} to {MAX_CHUNK_SIZE}",
-            _integer(MIN_CHUNK_SIZE, MAX_CHUNK_SIZE),
-            int,
+            f"a size from {MIN_CHUNK_SIZE} to {MAX_CHUNK_SIZE} bytes, such as 524160 or 256KiB",
+            _size(MIN_CHUNK_SIZE, MAX_CHUNK_SIZE),
+            "BYTES",
+            parse_size,
         ),
         "bytes of an object per key",
     )
     compression: str = _parameter(
         "auto",
-        _Kind("'auto', 'lz4' or 'none'", _one_of("auto", "lz4", "none")),
+        _Kind(
+            "'auto', 'lz4' or 'none'", _one_of(*_CODECS), f"[{'|'.join(_CODECS)}]", choices=_CODECS
+        ),
         "auto samples and stores incompressible data as it is",
     )
     max_bytes: int | None = _parameter(
         None,
-        _Kind("a whole number of bytes, 0 or more", _integer(0, math.inf), int),
-        "how much of the server the namespace may take, in bytes as they are stored, evicting keys "
-        "of others that have a TTL if need be; without it spilling takes free memory only",
+        _Kind(
+            "a size in bytes, 0 or more, such as 536870912, 400MiB or 2GB",
+            _size(0, math.inf),
+            "BYTES",
+            parse_size,
+        ),
+        "how much of the server the namespace may take, in bytes as stored, evicting others' keys "
+        "that have a TTL if need be; without it spilling takes free memory only",
     )
     overflow_uri: str | None = _parameter(
         None,
-        _Kind("an absolute path, or a URI of pyarrow.fs such as s3://bucket/path", _overflow_uri),
+        _Kind(
+            "an absolute path, or a URI of pyarrow.fs such as s3://bucket/path",
+            _matching(_OVERFLOW_PATTERN),
+            "URI",
+        ),
         "a directory or pyarrow.fs URI that every node reaches; takes what Valkey has no room for",
     )
     allow_eviction: bool = _parameter(
@@ -255,47 +295,50 @@ class Config:
     wait_aof: bool = _parameter(
         False,
         _BOOLEAN,
-        "the primary and min_replicas must have it in their append-only files too (WAITAOF)",
+        "the primary and min_replicas must have a spill in their append-only files too (WAITAOF)",
     )
     retry_timeout: float = _parameter(
         30.0,
-        _Kind("a number of seconds, 0 or more", _seconds, float),
+        _Kind("a number of seconds, 0 or more", _seconds, "SECONDS", float),
         "seconds for which a broken connection or a loading server is retried",
     )
     tls_ca_file: str | None = _parameter(
-        None, _STRING, "TLS: a file with the CA that signed the server's certificate"
+        None, _FILE, "TLS: a file with the CA that signed the server's certificate"
     )
-    tls_cert_file: str | None = _parameter(
-        None, _STRING, "TLS: a file with the client's certificate"
-    )
+    tls_cert_file: str | None = _parameter(None, _FILE, "TLS: a file with the client's certificate")
     tls_key_file: str | None = _parameter(
-        None, _STRING, "TLS: a file with the key of the client's certificate"
+        None, _FILE, "TLS: a file with the key of the client's certificate"
     )
     username: str | None = _parameter(None, _STRING, "ACL user")
-    password_file: str | None = _parameter(None, _STRING, "a file with the ACL user's password")
+    password_file: str | None = _parameter(None, _FILE, "a file with the ACL user's password")
     encryption_key_file: str | None = _parameter(
-        None, _STRING, "a file with keys that seal all that is spilled (AES-256-GCM)"
+        None, _FILE, "a file with keys that seal all that is spilled (AES-256-GCM)"
     )
     address: Address = field(default_factory=Address)
 
     @classmethod
     def load(
-        cls, params: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+        cls,
+        params: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+        *,
+        called: Mapping[str, str] = MappingProxyType({}),
     ) -> Config:
         """Check `params` and the environment.
 
         Args:
-            params: the spilling config's parameters, as JSON gives them. `None` values count as
-                not given.
+            params: the spilling config's parameters, as JSON gives them. A `None` value counts as
+                not given. Sizes may be text with a unit: see `units.parse_size`.
             environ: the environment; `os.environ` unless a test passes its own.
+            called: names for errors, by parameter, where the user gave it by another name.
 
         Raises:
-            ConfigError: naming the parameter, the nearest valid name, or what was expected.
+            ConfigError: names the parameter and the nearest valid name, or describes a valid value.
         """
         environ = os.environ if environ is None else environ
-        address, checked = _check_each(params or {}, environ)
-        _refuse_contradictions(address, checked)
-        _require_partners(checked)
+        address, checked, names = _check_each(params or {}, environ, called)
+        _refuse_contradictions(address, checked, names)
+        _require_partners(checked, names)
         username = checked.get("username")
         password = environ.get(f"{ENV_PREFIX}PASSWORD") or address.password
         address = replace(address, username=username or address.username, password=password)
@@ -312,12 +355,18 @@ def parameters() -> list[Parameter]:
     return list(_PARAMETERS.values())
 
 
-def check_params(params: Mapping[str, Any]) -> Address:
+def check_params(
+    params: Mapping[str, Any], *, called: Mapping[str, str] = MappingProxyType({})
+) -> Address:
     """Check a spilling config's parameters without the environment of the process that uses them.
 
-    Each value is checked, and so are contradictions between given parameters. The environment can
-    still supply what is missing, such as a `valkeys://` url for `tls_ca_file`: `Config.load` checks
-    that where the environment is known.
+    Checks each value, and that given parameters do not contradict each other. A parameter that is
+    missing, such as a `valkeys://` url for `tls_ca_file`, may come from the environment:
+    `Config.load` checks that, where the environment is known.
+
+    Args:
+        params: as for `Config.load`.
+        called: as for `Config.load`.
 
     Returns:
         The address, as far as `params` give it.
@@ -325,36 +374,50 @@ def check_params(params: Mapping[str, Any]) -> Address:
     Raises:
         ConfigError: no environment can make these parameters valid.
     """
-    address, checked = _check_each(params, {})
+    address, checked, names = _check_each(params, {}, called)
     if "url" in checked:
-        _refuse_contradictions(address, checked)
+        _refuse_contradictions(address, checked, names)
     return replace(address, username=checked.get("username") or address.username)
 
 
+def json_kind(value: Any) -> str:
+    """Describe a value of JSON, for an error that must not show the value itself."""
+    if isinstance(value, bool):
+        return "true or false"
+    kinds = {str: "a string", int: "a number", float: "a number", list: "an array"}
+    return kinds.get(type(value), "null" if value is None else "an object")
+
+
+class _Names(dict[str, str]):
+    """The user's name for each given parameter; any other parameter has its own name."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
 def _check_each(
-    params: Mapping[str, Any], environ: Mapping[str, str]
-) -> tuple[Address, dict[str, Any]]:
-    """Check each parameter by itself; returns the parsed url and the values given."""
-    values, sources = _collect(params, environ)
-    # The url is parsed before anything else is checked, so that no later message can be the
-    # first to meet, and repeat, a url with a password in it.
+    params: Mapping[str, Any], environ: Mapping[str, str], called: Mapping[str, str]
+) -> tuple[Address, dict[str, Any], _Names]:
+    """Check each parameter by itself; returns the parsed url, the given values and their names."""
+    values, names = _collect(params, environ, called)
+    # First, so that no other error can quote a url with a password in it.
     address = _parse_url(
         values.get("url", _PARAMETERS["url"].default),
+        names["url"],
         from_config=params.get("url") is not None,
         port=_SENTINEL_PORT if values.get("sentinel_service") else _PORT,
     )
-    _refuse_credentials(values.get("overflow_uri"))
-    return address, {
-        name: _PARAMETERS[name].check(value, sources[name]) for name, value in values.items()
-    }
+    _refuse_credentials(values.get("overflow_uri"), names["overflow_uri"])
+    checked = {name: _PARAMETERS[name].check(value, names[name]) for name, value in values.items()}
+    return address, checked, names
 
 
 def _collect(
-    params: Mapping[str, Any], environ: Mapping[str, str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values given, and what the user knows each as: its name, or a variable's."""
+    params: Mapping[str, Any], environ: Mapping[str, str], called: Mapping[str, str]
+) -> tuple[dict[str, Any], _Names]:
+    """The given values, and the user's name for each."""
     values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
+    names = _Names()
     for variable, text in environ.items():
         rest = variable.removeprefix(ENV_PREFIX)
         if rest == variable or rest in _NOT_PARAMETERS or _SERVICE_LINK.fullmatch(rest):
@@ -365,7 +428,7 @@ def _collect(
         if text == "":
             continue
         values[name] = _PARAMETERS[name].from_text(text, variable)
-        sources[name] = variable
+        names[name] = variable
     for name, value in params.items():
         if name not in _PARAMETERS:
             if name in ("password", "passwd"):
@@ -373,8 +436,8 @@ def _collect(
             raise ConfigError(_unknown(name, list(_PARAMETERS)))
         if value is not None:
             values[name] = value
-            sources[name] = name
-    return values, sources
+            names[name] = called.get(name, name)
+    return values, names
 
 
 def _password_refused(what: str) -> ConfigError:
@@ -386,16 +449,16 @@ def _password_refused(what: str) -> ConfigError:
     )
 
 
-def _refuse_credentials(overflow_uri: Any) -> None:
-    """The URI's text never appears in an error, since it may hold a secret."""
+def _refuse_credentials(overflow_uri: Any, called: str) -> None:
+    """No error shows the URI, since it may hold a secret."""
     parts = str(overflow_uri or "").partition("://")[2]
     authority, _, rest = parts.partition("/")
     if ":" in authority.rpartition("@")[0] or re.search(
         "[?&]([^=&]*(key|secret|token)[^=&]*|sig)=", rest, re.IGNORECASE
     ):
         raise ConfigError(
-            "credentials in overflow_uri are refused, because the spilling config is on the "
-            "command lines of Ray's workers, and this URI in their messages",
+            f"credentials in {called} are refused, because Ray puts the spilling config on the "
+            "command lines of its workers, and their messages name this URI",
             "Give them as the object store's own tools take them: by environment variables such "
             "as AWS_ACCESS_KEY_ID, by a file, or by the machine's role",
         )
@@ -409,35 +472,37 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"unknown parameter {name!r}: expected one of {', '.join(known)}"
 
 
-def _ill_typed(name: str, kind: _Kind, value: Any) -> str:
-    shown = repr(value)
+def _ill_typed(called: str, kind: _Kind, value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False, default=str)
     if len(shown) > 60:
         shown = shown[:57] + "..."
-    return f"{name} must be {kind.expected}, not {type(value).__name__} {shown}"
+    return f"{called} must be {kind.expected}, not {shown}"
 
 
-def _parse_url(url: Any, *, from_config: bool, port: int) -> Address:
-    """Parse `url`; its text never appears in an error, since it may hold a password."""
+def _parse_url(url: Any, called: str, *, from_config: bool, port: int) -> Address:
+    """Parse `url`. No error shows it, since it may hold a password."""
     if not isinstance(url, str) or not url:
-        raise ConfigError(_ill_typed("url", _STRING, type(url)))
+        shown = "an empty one" if url == "" else json_kind(url)
+        raise ConfigError(f"{called} must be {_URL.expected}, not {shown}")
     try:
         parts = urlsplit(url)
         has_password = parts.password is not None
     except ValueError:
-        # The error quotes the url, and that may hold a password.
+        # The error quotes the url, which may hold a password.
         raise ConfigError(
-            "url cannot be parsed", "Percent-encode what is not a letter or a digit in it"
+            f"{called} cannot be parsed",
+            "Percent-encode every character of its user name and password but letters and digits",
         ) from None
     if has_password and from_config:
-        raise _password_refused("a password in url")
+        raise _password_refused(f"a password in {called}")
     if "@" in f"{parts.path}{parts.query}{parts.fragment}":
         # A "/", "?" or "#" in a password ends the host part early, and the rest lands there.
         raise ConfigError(
-            "url has an '@' behind its host", "Percent-encode what user name and password hold"
+            f"{called} has an '@' behind its host", "Percent-encode its user name and password"
         )
     scheme = parts.scheme
     if scheme not in _SCHEMES:
-        allowed = "url must begin with valkey://, valkeys://, redis://, rediss:// or unix://"
+        allowed = f"{called} must begin with valkey://, valkeys://, redis://, rediss:// or unix://"
         raise ConfigError(
             f"{allowed}, not with {scheme + '://'!r}"
             if "://" in url
@@ -447,68 +512,77 @@ def _parse_url(url: Any, *, from_config: bool, port: int) -> Address:
     unknown = set(query) - ({"db"} if scheme == "unix" else set())
     if unknown or parts.fragment:
         raise ConfigError(
-            f"url has options behind {'?' if unknown else '#'}, which mean nothing here: they are "
-            f"parameters of their own ({', '.join(_PARAMETERS)})"
+            f"{called} has options behind {'?' if unknown else '#'}, and takes none: give them as "
+            f"parameters ({', '.join(_PARAMETERS)})"
         )
     return Address(
-        endpoints=(_socket(parts),) if scheme == "unix" else _endpoints(parts, port),
+        endpoints=(
+            (_socket(parts, called),) if scheme == "unix" else _endpoints(parts, called, port)
+        ),
         tls=scheme in _TLS_SCHEMES,
-        db=_database(query.get("db", "0") if scheme == "unix" else parts.path.strip("/") or "0"),
+        db=_database(
+            query.get("db", "0") if scheme == "unix" else parts.path.strip("/") or "0", called
+        ),
         username=unquote(parts.username) if parts.username else None,
         password=unquote(parts.password) if parts.password else None,
     )
 
 
-def _socket(parts: SplitResult) -> Endpoint:
-    # unix://name/... would silently lose its first component to the host part.
+def _socket(parts: SplitResult, called: str) -> Endpoint:
+    # The first component of unix://name/... would be parsed as a host.
     if parts.netloc.rpartition("@")[2] or not parts.path:
-        raise ConfigError("url of a unix socket needs an absolute path: unix:///run/valkey.sock")
+        raise ConfigError(
+            f"{called} of a unix socket needs an absolute path, as in unix:///run/valkey.sock"
+        )
     return Endpoint(path=unquote(parts.path))
 
 
-def _endpoints(parts: SplitResult, default_port: int) -> tuple[Endpoint, ...]:
+def _endpoints(parts: SplitResult, called: str, default_port: int) -> tuple[Endpoint, ...]:
     endpoints = []
     for text in parts.netloc.rpartition("@")[2].split(","):
         try:
             one = urlsplit(f"//{text}")
             host, port = one.hostname, one.port
         except ValueError:
-            raise ConfigError("url: a port must be a number from 1 to 65535") from None
+            raise ConfigError(f"a port in {called} must be a number from 1 to 65535") from None
         if not host or port == 0:
             raise ConfigError(
-                "url must name a host and a port, as in valkey://host:6379/0, or several, with "
-                "commas between them, of a cluster or of Sentinels"
+                f"{called} must name a host and a port, as in valkey://host:6379/0, or several, "
+                "with commas between them, of a cluster or of Sentinels"
             )
         endpoints.append(Endpoint(host, port or default_port))
     return tuple(endpoints)
 
 
-def _refuse_contradictions(address: Address, values: Mapping[str, Any]) -> None:
+def _refuse_contradictions(address: Address, values: Mapping[str, Any], names: _Names) -> None:
     """Refuse parameters that cannot be used with the url that `address` was parsed from."""
     given = [name for name in values if name.startswith("tls_")]
     if given and not address.tls:
-        raise ConfigError(f"{given[0]} is given, but url is not for TLS", "Use valkeys:// in url")
+        raise ConfigError(
+            f"{names[given[0]]} is given, but {names['url']} does not use TLS",
+            f"Use valkeys:// in {names['url']}",
+        )
     if values.get("sentinel_service") and address.endpoints[0].path:
         raise ConfigError(
-            "sentinel_service is given, but url names a unix socket",
+            f"{names['sentinel_service']} is given, but {names['url']} names a unix socket",
             "Give the Sentinels' hosts, as in valkey://host1:26379,host2:26379/0",
         )
     username = values.get("username")
     if username and address.username and username != address.username:
         raise ConfigError(
-            f"username is {username!r}, but url names the user {address.username!r}: "
-            "give one of them"
+            f"{names['username']} is {username!r}, but {names['url']} names the user "
+            f"{address.username!r}: give one of them"
         )
 
 
-def _require_partners(values: Mapping[str, Any]) -> None:
-    """Refuse a parameter that is of no use without another that is missing."""
+def _require_partners(values: Mapping[str, Any], names: _Names) -> None:
+    """Refuse a parameter that needs another one that is missing."""
     for name, other in (("tls_cert_file", "tls_key_file"), ("tls_key_file", "tls_cert_file")):
         if name in values and other not in values:
-            raise ConfigError(f"{name} is given without {other}", "Give both or none")
+            raise ConfigError(f"{names[name]} is given without {other}", "Give both or none")
 
 
-def _database(text: str) -> int:
+def _database(text: str, called: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ConfigError("url: the database must be a number, as in valkey://host:6379/0")
+        raise ConfigError(f"the database in {called} must be a number, as in valkey://host:6379/0")
     return int(text)

@@ -2,27 +2,26 @@
 
     SpillError
     ├── ConfigError                 a parameter, or a file that it names, is wrong
-    ├── IncompatibleRayError        Ray's internals are not the ones this version knows
-    ├── LostObjectError             what was spilled is gone or damaged; retrying cannot help
+    ├── IncompatibleRayError        Ray's internals are not those that this version knows
+    ├── LostObjectError             a spilled object is gone or damaged; retrying cannot help
     ├── OverflowUnavailableError    the overflow cannot be used from here; retrying may help
     └── ServerError
         ├── ServerUnavailableError  no answer, broken connection, loading: retrying may help
-        │   └── UnconfirmedError    what the server had acknowledged may be lost again
-        ├── ServerFullError         the server has no memory left for us (OOM)
+        │   └── UnconfirmedError    the server may have lost what it had acknowledged
+        ├── ServerFullError         the server has no memory left (OOM)
         ├── ServerRefusedError      wrong password, missing permission, read-only, forbidden
         │   └── ProtocolError       the form of a request is refused, such as its length
-        ├── NotValkeyError          something answers there, but not in the Valkey protocol
+        ├── NotValkeyError          what answers there does not speak the Valkey protocol
         └── RedirectError           another node of the cluster has the key
     TransientError                  another attempt may succeed
     ConnectionError
     ├── TooManyClientsError         the server has as many connections as it allows
-    └── ConnectionBrokenError       a connection that had served is closed
+    └── ConnectionBrokenError       a connection that had worked is closed
 
-Those from RedirectError on are handled in `protocol`; callers of this package do not see them.
+`protocol` handles RedirectError and all below it; callers of this package do not see them.
 
-Error replies are translated in `resp`, what the client library raises in `dial`, failed TLS
-handshakes in `tls`, and what a file system raises in `overflow`.
-No message ever holds a password.
+`resp` translates error replies, `dial` the errors of the client library, `tls` failed handshakes,
+and `overflow` the errors of file systems. No message contains a password.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class SpillError(Exception):
     """Base of every error of this package.
 
     Args:
-        message: what is wrong, and with what.
-        hint: how the user can fix it, where that is known.
+        message: names the thing and what is wrong with it.
+        hint: the fix, if it is known.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -58,16 +57,16 @@ class SpillError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[type[SpillError], tuple[str, str]]:
-        # Ray pickles errors; the default would pass on the joined text as `message`.
+        # Ray pickles errors; the default would pass the joined text as `message`.
         return type(self), (self.message, self.hint)
 
 
 class ConfigError(SpillError, ValueError):
-    """A parameter is wrong; the message names it, what was expected, and the fix."""
+    """A parameter is wrong; the message names it, describes a valid value, and has the fix."""
 
 
 class IncompatibleRayError(SpillError, RuntimeError):
-    """The installed Ray does not have the functions this package plugs into."""
+    """The installed Ray lacks functions that this package replaces or calls."""
 
 
 class LostObjectError(SpillError):
@@ -75,19 +74,19 @@ class LostObjectError(SpillError):
 
 
 class OverflowUnavailableError(SpillError):
-    """The overflow cannot be read or written, or is not the one that the other nodes have."""
+    """The overflow cannot be read or written, or other nodes use another one."""
 
 
 class ServerError(SpillError):
-    """The server could not do what was asked of it."""
+    """The server could not carry out a request."""
 
 
 class ServerUnavailableError(ServerError):
-    """The server cannot be reached or does not serve yet; it was retried for as long as allowed."""
+    """The server cannot be reached or does not serve yet; retries have ended."""
 
 
 class UnconfirmedError(ServerUnavailableError):
-    """A connection broke, and what was acknowledged over it is not there, or not on replicas."""
+    """A connection broke, and what was acknowledged over it is missing, or not on replicas."""
 
 
 class ServerFullError(ServerError):
@@ -95,14 +94,14 @@ class ServerFullError(ServerError):
 
 
 class ServerRefusedError(ServerError):
-    """The server answers, and refuses: authentication, permission, or a read-only replica."""
+    """The server refuses: authentication, permission, or a read-only replica."""
 
 
 class NotValkeyError(ServerError):
     """What answers at the address does not speak the Valkey protocol."""
 
 
-# A proxy may put more behind the address. Host names have labels of 1 to 63 bytes; Python raises
+# A proxy may append more to the address. Host names have labels of 1 to 63 bytes; Python raises
 # UnicodeError for others.
 _REDIRECT = re.compile(
     r"(?P<code>MOVED|ASK) [0-9]+ "
@@ -120,24 +119,25 @@ class TooManyClientsError(ConnectionError):
 
 
 class ConnectionBrokenError(ConnectionError):
-    """A connection over which the server had answered is closed."""
+    """A connection over which the server had answered was closed."""
 
     hint = (
-        "If that goes on, look for limits below what is sent (client-output-buffer-limit, "
-        "maxmemory-clients, or those of a proxy): `ray-valkey-spill check` tries them"
+        "If that continues, look for limits that are too small for chunks "
+        "(client-output-buffer-limit, maxmemory-clients, or those of a proxy): "
+        "`ray-valkey-spill check` tries them"
     )
 
 
 class ProtocolError(ServerRefusedError):
-    """The server, or a proxy, refuses the form of what it was sent, and closes the connection."""
+    """The server, or a proxy, refuses the form of a request, and closes the connection."""
 
 
 class TransientError(Exception):
-    """A failure that another attempt may cure.
+    """A failure after which another attempt may succeed.
 
     Args:
-        text: what it was, for the user; it begins with the server's code, if it has one.
-        hint: what the user can do if no attempt cures it; empty if that is not known.
+        text: describes it to the user; it begins with the server's error code, if there is one.
+        hint: the fix if every attempt fails; empty if it is not known.
     """
 
     def __init__(self, text: str, hint: str = "") -> None:
@@ -146,9 +146,9 @@ class TransientError(Exception):
 
 
 class RedirectError(ServerError):
-    """A node of a cluster says who has the key: from now on, or (`ask`) this once.
+    """A node of a cluster names the node that has the key: from now on, or (`ask`) this once.
 
-    `host` is empty if it is the same as the node's that says so, or if that does not know it.
+    `host` is empty if it is the host of the node that answered, or if that node does not know it.
 
     Raises:
         NotValkeyError: `text` is not `MOVED <slot> <host>:<port>`, or the same with ASK.

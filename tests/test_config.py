@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ray_valkey_spill import spilling_config, system_config
 from ray_valkey_spill.config import Config, Endpoint, parameters
 from ray_valkey_spill.errors import ConfigError
+from ray_valkey_spill.units import parse_duration, parse_size
 
 SECRET = "hunter2-secret"
 
@@ -72,6 +74,91 @@ def test_url_that_cannot_be_used_is_refused(url: Any, says: str) -> None:
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("419430400", 400 << 20),
+        ("400Mi", 400 << 20),
+        ("400MiB", 400 << 20),
+        (" 400 MiB ", 400 << 20),
+        ("1.5GiB", 3 << 29),
+        ("2GB", 2 * 10**9),
+        ("2G", 2 * 10**9),
+        ("512KiB", 512 << 10),
+        ("512kB", 512_000),
+        ("1Ti", 1 << 40),
+        ("7B", 7),
+    ],
+)
+def test_a_size_may_have_a_unit_wherever_it_is_given(text: str, size: int) -> None:
+    assert parse_size(text) == size
+    assert load(max_bytes=text).max_bytes == size
+    assert load({"RAY_VALKEY_SPILL_MAX_BYTES": text}).max_bytes == size
+    assert json.loads(spilling_config(max_bytes=text))["params"] == {"max_bytes": text}
+
+
+@pytest.mark.parametrize(
+    # To Kubernetes, `400m` is less than a byte; in valkey.conf, `2gb` is not 2GB.
+    "text",
+    ["400m", "2gb", "1.5", "0.3KiB", "-1", "1e9", "1_000", "0x10", "400 Mi B", "MiB", "\u0661"],
+)
+def test_a_size_that_could_be_misread_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({"RAY_VALKEY_SPILL_MAX_BYTES": text})
+    assert str(caught.value) == (
+        "RAY_VALKEY_SPILL_MAX_BYTES must be a size in bytes, 0 or more, such as 536870912, 400MiB "
+        f'or 2GB, not "{text}"'
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("max_bytes", True, "true"),
+        ("chunk_size", [1, "x"], '[1, "x"]'),
+        ("allow_eviction", "true", '"true"'),
+        ("username", {"a": 1.5}, '{"a": 1.5}'),
+        ("password_file", Path("x"), '"x"'),
+        ("namespace", "x" * 200, '"' + "x" * 56 + "..."),
+    ],
+)
+def test_an_error_shows_a_value_as_json_has_it(name: str, value: Any, shown: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(**{name: value})
+    if name != "password_file":
+        assert str(caught.value).endswith(f", not {shown}")
+    for kind in ("str", "int", "bool", "list", "dict", "NoneType", "PosixPath"):
+        assert kind not in str(caught.value).replace("string", "").split()
+
+
+def test_an_error_names_the_variable_or_the_option_that_gave_the_value() -> None:
+    for environ, says in (
+        ({"URL": "host"}, "RAY_VALKEY_SPILL_URL must begin with"),
+        ({"URL": "valkey://h:x"}, "a port in RAY_VALKEY_SPILL_URL must be"),
+        ({"TLS_CA_FILE": "/ca"}, "RAY_VALKEY_SPILL_TLS_CA_FILE is given, but url does not use TLS"),
+        ({"OVERFLOW_URI": "s3://k:x@b"}, "credentials in RAY_VALKEY_SPILL_OVERFLOW_URI are"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load({f"RAY_VALKEY_SPILL_{name}": text for name, text in environ.items()})
+        assert str(caught.value).startswith(says)
+    with pytest.raises(ConfigError, match=r"^--namespace must be "):
+        Config.load({"namespace": "a:b"}, {}, called={"namespace": "--namespace"})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("3d", 259200)]
+)
+def test_a_duration_may_have_a_unit(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1", "2w", "1h30m", "inf"])
+def test_a_duration_that_means_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        parse_duration(text)
+
+
 def test_every_parameter_can_come_from_the_environment() -> None:
     environ = {
         "RAY_VALKEY_SPILL_URL": "valkey://elsewhere:7777/1",
@@ -101,7 +188,8 @@ def test_the_spilling_config_wins_over_the_environment() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("chunk_size", "65536"),
+        ("chunk_size", "64 kilobytes"),
+        ("chunk_size", ""),
         ("chunk_size", 65536.0),
         ("chunk_size", True),
         ("chunk_size", 1),
@@ -138,7 +226,8 @@ def test_an_ill_typed_value_is_an_error_that_names_it(name: str, value: Any) -> 
 @pytest.mark.parametrize(
     ("variable", "text"),
     [
-        ("RAY_VALKEY_SPILL_CHUNK_SIZE", "1 MiB"),
+        ("RAY_VALKEY_SPILL_CHUNK_SIZE", "1 mib"),
+        ("RAY_VALKEY_SPILL_CHUNK_SIZE", "1 GiB"),
         ("RAY_VALKEY_SPILL_ALLOW_EVICTION", "perhaps"),
         ("RAY_VALKEY_SPILL_RETRY_TIMEOUT", "soon"),
         ("RAY_VALKEY_SPILL_NAMESPACE", "a:b"),

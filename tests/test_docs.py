@@ -61,6 +61,10 @@ RUN_BY = {
     "ray stop": NAMED,
     "pip install ray": NAMED,
     "pip uninstall": "tests/test_packaging.py::test_uninstalling_leaves_nothing",
+    "export RAY_AUTH_MODE=": WALKTHROUGH,
+    'eval "$(_RAY_VALKEY_SPILL_COMPLETE=': (
+        "tests/test_cli.py::test_a_shell_completes_commands_options_choices_and_file_names"
+    ),
     "export RAY_object_spilling_config=": (
         "tests/test_ray_cluster.py::test_the_spilling_config_may_come_from_the_environment"
     ),

@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -308,9 +309,9 @@ def ray_start(
 
 WRONG = {
     "unknown parameter": ({"chunksize": 1}, "unknown parameter 'chunksize': did you mean"),
-    "bad type": ({"chunk_size": "1"}, "chunk_size must be a whole number of bytes"),
+    "bad type": ({"chunk_size": "1"}, "chunk_size must be a size from 1024"),
     "password in url": ({"url": "valkey://:hunter2@h"}, "RAY_VALKEY_SPILL_PASSWORD"),
-    "contradiction": ({"tls_ca_file": "/ca.pem"}, "tls_ca_file is given, but url is not for TLS"),
+    "contradiction": ({"tls_ca_file": "/ca.pem"}, "tls_ca_file is given, but url does not use TLS"),
 }
 
 
@@ -322,6 +323,8 @@ def test_ray_start_refuses_wrong_parameters(
     assert code != 0
     assert says in printed.splitlines()[-1]
     assert printed.count("Traceback") == 1
+    # Of this package, there is only the function that Ray calls.
+    assert len(re.findall(r'File ".*/ray_valkey_spill/', printed)) == 1
     assert "hunter2" not in printed
 
 

@@ -28,6 +28,7 @@ FACE = {"", "_startup", "__main__"}
 # What the face imports, but not when it is imported: `_startup` imports it in the function that Ray
 # calls, the package in `__getattr__` (PEP 562).
 LAZY = {
+    ("_startup", "errors"),
     ("_startup", "plugin.registration"),
     ("", "plugin.spilling_config"),
     ("", "plugin.storage"),

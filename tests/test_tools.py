@@ -1,4 +1,4 @@
-"""What the command line tells of what is stored: ls, stats, inspect, gc, and the ACL for it."""
+"""Commands that show and remove what is stored: ls, stats, inspect, gc, and the ACL for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,17 @@ from support.stores import Store
 
 from ray_valkey_spill.cli import commands, rendering
 from ray_valkey_spill.cli.inspection import parse_target
-from ray_valkey_spill.cli.inventory import Figures, Inventory, NodeFigures, age, percent, total
+from ray_valkey_spill.cli.inventory import (
+    Figures,
+    Inventory,
+    NodeFigures,
+    Selection,
+    Servers,
+    Statistics,
+    age,
+    percent,
+    total,
+)
 from ray_valkey_spill.config import Config, parameters
 from ray_valkey_spill.errors import ConfigError, OverflowUnavailableError, SpillError
 from ray_valkey_spill.format.codec import Codec
@@ -38,6 +48,8 @@ from ray_valkey_spill.format.header import Chunk, Header
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.resp import Request
+from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.liveness import RunningSession
 from ray_valkey_spill.store.object_store import problems
@@ -93,8 +105,8 @@ class Stock:
             yield store
 
     @contextlib.contextmanager
-    def books(self) -> Iterator[tuple[Ledger, Link]]:
-        """The books, and a connection for the requests that they give."""
+    def ledger(self) -> Iterator[tuple[Ledger, Link]]:
+        """The ledger, and a link for the requests that it makes."""
         with contextlib.closing(link_to(self.config())) as link:
             yield Ledger(link, KEYS), link
 
@@ -264,7 +276,7 @@ def test_of_many_chunks_the_first_and_last_and_the_one_asked_for_are_shown() -> 
 # --- ls ---
 
 
-def test_ls_tells_all_that_is_stored_in_both_tiers(full: Stock) -> None:
+def test_ls_lists_all_that_is_stored_in_both_tiers(full: Stock) -> None:
     rows = printed("ls", *full.options)
     assert {row["url"] for row in rows} == set(full.urls)
     assert sorted(row["object"] for row in rows) == [object_id(n) for n in (1, 2, 3, 4, 95, 96)]
@@ -279,7 +291,7 @@ def test_ls_tells_all_that_is_stored_in_both_tiers(full: Stock) -> None:
             assert row["key"] is None
             assert Path(row["path"]).stat().st_size == row["stored_bytes"]
     assert [row["tier"] for row in rows].count("overflow") == 2
-    with full.books() as (ledger, _):
+    with full.ledger() as (ledger, _):
         counted = sum(usage.stored for usage in ledger.usages().values())
     assert counted == sum(row["stored_bytes"] for row in rows if row["tier"] == "valkey")
     # Without the overflow, what is in Valkey.
@@ -294,7 +306,50 @@ def test_ls_filters_by_how_sessions_and_nodes_begin(full: Stock) -> None:
     assert listed("--session", "session_2025-11-24", "--node", "ab") == [1, 95]
     assert listed("--node", "cd") == [2, 3, 96]
     assert listed("--node", "ef") == []
-    assert tool("ls", *full.options, "--node", "ef").stdout == "Nothing is stored.\n"
+    assert tool("ls", *full.options, "--node", "ef").stdout == "No stored object matches.\n"
+
+
+def test_ls_filters_by_tier_and_age_sorts_and_limits(full: Stock) -> None:
+    def listed(*args: str) -> list[int]:
+        return [int(row["object"][:48], 16) for row in printed("ls", *full.options, *args)]
+
+    assert listed("--tier", "overflow") == [3, 96]
+    assert listed("--tier", "valkey") == [1, 95, 2, 4]
+    assert listed("--sort", "size") == [96, 95, 4, 3, 2, 1]
+    assert listed("--sort", "size", "--limit", "2") == [96, 95]
+    rows = printed("ls", *full.options, "--sort", "stored")
+    sizes = [row["stored_bytes"] for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
+    assert listed("--sort", "stored", "--limit", "2") == listed("--sort", "stored")[:2]
+    assert listed("--limit", "3") == [1, 95, 2]
+    # In the order in which they were put, but for those that were put in one batch.
+    assert [{*listed("--sort", "age")[:2]}, listed("--sort", "age")[-1]] == [{1, 95}, 4]
+    assert listed("--older-than", "1h") == []
+    assert len(listed("--older-than", "0s")) == 6
+    text = tool("ls", *full.options, "--sort", "size", "--limit", "2").stdout
+    assert text.splitlines()[-1].startswith("2 objects of 187 KiB, stored in ")
+    assert text.splitlines()[-1].endswith(", as --limit allows")
+    text = tool("ls", *full.options, "--older-than", "1h").stdout
+    assert text == "No stored object matches.\n"
+
+
+def test_ls_finds_objects_of_a_given_age(server: Server) -> None:
+    now = server.client.time()[0] * 1000
+    node = f"{SESSIONS[0]}:{NODES[0]}"
+    ages = {1: 30, 2: 300, 3: 30_000}
+    entries = [
+        f"{node}:{object_id(i)}.{now - age * 1000:011x}{'0' * 16}.0.10.20"
+        for i, age in ages.items()
+    ]
+    server.client.zadd(KEYS.index, dict.fromkeys(entries, 0))
+    try:
+        for least, expected in (("10", [1, 2, 3]), ("2m", [2, 3]), ("2h", [3]), ("1d", [])):
+            rows = printed("ls", "--url", server.url, "--older-than", least)
+            assert [row["object"] for row in rows] == [object_id(i) for i in expected]
+        rows = printed("ls", "--url", server.url, "--sort", "age")
+        assert [row["object"] for row in rows] == [object_id(i) for i in (3, 2, 1)]
+    finally:
+        server.client.delete(KEYS.index)
 
 
 def test_ls_is_readable_at_eighty_columns(full: Stock) -> None:
@@ -318,7 +373,7 @@ def test_ls_has_a_page_of_the_index_at_a_time(server: Server) -> None:
         with contextlib.closing(Inventory(Config.load({"url": server.url}, {}))) as inventory:
             server.client.config_resetstat()
             items = inventory.items()
-            lines = rendering.listing(items, inventory.time())
+            lines = rendering.listing(items, Selection(), inventory.time())
             assert len(list(zip(range(3), lines))) == 3
             first = calls(server)["zrangebylex"]
             assert len(list(lines)) == 1700
@@ -364,7 +419,7 @@ def test_stats_adds_up_by_session_node_and_tier(full: Stock) -> None:
     assert report["root"] == ROOT
 
 
-def test_stats_tells_the_servers_memory(server: Server) -> None:
+def test_stats_shows_the_servers_memory(server: Server) -> None:
     server.client.config_set("maxmemory", 512 * MIB)
     server.client.config_set("maxmemory-policy", "volatile-lru")
     found = printed("stats", "--url", server.url)["server"]
@@ -372,20 +427,173 @@ def test_stats_tells_the_servers_memory(server: Server) -> None:
     assert found["maxmemory_policy"] == "volatile-lru"
     assert found["used_percent"] == 100 * found["used_bytes"] / (512 * MIB)
     text = tool("stats", "--url", server.url).stdout
-    assert re.search(r"memory +[0-9.]+ MiB of 512 MiB used \([0-9]+ %\), volatile-lru", text)
+    assert re.search(r"memory +[0-9.]+ MiB of 512 MiB used \([0-9]+ %\)\n", text)
+    assert re.search(r"policy +volatile-lru: evicts keys with a TTL, never spilled objects\n", text)
+    assert re.search(r"topology +single primary, 0 replicas in step\n", text)
     assert "Nothing is stored, and no node has a lease." in text
     server.client.config_set("maxmemory", 0)
     assert printed("stats", "--url", server.url)["server"]["maxmemory_bytes"] is None
-    assert "used, without a maxmemory, volatile-lru" in tool("stats", "--url", server.url).stdout
+    assert "used, without a maxmemory\n" in tool("stats", "--url", server.url).stdout
+    server.client.config_set("maxmemory-policy", "allkeys-lru")
+    text = tool("stats", "--url", server.url).stdout
+    assert re.search(r"policy +allkeys-lru: may evict spilled objects\n", text)
 
 
-def test_stats_tells_grants_half_written_objects_and_leases_that_ran_out(full: Stock) -> None:
+@pytest.mark.parametrize(
+    ("mode", "replicas", "service", "shape"),
+    [
+        ("standalone", [0], None, "single primary, 0 replicas in step"),
+        ("standalone", [1], None, "single primary, 1 replica in step"),
+        ("standalone", [2], "mine", "primary of 'mine', found by Sentinels, 2 replicas in step"),
+        ("cluster", [1, 1, 2], None, "cluster of 3 shards, 4 replicas in step"),
+    ],
+)
+def test_stats_has_the_shape_of_what_serves(
+    mode: str, replicas: list[int], service: str | None, shape: str
+) -> None:
+    memory = MemoryInfo(0, "noeviction", 1, 1, 0)
+    infos = [ServerInfo("Valkey", "9", mode, "master", count, False, memory) for count in replicas]
+    servers = Servers("valkey://h", infos, service)
+    lines = rendering.statistics(Statistics(0.0, servers, ROOT, [], None, 0, []))
+    assert f"topology      {shape}" in list(lines)
+    assert servers.as_dict()["is_cluster"] == (mode == "cluster")
+    assert servers.as_dict()["shards"] == len(replicas)
+
+
+# --- stats of all namespaces ---
+
+
+def namespaces(server: Server) -> list[str]:
+    return [name.decode() for name in server.client.zrange(KEYS.namespaces, 0, -1)]
+
+
+def test_stats_finds_all_namespaces_from_one_key(stock: Stock) -> None:
+    stock.put(SESSIONS[0], NODES[0], 1, 95)
+    other = Keyspace("ray:spill:other-team:")
+    elsewhere = Keyspace("ray:elsewhere:x:")
+    for keys in (other, elsewhere):
+        prefix, name = keys.root[:-1].rsplit(":", 1)
+        params = {"namespace": name, "key_prefix": f"{prefix}:"}
+        with stock.store(SESSIONS[1], NODES[1], **params) as store:
+            store.renew_lease("", lambda: False)
+            store.put([source(2)])
+    assert namespaces(stock.server) == ["default", "other-team"]
+    stock.server.client.config_resetstat()
+    found = printed("stats", *stock.options, "--all-namespaces", "--max-bytes", "1GB")
+    assert not {"scan", "keys", "dbsize"} & calls(stock.server).keys()
+    assert found["key_prefix"] == "ray:spill:"
+    objects = {each["namespace"]: each["statistics"] for each in found["namespaces"]}
+    assert {name: each["valkey"]["objects"] for name, each in objects.items()} == {
+        "default": 2,
+        "other-team": 1,
+    }
+    # What was given is the budget of the one that was given.
+    assert objects["default"]["budget"]["max_bytes"] == 10**9
+    assert objects["other-team"]["budget"]["max_bytes"] is None
+    text = tool("stats", *stock.options, "--all-namespaces").stdout
+    assert_fits(text)
+    assert re.search(r"\ndefault +Valkey +2 .* 1\nother-team +Valkey +1 .* 1\n", text)
+    for keys in (other, elsewhere):
+        prefix, name = keys.root[:-1].rsplit(":", 1)
+        params = {"namespace": name, "key_prefix": f"{prefix}:"}
+        with stock.store(SESSIONS[1], NODES[1], **params) as store:
+            store.destroy(lambda pid: False)
+        assert stock.server.keys(f"{prefix}:{name}*") == []
+    assert namespaces(stock.server) == ["default"]
+    stock.destroy()
+    assert namespaces(stock.server) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_namespace_is_listed_while_it_has_anything(stock: Stock) -> None:
+    stock.put(SESSIONS[0], NODES[0], 1)
+    stock.put(SESSIONS[0], NODES[1], 2)
+    with stock.store(SESSIONS[0], NODES[1]) as store:
+        store.destroy(lambda pid: False)
+    assert namespaces(stock.server) == ["default"]
+    assert printed("gc", *stock.options)["removed"]
+    assert namespaces(stock.server) == []
+
+
+class Interrupted:
+    """A link over which somebody else acts just before a namespace is taken off the list."""
+
+    def __init__(self, link: Link, act: Callable[[], None]) -> None:
+        self._link = link
+        self._act = act
+
+    def execute(self, *requests: Request) -> list[Any]:
+        return self._link.execute(*requests)
+
+    def run(self, requests: list[Request]) -> Iterator[Request]:
+        if any(b"ZREM" in bytes(part) for request in requests for part in request.parts):
+            self._act()
+        return self._link.run(requests)
+
+
+def test_a_namespace_that_somebody_joins_as_its_last_node_leaves_stays_on_the_list(
+    stock: Stock,
+) -> None:
+    leaving, joining = Owner(SESSIONS[0], NODES[0]), Owner(SESSIONS[1], NODES[1])
+    with stock.ledger() as (other, link):
+        other.renew(leaving, "", new=True)
+        acts = []
+
+        def join() -> None:
+            acts.append(other.renew(joining, "", new=True))
+
+        ledger = Ledger(Interrupted(link, join), KEYS)  # type: ignore[arg-type]
+        ledger.close_account(leaving)
+        ledger.unlist_if_empty()
+        assert acts == [True]
+        assert namespaces(stock.server) == ["default"]
+        other.close_account(joining)
+        other.unlist_if_empty()
+        assert namespaces(stock.server) == []
+
+
+def test_stats_shows_that_a_namespace_may_not_be_read(stock: Stock) -> None:
+    stock.put(SESSIONS[0], NODES[0], 1)
+    client = stock.server.client
+    client.zadd(KEYS.namespaces, {"of-others": 0, "not:one": 0})
+    command, _ = acl_lines()
+    client.execute_command(*shlex.split(command))
+    options = (*stock.options, "--username", "ray", "--all-namespaces")
+    env = {"RAY_VALKEY_SPILL_PASSWORD": PASSWORD}
+    try:
+        found = printed("stats", *options, **env)["namespaces"]
+        assert [each["namespace"] for each in found] == ["default", "of-others"]
+        assert found[0]["statistics"]["valkey"]["objects"] == 1
+        assert found[1]["statistics"] is None
+        assert "\nof-others: this user may not read it\n" in tool("stats", *options, **env).stdout
+    finally:
+        client.acl_deluser("ray")
+        client.zrem(KEYS.namespaces, "of-others", "not:one")
+
+
+def test_who_may_not_list_a_namespace_spills_all_the_same(stock: Stock) -> None:
+    client = stock.server.client
+    rules = preflight.acl_rules(Config.load({}, {})).replace(f" ~{KEYS.namespaces}", "")
+    client.execute_command("ACL", "SETUSER", "older", "reset", "on", "nopass", *rules.split())
+    try:
+        stock.put(SESSIONS[0], NODES[0], 1, username="older")
+        assert namespaces(stock.server) == []
+        options = (*stock.options, "--username", "older")
+        assert len(printed("ls", *options)) == 1
+        with stock.store(SESSIONS[0], NODES[0], username="older") as store:
+            store.destroy(lambda pid: False)
+        assert stock.server.our_keys() == []
+    finally:
+        client.acl_deluser("older")
+
+
+def test_stats_shows_grants_half_written_objects_and_leases_that_ran_out(full: Stock) -> None:
     owner = Owner(SESSIONS[0], NODES[0])
     name = ObjectName(*owner, object_id(7), "0" * 27, 3)
     file = full.overflow / ROOT.rstrip(":") / owner.session / owner.node
     file.mkdir(parents=True)
     (file / f"{object_id(8)}.{'0' * 27}.3.30000.part").write_bytes(b"x")
-    with full.books() as (ledger, link):
+    with full.ledger() as (ledger, link):
         link.execute(*ledger.registrations([name]))
         before = ledger.time()
         link.execute(ledger.reservation(owner, "1-ab", Grant(5000, 3000), 0, 0, None, None))
@@ -397,7 +605,7 @@ def test_stats_tells_grants_half_written_objects_and_leases_that_ran_out(full: S
     for number, tier in ((7, "valkey"), (8, "overflow")):
         report = damaged(full, object_id(number))
         assert (report["tier"], report["state"]) == (tier, "half-written")
-        assert report["problems"] == ["it is being written, or its writer was killed at that"]
+        assert report["problems"] == ["it is being written, or its writer was killed meanwhile"]
     node = found["sessions"][0]["nodes"][0]
     assert (node["valkey"]["half_written"], node["overflow"]["half_written"]) == (1, 1)
     assert not node["has_fresh_lease"]
@@ -481,7 +689,7 @@ def test_stats_watched_without_a_terminal_prints_again_until_interrupted(server:
         assert process.stdout is not None
         text = read_until(process.stdout.fileno(), lambda text: text.count(b"budget ") >= 3)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=30) == 130
         process.stdout.close()
     assert b"\x1b" not in text
 
@@ -490,7 +698,7 @@ def test_stats_watched_without_a_terminal_prints_again_until_interrupted(server:
 def test_stats_watched_on_a_terminal_is_redrawn_in_place(stock: Stock, no_color: str) -> None:
     stock.put(SESSIONS[0], NODES[0], 1)
     terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 8, 80, 0, 0))
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 80, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
     try:
         with watching(
@@ -498,15 +706,15 @@ def test_stats_watched_on_a_terminal_is_redrawn_in_place(stock: Stock, no_color:
         ) as process:
             text = read_until(terminal, lambda text: text.count(b"\x1b[H") >= 4)
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=30) == 130
     finally:
         os.close(terminal)
         os.close(end)
     _, *frames, _ = text.split(b"\x1b[H")
     for frame in frames[1:]:
         # No line more than the terminal has, or it would scroll; and each replaces what was there.
-        assert frame.count(b"\n") == 7
-        assert frame.count(b"\x1b[K") == 7
+        assert frame.count(b"\n") == 9
+        assert frame.count(b"\x1b[K") == 9
         assert frame.endswith(b"\x1b[J")
         assert b"stored" in frame
         assert (b"\x1b[1m" in frame) == (not no_color)
@@ -620,7 +828,7 @@ def test_inspect_is_readable_at_eighty_columns(full: Stock) -> None:
 
 
 def damaged(stock: Stock, name: str) -> dict[str, Any]:
-    """What `inspect` tells of an object that is not whole, after it has told that it is not."""
+    """The report of `inspect` on an object that is not whole, after its text said so too."""
     runner = CliRunner(env={"COLUMNS": "80"})
     result = runner.invoke(commands.cli, ["inspect", *stock.options, name, "--json"])
     assert isinstance(result.exception, SpillError)
@@ -633,7 +841,7 @@ def damaged(stock: Stock, name: str) -> dict[str, Any]:
     return report
 
 
-def test_inspect_tells_what_is_missing_or_wrong(stock: Stock) -> None:
+def test_inspect_shows_what_is_missing_or_wrong(stock: Stock) -> None:
     client = stock.server.client
     (url,) = stock.put(SESSIONS[0], NODES[0], 95)
     key = url.partition("?")[0]
@@ -675,16 +883,16 @@ def test_inspect_checks_what_lies_beside_its_header(stock: Stock) -> None:
     assert damaged(stock, url)["problems"] == ["its data are damaged (wrong checksum)"]
 
 
-def test_inspect_knows_what_is_half_written_and_what_is_in_no_book(stock: Stock) -> None:
+def test_inspect_knows_what_is_half_written_and_what_is_not_in_the_ledger(stock: Stock) -> None:
     (url,) = stock.put(SESSIONS[0], NODES[0], 95)
     key = url.partition("?")[0]
     (row,) = printed("ls", *stock.options)
     owner = Owner(SESSIONS[0], NODES[0])
-    with stock.books() as (ledger, link):
+    with stock.ledger() as (ledger, link):
         name = ObjectName.parse(row["name"])
         link.execute(*ledger.forget([name]))
         (report,) = printed("inspect", *stock.options, key)
-        assert (report["state"], report["is_whole"]) == ("not in the books", True)
+        assert (report["state"], report["is_whole"]) == ("not in the ledger", True)
         link.execute(*ledger.registrations([name]))
         report = damaged(stock, key)
         assert report["state"] == "half-written"
@@ -693,18 +901,18 @@ def test_inspect_knows_what_is_half_written_and_what_is_in_no_book(stock: Stock)
         link.execute(*ledger.settlements(owner, [Entry(name, 95_000, 5)]))
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_that_is_wrong_is_reported_at_once() -> None:
     name = ObjectName("s", "n", "ab", "0" * 27, 3)
     header = Header("cd", b"", b"", 20, 10, [Chunk(10, Codec.RAW, 0), Chunk(10, Codec.RAW, 0)])
-    told = [*problems(name, "ab", header, memoryview(b""), Stat(b"", [10, 9]), [20, 21])]
-    assert told == [
+    found = [*problems(name, "ab", header, memoryview(b""), Stat(b"", [10, 9]), [20, 21])]
+    assert found == [
         "its header is that of object cd",
         "its header tells of 20 bytes, not 21",
         "its header tells of 2 chunks, not 3",
         "chunk 1 has 9 bytes, not 10",
     ]
-    told = [*problems(name, "ab", header, memoryview(b""), Stat(b"", [], payload=19), [])]
-    assert told[-1] == "its file has 19 bytes of chunks, not 20"
+    found = [*problems(name, "ab", header, memoryview(b""), Stat(b"", [], payload=19), [])]
+    assert found[-1] == "its file has 19 bytes of chunks, not 20"
 
 
 NAME = f"s:n:ab.{'0' * 27}.3"
@@ -738,7 +946,7 @@ def test_what_names_no_object_of_the_namespace_is_refused_and_not_looked_up(
 
 
 def test_inspect_of_what_is_not_there_says_so(server: Server) -> None:
-    with pytest.raises(SpillError, match=f"nothing of object abcd is below {ROOT}"):
+    with pytest.raises(SpillError, match=f"nothing of object abcd is stored below {ROOT}"):
         tool("inspect", "--url", server.url, "abcd")
     # However many chunks a name tells of.
     server.client.config_resetstat()
@@ -773,24 +981,105 @@ def test_gc_lists_first_and_then_removes_what_the_dead_have_left(full: Stock) ->
     assert listed["remains"][1]["files"] == 2
     in_files = sum(row["stored_bytes"] for row in rows if row["tier"] == "overflow")
     assert listed["remains"][1]["file_bytes"] == in_files
-    assert any(note.startswith("Watching 3 nodes' leases") for note in listed["notes"])
+    assert (listed["removed"], listed["notes"]) == (False, [])
 
-    text = tool("gc", *full.options, "--dry-run").stdout
+    result = tool("gc", *full.options, "--dry-run")
+    text = result.stdout
     assert_fits(text)
     assert f"{SESSIONS[0]} is dead\n" in text
     assert re.search(r"\n  cdcdcdcdcdcd +1 .* 2 ", text)
-    told = r"Would remove 4 objects \(.* KiB\), 0 half-written and 2 files \(.*\) of 3 nodes\.$"
+    assert "half-written" not in text
+    told = r"Would remove 4 objects \(.* KiB\) and 2 files \(.*\) of 3 dead nodes\.$"
     assert re.search(told, " ".join(text.split()))
+    assert result.stderr == "Watching the leases of 3 nodes: up to 0 s\n"
     assert full.server.spilled_keys() == stored
     assert printed("ls", *full.options) != []
 
     text = tool("gc", *full.options).stdout
-    assert "Watching 3 nodes' leases" in text
-    assert re.search(r" Removed 4 objects .* of 3 nodes\.$", " ".join(text.split()))
+    assert re.search(r" Removed 4 objects .* of 3 dead nodes\.$", " ".join(text.split()))
     assert full.server.our_keys() == []
     assert not list(full.overflow.rglob("*.*"))
     assert tool("gc", *full.options).stdout == "Nothing to remove.\n"
-    assert printed("gc", *full.options) == {"dry_run": False, "remains": [], "notes": []}
+    assert printed("gc", *full.options) == NOTHING
+
+
+NOTHING = {"dry_run": False, "removed": False, "remains": [], "notes": []}
+
+
+@pytest.mark.usefixtures("quick")
+def test_gc_leaves_other_sessions_alone_if_one_is_named(full: Stock) -> None:
+    result = tool("gc", *full.options, "--session", SESSIONS[0][:18])
+    assert f"{SESSIONS[0]} is dead\n" in result.stdout
+    assert SESSIONS[1] not in result.stdout
+    assert result.stderr == "Watching the leases of 2 nodes: up to 0 s\n"
+    (row,) = printed("ls", *full.options)
+    assert row["session"] == SESSIONS[1]
+    assert [each["session"] for each in printed("stats", *full.options)["sessions"]] == [
+        SESSIONS[1]
+    ]
+    assert tool("gc", *full.options, "--session", "other").stdout == "Nothing to remove.\n"
+
+
+@pytest.mark.usefixtures("quick")
+def test_gc_says_that_nodes_had_nothing_stored(stock: Stock) -> None:
+    with stock.store(SESSIONS[0], NODES[0]) as store:
+        store.renew_lease("", lambda: False)
+    text = tool("gc", *stock.options).stdout
+    assert text == "Removed the metadata of 1 dead node, which had nothing stored.\n"
+
+
+# `gc` with leases that run out at once, as `quick` has them.
+QUICK_GC = """
+import sys
+from ray_valkey_spill.store import cleanup
+cleanup.LEASE = cleanup._CONFIRMATION = 0.0
+cleanup._BETWEEN_LOOKS = 0.01
+from ray_valkey_spill.cli import main
+sys.argv[1:1] = ["gc"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "args", "code", "says", "left"),
+    [
+        ("n", (), 1, "Removed nothing. Left: 2 objects", 2),
+        ("", (), 1, "Removed nothing. Left: 2 objects", 2),
+        ("y", (), 0, "Removed 2 objects", 0),
+        (None, ("--yes",), 0, "Removed 2 objects", 0),
+        (None, ("--dry-run",), 0, "Would remove 2 objects", 2),
+    ],
+)
+def test_gc_asks_on_a_terminal_before_it_removes(
+    stock: Stock, answer: str | None, args: tuple[str, ...], code: int, says: str, left: int
+) -> None:
+    stock.put(SESSIONS[0], NODES[0], 1, 95)
+    terminal, end = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", QUICK_GC, *stock.options, *args],
+            stdin=end,
+            stdout=subprocess.PIPE,
+            stderr=end,
+        )
+        try:
+            if answer is not None:
+                asked = read_until(terminal, lambda text: b"[y/N]" in text).decode()
+                assert re.search(r"Remove 2 objects \(.*\) of 1 dead node\? \[y/N\]", asked)
+                # The countdown is gone from the line by then.
+                assert "\rWatching the leases of 1 node: up to 0 s" in asked
+                assert "\r\x1b[KRemove" in asked
+                os.write(terminal, f"{answer}\n".encode())
+            printed_text = process.communicate(timeout=60)[0].decode()
+        finally:
+            process.kill()
+            process.wait()
+    finally:
+        os.close(terminal)
+        os.close(end)
+    assert process.returncode == code
+    assert says in printed_text
+    assert len(printed("ls", *stock.options)) == left
 
 
 @pytest.mark.usefixtures("quick")
@@ -801,16 +1090,17 @@ def test_gc_removes_of_a_running_session_only_what_is_half_written_of_the_dead(
     owner = Owner(SESSIONS[0], NODES[0])
     running = RunningSession(SESSIONS[0], frozenset({NODES[1]}))
     monkeypatch.setattr(commands, "running_at", {"gcs:1": running}.get)
-    with stock.books() as (ledger, link):
+    with stock.ledger() as (ledger, link):
         link.execute(*ledger.registrations([ObjectName(*owner, object_id(7), "0" * 27, 3)]))
         ledger.renew(owner, "gcs:1", new=True)
         ledger.renew(Owner(SESSIONS[0], NODES[1]), "gcs:1", new=True)
     text = tool("gc", *stock.options).stdout
     assert f"{SESSIONS[0]} runs, and has lost nodes\n" in text
-    assert re.search(r"\n  abababababab +0 +0 B +1 ", text)
+    assert re.search(r"^node +half-written$", text, re.MULTILINE)
+    assert re.search(r"\n  abababababab +1\n", text)
     kept = f"Kept: {SESSIONS[0]}:cdcdcdcdcdcd, which lives, as its GCS says"
     assert kept in " ".join(text.split())
-    assert "Removed 0 objects (0 B), 1 half-written and 0 files (0 B) of 1 node.\n" in text
+    assert "Removed 1 half-written object of 1 dead node.\n" in text
     assert_fits(text)
     (row,) = printed("ls", *stock.options)
     assert row["url"] == url
@@ -836,7 +1126,7 @@ def test_every_command_works_beside_what_is_malformed(stock: Stock) -> None:
     (remains,) = printed("gc", *stock.options)["remains"]
     assert remains["session"] == SESSIONS[0]
     assert printed("ls", *stock.options) == []
-    assert printed("gc", *stock.options) == {"dry_run": False, "remains": [], "notes": []}
+    assert printed("gc", *stock.options) == NOTHING
     keys = (KEYS.index, KEYS.pending, KEYS.usage, KEYS.writers, KEYS.overflows, KEYS.leases)
     client.delete(*keys, KEYS.totals)
 
@@ -885,7 +1175,7 @@ def test_the_acl_for_valkey_cli_gives_a_user_all_it_needs_and_no_more(
         allowed = server.client.acl_getuser(user)
     finally:
         server.client.acl_deluser(user)
-    assert allowed["keys"] == [f"~{ROOT}*"]
+    assert allowed["keys"] == [f"~{ROOT}*", f"~{KEYS.namespaces}"]
     assert allowed["channels"] == []
     assert "nopass" not in allowed["flags"]
     assert ("+select" in allowed["commands"]) == (db == 1)
@@ -897,21 +1187,22 @@ def test_the_acl_for_a_file_is_taken_by_a_server(tmp_path: Path) -> None:
     file.write_text(f"{line}\n")
     with valkey_server(aclfile=file) as server:
         preflight.run_all(as_user(server.url, "ray"))
-        assert server.client.acl_getuser("ray")["keys"] == [f"~{ROOT}*"]
+        assert server.client.acl_getuser("ray")["keys"] == [f"~{ROOT}*", f"~{KEYS.namespaces}"]
 
 
 def test_the_acl_is_of_the_namespace_that_is_given() -> None:
-    assert "~ray:x:a:* +" in acl_lines("--namespace", "a", "--key-prefix", "ray:x:")[0]
+    command, _ = acl_lines("--namespace", "a", "--key-prefix", "ray:x:")
+    assert "~ray:x:a:* ~ray:x:namespaces +" in command
     env = {"RAY_VALKEY_SPILL_NAMESPACE": "b"}
     document = printed("config", "--acl", **env)
-    assert document["acl"]["rules"].startswith("~ray:spill:b:* +")
+    assert document["acl"]["rules"].startswith("~ray:spill:b:* ~ray:spill:namespaces +")
     assert document["acl"]["user"] == "ray"
     assert document["acl"]["command"].startswith("ACL SETUSER ray reset on >PASSWORD ~")
     assert document["acl"]["aclfile"].startswith("user ray reset on #SHA256 ~")
     assert "object_spilling_config" in document
     assert "acl" not in printed("config")
     text = tool("config", "--acl").stdout
-    assert "the password in the place of PASSWORD" in text
+    assert "replace PASSWORD by the password" in text
     assert "RAY_VALKEY_SPILL_PASSWORD" in text
 
 
@@ -950,9 +1241,12 @@ def test_colour_is_for_terminals_and_not_for_those_who_want_none(full: Stock) ->
     ("args", "code", "says"),
     [
         (("inspect", "vllm:kv:x"), 2, "names no spilled object of this namespace"),
-        (("inspect", "abcd"), 1, "nothing of object abcd is below ray:spill:default:"),
-        (("stats", "--max-bytes", "many"), 2, "max_bytes must be"),
-        (("ls", "--url", "valkey://127.0.0.1:1", "--retry-timeout", "0"), 1, "cannot be reached"),
+        (("inspect", "abcd"), 1, "nothing of object abcd is stored below ray:spill:default:"),
+        (("stats", "--max-bytes", "many"), 2, "--max-bytes must be"),
+        (("ls", "--limit", "0"), 2, "--limit must be a whole number above 0"),
+        (("ls", "--older-than", "soon"), 2, "--older-than must be a duration such as 90s"),
+        (("ls", "--timeout", "never"), 2, "--timeout must be a number of seconds above 0"),
+        (("ls", "--url", "valkey://127.0.0.1:1", "--timeout", "0.1"), 1, "cannot be reached"),
     ],
 )
 def test_a_failure_is_one_line_and_an_exit_code(

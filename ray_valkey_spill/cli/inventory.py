@@ -1,29 +1,39 @@
-"""What is stored, as the backend's own books and the overflow's files tell it. Reads, never writes.
+"""Lists and sums what is stored, by the ledger and the overflow's files. Never writes.
 
-Nothing is searched for on the server: what a look costs depends on what the namespace has, and not
-on what others have beside it.
+Nothing is searched for on the server: the cost depends on what the namespace has, and not on what
+others have there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+import contextlib
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import ServerRefusedError
 from ray_valkey_spill.format.names import Entry, Keyspace, Owner, Place
+from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.store.cleanup import LEASE
-from ray_valkey_spill.tiers.ledger import Grant, Usage, link_to
+from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 __all__ = [
+    "SORTINGS",
     "Figures",
     "Inventory",
     "Item",
+    "NamespaceStatistics",
     "NodeFigures",
+    "Overview",
+    "OverviewStatistics",
+    "Selection",
+    "Servers",
     "Statistics",
     "age",
     "percent",
@@ -40,7 +50,7 @@ def tier_name(overflow: bool) -> str:
 
 
 class Item(NamedTuple):
-    """A stored object; `path` is that of its file, if it is in the overflow."""
+    """A stored object; `path` is the path of its file, if it is in the overflow."""
 
     entry: Entry
     path: str | None = None
@@ -52,7 +62,7 @@ class Item(NamedTuple):
     def as_dict(self, keys: Keyspace, now: float) -> dict[str, Any]:
         """For JSON; sizes in bytes, age in seconds at `now`, in seconds since the epoch.
 
-        What Ray keeps for a sealed object is the URL and the id of its key.
+        For a sealed object Ray's own URL also has the id of its key.
         """
         name, size, stored = self.entry
         return {
@@ -71,17 +81,53 @@ class Item(NamedTuple):
         }
 
 
+# How objects can be ordered: None is the order in which they are read, by node and id.
+SORTINGS: Mapping[str, Callable[[Item], float] | None] = {
+    "node": None,
+    "age": lambda item: item.entry.name.time,
+    "size": lambda item: -item.entry.size,
+    "stored": lambda item: -item.entry.stored,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which objects are wanted, in which order.
+
+    Attributes:
+        session: how the names of their sessions begin.
+        node: how the ids of their nodes begin.
+        tier: "valkey", "overflow", or None for both.
+        older_than: seconds; None for any age.
+        sort: a key of `SORTINGS`.
+        limit: how many at most; None for all.
+    """
+
+    session: str = ""
+    node: str = ""
+    tier: str | None = None
+    older_than: float | None = None
+    sort: str = "node"
+    limit: int | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether every stored object is selected, whatever the order and the limit."""
+        return not (self.session or self.node or self.tier or self.older_than)
+
+
 @dataclass(frozen=True, slots=True)
 class Figures:
     """Sums over objects, sizes in bytes.
 
     Attributes:
-        objects: how many are stored.
+        objects: the number of stored objects.
         logical: the length of their data.
-        stored: what is counted for them: in Valkey with what the server needs around them, in the
-            overflow the length of their files.
+        stored: bytes counted for them: in Valkey including the server's overhead, in the overflow
+            the length of their files.
         since: when the oldest was spilled, by its node's clock, in seconds since the epoch.
-        half_written: how many are being written, or were when their writer was killed.
+        half_written: the number of objects that are being written, or were when their writer was
+            killed.
     """
 
     objects: int = 0
@@ -125,7 +171,7 @@ class Figures:
 
 
 def age(since: float, now: float) -> float:
-    """Seconds from `since` to `now`; none if the clocks they are from do not agree so far."""
+    """Seconds from `since` to `now`; 0 where the clocks that gave them disagree by more."""
     return max(0.0, now - since)
 
 
@@ -133,8 +179,8 @@ def age(since: float, now: float) -> float:
 class NodeFigures:
     """What a node of a session has in each tier.
 
-    `lease_age` tells how many seconds ago it renewed its lease, by the server's clock, if it has
-    one.
+    `lease_age` is for how many seconds it has not renewed its lease, by the server's clock; None
+    without a lease.
     """
 
     owner: Owner
@@ -148,23 +194,73 @@ class NodeFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class Servers:
+    """The server, or all primaries of a cluster.
+
+    Attributes:
+        address: as the config gives it.
+        infos: of each; there is at least one.
+        sentinel_service: the name by which Sentinels watch it, if they do.
+    """
+
+    address: str
+    infos: Sequence[ServerInfo]
+    sentinel_service: str | None
+
+    @classmethod
+    def of(cls, config: Config, link: Link) -> Servers:
+        infos = list(link.infos().values())
+        return cls(str(config.address), infos, config.sentinel_service)
+
+    @property
+    def memory(self) -> MemoryInfo:
+        """The memory of all together."""
+        return MemoryInfo.of_all(self.infos)
+
+    @property
+    def is_cluster(self) -> bool:
+        return self.infos[0].mode == "cluster"
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas are in step with their primaries."""
+        return sum(info.replicas for info in self.infos)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; sizes in bytes."""
+        memory = self.memory
+        return {
+            "address": self.address,
+            "product": self.infos[0].product,
+            "version": self.infos[0].version,
+            "is_cluster": self.is_cluster,
+            "shards": len(self.infos),
+            "replicas": self.replicas,
+            "sentinel_service": self.sentinel_service,
+            "used_bytes": memory.used,
+            "maxmemory_bytes": memory.maxmemory or None,
+            "used_percent": percent(memory.used, memory.maxmemory),
+            "maxmemory_policy": memory.policy,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
-    """A look at the whole namespace.
+    """Figures of a whole namespace.
 
     Attributes:
         now: the server's time, in seconds since the epoch.
-        servers: the server, or all that have keys in a cluster.
-        root: what every key begins with.
-        nodes: those that anything is known of, in order.
+        servers: where it is.
+        root: the beginning of every key.
+        nodes: all that have something in the ledger or the overflow, in order.
         max_bytes: the budget, if the config gives one.
-        charged: what counts for a budget: bytes stored in Valkey, and granted to writers.
-        grants: of the writers that are at work, or were when they were killed.
+        charged: bytes that count for a budget: stored in Valkey, and granted to writers.
+        grants: of writers that are writing, or were when they were killed.
     """
 
     now: float
-    address: str
+    servers: Servers
     root: str
-    servers: Sequence[ServerInfo]
     nodes: Sequence[NodeFigures]
     max_bytes: int | None
     charged: int
@@ -176,33 +272,18 @@ class Statistics:
         return [(session, list(nodes)) for session, nodes in grouped]
 
     @property
-    def memory(self) -> MemoryInfo:
-        """That of all servers together."""
-        return MemoryInfo.of_all(self.servers)
-
-    @property
     def granted(self) -> int:
         return sum(grant.granted for grant in self.grants)
 
     @property
     def written(self) -> int:
-        """What of that is written, as far as the writers have told."""
+        """Bytes of these that are written, as far as the writers have reported."""
         return sum(grant.written for grant in self.grants)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; sizes in bytes, ages in seconds."""
-        memory = self.memory
         return {
-            "server": {
-                "address": self.address,
-                "product": self.servers[0].product,
-                "version": self.servers[0].version,
-                "shards": len(self.servers),
-                "used_bytes": memory.used,
-                "maxmemory_bytes": memory.maxmemory or None,
-                "used_percent": percent(memory.used, memory.maxmemory),
-                "maxmemory_policy": memory.policy,
-            },
+            "server": self.servers.as_dict(),
             "root": self.root,
             "budget": {
                 "max_bytes": self.max_bytes,
@@ -239,7 +320,7 @@ class Statistics:
 
 
 def total(nodes: Iterable[NodeFigures]) -> tuple[Figures, Figures]:
-    """What nodes have together in Valkey, and in the overflow."""
+    """The sums of all nodes, in Valkey and in the overflow."""
     valkey = overflow = Figures()
     for node in nodes:
         valkey, overflow = valkey + node.valkey, overflow + node.overflow
@@ -251,11 +332,42 @@ def percent(part: int, whole: int | None) -> float | None:
     return 100 * part / whole if whole else None
 
 
-# --- the look ---
+@dataclass(frozen=True, slots=True)
+class NamespaceStatistics:
+    """One of several namespaces; `statistics` is None if this user may not read it."""
+
+    name: str
+    statistics: Statistics | None
+
+
+@dataclass(frozen=True, slots=True)
+class OverviewStatistics:
+    """Figures of all namespaces of a server, in order."""
+
+    servers: Servers
+    prefix: str
+    namespaces: Sequence[NamespaceStatistics]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; sizes in bytes, ages in seconds. A namespace without statistics has null."""
+        return {
+            "server": self.servers.as_dict(),
+            "key_prefix": self.prefix,
+            "namespaces": [
+                {
+                    "namespace": each.name,
+                    "statistics": each.statistics and each.statistics.as_dict(),
+                }
+                for each in self.namespaces
+            ],
+        }
+
+
+# --- reading ---
 
 
 class Inventory:
-    """Looks at what a namespace has stored.
+    """Reads what a namespace has stored.
 
     Errors are those of `link.Link.run`, and OverflowUnavailableError.
     """
@@ -279,24 +391,48 @@ class Inventory:
         return self._ledger.time() / 1000
 
     def owners(self) -> list[Owner]:
-        """Everybody who has anything, in any tier, in order."""
+        """All nodes that have something in the ledger or the overflow, in order."""
         in_overflow = self._overflow.owners() if self._overflow else ()
         return sorted({*self._ledger.owners(), *in_overflow})
 
-    def items(self, wanted: Callable[[Owner], bool] = lambda owner: True) -> Iterator[Item]:
-        """What `wanted` owners have stored, one after the other: in Valkey, then in the overflow.
+    def items(
+        self, wanted: Callable[[Owner], bool] = lambda owner: True, tier: str | None = None
+    ) -> Iterator[Item]:
+        """Yield the objects of each wanted owner: in Valkey, then in the overflow.
 
-        In memory are a page of the index at a time, and what files one owner has.
+        Holds one page of the index at a time in memory, and the list of one owner's files.
         """
         for owner in filter(wanted, self.owners()):
-            for page in self._ledger.stored(owner):
-                yield from map(Item, page)
-            for file in self._files(owner):
-                if file.is_whole:
-                    yield Item(file.entry, file.path)
+            if tier != "overflow":
+                for page in self._ledger.stored(owner):
+                    yield from map(Item, page)
+            if tier != "valkey":
+                for file in self._files(owner):
+                    if file.is_whole:
+                        yield Item(file.entry, file.path)
+
+    def select(self, selection: Selection, now: float) -> Iterator[Item]:
+        """Yield the selected objects; ages are those at `now`, in seconds since the epoch.
+
+        Sorted objects are all in memory, or as many as the limit allows.
+        """
+        items = self.items(
+            lambda owner: (
+                owner.session.startswith(selection.session)
+                and owner.node.startswith(selection.node)
+            ),
+            selection.tier,
+        )
+        if (least := selection.older_than) is not None:
+            items = (item for item in items if age(item.entry.name.time, now) >= least)
+        if (key := SORTINGS[selection.sort]) is None:
+            return islice(items, selection.limit)
+        if selection.limit is None:
+            return iter(sorted(items, key=key))
+        return iter(heapq.nsmallest(selection.limit, items, key))
 
     def statistics(self) -> Statistics:
-        """Sums over all there is; what has not changed since the last time is not read again."""
+        """Return the sums; reads only what has changed since the last call."""
         return self._link.confirmed(self._statistics)
 
     def _statistics(self) -> Statistics:
@@ -323,9 +459,8 @@ class Inventory:
             )
         return Statistics(
             now=now / 1000,
-            address=str(self._config.address),
+            servers=Servers.of(self._config, self._link),
             root=self.keys.root,
-            servers=list(self._link.infos().values()),
             nodes=nodes,
             max_bytes=self._config.max_bytes,
             charged=sum(usage.stored for usage in usages.values())
@@ -334,7 +469,7 @@ class Inventory:
         )
 
     def _figures(self, owner: Owner, usage: Usage | None) -> Figures:
-        """What an owner has in Valkey. `usage` as it was before: it tells of each change."""
+        """What an owner has in Valkey. `usage` was read before; it differs after every change."""
         known = self._counted.get(owner)
         if known is not None and known[0] == usage:
             figures = known[1]
@@ -348,3 +483,43 @@ class Inventory:
         if self._overflow is None:
             return []
         return sorted(self._overflow.files(owner), key=lambda file: file.path)
+
+
+class Overview:
+    """Reads what all namespaces below a key prefix have stored.
+
+    Finds them by the list that their nodes keep on the server. Errors are those of `Inventory`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._link = link_to(config)
+        self._ledger = Ledger(self._link, Keyspace.of(config))
+        self._inventories: dict[str, Inventory] = {}
+
+    def close(self) -> None:
+        self._link.close()
+        for inventory in self._inventories.values():
+            inventory.close()
+
+    def statistics(self) -> OverviewStatistics:
+        """Return the sums of each namespace, and at least of the config's own."""
+        names = sorted({self._config.namespace, *self._ledger.namespaces()})
+        return OverviewStatistics(
+            Servers.of(self._config, self._link),
+            self._config.key_prefix,
+            [NamespaceStatistics(name, self._of(name)) for name in names],
+        )
+
+    def _of(self, namespace: str) -> Statistics | None:
+        is_own = namespace == self._config.namespace
+        if namespace not in self._inventories:
+            self._inventories[namespace] = Inventory(
+                # The budget of another namespace is not known here.
+                self._config
+                if is_own
+                else replace(self._config, namespace=namespace, max_bytes=None)
+            )
+        with contextlib.suppress(ServerRefusedError):
+            return self._inventories[namespace].statistics()
+        return None

@@ -1,7 +1,7 @@
-"""How the command line shows things to a person: tables, amounts, ages. Pure, but for the width.
+"""Output for a person: tables, amounts, ages. Pure, but for the terminal's width.
 
-Lines fit a terminal of 80 columns, but for keys and URLs, which can only be copied whole. Styles
-are for `click.echo` to drop where the output is no terminal.
+Lines fit a terminal of 80 columns, except keys and URLs, which are to be copied whole. `click.echo`
+removes styles where the output is not a terminal.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
 import click
 
+from ray_valkey_spill.cli.check import FAILED, OK, WARNING
 from ray_valkey_spill.cli.inspection import Inspection
 from ray_valkey_spill.cli.inventory import (
     Figures,
     Item,
     NodeFigures,
+    OverviewStatistics,
+    Selection,
+    Servers,
     Statistics,
     age,
     percent,
@@ -27,6 +32,7 @@ from ray_valkey_spill.cli.inventory import (
 )
 from ray_valkey_spill.format.names import Keyspace, ObjectName
 from ray_valkey_spill.store.cleanup import Remains
+from ray_valkey_spill.tiers.ledger import Usage
 
 __all__ = [
     "age_text",
@@ -34,6 +40,8 @@ __all__ = [
     "inspection",
     "listing",
     "note",
+    "outcome",
+    "overview",
     "pairs",
     "ratio_text",
     "remains_table",
@@ -42,6 +50,7 @@ __all__ = [
     "statistics",
     "summary",
     "table",
+    "verdict",
     "wrapped",
 ]
 
@@ -55,7 +64,7 @@ _NONE = "-"
 
 
 def terminal_width() -> int:
-    """Columns for text: those of the terminal, within what can be read."""
+    """Columns for text: the terminal's, but no more than a person reads well."""
     return min(100, shutil.get_terminal_size().columns)
 
 
@@ -63,7 +72,7 @@ def terminal_width() -> int:
 
 
 def size_text(size: float) -> str:
-    """Bytes, with three digits and a unit: at most 8 characters."""
+    """Format bytes with three digits and a unit: at most 8 characters."""
     units = iter(_UNITS)
     unit = next(units)
     while size >= 999.5 and unit != _UNITS[-1]:
@@ -73,7 +82,7 @@ def size_text(size: float) -> str:
 
 
 def age_text(seconds: float | None) -> str:
-    """Seconds, in the largest unit of which there are two: `90s`, `12m`, `47h`, `3d`."""
+    """Format seconds in the largest unit of which there are two: `90s`, `12m`, `47h`, `3d`."""
     if seconds is None:
         return _NONE
     for unit, length in _SECONDS.items():
@@ -94,7 +103,7 @@ def amount(count: int, noun: str) -> str:
 
 
 def wrapped(text: str, *, first: str) -> str:
-    """`text` behind `first`, in lines of the terminal's width, the further ones indented alike."""
+    """Return `first` and `text` in lines of the terminal's width, indented by `first`."""
     return textwrap.fill(
         text,
         terminal_width(),
@@ -108,12 +117,12 @@ def wrapped(text: str, *, first: str) -> str:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str] | str], width: int | None = None
 ) -> Iterator[str]:
-    """The lines of a table.
+    """Yield the lines of a table.
 
     Args:
-        columns: their titles; one that begins with ">" has its cells aligned right.
-        rows: cells, which may be styled; or a line that goes across, such as a group's title.
-        width: columns that it should fit into; the terminal's, unless given.
+        columns: titles; ">" before one aligns its cells to the right.
+        rows: cells, which may be styled; or a line across all columns, such as a group's title.
+        width: of the table; the terminal's, unless given.
     """
     titles = [column.removeprefix(">") for column in columns]
     cells = [titles, *(row for row in rows if not isinstance(row, str))]
@@ -134,7 +143,7 @@ def _row(cells: Sequence[str], columns: Sequence[str], widths: Sequence[int], ga
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """A line for each label and its value."""
+    """Yield a line for each label and its value."""
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         yield f"{label:<{width}}  {value}"
@@ -144,11 +153,24 @@ def _field(label: str, text: str) -> str:
     return wrapped(text, first=label.ljust(_LABEL))
 
 
+# --- check ---
+
+
+def verdict(statuses: Sequence[str]) -> str:
+    """Count findings, in one line."""
+    counts = Counter(statuses)
+    failed, warnings = counts[FAILED], counts[WARNING]
+    parts = [f"{counts[OK]} ok", amount(warnings, "warning"), f"{failed} failed"]
+    verdict = "spilling would not work" if failed else "spilling works from here"
+    color = "red" if failed else "yellow" if warnings else "green"
+    return click.style(f"{', '.join(parts)}: {verdict}", fg=color, bold=True)
+
+
 # --- ls ---
 
 
-def listing(items: Iterable[Item], now: float) -> Iterator[str]:
-    """A line an object, under titles that tell whose they are and where, as they come."""
+def listing(items: Iterable[Item], selection: Selection, now: float) -> Iterator[str]:
+    """Yield a line for each of the selected items, under titles that name node and tier."""
     group: tuple[str, str, bool] | None = None
     count = logical = stored = 0
     for item in items:
@@ -165,21 +187,26 @@ def listing(items: Iterable[Item], now: float) -> Iterator[str]:
         )
         count, logical, stored = count + 1, logical + size, stored + counted
     if count:
-        yield f"{amount(count, 'object')} of {size_text(logical)}, stored in {size_text(stored)}"
+        cut = ", as --limit allows" if count == selection.limit else ""
+        yield (
+            f"{amount(count, 'object')} of {size_text(logical)}, stored in {size_text(stored)}{cut}"
+        )
     else:
-        yield "Nothing is stored."
+        yield "Nothing is stored." if selection.is_everything else "No stored object matches."
 
 
 # --- stats ---
 
+# By the kind of policy. A spilled object has no TTL.
+_EVICTIONS = {
+    "noeviction": "evicts nothing",
+    "volatile": "evicts keys with a TTL, never spilled objects",
+    "allkeys": "may evict spilled objects",
+}
+
 
 def statistics(found: Statistics) -> Iterator[str]:
-    memory, server = found.memory, found.servers[0]
-    yield _field("server", f"{server.product} {server.version} at {found.address}")
-    yield _field("keys", f"{found.root}*")
-    bound = f" of {size_text(memory.maxmemory)}" if memory.maxmemory else ""
-    share = _share(memory.used, memory.maxmemory) or ", without a maxmemory"
-    yield _field("memory", f"{size_text(memory.used)}{bound} used{share}, {memory.policy}")
+    yield from _server(found.servers, found.root)
     budget = found.max_bytes
     bound = "" if budget is None else f" of {size_text(budget)}"
     share = _share(found.charged, budget) or (", no max_bytes given" if budget is None else "")
@@ -211,6 +238,46 @@ def statistics(found: Statistics) -> Iterator[str]:
     )
 
 
+def overview(found: OverviewStatistics) -> Iterator[str]:
+    """Yield the server's figures, and a row for each namespace and tier."""
+    yield from _server(found.servers, found.prefix)
+    yield ""
+    rows: list[Sequence[str] | str] = []
+    for each in found.namespaces:
+        if each.statistics is None:
+            rows.append(f"{each.name}: this user may not read it")
+            continue
+        living = sum(node.has_fresh_lease for node in each.statistics.nodes)
+        rows += _tier_rows(
+            each.name, *total(each.statistics.nodes), each.statistics.now, f"{living:,}"
+        )
+    yield from table(
+        ["namespace", "tier", ">objects", ">data", ">stored", ">ratio", ">oldest", ">live nodes"],
+        rows,
+    )
+
+
+def _server(servers: Servers, root: str) -> Iterator[str]:
+    memory, first = servers.memory, servers.infos[0]
+    yield _field("server", f"{first.product} {first.version} at {servers.address}")
+    yield _field("topology", _topology(servers))
+    yield _field("keys", f"{root}*")
+    bound = f" of {size_text(memory.maxmemory)}" if memory.maxmemory else ""
+    share = _share(memory.used, memory.maxmemory) or ", without a maxmemory"
+    yield _field("memory", f"{size_text(memory.used)}{bound} used{share}")
+    effect = _EVICTIONS[memory.policy.partition("-")[0]]
+    yield _field("policy", f"{memory.policy}: {effect}")
+
+
+def _topology(servers: Servers) -> str:
+    replicas = f"{amount(servers.replicas, 'replica')} in step"
+    if servers.is_cluster:
+        return f"cluster of {amount(len(servers.infos), 'shard')}, {replicas}"
+    if servers.sentinel_service is not None:
+        return f"primary of {servers.sentinel_service!r}, found by Sentinels, {replicas}"
+    return f"single primary, {replicas}"
+
+
 def _share(part: int, whole: int | None) -> str:
     share = percent(part, whole)
     return "" if share is None else f" ({share:.0f} %)"
@@ -227,7 +294,7 @@ def _lease(node: NodeFigures) -> str:
 def _tier_rows(
     title: str, valkey: Figures, overflow: Figures, now: float, lease: str = ""
 ) -> Iterator[list[str]]:
-    """A row for each tier that has something, and for what is half-written."""
+    """Yield a row for each tier that has something, and one for half-written objects."""
     shown = [(tier_name(True), overflow)] if overflow.objects else []
     if valkey.objects or not shown:
         shown.insert(0, (tier_name(False), valkey))
@@ -253,7 +320,7 @@ def _tier_rows(
 
 
 def inspection(found: Inspection, keys: Keyspace, now: float, chunk: int | None) -> Iterator[str]:
-    """All of it but what a header has of most chunks; `chunk` is one to be shown anyway."""
+    """Yield all figures, and some of the chunks, with `chunk` among them."""
     name, header = found.name, found.header
     yield click.style(f"object        {name.object_id}", bold=True)
     yield _field("session", name.session)
@@ -264,12 +331,12 @@ def inspection(found: Inspection, keys: Keyspace, now: float, chunk: int | None)
         yield f"{'url':<{_LABEL}}{url}"
     yield _field("spilled", _spilled(name, now))
     counted = "" if found.entry is None else f"; {size_text(found.entry.stored)} are counted for it"
-    yield _field("in the books", f"{found.state}{'' if found.overflow else counted}")
+    yield _field("in the ledger", f"{found.state}{'' if found.overflow else counted}")
     if header is not None:
         sealed = f", sealed with key {header.seal.key_id:016x}" if header.seal else ""
         yield _field("format", f"version {found.version}{sealed}")
         yield _field("Ray metadata", header.ray_metadata.decode(errors="backslashreplace") or _NONE)
-        # In pieces, for it is longer than a line, and none that anybody would copy.
+        # It is longer than a line, and nobody copies it.
         pieces = textwrap.wrap(header.owner_address.hex(), 64)
         yield _field("owner address", " ".join(pieces) or _NONE)
         yield _field("data", f"{size_text(header.size)} ({header.size:,} bytes)")
@@ -344,7 +411,7 @@ def _presence(found: Inspection, number: int, stored: int) -> str:
 
 
 def shown_chunks(count: int, chunk: int | None) -> list[int]:
-    """Which of `count` chunks are shown: the first and last few, and `chunk`."""
+    """Return the numbers of the chunks to show: the first and last few, and `chunk`."""
     numbers = {*range(count)[:_FIRST_CHUNKS], *range(count)[-_LAST_CHUNKS:]}
     return sorted(numbers if chunk is None or chunk >= count else numbers | {chunk})
 
@@ -353,45 +420,86 @@ def shown_chunks(count: int, chunk: int | None) -> list[int]:
 
 
 def note(text: str) -> str:
-    """A line that `CleanUp` tells, with the ids of nodes as short as in tables."""
+    """Return a note of `CleanUp`, with the ids of nodes as short as in tables."""
     return wrapped(re.sub(rf"(?<=:)([0-9a-f]{{{_NODE}}})[0-9a-f]{{44}}\b", r"\1", text), first="")
 
 
 def remains_table(remains: Sequence[Remains]) -> Iterator[str]:
+    """Yield a row for each dead node, with the columns in which any has something."""
+    shown = [each for each in remains if _has_data(each)]
+    columns = {
+        "objects": [_objects(each) for each in shown],
+        "in Valkey": [_usage(each).stored for each in shown],
+        "half-written": [each.pending for each in shown],
+        "files": [each.files for each in shown],
+        "in the overflow": [each.file_bytes for each in shown],
+    }
+    columns = {title: amounts for title, amounts in columns.items() if any(amounts)}
+    in_bytes = ("in Valkey", "in the overflow")
     rows: list[Sequence[str] | str] = []
     session = None
-    for each in remains:
+    for number, each in enumerate(shown):
         if each.owner.session != session:
             session = each.owner.session
             state = "is dead" if each.session_is_dead else "runs, and has lost nodes"
             rows.append(f"{click.style(session, fg='cyan')} {state}")
-        objects, _, stored, _ = each.usage if each.session_is_dead else (0, 0, 0, 0)
         rows.append(
             [
                 f"  {each.owner.node[:_NODE]}",
-                f"{objects:,}",
-                size_text(stored),
-                f"{each.pending:,}",
-                f"{each.files:,}",
-                size_text(each.file_bytes),
+                *(
+                    size_text(amounts[number]) if title in in_bytes else f"{amounts[number]:,}"
+                    for title, amounts in columns.items()
+                ),
             ]
         )
-    yield from table(
-        ["node", ">objects", ">in Valkey", ">half-written", ">files", ">in the overflow"], rows
-    )
+    if rows:
+        yield from table(["node", *(f">{title}" for title in columns)], rows)
 
 
 def summary(remains: Sequence[Remains]) -> str:
-    """How much all of it is, in one phrase."""
-    nodes = amount(len(remains), "node")
-    if not any(each.usage.objects or each.pending or each.files for each in remains):
-        return f"what the books told of {nodes}, of which nothing else was left"
-    dead = [each.usage for each in remains if each.session_is_dead]
-    objects = amount(sum(usage.objects for usage in dead), "object")
-    stored = size_text(sum(usage.stored for usage in dead))
-    files = amount(sum(each.files for each in remains), "file")
-    in_files = size_text(sum(each.file_bytes for each in remains))
+    """Say how much all of it is, in one phrase."""
+    nodes = amount(len(remains), "dead node")
+    if not any(map(_has_data, remains)):
+        return f"the metadata of {nodes}, which had nothing stored"
+    objects = sum(map(_objects, remains))
+    stored = sum(_usage(each).stored for each in remains)
     half_written = sum(each.pending for each in remains)
-    return (
-        f"{objects} ({stored}), {half_written:,} half-written and {files} ({in_files}) of {nodes}"
-    )
+    files = sum(each.files for each in remains)
+    file_bytes = sum(each.file_bytes for each in remains)
+    parts = [
+        f"{amount(objects, 'object')} ({size_text(stored)})" if objects else "",
+        amount(half_written, "half-written object") if half_written else "",
+        f"{amount(files, 'file')} ({size_text(file_bytes)})" if files else "",
+    ]
+    *first, last = filter(None, parts)
+    return f"{', '.join(first)} and {last} of {nodes}" if first else f"{last} of {nodes}"
+
+
+def outcome(
+    remains: Sequence[Remains], removed: Sequence[Remains], *, dry_run: bool
+) -> Iterator[str]:
+    """Say what was done about what was found."""
+    if not remains:
+        yield "Nothing to remove."
+    elif dry_run:
+        yield wrapped(f"Would remove {summary(remains)}.", first="")
+    elif not removed:
+        yield wrapped(f"Removed nothing. Left: {summary(remains)}.", first="")
+    else:
+        yield wrapped(f"Removed {summary(removed)}.", first="")
+        if len(removed) < len(remains):
+            kept = amount(len(remains) - len(removed), "node")
+            yield wrapped(f"Kept {kept}: their sessions have renewed leases meanwhile.", first="")
+
+
+def _has_data(remains: Remains) -> bool:
+    return bool(_objects(remains) or remains.pending or remains.files)
+
+
+def _objects(remains: Remains) -> int:
+    return _usage(remains).objects
+
+
+def _usage(remains: Remains) -> Usage:
+    """Of a session that runs, stored objects are not removed."""
+    return remains.usage if remains.session_is_dead else Usage()

@@ -1,5 +1,6 @@
 """The names of keys, and the URLs that Ray keeps for spilled objects. Pure.
 
+    <key_prefix>namespaces                                                which namespaces there are
     <key_prefix><namespace>:{<namespace>}:index                           what is stored
     <key_prefix><namespace>:{<namespace>}:pending                         what is being written
     <key_prefix><namespace>:{<namespace>}:usage, :totals, :writers, :leases, :overflows
@@ -165,9 +166,17 @@ class Keyspace:
     def overflows(self) -> str:
         return self._metadata("overflows")
 
+    @cached_property
+    def namespace(self) -> str:
+        return self.root[:-1].rpartition(":")[2]
+
+    @cached_property
+    def namespaces(self) -> str:
+        """Shared by all namespaces of a prefix. No root begins with it, as each ends with ":"."""
+        return f"{self.root.removesuffix(f'{self.namespace}:')}namespaces"
+
     def _metadata(self, name: str) -> str:
-        namespace = self.root[:-1].rpartition(":")[2]
-        return f"{self.root}{{{namespace}}}:{name}"
+        return f"{self.root}{{{self.namespace}}}:{name}"
 
     def header(self, name: ObjectName) -> str:
         return f"{self.root}{name}"

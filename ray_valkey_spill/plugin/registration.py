@@ -1,7 +1,7 @@
-"""Stands in for Ray's `setup_external_storage` where the config's type is "valkey".
+"""Replaces Ray's `setup_external_storage` for configs of the type "valkey".
 
-Checks first that Ray's internals are what this package knows, since a silent mismatch would show
-much later, as a job that hangs.
+Checks first that Ray's internals are those that this package knows: a mismatch that goes unnoticed
+shows much later, as a job that hangs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from ray_valkey_spill import __version__
 from ray_valkey_spill._startup import RAY_FUNCTION, RAY_MODULE
-from ray_valkey_spill.config import check_params
+from ray_valkey_spill.config import check_params, json_kind
 from ray_valkey_spill.errors import ConfigError, IncompatibleRayError
 
-__all__ = ["require_compatible", "set_up"]
+__all__ = ["params_of", "require_compatible", "set_up"]
 
 _PARAMETERS = ["config", "node_id", "session_name"]
 _METHODS = ["_get_objects_from_store", "_put_object_to_store"]
@@ -27,27 +27,17 @@ _GLOBAL = "_external_storage"
 def set_up(
     module: ModuleType, original: Callable[..., Any] | None, *args: Any, **kwargs: Any
 ) -> Any:
-    """What Ray calls: make the storage, and leave it where Ray's own function leaves its own.
+    """Make the storage, and store it where Ray's own function does.
 
     Raises:
-        IncompatibleRayError: if Ray's internals have changed shape.
+        IncompatibleRayError: Ray's internals have changed shape.
         ConfigError, ServerError: as `ValkeyStorage`.
     """
     require_compatible(module, original)
     assert original is not None
     arguments = inspect.signature(original).bind(*args, **kwargs).arguments
-    config = arguments["config"]
-    params = {} if config.get("params") is None else config["params"]
-    if not isinstance(params, Mapping):
-        # Its value is not shown: it may be a url with a password.
-        raise ConfigError(f"params must be a JSON object, not {type(params).__name__}")
-    unknown = set(config) - {"type", "params"}
-    if unknown:
-        raise ConfigError(
-            f"the spilling config has {min(unknown)!r} beside 'type' and 'params': "
-            "parameters belong inside 'params'"
-        )
-    check_params(params)  # or a parameter "node_id" would meet Ray's argument first
+    params = params_of(arguments["config"])
+    check_params(params)  # or a parameter "node_id" would collide with Ray's argument first
 
     from ray_valkey_spill.plugin.storage import ValkeyStorage
 
@@ -56,8 +46,27 @@ def set_up(
     return storage
 
 
+def params_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parameters in a spilling config, unchecked.
+
+    Raises:
+        ConfigError: the config has another shape.
+    """
+    params = {} if config.get("params") is None else config["params"]
+    if not isinstance(params, Mapping):
+        # The value itself may be a url with a password.
+        raise ConfigError(f"params must be a JSON object, not {json_kind(params)}")
+    unknown = set(config) - {"type", "params"}
+    if unknown:
+        raise ConfigError(
+            f"the spilling config has {min(unknown)!r} beside 'type' and 'params': "
+            "parameters belong inside 'params'"
+        )
+    return params
+
+
 def require_compatible(module: ModuleType, original: Callable[..., Any] | None) -> None:
-    """Raise IncompatibleRayError unless Ray's module has what this package plugs into."""
+    """Raise IncompatibleRayError unless Ray's module has the functions that this package needs."""
     missing = []
     if original is None:
         missing.append(f"{RAY_FUNCTION}()")

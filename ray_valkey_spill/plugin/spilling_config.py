@@ -1,4 +1,4 @@
-"""Makes the values for Ray's configuration."""
+"""Makes the values that Ray's configuration takes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from ray_valkey_spill.config import check_params
 __all__ = ["RAY_SETTINGS", "spilling_config", "system_config"]
 
 # Ray settings that spilling to Valkey needs, as a system config takes them.
-# While the file system of its temporary directory is 95 % full, Ray refuses to create objects that
-# need spilling, with OutOfDiskError, whatever the storage: plasma's fallback files are there
-# (`PlasmaStoreRunner::Start`). 1 switches that off (`FileSystemMonitor`, Ray 2.60).
+# While the file system of its temporary directory is 95 % full, Ray raises OutOfDiskError instead
+# of creating objects that need spilling, whatever the storage: plasma's fallback files are there
+# (`PlasmaStoreRunner::Start`). 1 switches this check off (`FileSystemMonitor`, Ray 2.60).
 RAY_SETTINGS: dict[str, int] = {"local_fs_capacity_threshold": 1}
 
 
 def spilling_config(url: str | None = None, **params: Any) -> str:
-    """The JSON for Ray's `object_spilling_config`, with the parameters checked.
+    """Check the parameters, and return the JSON for Ray's `object_spilling_config`.
+
+    The result depends on the arguments alone. The environment in which Ray starts may add
+    parameters, which are checked there.
 
     Args:
-        url: the server; without it every node takes `RAY_VALKEY_SPILL_URL` or the default.
-        **params: any other parameter of `Config`.
-
-    The result depends on the arguments alone: the environment in which Ray starts may add to them,
-    and is checked there.
+        url: the server; without it each node uses `RAY_VALKEY_SPILL_URL`, or the default.
+        **params: any other parameter. Sizes are bytes, or text with a unit such as "400MiB".
 
     Raises:
-        ConfigError: if Ray would refuse to start with it, whatever the environment there.
+        ConfigError: Ray would not start with it in any environment.
     """
     given = {"url": url, **params}
     given = {name: value for name, value in given.items() if value is not None}
@@ -37,10 +37,10 @@ def spilling_config(url: str | None = None, **params: Any) -> str:
 
 
 def system_config(url: str | None = None, **params: Any) -> dict[str, str | int]:
-    """What to pass as `ray.init(_system_config=…)`; arguments and errors of `spilling_config`.
+    """Return the value for `ray.init(_system_config=…)`; takes and raises as `spilling_config`.
 
-    Beside the spilling config it has `RAY_SETTINGS`, which switch off Ray's check that the local
-    disk is not nearly full. To keep that check, override it:
+    Beside the spilling config it contains `RAY_SETTINGS`, which switch off Ray's check that the
+    local disk is not nearly full. To keep that check, override it:
     `{**system_config(…), "local_fs_capacity_threshold": 0.95}`.
     """
     return {"object_spilling_config": spilling_config(url, **params), **RAY_SETTINGS}

@@ -116,24 +116,33 @@ class CleanUp:
         """All that have anything here."""
         return {owner.session for owner in self._owners()}
 
-    def find(self, tell: Callable[[str], None] = lambda text: None) -> list[Remains]:
+    def find(
+        self,
+        tell: Callable[[str], None] = lambda text: None,
+        *,
+        wanted: Callable[[str], bool] = lambda session: True,
+        watching: Callable[[int, float], None] = lambda nodes, seconds: None,
+    ) -> list[Remains]:
         """Watch for about as long as a lease lasts; returns what the dead have left.
 
         Those whose GCS cannot be asked are watched for ten times as long again.
 
         Args:
-            tell: is given lines on what is waited for, and on what is kept and why.
+            tell: is given lines on what is kept and why.
+            wanted: whether a session, by its name, is looked at.
+            watching: is called every second with the number of nodes that are watched, and for how
+                many seconds at most.
         """
         self.unavailable = None
-        owners = self._owners()
+        owners = {owner for owner in self._owners() if wanted(owner.session)}
         before = self._leases()
-        silent = self._watch(owners, LEASE, tell)
+        silent = self._watch(owners, LEASE, watching)
         running = {
             session: self._running(session, {lease.gcs_address for lease in before[session]})
             for session in sorted({owner.session for owner in silent})
         }
         unasked = {owner for owner in silent if running[owner.session] is UNREACHABLE}
-        silent -= unasked - self._watch(unasked, _UNASKED * LEASE, tell)
+        silent -= unasked - self._watch(unasked, _UNASKED * LEASE, watching)
         after = self._leases()
         usages = self._ledger.usages()
         self._dead = {}
@@ -214,7 +223,7 @@ class CleanUp:
         return {*silent} - living
 
     def _watch(
-        self, owners: Iterable[Owner], lease: float, tell: Callable[[str], None]
+        self, owners: Iterable[Owner], lease: float, watching: Callable[[int, float], None]
     ) -> set[Owner]:
         """Those of `owners` whose leases, of `lease` seconds, run out while they are looked at."""
         undecided, dead = set(owners), set[Owner]()
@@ -222,10 +231,9 @@ class CleanUp:
         with self._link.operation():
             breaks, looked = self._link.breaks, time.monotonic()
             first, deadlines = self._deadlines(undecided, lease)
-            if undecided:
-                longest = max(deadlines.values()) - looked
-                tell(f"Watching {len(undecided)} nodes' leases for up to {longest:.0f} s")
             while undecided:
+                left = max(deadlines[owner] for owner in undecided) - time.monotonic()
+                watching(len(undecided), max(0.0, left))
                 time.sleep(_BETWEEN_LOOKS)
                 renewed = self._renewed()
                 now = time.monotonic()
@@ -289,6 +297,8 @@ class CleanUp:
                 removed += of_session
         if self.unavailable is not None:
             removed = [replace(each, files=0, file_bytes=0) for each in removed]
+        # Also for a clean-up or a node that was killed just before it did so.
+        self._ledger.unlist_if_empty()
         return removed
 
     def _remove_half_written(self, owner: Owner) -> None:

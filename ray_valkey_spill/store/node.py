@@ -304,6 +304,7 @@ class Node:
             time.sleep(_DESTROY_PAUSE)
         self.give_back(idle=0.0)
         self._ledger.close_account(self._name)
+        self._ledger.unlist_if_empty()
         return count
 
 

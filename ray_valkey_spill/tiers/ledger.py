@@ -12,6 +12,7 @@ twice. Scripts run on a full server too (`allow-oom`): they write a few bytes wh
     totals    string      sums over both: "<objects> <size> <stored> <granted> <written> <changes>"
     leases    sorted set  <session>:<node>:<GCS address>, by when it was last renewed, in ms
     overflows hash        <session> → the token of the overflow that its nodes have
+    namespaces sorted set all namespaces with the same prefix that have anything
 
 None of these keys, nor any other of ours, may have a TTL: a server under `volatile-*` evicts what
 has one. Therefore a lease is a member of a sorted set that is renewed, and not a key that expires.
@@ -30,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from ray_valkey_spill.config import Config
+from ray_valkey_spill.config import NAMESPACE_PATTERN, Config
 from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
 from ray_valkey_spill.protocol.link import USUAL_SHARING, Link, Sharing
@@ -417,7 +418,10 @@ class Ledger:
         request = self._eval(
             scripts.RENEW, [self._keys.leases], f"{owner}:{gcs_address}", "1" if new else "0"
         )
-        return self._link.execute(request) == [1]
+        is_renewed: bool = self._link.execute(request) == [1]
+        if new:
+            self._list_namespace()
+        return is_renewed
 
     def leases(self) -> list[Lease]:
         pairs = self._leases_by_page()
@@ -448,6 +452,39 @@ class Ledger:
             self._link.execute(command("ZREM", self._keys.leases, *members))
         self.release_all(owner)
         self.recount(owner)
+
+    def unlist_if_empty(self) -> None:
+        """Remove the namespace from the list, unless it has anything."""
+        if self._is_empty():
+            self._change_list(command("ZREM", self._keys.namespaces, self._keys.namespace))
+            # A node that joined meanwhile may have listed it before that.
+            if not self._is_empty():
+                self._list_namespace()
+
+    def _is_empty(self) -> bool:
+        """Whether the namespace has no lease, and nothing stored or half-written."""
+        keys = (self._keys.leases, self._keys.index, self._keys.pending)
+        return self._link.execute(command("EXISTS", *keys)) == [0]
+
+    # --- namespaces ---
+
+    def namespaces(self) -> list[str]:
+        """Those with the same prefix that have anything, in order."""
+        (found,) = self._link.execute(command("ZRANGE", self._keys.namespaces, 0, -1))
+        return list(
+            well_formed(
+                self._keys.namespaces,
+                found,
+                lambda member: _matched(NAMESPACE_PATTERN, member)[0],
+            )
+        )
+
+    def _list_namespace(self) -> None:
+        self._change_list(self._eval(scripts.LIST, [self._keys.namespaces], self._keys.namespace))
+
+    def _change_list(self, request: Request) -> None:
+        """Ignores a server's refusal, since only reports need the list, and users may lack it."""
+        list(self._link.run([request]))
 
     def time(self) -> int:
         """The server's clock, in ms."""

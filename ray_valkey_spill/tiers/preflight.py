@@ -86,7 +86,9 @@ def acl_rules(config: Config) -> str:
         commands.append("SELECT")
     if config.wait_aof or config.min_replicas:
         commands.append("WAITAOF" if config.wait_aof else "WAIT")
-    return f"~{Keyspace.of(config).root}* {' '.join(f'+{name.lower()}' for name in commands)}"
+    keys = Keyspace.of(config)
+    allowed = " ".join(f"+{name.lower()}" for name in commands)
+    return f"~{keys.root}* ~{keys.namespaces} {allowed}"
 
 
 def run_all(config: Config) -> ServerInfo:

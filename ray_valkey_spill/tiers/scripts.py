@@ -16,6 +16,7 @@ __all__ = [
     "CORRECT",
     "FORGET",
     "FORGET_OVERFLOW",
+    "LIST",
     "NODES",
     "PENDING",
     "RELEASE",
@@ -356,3 +357,6 @@ redis.call('HDEL', KEYS[1], ARGV[1])
 return 1
 """
 )
+
+# KEYS: namespaces. ARGV: namespace.
+LIST = _script("redis.call('ZADD', KEYS[1], 0, ARGV[1])")
