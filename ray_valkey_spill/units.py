@@ -1,4 +1,4 @@
-"""Units of size, and the type of a buffer."""
+"""Units of size, in bytes, and the type of a buffer."""
 
 from __future__ import annotations
 

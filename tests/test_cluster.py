@@ -257,7 +257,7 @@ def test_several_hosts_that_are_no_cluster_are_refused(server: Server) -> None:
 
 
 def test_another_database_than_a_cluster_has_is_refused(cluster: Cluster) -> None:
-    with pytest.raises(ServerRefusedError, match="most clusters have 0 alone"):
+    with pytest.raises(ServerRefusedError, match="most clusters have only 0"):
         preflight.run_all(config(f"{cluster.url[:-1]}3"))
 
 
