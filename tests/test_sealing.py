@@ -495,7 +495,7 @@ def test_what_is_not_sealed_is_refused_where_there_are_keys(vault: Vault, data: 
     store, forger = vault.store(), vault.store(encryption_key_file=None)
     url, forged = put(store, data), put(forger, data)
     assert get(forger, forged, data) == data
-    with pytest.raises(LostObjectError, match="not sealed, and encryption_key_file is given"):
+    with pytest.raises(LostObjectError, match="not sealed although encryption_key_file is given"):
         get(store, forged, data)
     replay(vault, url, of=forged)
     for reader in (store, forger):
