@@ -144,7 +144,7 @@ _BUDGET_USED = Definition(
     "gauge",
     "bytes",
     (),
-    "Bytes that the whole namespace has stored in Valkey or been granted, as `max_bytes` counts.",
+    "Bytes that the namespace has stored in Valkey or been granted, as counted for `max_bytes`.",
 )
 _BUDGET_LIMIT = Definition(
     "valkey_spill_budget_limit_bytes", "gauge", "bytes", (), "`max_bytes`, if that is given."

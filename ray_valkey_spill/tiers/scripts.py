@@ -1,11 +1,11 @@
 """The ledger's Lua scripts. The comment above each lists its KEYS and ARGV.
 
-Those that account for objects or grants have the same keys: pending, index, usage, writers, totals.
-Each may run twice with no other effect than once, because a link may send it twice: it replaces
-what it is given the whole of, or acts on what a set has.
+Scripts that account for objects or grants share the same keys: pending, index, usage, writers,
+totals. Invariant: every script is safe to repeat, because a link may send it twice. So a script
+sets whole values, or acts only on the present members of a set.
 
-Every script takes the same time whatever the number of nodes. The exception is a server without
-totals, as version 0.1 leaves one: the first script adds them up, once.
+The time of a script does not depend on the number of nodes. The exception is a server without
+totals, as version 0.1 leaves it: the first script adds them up once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _script(*parts: str) -> str:
     return "#!lua flags=allow-oom\n" + "\n".join(part.strip() for part in parts)
 
 
-# What `find` returns is the entry that an object has in the index.
+# `find` returns the entry of an object in the index.
 _FIND = """
 local function find(name)
     local entries = redis.call('ZRANGEBYLEX', KEYS[2], '[' .. name .. '.', '(' .. name .. '/')
@@ -92,7 +92,7 @@ local function change(t, node, objects, size, stored)
 end
 """
 
-# `grant_of` returns what a writer is granted and has written; `set_grant` replaces that.
+# `grant_of` returns the granted and written bytes of a writer; `set_grant` replaces both.
 _GRANTS = """
 local function grant_of(node, writer)
     for name, granted, written in
@@ -116,10 +116,11 @@ local function set_grant(t, node, writer, granted, written)
 end
 """
 
-# ARGV: node, writer; what it may keep for its next objects, what all writers may keep together, and
-# the budget, or -1; the namespace's root if the values are to be looked for, else ''; then for each
-# object its name and ".<size>.<stored>".
-# Returns how many are in the index now, what the writer is granted, what all may still write.
+# ARGV: node, writer; bytes that it may keep for its next objects, or -1 without a grant; bytes that
+# all writers together may be granted; the budget, or -1; the namespace's root to check that all
+# values exist, else ''; then for each object its name and ".<size>.<stored>".
+# Returns the number of objects now in the index, the writer's grant, and the bytes that all writers
+# may still write.
 SETTLE = _script(
     _TOTALS,
     _CHANGE,
@@ -187,8 +188,8 @@ keep_totals(t)
 """,
 )
 
-# ARGV: start, stop, count. Returns the last member looked at, and those that are pending: a member
-# that is in the index too came over a connection that had broken.
+# ARGV: start, stop, count. Returns the last member of the page, and its pending members. A member
+# that is in the index too is not pending: a repeated ZADD arrived after the object was settled.
 PENDING = _script(
     _FIND,
     """
@@ -201,10 +202,10 @@ return {page[#page] or '', left}
 """,
 )
 
-# ARGV: node, writer, granted and written so far, at least, at most, budget, room.
-# Budget is what may be stored, and room what may be written beside what is; both in bytes, or -1.
-# Returns what is granted on top, or 0; how much of the budget was used; how much all may still
-# write; how many objects are stored, their size, and what they take.
+# ARGV: node, writer, granted and written so far, least, most, budget, room. Budget limits the bytes
+# stored or granted, room the bytes still to write; both may be -1.
+# Returns the added grant, or 0; the used bytes of the budget; the bytes that all writers may still
+# write; the number of stored objects, their size, and the bytes counted for them.
 RESERVE = _script(
     _TOTALS,
     _GRANTS,
@@ -244,8 +245,7 @@ return totals()
 """,
 )
 
-# ARGV: the number of changes of the totals that were found to be wrong, then what they are to be.
-# Returns whether nothing had changed since.
+# ARGV: `changes` of the wrong totals, then the right ones. Returns whether they had not changed.
 ADJUST = _script(
     _TOTALS,
     """
@@ -256,7 +256,7 @@ return 1
 """,
 )
 
-# ARGV: node, what its usage was, and what it is to be. Returns whether it was that.
+# ARGV: node, its old usage, its new one. Returns whether the old one matched.
 CORRECT = _script(
     _TOTALS,
     """
@@ -275,7 +275,7 @@ return 1
 """,
 )
 
-# KEYS: a sorted set. ARGV: start, count. Returns one member of each node's that follow.
+# KEYS: a sorted set. ARGV: start, count. Returns one member of each of the next `count` nodes.
 NODES = _script(
     """
 local found, start = {}, ARGV[1]
@@ -290,7 +290,7 @@ return found
 """
 )
 
-# KEYS: chunks of objects. Returns the length of each, 0 if it is missing.
+# KEYS: chunks of objects. Returns the length of each, or 0 if it is missing.
 SIZES = """
 local sizes = {}
 for i, key in ipairs(KEYS) do
@@ -300,7 +300,8 @@ end
 return table.concat(sizes, ' ')
 """
 
-# KEYS: leases. ARGV: member, "1" if it may be new. Returns whether there is one.
+# KEYS: leases. ARGV: member, "1" if it may be new. Returns whether the lease exists now. A lease is
+# a score and not a `SET` with `PX`: no key may have a TTL, or `volatile-*` could evict it.
 RENEW = _script(
     """
 if ARGV[2] ~= '1' and not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
@@ -311,7 +312,7 @@ return 1
 """
 )
 
-# KEYS: overflows. ARGV: session, token. Returns the token that the session has now.
+# KEYS: overflows. ARGV: session, token. Returns the session's token.
 AGREE = _script(
     """
 redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
@@ -322,8 +323,8 @@ return ARGV[2]
 """
 )
 
-# KEYS: overflows, leases. ARGV: session, and "<session>:". Returns whether its token is forgotten:
-# not if a node of the session has a lease.
+# KEYS: overflows, leases. ARGV: session, and "<session>:". Returns whether the token was removed,
+# which it is not if a node of the session has a lease.
 FORGET_OVERFLOW = _script(
     """
 for _, member in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
