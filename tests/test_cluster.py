@@ -252,7 +252,7 @@ def test_dead_and_foreign_nodes_among_several_do_not_matter(
 
 
 def test_several_hosts_that_are_no_cluster_are_refused(server: Server) -> None:
-    with pytest.raises(ConfigError, match=r"several hosts.*not a node of a cluster.*sentinel_service"):
+    with pytest.raises(ConfigError, match=r"several hosts.*not a node of.*sentinel_service"):
         preflight.run_all(config(f"valkey://127.0.0.1:{server.port},127.0.0.1:1"))
 
 

@@ -699,8 +699,8 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     told = [*problems(name, "ab", header, memoryview(b""), Stat(b"", [10, 9]), [20, 21])]
     assert told == [
         "its header is that of object cd",
-        "its header tells of 20 bytes, not 21",
-        "its header tells of 2 chunks, not 3",
+        "its header gives 20 bytes, not 21",
+        "its header gives 2 chunks, not 3",
         "chunk 1 has 9 bytes, not 10",
     ]
     told = [*problems(name, "ab", header, memoryview(b""), Stat(b"", [], payload=19), [])]
@@ -808,7 +808,7 @@ def test_gc_removes_of_a_running_session_only_what_is_half_written_of_the_dead(
     text = tool("gc", *stock.options).stdout
     assert f"{SESSIONS[0]} runs, and has lost nodes\n" in text
     assert re.search(r"\n  abababababab +0 +0 B +1 ", text)
-    kept = f"Kept: {SESSIONS[0]}:cdcdcdcdcdcd, which lives, as its GCS says"
+    kept = f"Kept: {SESSIONS[0]}:cdcdcdcdcdcd, which is alive according to its GCS"
     assert kept in " ".join(text.split())
     assert "Removed 0 objects (0 B), 1 half-written and 0 files (0 B) of 1 node.\n" in text
     assert_fits(text)

@@ -1,4 +1,4 @@
-"""What this process is writing, so that whatever else is pending of it can be removed."""
+"""The attempts that this process is writing; its other pending objects can be removed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["UNDER_WAY", "UnderWay"]
 class UnderWay:
     """Attempts to put objects, and the budgets that pay for them. Thread-safe.
 
-    What is pending on the server is removed if its process is dead, or is this one and the attempt
-    is not under way any more. So a failed put that could not clean up has only to end its attempts.
+    A pending object is removed if its process is dead, or if its process is this one and its
+    attempt is no longer under way. So a failed put that could not clean up only ends its attempts.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._attempts: set[ObjectName] = set()
-        # By writer. One whose store is gone has ended, and its grant is to be released.
+        # By writer. A writer without a store has ended, and its grant can be released.
         self._budgets = WeakValueDictionary[str, Budget]()
 
     @contextlib.contextmanager
     def attempts(self, names: Iterable[ObjectName]) -> Iterator[None]:
-        """Have attempts under way."""
+        """Mark attempts as under way."""
         names = set(names)
         with self._lock:
             self._attempts |= names
@@ -44,20 +44,20 @@ class UnderWay:
             return name in self._attempts
 
     def add(self, writer: str, budget: Budget) -> None:
-        """Let a writer's budget be known, from before it is granted anything."""
+        """Register a writer's budget. Must precede its first grant."""
         with self._lock:
             self._budgets[writer] = budget
 
     def has_writer(self, writer: str) -> bool:
-        """Whether a writer of this process may still use what it is granted."""
+        """Whether a writer of this process may still use its grant."""
         with self._lock:
             return writer in self._budgets
 
     def budgets(self, node: Owner) -> list[Budget]:
-        """Those of the writers of a node that are in this process."""
+        """Return the budgets of a node's writers in this process."""
         with self._lock:
             return [budget for budget in self._budgets.values() if budget.node == node]
 
 
-# That of this process.
+# Shared by the whole process.
 UNDER_WAY = UnderWay()

@@ -288,7 +288,7 @@ class Budget:
         memory = min(self._limits.bounded, key=free_room)
         left = margin(memory.maxmemory) / MIB
         what = (
-            f"Valkey at {self._link.address} is full (OOM) but for what is left to others: "
+            f"Valkey at {self._link.address} is full (OOM) except for the margin left to others: "
             f"{memory.used / MIB:.1f} MiB of maxmemory {memory.maxmemory / MIB:.1f} MiB are used, "
             f"{left:.1f} MiB are left, and {wanted / MIB:.1f} MiB are wanted"
         )

@@ -237,7 +237,7 @@ def tenancy_warning(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> tup
     endpoint, memory = min(evicting.items(), key=lambda each: free_room(each[1]))
     free = len(infos) * max(0, free_room(memory))
     rest = (
-        "the rest goes to the overflow" if config.overflow_uri else "spills wait once it is used up"
+        "the overflow takes the rest" if config.overflow_uri else "spills wait once it is used up"
     )
     keys = "keys" if memory.evicts_all else f"keys with a TTL ({memory.volatile:,})"
     what = (
