@@ -1,7 +1,7 @@
 """The names of keys, and the URLs that Ray keeps for spilled objects. Pure.
 
-    <key_prefix><namespace>:{<namespace>}:index                           what is stored
-    <key_prefix><namespace>:{<namespace>}:pending                         what is being written
+    <key_prefix><namespace>:{<namespace>}:index                           stored objects
+    <key_prefix><namespace>:{<namespace>}:pending                         objects being written
     <key_prefix><namespace>:{<namespace>}:usage, :totals, :writers, :leases, :overflows
                                                                           see `ledger`
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>       header

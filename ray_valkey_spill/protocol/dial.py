@@ -149,7 +149,7 @@ def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyE
 
 def not_valkey(endpoint: Endpoint, error: Exception) -> NotValkeyError:
     return NotValkeyError(
-        f"what answers at {endpoint} does not speak the Valkey protocol ({error})",
+        f"the server at {endpoint} does not speak the Valkey protocol ({error})",
         "Correct url: it must name a Valkey or Redis server",
     )
 

@@ -405,8 +405,8 @@ class Link:
             found = self._ask_all(lambda: command(*waiting))
             if self.breaks != breaks:
                 raise UnconfirmedError(
-                    f"a connection to {self.address} broke before replicas had confirmed what was "
-                    "written over it"
+                    f"a connection to {self.address} broke before replicas had confirmed the "
+                    "writes over it"
                 )
             confirmed = {e: reply if aof else [1, reply] for e, reply in found.items()}
             behind = {e: n for e, n in confirmed.items() if n[0] < 1 or n[1] < wanted}
@@ -419,7 +419,7 @@ class Link:
                 else f"the append-only file of {endpoint} does not have"
             )
             error = ServerUnavailableError(
-                f"{have} what was written to it (waited for {self._retry_timeout:g} s)",
+                f"{have} the latest writes to it (waited for {self._retry_timeout:g} s)",
                 "Restore its replicas, or lower min_replicas"
                 if local
                 else "Set appendfsync everysec or always on it, or wait_aof to false",
@@ -428,7 +428,7 @@ class Link:
                 raise error
             self._waiting(error)
 
-    # --- what is missing ---
+    # --- missing values ---
 
     def confirmed(
         self,
@@ -829,8 +829,8 @@ class Link:
         except BaseException:
             node.close()
             raise
-        # Drop the connection of a node that is no primary under this name: its cluster may name it
-        # otherwise.
+        # Drop the connection if the cluster has no primary with this name: it may have another name
+        # for the node.
         is_of_use = isinstance(topology, Single) or (
             endpoint in topology.primaries and node.role is not Role.REPLICA
         )

@@ -114,7 +114,7 @@ def refusal(error: BaseException | None, endpoint: Endpoint) -> SpillError | Non
         )
     if reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):
         return NotValkeyError(
-            f"what answers at {endpoint} does not speak TLS",
+            f"the server at {endpoint} does not speak TLS",
             "Use valkey:// in url, or correct host and port",
         )
     return None
