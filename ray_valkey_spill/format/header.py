@@ -191,7 +191,7 @@ def decode_header(
 
 
 def key_id(value: Buffer) -> int | None:
-    """Return the id of the key that a header's value names; None if it is not sealed."""
+    """Return the id of the key that a header's value names; None if it names none."""
     if len(value) < TRAILER_SIZE:
         return None
     magic, _, flags, _, last = _TRAILER.unpack(memoryview(value)[-TRAILER_SIZE:])

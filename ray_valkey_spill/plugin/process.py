@@ -64,7 +64,7 @@ def is_alive(pid: int) -> bool:
     """Whether the process with that id runs. A zombie does not.
 
     Invariant: all Ray processes of a node share one PID namespace. Otherwise an IO worker would
-    take a live one for dead and remove what it is writing.
+    take a live one for dead, and remove the objects that it is writing.
     """
     try:
         # "pid (command) state …", where the command may contain parentheses.

@@ -420,7 +420,7 @@ class Link:
             )
             error = ServerUnavailableError(
                 f"{have} the latest writes to it (waited for {self._retry_timeout:g} s)",
-                "Restore its replicas, or lower min_replicas"
+                "Bring its replicas back, or lower min_replicas"
                 if local
                 else "Set appendfsync everysec or always on it, or wait_aof to false",
             )

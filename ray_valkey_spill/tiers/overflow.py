@@ -507,7 +507,7 @@ class OverflowTier:
         if not any(name.startswith(_SIGNATURE) for name in names):
             raise OverflowUnavailableError(
                 f"the overflow at {self} has nothing of session {place.name.session} any more",
-                "Mount or restore the directory; without it the objects spilled there are lost",
+                "Mount the directory again; without its files the objects spilled there are lost",
             )
 
     def _list(self, directory: str, kind: Any = fs.FileType.File) -> list[tuple[str, int]]:
@@ -598,7 +598,7 @@ class OverflowTier:
         except StalledError as error:
             raise OverflowUnavailableError(
                 f"the overflow at {self} does not answer: {error}",
-                "Restore the file server, mount or object store there; until then nothing can be "
+                "Repair the file server, mount or object store there; until then nothing can be "
                 "spilled to it or restored from it",
             ) from None
         except (OSError, pa.ArrowException) as error:
