@@ -1,4 +1,4 @@
-"""How long to pause between attempts that fail in a row."""
+"""Pauses between attempts that fail in a row."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ __all__ = ["Backoff"]
 
 
 class Backoff:
-    """Pauses that double with each failure in a row, so that a server is not asked too often.
+    """Pauses that double with each failure in a row, so that retries do not load the server.
 
-    Each is drawn from the upper half of its range: those who failed together do not all come back
-    together.
+    Each pause is drawn from the upper half of its range, so that clients that failed together do
+    not retry together.
 
     Args:
-        first: seconds, the most that the first pause lasts.
-        longest: seconds, the most that any lasts.
+        first: upper bound of the first pause, in seconds.
+        longest: upper bound of every pause, in seconds.
     """
 
     def __init__(self, first: float, longest: float) -> None:
@@ -23,11 +23,11 @@ class Backoff:
         self._longest = longest
 
     def next(self) -> float:
-        """Seconds to pause for now."""
+        """Return the next pause, in seconds, and double the one after it."""
         pause = self._pause
         self._pause = min(2 * pause, self._longest)
         return pause * random.uniform(0.5, 1.0)
 
     def renew(self) -> None:
-        """Begin anew: an attempt has succeeded."""
+        """Start again with the first pause, after an attempt that succeeded."""
         self._pause = self._first

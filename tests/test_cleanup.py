@@ -706,7 +706,7 @@ def test_an_overflow_that_is_away_holds_up_nothing_in_valkey_and_is_found_when_i
         (DEAD, 2, 0)
     ]
     assert look.unavailable is not None
-    assert any("Kept: all that is in the overflow" in note for note in namespace.told)
+    assert any("Kept: all data in the overflow" in note for note in namespace.told)
     assert [key for key in namespace.data_keys() if DEAD.encode() in key] == []
     assert DEAD in namespace.ledger.overflows()
     namespace.directory.unlink()

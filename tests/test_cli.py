@@ -467,7 +467,7 @@ def test_check_warns_where_keys_of_others_could_be_evicted_and_no_max_bytes_is_g
     assert "Give max_bytes" in found["memory"]["hint"]
     assert "overflow_uri" in found["memory"]["hint"]
     _, found = findings("--url", server.url, "--overflow-uri", str(tmp_path))
-    assert "the rest goes to the overflow" in found["memory"]["detail"]
+    assert "the overflow takes the rest" in found["memory"]["detail"]
     _, found = findings("--url", server.url, "--max-bytes", str(100 * MIB))
     assert found["memory"]["status"] == "ok"
     server.client.delete("session:1")

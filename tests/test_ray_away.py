@@ -349,8 +349,8 @@ def test_restores_that_break_off_half_way_again_and_again_are_reported() -> None
         # Less than a chunk, as the limit of a server or a proxy can be.
         proxy.to_client.most = 1 * MIB
         driver.send("ray.get(big)")
-        wait_until(lambda: driver.heard("restores wait for reads that do not break off"))
-        (message,) = driver.heard("restores wait for reads that do not break off")
+        wait_until(lambda: driver.heard("restores wait for uninterrupted reads"))
+        (message,) = driver.heard("restores wait for uninterrupted reads")
         assert "client-output-buffer-limit" in message
         proxy.to_client.most = None
         wait_until(lambda: len(driver.heard("^done")) == 3)

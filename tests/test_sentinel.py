@@ -232,7 +232,7 @@ def test_an_unknown_service_is_refused_at_once(group: SentinelGroup) -> None:
 
 def test_what_is_no_sentinel_is_refused_at_once(group: SentinelGroup) -> None:
     url = group.primary().url
-    with pytest.raises(ServerRefusedError, match=rf"{group.primary().port} is no Sentinel"):
+    with pytest.raises(ServerRefusedError, match=rf"{group.primary().port} is not a Sentinel"):
         preflight.run_all(config(url, retry_timeout=60))
 
 

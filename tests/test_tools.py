@@ -907,8 +907,8 @@ def test_all_that_is_wrong_is_reported_at_once() -> None:
     found = [*problems(name, "ab", header, memoryview(b""), Stat(b"", [10, 9]), [20, 21])]
     assert found == [
         "its header is that of object cd",
-        "its header tells of 20 bytes, not 21",
-        "its header tells of 2 chunks, not 3",
+        "its header gives 20 bytes, not 21",
+        "its header gives 2 chunks, not 3",
         "chunk 1 has 9 bytes, not 10",
     ]
     found = [*problems(name, "ab", header, memoryview(b""), Stat(b"", [], payload=19), [])]

@@ -580,7 +580,7 @@ def test_too_many_clients_are_waited_for_and_then_named(clients: str) -> None:
 
 
 def test_what_closes_without_an_answer_is_said_to(mute_server: str) -> None:
-    with pytest.raises(ServerUnavailableError, match="does not answer as a Valkey does"):
+    with pytest.raises(ServerUnavailableError, match="does not answer as Valkey does"):
         link_to(config(mute_server, retry_timeout=0.3)).info()
 
 

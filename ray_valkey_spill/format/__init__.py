@@ -1,1 +1,1 @@
-"""Names and bytes of spilled objects. Imports neither `protocol` nor a layer above it."""
+"""Names and byte format of spilled objects. Imports neither `protocol` nor a layer above it."""

@@ -22,33 +22,33 @@ __all__ = [
     "scratch",
 ]
 
-# A chunk is stored compressed only if that saves at least a tenth: less would not pay for the
-# decompression at the restore.
+# A chunk is stored compressed only if that saves at least a tenth: a smaller gain does not pay for
+# the decompression on restore.
 _WORTHWHILE = 0.9
 _SAMPLE_PIECES = range(3, 9)
 _SAMPLE_PIECE_SIZE = 4096
 
 
 class Codec(IntEnum):
-    """How a chunk is stored. The numbers are part of the format."""
+    """The encoding of a stored chunk. The numbers are part of the format."""
 
     RAW = 0
-    LZ4 = 1  # LZ4 block format, without a size in front
+    LZ4 = 1  # LZ4 block format, without a size prefix
 
 
 def checksum(data: Buffer) -> int:
-    """XXH3-64 of `data`."""
+    """Return the XXH3-64 of `data`."""
     return xxhash.xxh3_64_intdigest(data)
 
 
-# Arrow decompresses several times faster than lz4.block: its pool has memory at hand, and each
-# result of lz4.block is mapped, touched for the first time, and unmapped.
+# Arrow decompresses several times faster than lz4.block: its pool reuses memory, while every result
+# of lz4.block is mapped, faulted in and unmapped.
 _ARROW_LZ4 = pa.Codec("lz4_raw")
 _LAST_LITERALS = 5
 
 
 def expected_ratio(data: memoryview) -> float:
-    """What LZ4 leaves of `data`, judged by 12 to 32 KiB spread over it; 1 if that does not pay."""
+    """Estimate the fraction that LZ4 leaves of `data`, from 12 to 32 KiB; 1 if it does not pay."""
     pieces = min(max(_SAMPLE_PIECES.start, len(data) >> 16), _SAMPLE_PIECES.stop - 1)
     if len(data) <= pieces * _SAMPLE_PIECE_SIZE:
         sample: Buffer = data
@@ -61,7 +61,7 @@ def expected_ratio(data: memoryview) -> float:
 
 
 def compress(data: memoryview) -> tuple[Codec, Buffer]:
-    """`data` as LZ4, or itself where that does not pay. Releases the GIL."""
+    """Return `data` as LZ4, or unchanged if that does not pay. Releases the GIL."""
     packed: bytes = lz4.block.compress(data, store_size=False)
     if len(packed) <= _WORTHWHILE * len(data):
         return Codec.LZ4, packed
@@ -69,28 +69,28 @@ def compress(data: memoryview) -> tuple[Codec, Buffer]:
 
 
 def scratch(size: int) -> memoryview:
-    """Memory for a chunk, of undefined content, from Arrow's pool."""
+    """Return `size` bytes of uninitialised memory from Arrow's pool."""
     return memoryview(pa.allocate_buffer(size)).cast("B")
 
 
 def decompress_into(packed: Buffer, target: memoryview) -> None:
-    """Decompress an LZ4 block that has exactly `target`'s size. Releases the GIL.
+    """Decompress an LZ4 block of exactly `target`'s size. Releases the GIL.
 
     Raises:
-        LostObjectError: if it has not, or is no LZ4 block.
+        LostObjectError: `packed` has another size, or is not an LZ4 block.
     """
     try:
         data = memoryview(_ARROW_LZ4.decompress(packed, len(target))).cast("B")
     except OSError as error:
         raise LostObjectError(f"a chunk cannot be decompressed to {len(target)} bytes") from error
-    # Arrow does not tell of a block that ends too soon. But every block ends in literals, which
-    # come last in the data too (https://github.com/lz4/lz4/blob/dev/doc/lz4_Block_format.md).
+    # Arrow does not report a block that ends too soon. But the last bytes of a block are literals,
+    # also the last of the data (https://github.com/lz4/lz4/blob/dev/doc/lz4_Block_format.md).
     if data[-_LAST_LITERALS:] != memoryview(packed)[-_LAST_LITERALS:][-len(data) :]:
-        raise LostObjectError(f"a chunk has less than {len(target)} bytes")
+        raise LostObjectError(f"a chunk has fewer than {len(target)} bytes")
     copy_into(data, target)
 
 
 def copy_into(data: Buffer, target: memoryview) -> None:
-    """Copy `data` to memory of the same size, which is not empty. Releases the GIL."""
-    # A memoryview would not.
+    """Copy `data` to memory of the same size, which must not be empty. Releases the GIL."""
+    # The assignment of a memoryview would not release it.
     np.frombuffer(target, np.uint8)[:] = np.frombuffer(data, np.uint8)

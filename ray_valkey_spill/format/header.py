@@ -1,22 +1,22 @@
-"""How a spilled object looks in bytes: the header. Pure.
+"""The byte format of a spilled object's header. Pure.
 
-A header value is an Arrow IPC stream, then for a small object its payload, then a trailer:
+A header value is an Arrow IPC stream, the payload of an inline object, and a trailer:
 
     [ Arrow IPC stream ][ payload of an inline object ][ trailer, 20 bytes ]
 
-`pyarrow.ipc.open_stream(value)` alone reads the stream; it stops at its end-of-stream marker. Its
-schema's metadata hold the format's version, the object's id, Ray's metadata, the owner's address,
-and the sizes in bytes. It has one row a chunk: the stored size in bytes, the codec, and the XXH3-64
-of the stored bytes. For an inline payload these are metadata too, and it has no rows and no
-columns: that takes a third of the time.
+`pyarrow.ipc.open_stream(value)` alone reads the stream, up to its end-of-stream marker. The
+schema's metadata hold the format version, the object's id, Ray's metadata, the owner's address, and
+the sizes in bytes. The stream has one row per chunk: its stored size in bytes, its codec, and the
+XXH3-64 of its stored bytes. For an inline payload these are metadata too, without rows or columns,
+which takes a third of the time.
 
 The trailer is little-endian: magic "RVSP", version (u16), flags (u16), length of the stream (u32),
-XXH3-64 of the stream (u64). It is checked before Arrow sees a byte.
+XXH3-64 of the stream (u64). It is checked before Arrow reads a byte.
 
-Where objects are sealed (flags are 1, else 0), stream, payload and chunks are each stored as
-`sealing` made them, and `pyarrow` alone reads none of them. Sizes in the trailer and in the header
-are those of what is stored; a chunk has a tag then, and its checksum is 0. The last field of the
-trailer is the id of the key; the rest of it is sealed with the stream.
+For a sealed object the flags are 1, else 0. `sealing` then seals the stream, the payload and each
+chunk separately, and `pyarrow` alone reads none of them. The stream's length and the stored sizes
+include the tags, and the checksum of each chunk is 0. The trailer's last field is the id of the
+key; its other fields are authenticated with the stream.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ _MAGIC = b"RVSP"
 _TRAILER = struct.Struct("<4sHHIQ")
 TRAILER_SIZE = _TRAILER.size
 _SEALED = 1
-_BOUND = 12  # bytes of the trailer: all but what tells which key to try
-# Of a header without chunks: what Ray gives for one is some hundred bytes. And for each chunk: 13,
-# padded.
+_BOUND = 12  # bytes of the trailer that are authenticated: all but the id of the key
+# Bytes of a header without chunks, with a few hundred from Ray; and of a row, 13 with padding.
 _LARGEST_METADATA = 1 << 20
 _BYTES_PER_CHUNK = 16
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
@@ -71,7 +70,7 @@ _CHUNKS = pa.schema(
 
 
 class Chunk(NamedTuple):
-    """What the header tells of one chunk; the checksum of a sealed one is 0."""
+    """The header's entry for one chunk. The checksum of a sealed chunk is 0."""
 
     stored_size: int
     codec: Codec
@@ -80,17 +79,17 @@ class Chunk(NamedTuple):
 
 @dataclass(slots=True)
 class Header:
-    """All there is to know of a spilled object but its data.
+    """Everything about a spilled object except its data.
 
     Attributes:
-        object_id: hex of the object's id.
-        ray_metadata: the metadata of Ray's object (such as `b"PYTHON"`, or the number of an error).
-        owner_address: Ray's serialized address of the owner.
-        size: length of the data in bytes.
+        object_id: the object's id, in hex.
+        ray_metadata: metadata of Ray's object, for example `b"PYTHON"` or the number of an error.
+        owner_address: address of the object's owner, as Ray serializes it.
+        size: length of the data, in bytes.
         chunk_size: bytes of data in each chunk but the last.
-        chunks: one entry a chunk; one for an inline payload.
-        inline: whether the payload lies in the header's own key.
-        seal: what seals it and its chunks, or None.
+        chunks: one entry per chunk; one for an inline payload.
+        inline: whether the payload is stored in the header's own key.
+        seal: seals the header and the chunks; None if they are not sealed.
     """
 
     object_id: str
@@ -108,7 +107,7 @@ class Header:
         return sum(chunk.stored_size for chunk in self.chunks)
 
     def span(self, index: int) -> slice:
-        """Where in the object's data chunk `index` lies."""
+        """Return the slice of the object's data that chunk `index` holds."""
         start = index * self.chunk_size
         return slice(start, min(start + self.chunk_size, self.size))
 
@@ -118,9 +117,9 @@ def chunk_count(size: int, chunk_size: int) -> int:
 
 
 def encode_header(header: Header, payload: Sequence[Buffer] = ()) -> list[Buffer]:
-    """The header's value as buffers to be sent one after the other; `payload` is not copied.
+    """Return the header's value as buffers to send in order. `payload` is not copied.
 
-    It is sealed if the header has a seal; `payload` has to be by then.
+    If the header has a seal, the stream is sealed here; `payload` must already be sealed.
     """
     stream = _encode_stream(header)
     seal = header.seal
@@ -135,20 +134,20 @@ def encode_header(header: Header, payload: Sequence[Buffer] = ()) -> list[Buffer
 def decode_header(
     value: Buffer, name: str = "", keys: KeyRing | None = None
 ) -> tuple[Header, memoryview]:
-    """The header in `value`, and the payload beside it (empty unless the object is inline).
+    """Return the header in `value`, and its payload (empty unless the object is inline).
 
-    Everything in it has been checked against everything else; the payload's checksum has not. A
-    sealed payload has been opened.
+    The header is checked for consistency, and a sealed payload is opened. The checksum of a payload
+    that is not sealed is not checked.
 
     Args:
-        value: what is stored.
-        name: of the key that it is stored under.
-        keys: if they are given, only what is sealed is read.
+        value: the stored bytes.
+        name: the key that they are stored under; needed if they are sealed.
+        keys: keys to open a sealed header. If given, a header that is not sealed is refused.
 
     Raises:
-        LostObjectError: if `value` is damaged, was written by a newer version, or is not sealed
-            where it has to be.
-        ConfigError: if it is sealed with a key that is not in `keys`, or there are none.
+        LostObjectError: `value` is damaged, was written by a newer version, or is not sealed
+            although `keys` are given.
+        ConfigError: `value` is sealed with a key that is not in `keys`, or `keys` is None.
     """
     view = memoryview(value)
     if len(view) < _TRAILER.size:
@@ -177,7 +176,7 @@ def decode_header(
         raise LostObjectError("its header is damaged (wrong checksum)")
     elif keys is not None:
         raise LostObjectError(
-            "it is not sealed, and encryption_key_file is given: somebody without a key wrote it"
+            "it is not sealed although encryption_key_file is given: its writer had no key"
         )
     try:
         header = _parse_stream(stream)
@@ -192,7 +191,7 @@ def decode_header(
 
 
 def key_id(value: Buffer) -> int | None:
-    """The id of the key that a header's value says it is sealed with; None if it says of none."""
+    """Return the id of the key that a header's value names; None if it names none."""
     if len(value) < TRAILER_SIZE:
         return None
     magic, _, flags, _, last = _TRAILER.unpack(memoryview(value)[-TRAILER_SIZE:])
@@ -200,15 +199,15 @@ def key_id(value: Buffer) -> int | None:
 
 
 def format_version(value: Buffer) -> int:
-    """The format's version of a header that can be decoded."""
+    """Return the format version of a header that can be decoded."""
     _, version, _, _, _ = _TRAILER.unpack(value[-TRAILER_SIZE:])
     return int(version)
 
 
 def header_size(trailer: Buffer) -> int:
-    """The length of a header's value without payload, given its last `TRAILER_SIZE` bytes.
+    """Return the length of a header's value without payload, in bytes, from its trailer.
 
-    0 if they are none.
+    `trailer` is the value's last `TRAILER_SIZE` bytes. Returns 0 if they are not a trailer.
     """
     if len(trailer) != TRAILER_SIZE:
         return 0
@@ -217,9 +216,9 @@ def header_size(trailer: Buffer) -> int:
 
 
 def largest_header(chunks: int) -> int:
-    """More than the length of any header's value, without payload, that tells of `chunks` chunks.
+    """Return an upper bound for the length of a header without payload, in bytes.
 
-    What is longer was not written by us, and need not be read to know that.
+    A longer value was not written by this package, and need not be read to know that.
     """
     return _LARGEST_METADATA + chunks * _BYTES_PER_CHUNK
 
@@ -228,7 +227,7 @@ def largest_header(chunks: int) -> int:
 
 
 class _Fields(NamedTuple):
-    """What varies in a stream, as bytes; `inline`, or else the columns, are empty."""
+    """The variable parts of a stream, as bytes. Either `inline` or the columns are empty."""
 
     object_id: bytes
     ray_metadata: bytes
@@ -264,7 +263,7 @@ class _Fields(NamedTuple):
         )
 
     def header(self) -> Header:
-        """Raises ValueError if they cannot be those of one."""
+        """Return the header with these fields. Raises ValueError if they are not valid."""
         if self.inline:
             size, codec, digest = map(int, self.inline.split())
             chunks = [Chunk(size, Codec(codec), digest)]
@@ -288,11 +287,11 @@ class _Fields(NamedTuple):
 
 
 class _Template:
-    """A stream without its fields, which only those of certain lengths fit.
+    """A stream without its fields, for fields of certain lengths.
 
-    Arrow takes some ten times as long for a stream as it takes to put fields in their places. So
-    Arrow makes two streams of each shape, whose fields have no byte in common: where these differ,
-    there are the fields.
+    Arrow takes about ten times as long to build a stream as it takes to fill in a template. So
+    Arrow builds two streams of each shape, with different bytes in every field: the positions where
+    they differ are the fields.
     """
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
@@ -300,7 +299,7 @@ class _Template:
         marked = _arrow_stream(
             _Fields(*(bytes([1 + i]) * length for i, length in enumerate(lengths)))
         )
-        # Between two constants is the field with that number.
+        # After each constant but the last comes the field with the number at the same index.
         self._constants: list[bytes] = []
         self._numbers: list[int] = []
         self._lengths = lengths
@@ -328,7 +327,7 @@ class _Template:
         return b"".join(parts)
 
     def fields(self, stream: bytes) -> _Fields | None:
-        """The fields of a stream; None if it has another shape."""
+        """Return the fields of a stream; None if it has another shape."""
         found = [b""] * len(self._lengths)
         start = 0
         for constant, number in zip(self._constants, self._numbers):
@@ -339,7 +338,7 @@ class _Template:
         return fields if self.stream(fields) == stream else None
 
 
-# Of shapes that were seen, by the lengths of the fields, and by that of the stream.
+# Templates of the shapes seen so far, by the lengths of their fields and by that of the stream.
 _MOST_TEMPLATES = 512
 _by_lengths: dict[tuple[int, ...], _Template] = {}
 _by_size: dict[int, list[_Template]] = {}
@@ -392,7 +391,7 @@ def _parse_stream(stream: memoryview) -> Header:
         if fields is not None:
             return fields.header()
     header = _parse_by_arrow(stream)
-    # The next one of the same shape is parsed faster.
+    # Makes parsing faster for the next stream of this shape.
     _template(_Fields.of(header))
     return header
 
@@ -426,12 +425,14 @@ def _parse_by_arrow(stream: memoryview) -> Header:
 
 def _check_consistency(header: Header, payload_size: int) -> None:
     if header.size < 0 or header.chunk_size < 1:
-        raise LostObjectError(f"its header tells of {header.size} bytes, {header.chunk_size} each")
+        raise LostObjectError(
+            f"its header gives {header.size} bytes in chunks of {header.chunk_size}"
+        )
     wanted = 1 if header.inline else chunk_count(header.size, header.chunk_size)
     if len(header.chunks) != wanted:
         raise LostObjectError(f"its header has {len(header.chunks)} rows for {wanted} chunks")
     if payload_size != (header.stored_size if header.inline else 0):
-        raise LostObjectError(f"its header has {payload_size} bytes beside it")
+        raise LostObjectError(f"its header has a payload of {payload_size} bytes")
     more = 0 if header.seal is None else TAG_SIZE
     full = header.chunk_size + more
     last = header.size - (wanted - 1) * header.chunk_size + more if wanted else 0

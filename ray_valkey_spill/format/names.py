@@ -8,14 +8,15 @@
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>       header
     <key_prefix><namespace>:<session>:<node>:<object>.<attempt>.<n>:<i>   chunk i of n
 
-Index and pending set are sorted sets. An object being written has its name as a member of the
-pending set, `<session>:<node>:<object>.<attempt>.<n>`; once it is whole, its entry is in the index
-instead, which is the name, `.<size>.<stored>`: its length, and what is counted for it, in bytes.
-All have score 0 and so are in lexicographic order: what a session or a node owns is one range,
-found without SCAN, and each member tells every key that its object can have. An attempt tells its
-writer, so that what a killed writer left can be told from the rest.
+Index and pending set are sorted sets. The pending set has the name of each object being written,
+`<session>:<node>:<object>.<attempt>.<n>`. Once the object is complete, the index has its entry
+instead: the name and `.<size>.<stored>`, the data's length and the bytes counted for the object.
+All members have score 0, so they are in lexicographic order: the objects of a session or a node are
+one range, found without SCAN. A name determines every key that its object can have. An attempt
+contains the writer's process id, which identifies the leftovers of a killed writer.
 
-The namespace in braces makes a cluster keep the metadata on one shard; objects are spread over all.
+The namespace in braces is a hash tag: a cluster keeps the metadata on one shard, and spreads
+objects over all of them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _URL = re.compile(r"(overflow:)?([^?]+)\?offset=0&size=([0-9]+)(?:&sealed=([0-9a
 
 
 def new_attempt() -> str:
-    """A token no other attempt to spill an object has: time in ms, this process, 32 random bits."""
+    """Return a unique token for an attempt: time in ms, process id, 32 random bits, all as hex."""
     return f"{int(time.time() * 1000):011x}{os.getpid():08x}{os.urandom(4).hex()}"
 
 
@@ -55,7 +56,7 @@ class Owner(NamedTuple):
 
 
 class ObjectName(NamedTuple):
-    """One attempt to spill one object: whose it is, and how many chunk keys it has."""
+    """One attempt to spill one object: its session and node, and its number of chunk keys."""
 
     session: str
     node: str
@@ -65,12 +66,12 @@ class ObjectName(NamedTuple):
 
     @property
     def writer(self) -> int:
-        """The id of the process that made the attempt, on its node."""
+        """Process id of the writer. All Ray processes of a node must share one PID namespace."""
         return int(self.attempt[11:19], 16)
 
     @property
     def time(self) -> float:
-        """When the attempt was made, by its node's clock, in seconds since the epoch."""
+        """Time of the attempt by its node's clock, in seconds since the epoch."""
         return int(self.attempt[:11], 16) / 1000
 
     def __str__(self) -> str:
@@ -78,7 +79,7 @@ class ObjectName(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> ObjectName:
-        """Raises ValueError if `text` is not the name of an object."""
+        """Parse a name. Raises ValueError if `text` is not the name of an object."""
         match = _NAME.fullmatch(text)
         if match is None:
             raise ValueError(f"not the name of a spilled object: {text!r}")
@@ -87,7 +88,7 @@ class ObjectName(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A stored object: its name, its data's length, and what is counted for it, in bytes."""
+    """A stored object: its name, the length of its data, and the bytes counted for it."""
 
     name: ObjectName
     size: int
@@ -98,7 +99,7 @@ class Entry(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Entry:
-        """Raises ValueError if `text` is not an entry of the index."""
+        """Parse an entry. Raises ValueError if `text` is not an entry of the index."""
         match = _ENTRY.fullmatch(text)
         if match is None:
             raise ValueError(f"not an entry of the index: {text!r}")
@@ -106,15 +107,15 @@ class Entry(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an object is, as its URL says.
+    """The place of an object, as its URL gives it.
 
-    The URL comes from Ray, so whoever can write only to the server or the overflow cannot forge it.
+    Ray keeps the URL, so write access to the server or the overflow does not suffice to forge it.
 
     Attributes:
-        name: of the object.
+        name: name of the object.
         size: length of its data, in bytes.
-        tier: which has it.
-        key_id: of the key that seals it; None if none does.
+        tier: the tier that has it.
+        key_id: id of the key that seals it; None if it is not sealed.
     """
 
     name: ObjectName
@@ -125,7 +126,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Keyspace:
-    """The keys below `root`, which is `<key_prefix><namespace>:`."""
+    """The keys below `root`, which is `<key_prefix><namespace>:`. None of them may have a TTL."""
 
     root: str
 
@@ -155,7 +156,7 @@ class Keyspace:
 
     @property
     def grants(self) -> str:
-        """What version 0.1 had for `writers`."""
+        """Version 0.1's counterpart of `writers`."""
         return self._metadata("grants")
 
     @cached_property
@@ -186,16 +187,16 @@ class Keyspace:
         return [f"{base}{i}" for i in range(name.chunks)]
 
     def url(self, place: Place) -> str:
-        """What Ray keeps for the object."""
+        """Return the URL that Ray keeps for the object."""
         tier = "overflow:" if place.tier == "overflow" else ""
         sealed = "" if place.key_id is None else f"&sealed={place.key_id:016x}"
         return f"{tier}{self.root}{place.name}?offset=0&size={place.size}{sealed}"
 
     def parse_url(self, url: str) -> Place:
-        """Where the object of `url` is.
+        """Return the place of the object of `url`.
 
         Raises:
-            LostObjectError: if `url` is not one of ours, or of another namespace.
+            LostObjectError: `url` is not one of this package, or is of another namespace.
         """
         match = _URL.fullmatch(url)
         if match and match[2].startswith(self.root):

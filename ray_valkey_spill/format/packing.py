@@ -1,12 +1,12 @@
-"""Objects to values, and back: cut, compressed or sealed, and checked; in threads where that pays.
+"""Turns objects into values and back: cuts, compresses, seals and checks, in threads if it pays.
 
-An object of up to `INLINE_LIMIT` bytes (and one chunk) lies beside its header in one key; a larger
-one is cut into chunks of `chunk_size` bytes, each a key. Data are never buffered whole: raw chunks
-go between the caller's memory and the socket without a copy, and threads work in order and a
-bounded number of chunks ahead of the network.
+An object of up to `INLINE_LIMIT` bytes (and one chunk) is stored with its header in one key. A
+larger one is cut into chunks of `chunk_size` bytes, one per key. No object is ever buffered whole:
+raw chunks move between the caller's memory and the socket without a copy, and threads work in order
+and a bounded number of chunks ahead of the network.
 
-With an `encryption_key_file` all is sealed, in the same threads, and opened in memory of our own:
-nothing gets into the caller's that has not been found to be what was put.
+With an `encryption_key_file`, the same threads seal everything. They open chunks in separate
+memory, so that only authenticated bytes reach the caller's.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ __all__ = ["INLINE_LIMIT", "Packer", "Receive", "SourceObject", "unpack_chunk"]
 
 INLINE_LIMIT = 256 * KIB
 
-# Two threads saturate what one connection carries. They are kept ahead of it by no more than this,
-# which with the wire's own window bounds what an IO worker grows by.
+# Two threads saturate one connection. They run ahead of it by at most this many bytes, which with
+# the connection's window bounds the memory of an IO worker.
 _THREADS = min(2, os.cpu_count() or 1)
 _BYTES_AHEAD = 8 * MIB
-# Handing work to a thread and back takes as long as the checksum of about this many bytes.
+# Bytes; handing work to a thread takes as long as the checksum of about this many.
 _WORTH_A_THREAD = 256 * KIB
 _DECODED_TOGETHER = 2 * MIB
 
-# Receives chunks, given by their numbers, into memory; yields as each is there, in order.
+# Receives chunks, given as (number, memory); yields once for each as it arrives, in order.
 Receive = Callable[[Iterable[tuple[int, memoryview]]], Iterator[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class SourceObject:
-    """An object to be stored. `data` is read in place and must not change until it is stored."""
+    """An object to store. `data` is read in place, and must not change until it is stored."""
 
     object_id: str
     ray_metadata: bytes
@@ -66,7 +66,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class _Done(Generic[_T]):
-    """Stands in for a future where the work was not worth a thread."""
+    """The result of work that was not worth a thread, in place of a future."""
 
     value: _T
 
@@ -79,10 +79,10 @@ _Job = Future[_T] | _Done[_T]
 
 @dataclass(slots=True)
 class _Piece:
-    """One chunk's worth of an object on its way into the store, or all of an inline object.
+    """A chunk of an object to put, or all of an inline object.
 
-    `job` compresses and checksums it, if that is to be, or seals it with `seal`; `ratio` is what
-    that is expected to leave.
+    `job` compresses and checksums it, or seals it with `seal`; None for a raw chunk. `ratio` is the
+    fraction of the object that compression is expected to leave.
     """
 
     source: SourceObject
@@ -95,7 +95,7 @@ class _Piece:
 
 
 class _Part(NamedTuple):
-    """A chunk on its way out of the store: what its header tells, its bytes, and their place."""
+    """A chunk being fetched: its header entry, its stored bytes, and the slot for its data."""
 
     number: int
     chunk: Chunk
@@ -104,11 +104,11 @@ class _Part(NamedTuple):
 
 
 class Packer:
-    """Makes values of objects, and fills objects from them. For one thread at a time.
+    """Turns objects into values, and fills objects from values. Not thread-safe.
 
     Args:
-        config: how chunks are cut and compressed.
-        keyspace: the keys of what is made.
+        config: chunk size and compression.
+        keyspace: keys of the values.
     """
 
     def __init__(self, config: Config, keyspace: Keyspace) -> None:
@@ -119,13 +119,13 @@ class Packer:
         self._pool: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        """End the threads; there are new ones when they are needed."""
+        """End the threads. The next use that needs threads starts new ones."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
 
     def chunk_count(self, size: int) -> int:
-        """How many chunks an object of `size` bytes is cut into; 0 if it is inline."""
+        """Return the number of chunks of an object of `size` bytes; 0 if it is inline."""
         inline = size <= min(INLINE_LIMIT, self._chunk_size)
         return 0 if inline else chunk_count(size, self._chunk_size)
 
@@ -136,9 +136,9 @@ class Packer:
     ) -> Generator[Value]:
         """Yield the chunks and then the header of each object.
 
-        Threads compress, checksum and seal chunks, a bounded number of them ahead. A chunk that is
-        neither compressed nor sealed is checksummed here, just after it was sent, while it is in
-        this core's cache: a core reads memory no faster than the wire takes it.
+        Threads compress, checksum and seal a bounded number of chunks ahead. The calling thread
+        checksums a chunk that is neither compressed nor sealed just after it was sent, while it is
+        in the core's cache: a core reads memory no faster than the wire takes it.
         """
         ahead: deque[_Piece] = deque()
         chunks: list[Chunk] = []
@@ -159,11 +159,11 @@ class Packer:
                     expected = 0 if name.chunks else expected
                     yield Value(header_key, name, size, header, expected, is_last=True)
         finally:
-            # The caller may take its memory back once this is over.
+            # The caller may take its memory back after this.
             wait([piece.job for piece in ahead if isinstance(piece.job, Future)])
 
     def _header(self, piece: _Piece, chunks: list[Chunk], stored: Buffer) -> list[Buffer]:
-        """The value that completes the object, of which `piece` is the last."""
+        """Return the value that completes the object; `piece` is its last piece."""
         inline = piece.name.chunks == 0
         header = Header(
             object_id=piece.source.object_id,
@@ -180,7 +180,7 @@ class Packer:
     def _pieces(
         self, named: Iterable[tuple[SourceObject, ObjectName]], key: Key | None
     ) -> Iterator[_Piece]:
-        """All objects cut to pieces; drawing one starts its compression and its sealing."""
+        """Yield the pieces of all objects. Drawing a piece starts its compression or sealing."""
         for source, name in named:
             size = len(source.data)
             ratio = self._ratio(source.data)
@@ -196,11 +196,11 @@ class Packer:
                 yield _Piece(source, name, seal, index, data, ratio, job)
 
     def _ratio(self, data: memoryview) -> float:
-        """What storing `data` is expected to take of its length; 1 if it is stored raw."""
+        """Return the fraction of `data` that is expected to be stored; 1 if it is stored raw."""
         return expected_ratio(data) if self._compression != "none" and data else 1.0
 
     def _start(self, size: int, work: Callable[..., _T], *args: Any) -> Future[_T] | _Done[_T]:
-        """Have a thread do `work` on `size` bytes, or do it now if that is faster."""
+        """Run `work` on `size` bytes in a thread, or here if that is faster."""
         if size < _WORTH_A_THREAD:
             return _Done(work(*args))
         if self._pool is None:
@@ -212,11 +212,11 @@ class Packer:
     def unpack(
         self, header: Header, target: memoryview, numbers: Sequence[int], receive: Receive
     ) -> Sequence[int]:
-        """Receive some chunks into their places; returns those that are damaged.
+        """Receive the chunks `numbers` into `target`; return the numbers of damaged ones.
 
-        Raw chunks are received in place, and checked at once, while they are in this core's cache.
-        Others are checked and decompressed in threads, some at a time; sealed ones are opened there
-        before their places see anything of them.
+        Raw chunks are received in place and checked at once, while they are in this core's cache.
+        Threads check and decompress the others, several at a time. They open a sealed chunk in
+        separate memory, so that `target` gets only authenticated bytes.
         """
         asked: deque[_Part] = deque()
         together: list[_Part] = []
@@ -252,13 +252,13 @@ class Packer:
                     damaged.append(part.number)
             decode(leave=0)
         finally:
-            # Nobody may write into `target` any more once this is over.
+            # No thread may write into `target` after this.
             wait([job for job in decoding if isinstance(job, Future)])
         return sorted(damaged)
 
 
 def _lookahead(items: Iterable[_T], count: int, ahead: deque[_T]) -> Iterator[_T]:
-    """Yield `items`, and keep `count` more of them drawn, in `ahead`."""
+    """Yield `items`, keeping the next `count` of them already drawn, in `ahead`."""
     for item in items:
         ahead.append(item)
         if len(ahead) > count:
@@ -268,13 +268,13 @@ def _lookahead(items: Iterable[_T], count: int, ahead: deque[_T]) -> Iterator[_T
 
 
 def _compressed(data: memoryview) -> tuple[Chunk, Buffer]:
-    """What is stored of a chunk's data, and what the header tells of that."""
+    """Return the header entry of a chunk, and its stored bytes."""
     codec, stored = compress(data)
     return Chunk(len(stored), codec, checksum(stored)), stored
 
 
 def _sealed(data: memoryview, pays: bool, seal: Seal, number: int) -> tuple[Chunk, Buffer]:
-    """As `_compressed`, if compression pays, and sealed. The tag is a better checksum."""
+    """As `_compressed` if compression pays, and sealed. The tag replaces the checksum."""
     codec, packed = compress(data) if pays else (Codec.RAW, data)
     stored = scratch(len(packed) + TAG_SIZE)
     seal.seal_chunk(number, packed, stored)
@@ -282,7 +282,7 @@ def _sealed(data: memoryview, pays: bool, seal: Seal, number: int) -> tuple[Chun
 
 
 def _decode(parts: Sequence[_Part], seal: Seal | None) -> list[int]:
-    """Put the data of chunks into their slots; returns those that are damaged."""
+    """Decode chunks into their slots; return the numbers of damaged ones."""
     damaged = []
     for number, chunk, stored, slot in parts:
         if seal is not None:
@@ -305,7 +305,7 @@ def _opened(seal: Seal, number: int, stored: memoryview) -> memoryview:
 
 
 def unpack_chunk(chunk: Chunk, stored: memoryview, target: memoryview) -> None:
-    """Put the data of a chunk, which has been checked and is not sealed, into their place."""
+    """Decode a chunk that has been checked, and is not sealed, into `target`."""
     if chunk.codec is not Codec.RAW:
         decompress_into(stored, target)
     elif target:

@@ -1,14 +1,14 @@
-"""Sealing: AES-256-GCM over what is stored, and the file that its keys are in. Knows no server.
+"""Sealing: AES-256-GCM over stored bytes, and the file with its keys. Knows no server.
 
-Every attempt to spill an object has a key of its own, which follows from a key of the file and the
-name of the object's header key. That name has namespace, session, node, object, attempt and count
-of chunks, so what is stored under it opens there and nowhere else: not elsewhere on the server, nor
-as what a later attempt stored. A nonce tells what a value is, the header or chunk i, so none opens
-in the place of another. The header tells the sizes, and is sealed too.
+Every attempt to spill an object has its own key, derived from a key of the file and the name of the
+object's header key. That name contains the namespace, session, node, object, attempt and number of
+chunks. So a value opens under its own name only: neither elsewhere on the server, nor in place of a
+value of a later attempt. The nonce identifies a value as the header or as chunk i, so no value
+opens in place of another. The header, which has the sizes, is sealed too.
 
-So a nonce is a counter, and that is safe only where nothing else is ever sealed for the same name
-and place. Names are unique per attempt (`names.new_attempt`): what is put again, in the overflow
-too, is put under a new name, and what is sent again over a new connection are the same bytes.
+A nonce is a counter, so no other bytes may ever be sealed with the same name and nonce. Names are
+unique per attempt (`names.new_attempt`): an object that is put again, also in the overflow, gets a
+new name, and a request that is sent again over a new connection has the same bytes.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _Buffer = bytes | bytearray | memoryview
 
 TAG_SIZE = 16
 _KEY_SIZE = 32
-# What the file's keys are used for, each apart from the other.
+# Domain separation of the two uses of a key from the file.
 _FOR_ID, _FOR_OBJECT = b"ray-valkey-spill 1 key id", b"ray-valkey-spill 1 object "
 _HEADER_NONCE = b"head" + bytes(8)
 _HEX = re.compile(rb"[0-9A-Fa-f]{64}")
 _HOW_TO_MAKE_ONE = (
     "Put one key on each line, 32 bytes as 64 hex digits or base64, as `openssl rand -hex 32` or "
-    "`openssl rand -base64 32` print one; the first one seals, all of them open"
+    "`openssl rand -base64 32` print one; the first key seals, all keys open"
 )
 
 
 class Seal:
-    """Seals and opens the values of one attempt to spill one object. For any number of threads."""
+    """Seals and opens the values of one attempt to spill one object. Thread-safe."""
 
     def __init__(self, key_id: int, subkey: bytes) -> None:
         self.key_id = key_id
@@ -54,31 +54,31 @@ class Seal:
         return f"<Seal with key {self.key_id:016x}>"
 
     def seal_chunk(self, number: int, data: _Buffer, target: memoryview) -> None:
-        """Seal a chunk into `target`, which has `TAG_SIZE` bytes more. Releases the GIL."""
+        """Seal a chunk into `target`, which is `TAG_SIZE` bytes longer. Releases the GIL."""
         self._cipher.encrypt_into(_chunk_nonce(number), data, None, target)
 
     def open_chunk(self, number: int, stored: _Buffer, target: memoryview) -> None:
-        """Open a chunk into `target`, which has `TAG_SIZE` bytes less. Releases the GIL.
+        """Open a chunk into `target`, which is `TAG_SIZE` bytes shorter. Releases the GIL.
 
-        `target` is written to before it is known whether the chunk is whole: if this raises, it may
-        have bytes that an attacker chose.
+        AES-GCM writes `target` before it has checked the tag: if this raises, `target` may contain
+        bytes that an attacker chose.
 
         Raises:
-            LostObjectError: this is not what was sealed as chunk `number` of this object.
+            LostObjectError: `stored` was not sealed as chunk `number` of this object.
         """
         self._open(_chunk_nonce(number), stored, b"", target)
 
     def seal_header(self, data: _Buffer, bound: _Buffer) -> bytearray:
-        """Seal a header's stream, and what it is `bound` to without containing it."""
+        """Seal a header's stream, and authenticate `bound` with it (the associated data)."""
         sealed = bytearray(len(data) + TAG_SIZE)
         self._cipher.encrypt_into(_HEADER_NONCE, data, bound, sealed)
         return sealed
 
     def open_header(self, stored: _Buffer, bound: _Buffer) -> bytearray:
-        """What was sealed.
+        """Return the header's stream.
 
         Raises:
-            LostObjectError: this, or what it is `bound` to, is not what was sealed.
+            LostObjectError: `stored` or `bound` is not what was sealed.
         """
         data = bytearray(max(0, len(stored) - TAG_SIZE))
         self._open(_HEADER_NONCE, stored, bound, data)
@@ -90,11 +90,11 @@ class Seal:
         try:
             self._cipher.decrypt_into(nonce, stored, bound, target)
         except InvalidTag:
-            raise LostObjectError("its seal is broken: this is not what was stored here") from None
+            raise LostObjectError("its seal is broken: these bytes were not stored here") from None
 
 
 class Key:
-    """A key of the file. `id` tells it from others, and nothing of it."""
+    """A key of the file. `id` distinguishes it from other keys, and reveals nothing about it."""
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
@@ -104,19 +104,19 @@ class Key:
         return f"<Key {self.id:016x}>"
 
     def seal(self, name: str) -> Seal:
-        """That of the object whose header key is `name`."""
+        """Return the seal of the object with the header key `name`."""
         return Seal(self.id, hmac.digest(self._secret, _FOR_OBJECT + name.encode(), "sha256"))
 
 
 class KeyRing:
-    """The keys of a file, of which the first seals and all open.
+    """The keys of a file: the first one seals, all of them open. Not thread-safe.
 
-    The file is looked at before each use, and read where it has changed, so that keys can be
-    rotated under running processes: also one that is taken out opens nothing any more. While the
-    file cannot be read, nothing is sealed and nothing opened. For one thread.
+    Each use checks the file, and reads it again if it has changed. So keys can be rotated under
+    running processes, and a removed key opens nothing any more. While the file cannot be read,
+    nothing can be sealed or opened.
 
     Args:
-        path: of the file. It is not read before its first use.
+        path: path of the file. It is not read before its first use.
     """
 
     def __init__(self, path: str) -> None:
@@ -130,13 +130,13 @@ class KeyRing:
         return None if path is None else cls(path)
 
     def current(self) -> Sequence[Key]:
-        """All of them as they are now, the one that seals first.
+        """Return all keys in the file now; the first one seals.
 
         Raises:
-            ConfigError: the file is missing, has no key, or something in it is none.
+            ConfigError: the file cannot be read, has no key, or has a line that is not a key.
         """
         try:
-            # Of before the reading, so that what is written meanwhile is seen the next time.
+            # Taken before the read, so that the next call sees a change made meanwhile.
             version = _version(os.stat(self._path))
             if version != self._version:
                 self._version = None
@@ -149,16 +149,16 @@ class KeyRing:
     def open_header(
         self, name: str, key_id: int, stored: _Buffer, bound: _Buffer
     ) -> tuple[Seal, bytearray]:
-        """Open the header stored under the key `name`, which tells of a key with `key_id`.
+        """Open the header stored under the key `name`, and sealed with the key `key_id`.
 
-        Where that key is not in the file, the object is not lost: the key may come, as in a
-        rotation, or come back.
+        An object is not lost while its key is not in the file: a rotation may not have reached this
+        node yet, or the key may be restored.
 
         Returns:
-            What opens the object's chunks too, and what was sealed.
+            The seal, which also opens the object's chunks, and the header's stream.
 
         Raises:
-            LostObjectError: it is not what was sealed here.
+            LostObjectError: `stored` was not sealed under this name.
             ConfigError: the key is not in the file; or as `current`.
         """
         known = {key.id: key for key in self.current()}
@@ -171,8 +171,8 @@ class KeyRing:
         raise ConfigError(
             f"it is sealed with key {key_id:016x}, which is not in encryption_key_file "
             f"{self._path} (only {', '.join(f'{known_id:016x}' for known_id in known)})",
-            "Add that key to the file on every node, below the first one; it is read again by "
-            "itself",
+            "Add that key to the file on every node, below the first one; the file is reloaded "
+            "automatically",
         )
 
 
@@ -181,7 +181,7 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _parse(content: bytes, path: str) -> list[Key]:
-    """The keys in a file. No error tells what else is in it."""
+    """Return the keys in a file. No error quotes the file's content."""
     keys = []
     for number, line in enumerate(content.splitlines(), 1):
         text = line.partition(b"#")[0].strip()
@@ -189,7 +189,7 @@ def _parse(content: bytes, path: str) -> list[Key]:
             secret = _secret(text)
             if secret is None:
                 raise ConfigError(
-                    f"line {number} of encryption_key_file {path} is no key", _HOW_TO_MAKE_ONE
+                    f"line {number} of encryption_key_file {path} is not a key", _HOW_TO_MAKE_ONE
                 )
             keys.append(Key(secret))
     if not keys:
@@ -198,7 +198,7 @@ def _parse(content: bytes, path: str) -> list[Key]:
 
 
 def _secret(text: bytes) -> bytes | None:
-    """The key that `text` is, if it is one."""
+    """Return the key that `text` encodes; None if it is not a key."""
     with contextlib.suppress(ValueError):
         if _HEX.fullmatch(text):
             return bytes.fromhex(text.decode())
@@ -210,12 +210,12 @@ def _secret(text: bytes) -> bytes | None:
 def _unreadable(path: str, error: OSError) -> ConfigError:
     if _secret(path.encode(errors="replace")) is not None:
         return ConfigError(
-            "encryption_key_file is a key, and has to be the path of a file with keys",
+            "encryption_key_file is a key, but must be the path of a file with keys",
             "Make a new key: this one has been on command lines",
         )
     return ConfigError(
         f"encryption_key_file {path} cannot be read: {error.strerror}",
-        "Every node needs it, with the same keys, readable for the user that Ray runs as",
+        "Every node needs it, with the same keys, readable by the user that Ray runs as",
     )
 
 

@@ -1,4 +1,4 @@
-"""The values that an object is stored as, each under a key."""
+"""The values that make up a stored object, each under its own key."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["Value"]
 
 
 class Value(NamedTuple):
-    """A chunk of an object, or its header: buffers, one after the other, to store under `key`.
+    """A chunk of an object, or its header.
 
     Attributes:
-        key: of the value.
-        name: of the object.
+        key: key of the value.
+        name: name of the object.
         size: length of the object's data, in bytes.
-        parts: the value's buffers.
-        expected: with the object's first value, how many bytes all its values may take; else 0.
-        is_last: whether the object is whole once this value is stored.
+        parts: buffers that make up the value, in order.
+        expected: estimated bytes of all values of the object, on its first value; 0 on the others.
+        is_last: whether this value completes the object.
     """
 
     key: str

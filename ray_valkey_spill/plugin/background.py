@@ -1,4 +1,4 @@
-"""Work that is done now and then beside everything else."""
+"""Recurring work in a background thread."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ __all__ = ["Background"]
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# Less than a lease lasts: see `cleanup`.
+# Seconds. Shorter than a lease (see `cleanup`), so that one failure does not let it run out.
 _AFTER_FAILURE = 15.0
 
 
 class Background:
-    """Has a thread do `work` again and again, from `start` to `stop`.
-
-    The thread does not keep its process alive.
+    """Runs `work` repeatedly in a daemon thread, from `start` to `stop`.
 
     Args:
-        work: returns after how many seconds, or somewhat more, it is to be done again. If it
-            raises, that is logged, and it is done again soon.
-        name: of the thread.
+        work: returns the seconds until its next run, which may come up to 30 % later. If it raises,
+            the error is logged, and the next run follows within 20 s.
+        name: name of the thread.
     """
 
     def __init__(self, work: Callable[[], float], name: str = "background") -> None:
@@ -35,9 +33,9 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread, which does its work at once, unless that has been done.
+        """Start the thread, unless it was started before. Its first run begins at once.
 
-        Where no thread can be had there is none until the next call.
+        If the thread cannot be started, the next call tries again.
         """
         if self._thread is None:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -46,11 +44,11 @@ class Background:
                 self._thread = thread
 
     def wake(self) -> None:
-        """Have the work done soon: there is some."""
+        """Make the next run begin at once, or right after the one in progress."""
         self._waking.set()
 
     def stop(self) -> None:
-        """End the thread, once it has done what it is at."""
+        """End the thread after the run in progress, and wait for it."""
         self._stopping = True
         self.wake()
         if self._thread is not None:
@@ -63,6 +61,6 @@ class Background:
             except Exception:
                 logger.exception("the background work failed")
                 pause = _AFTER_FAILURE
-            # Workers that started together, or that waited together, do not stay together.
+            # Jitter spreads workers that started together or waited together.
             self._waking.wait(pause * random.uniform(1.0, 1.3))
             self._waking.clear()

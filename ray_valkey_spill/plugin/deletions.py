@@ -1,7 +1,7 @@
-"""What an IO worker has still to delete, in a file beside those of its node's other IO workers.
+"""A journal of an IO worker's pending deletions, in a file of the session directory.
 
-Ray asks for a deletion once, whatever comes of it. If the IO worker is killed meanwhile, another
-one of the node finds its file and deletes in its place.
+Ray requests a deletion once, whatever its outcome. If the IO worker is killed before it is done,
+another IO worker of the node finds the file and deletes the objects.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ _SUFFIX = ".deletions"
 
 
 class DeletionJournal:
-    """The URLs whose deletion was asked for and is not done. For any number of threads.
+    """The URLs of requested deletions that are not done. Thread-safe.
 
     Args:
-        directory: gives where the files are, or None if there is no place for any: then only this
-            process knows. Neither does anybody else where a file cannot be written.
-        name: what the names of the files of this node begin with, and of no other's.
+        directory: returns the directory of the files, or None if there is none. In that case, or if
+            a file cannot be written, only this process knows its pending deletions.
+        name: prefix of this node's file names, which no other node has.
     """
 
     def __init__(self, directory: Callable[[], Path | None], name: str) -> None:
         self._directory = directory
         self._name = name
-        # Process ids are used again: the file of an earlier process is not to be taken for ours.
+        # Process ids are reused: the token distinguishes this process from an earlier one.
         self._token = os.urandom(4).hex()
-        # And whether whoever was at it has given up.
+        # By URL: whether its deletion has been given up for now.
         self._left: dict[str, bool] = {}
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def deleting(self, urls: Sequence[str]) -> Iterator[None]:
-        """Note them while they are deleted; where that fails they are `left` from then on."""
+        """Record `urls` while the body deletes them. If it raises, they are `left` afterwards."""
         with self._lock:
             self._left |= dict.fromkeys(urls, False)
             self._append("+", urls)
@@ -51,13 +51,13 @@ class DeletionJournal:
         self.done(urls)
 
     def put_off(self, urls: Sequence[str]) -> None:
-        """Leave them for later."""
+        """Record `urls` for a later deletion."""
         with self._lock:
             self._left |= dict.fromkeys(urls, True)
             self._append("+", urls)
 
     def done(self, urls: Iterable[str]) -> None:
-        """Forget them: they are deleted."""
+        """Remove `urls`, which are deleted, from the journal."""
         urls = list(urls)
         with self._lock:
             for url in urls:
@@ -69,19 +69,19 @@ class DeletionJournal:
                     path.unlink(missing_ok=True)
 
     def left(self) -> list[str]:
-        """What this process has still to delete, and is not just at."""
+        """Return the URLs that this process has still to delete and is not deleting now."""
         with self._lock:
             return [url for url, given_up in self._left.items() if given_up]
 
     def adopt(self, is_alive: Callable[[int], bool]) -> None:
-        """Take over what killed processes of the node had left: it is `left` to this one then.
+        """Take over the pending deletions of the node's killed processes; `left` then has them.
 
         Args:
-            is_alive: whether a process of this node, given by its id, still runs.
+            is_alive: whether the process of this node with that id still runs.
         """
         for path in self._of_the_dead(is_alive):
-            # Of all that find it, the one that renames it has it. If that one is killed before the
-            # URLs are in its own file, others find the new name.
+            # The process that renames the file owns it. If it is killed before the URLs are in its
+            # own file, others find the new name.
             taken = path.with_name(f"{self._name}-{os.getpid()}-{os.urandom(4).hex()}{_SUFFIX}")
             with contextlib.suppress(OSError):
                 path.rename(taken)
@@ -107,7 +107,7 @@ class DeletionJournal:
         path = self._path()
         if path is None:
             return
-        # The line break comes first: what a full disk has cut off must not spoil what follows.
+        # The line break comes first, so that a line cut off by a full disk does not spoil the next.
         with contextlib.suppress(OSError), path.open("ab") as file:
             file.write("".join(f"\n{sign}{url}" for url in urls).encode() + b"\n")
 
@@ -117,7 +117,7 @@ class DeletionJournal:
 
 
 def _read(path: Path) -> list[str]:
-    """The URLs that were added and not done; a last line without its end does not count."""
+    """Return the URLs that were added and not done. An unterminated last line does not count."""
     left: dict[str, None] = {}
     for line in path.read_bytes().decode(errors="replace").split("\n")[:-1]:
         if line.startswith("+"):

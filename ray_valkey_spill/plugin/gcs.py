@@ -1,4 +1,4 @@
-"""Whether a Ray session still runs, and which of its nodes: asks the GCS, Ray's head process."""
+"""Asks the GCS, Ray's head process, whether a session still runs, and which of its nodes do."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _ANSWER_TIMEOUT = 20.0
 
 
 def running_at(address: str) -> RunningSession | None:
-    """The session whose GCS is at `address` (host:port); None if its host says that there is none.
+    """Return the session of the GCS at `address` (host:port).
 
-    `UNKNOWN` if what is there does not tell, and `UNREACHABLE` if the host does not answer.
+    Returns None if the host refuses the connection, `UNREACHABLE` if it does not answer, and
+    `UNKNOWN` if it accepts the connection but does not answer as a GCS.
     """
     host, _, port = address.rpartition(":")
     try:
@@ -28,7 +29,7 @@ def running_at(address: str) -> RunningSession | None:
         return None
     except (OSError, ValueError, OverflowError):
         return UNREACHABLE
-    # In a process of its own, because Ray's client ends the process where it cannot connect.
+    # In a separate process, because Ray's client ends its process if it cannot connect.
     try:
         answer = subprocess.run(  # noqa: S603 (our own module, and an address)
             module_command(__name__, address),

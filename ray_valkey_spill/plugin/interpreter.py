@@ -1,4 +1,4 @@
-"""How to run modules of this package in processes of their own."""
+"""Commands that run modules of this package in separate processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 __all__ = ["module_command"]
 
-# As `python -P -m` does it, which Python 3.10 does not have.
+# The same as `python -P -m`, which Python 3.10 does not have.
 _RUN_MODULE = (
     "import sys; sys.path[:] = [path for path in sys.path if path]; import runpy; "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
@@ -14,9 +14,9 @@ _RUN_MODULE = (
 
 
 def module_command(module: str, *args: str) -> list[str]:
-    """The command that runs `module` as `python -m` does, with `args`.
+    """Return the command that runs `module` with `args`, as `python -m` does.
 
-    `python -m` imports from the working directory first: a `json.py` there would replace Python's.
-    This command does not.
+    Unlike `python -m`, it does not import from the working directory, where a `json.py` would
+    replace Python's.
     """
     return [sys.executable, "-c", _RUN_MODULE, module, *args]

@@ -1,8 +1,8 @@
 """The background work of an IO worker, and of its node.
 
-A node has up to eight IO workers. One of them, whichever has the lock file in the session's
-directory, keeps the node: it renews the lease, looks for what killed IO workers have left, and
-measures. Each of them does for itself only what nobody else can.
+A node has up to eight IO workers. The one that holds the lock file in the session's directory keeps
+the node: it renews the lease, cleans up after killed IO workers, and measures. Each IO worker does
+for itself only what no other can do.
 """
 
 from __future__ import annotations
@@ -36,28 +36,29 @@ __all__ = ["Keeper", "NodeLock"]
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# Seconds between two rounds, of which each renews the lease, and between attempts after a failure.
+# Seconds between two rounds, each of which renews the lease; and between attempts after a failure.
 _BETWEEN_ROUNDS, _BETWEEN_ATTEMPTS = RENEWAL, 2.0
-# A round can take longer than a lease lasts: many objects to remove, or an overflow that is slow.
-# Another thread renews the lease if that was not done for so many seconds.
+# Invariant: a renewal comes within every lease, whatever else the threads do. A round can take
+# longer than a lease, with many objects to remove or a slow overflow. So another thread renews the
+# lease if nobody has for this many seconds.
 _LATEST_RENEWAL = 2 * RENEWAL
 # Seconds between two listings of the overflow.
 _BETWEEN_SWEEPS = 600.0
 _ATTEMPTS_PER_WARNING = 6
 _DELETED_TOGETHER = 100
-# Until an IO worker that has just been started is connected.
+# Seconds between two checks whether an IO worker that has just started is connected.
 _BETWEEN_STARTS = 0.2
 
 
 class NodeLock:
-    """Which IO worker of a node keeps it: one at a time, until it ends.
+    """A file lock that one IO worker of a node holds until it ends: the one that keeps the node.
 
-    Its file's time of modification says when the lease was renewed last. Where no file can be had,
-    each IO worker keeps the node.
+    The file's modification time is the time of the latest renewal of the lease. If the file cannot
+    be opened or locked, each IO worker keeps the node.
 
     Args:
         directory: returns the session's directory, or None if there is none.
-        name: of the file.
+        name: name of the file.
     """
 
     def __init__(self, directory: Callable[[], Path | None], name: str) -> None:
@@ -66,7 +67,7 @@ class NodeLock:
         self._file: int | None = None
 
     def take(self) -> bool:
-        """Take the lock, unless another process has it; returns whether this one has it now."""
+        """Take the lock unless another process has it; return whether this one has it now."""
         path = self._path()
         if self._file is not None or path is None:
             return True
@@ -86,23 +87,23 @@ class NodeLock:
         return True
 
     def drop(self) -> None:
-        """Let another process have the lock."""
+        """Release the lock."""
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
 
     def note_renewal(self) -> None:
-        """Let the node's other IO workers know that its lease was renewed."""
+        """Record for the node's other IO workers that its lease was renewed."""
         if (path := self._path()) is not None:
             with contextlib.suppress(OSError):
                 path.touch()
 
     def since_renewal(self) -> float:
-        """Seconds since any IO worker of the node renewed its lease; infinite if none is known."""
+        """Return the seconds since the node's latest renewal; infinity if none is known."""
         if (path := self._path()) is not None:
             with contextlib.suppress(OSError):
                 age = time.time() - path.stat().st_mtime
-                # A clock that was put back says nothing.
+                # The clock was set back if the age is negative.
                 return age if age >= 0 else float("inf")
         return float("inf")
 
@@ -112,18 +113,18 @@ class NodeLock:
 
 
 class Keeper:
-    """Threads that do an IO worker's background work; they start with `start`.
+    """Two threads for an IO worker's background work. `start` starts them.
 
     Args:
         node: the node.
-        store: of this process.
+        store: this process's object store.
         lock: see `NodeLock`.
-        journal: what is to be deleted.
-        deferred: what is to be restored.
-        outages: is notified of failures.
-        metrics: is notified of what was found.
+        journal: pending deletions.
+        deferred: deferred restores.
+        outages: gets failures and successes.
+        metrics: gets failures and measurements.
         is_destroyed: whether the node's data were destroyed.
-        needs: returns what has to be there for the object of a URL to be read, its tier first.
+        needs: returns the resources needed to read the object of a URL, its tier first.
     """
 
     def __init__(
@@ -150,24 +151,24 @@ class Keeper:
         self._rounds = Background(self._do_round)
         self._lease = Background(self._keep_lease, "lease")
         self._failed_rounds = 0
-        # The first renewal is due to the round.
+        # The first renewal is left to the round.
         self._renewed = time.monotonic()
         self._has_left_something = self._cannot_join = False
         self._swept = float("-inf")
         self._in_overflow: int | None = None
 
     def start(self) -> None:
-        """Start the threads, unless they run. Where none can be had, the next call tries again."""
+        """Start the threads unless they run. If one cannot start, the next call tries again."""
         self._rounds.start()
         self._lease.start()
 
     def clean_up_soon(self) -> None:
-        """Have what a failed operation of this process has left removed as soon as possible."""
+        """Remove the leftovers of a failed operation of this process as soon as possible."""
         self._has_left_something = True
         self._rounds.wake()
 
     def stop(self) -> None:
-        """End the threads, once they have done what they are at."""
+        """End the threads after their work in progress, and release the lock."""
         self._rounds.stop()
         self._lease.stop()
         self._lock.drop()
@@ -175,9 +176,9 @@ class Keeper:
     # --- rounds ---
 
     def _do_round(self) -> float:
-        """Do what is due; returns when the next round is.
+        """Do one round; return the seconds until the next one.
 
-        Each step is tried, whatever became of the others.
+        A step that fails does not keep the others from being tried.
         """
         if not is_connected():
             return _BETWEEN_STARTS
@@ -189,8 +190,7 @@ class Keeper:
             try:
                 step()
             except SpillError as error:
-                # Operations that suffer from the same have reported it by then, but there may be
-                # none.
+                # Operations with the same failure have reported it already, but there may be none.
                 self._metrics.failed("recover", error)
                 failure = failure or error
         self._metrics.looked(self._store.breaks + self._node.breaks)
@@ -199,7 +199,7 @@ class Keeper:
             return _BETWEEN_ROUNDS
         self._failed_rounds += 1
         if self._failed_rounds % _ATTEMPTS_PER_WARNING == 0:
-            logger.warning("what failed operations left cannot be removed yet: %s", failure)
+            logger.warning("leftovers of failed operations cannot be removed yet: %s", failure)
         return min(self._failed_rounds * _BETWEEN_ATTEMPTS, _BETWEEN_ROUNDS)
 
     def _steps(self) -> list[Callable[[], None]]:
@@ -229,20 +229,20 @@ class Keeper:
         self._outages.over(VALKEY, "leases")
 
     def _join_overflow(self) -> None:
-        """Report an overflow that cannot be used before anything is lost to it."""
+        """Join the overflow, and report it if it cannot be used, before a spill needs it."""
         try:
             self._node.join_overflow()
         except OverflowUnavailableError as error:
             self._cannot_join = True
             self._outages.failed(OVERFLOW, "spills and restores", error)
             raise
-        # Once it has joined, this says nothing about the overflow any more.
+        # After the first success this step does no I/O, so it proves nothing about the overflow.
         if self._cannot_join:
             self._cannot_join = False
             self._outages.over(OVERFLOW, "spills and restores")
 
     def _measure_room(self) -> None:
-        with contextlib.suppress(SpillError):  # another time
+        with contextlib.suppress(SpillError):  # the next round measures again
             self._metrics.found_room(self._node.room())
 
     def _adopt_deletions(self) -> None:
@@ -276,7 +276,7 @@ class Keeper:
                 raise
 
     def _delete_again(self) -> None:
-        """Delete what could not be deleted before, in each tier whatever becomes of the other."""
+        """Retry deletions that failed. A failure of one tier does not hold up the other."""
         failure: SpillError | None = None
         left = sorted(self._journal.left(), key=self._tier_of)
         for tier, of_tier in itertools.groupby(left, key=self._tier_of):
@@ -303,10 +303,10 @@ class Keeper:
         if self._in_overflow is not None:
             self._metrics.found_in_overflow(self._in_overflow)
 
-    # --- the lease, whatever a round takes ---
+    # --- the lease, however long a round takes ---
 
     def _keep_lease(self) -> float:
-        """Renew the lease if no round has come to that; returns when to look again."""
+        """Renew the lease if no round has in time; return the seconds until the next check."""
         if not is_connected():
             return _BETWEEN_STARTS
         ago = min(time.monotonic() - self._renewed, self._lock.since_renewal())
@@ -314,7 +314,7 @@ class Keeper:
             return _LATEST_RENEWAL - ago
         try:
             self._node.keep_lease(gcs_address(), self._is_destroyed)
-        except SpillError:  # which a round reports if it lasts
+        except SpillError:  # a round reports it if it lasts
             return _BETWEEN_ATTEMPTS
         self._note_renewal()
         return _LATEST_RENEWAL

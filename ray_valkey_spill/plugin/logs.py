@@ -13,9 +13,9 @@ _FORMAT = "%(asctime)s\t%(levelname)s %(name)s -- %(message)s"
 def set_default_format() -> None:
     """Print time, level and logger with each message that no configured handler takes.
 
-    Python prints the bare message of such a record. Handlers that somebody configures, now or
-    later, are used as they are, and no line is printed twice. This changes the whole process, so it
-    is only for processes that no user code runs in.
+    Python prints only the message of such a record. Handlers that are configured now or later stay
+    as they are, and no line is printed twice. This changes the whole process, so call it only in
+    processes without user code.
     """
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(logging.Formatter(_FORMAT))

@@ -1,10 +1,10 @@
-"""Metrics of an IO worker, on the Prometheus endpoint that Ray has on its node.
+"""Metrics of an IO worker, on the Prometheus endpoint of its Ray node.
 
-What the endpoint makes of them is that of Ray 2.60 (`open_telemetry_metric_recorder`, its `.cc` and
-its `.py`). Counters are added up on the node, and so outlive the worker. A gauge is handed on once
-each time it is set, and kept for 20 s. Observations of a histogram become the middles of their
-buckets: its counts are right, its sum is not quite. What a worker that is killed has counted since
-it last reported, in ten seconds at most, is lost.
+The endpoint treats them as Ray 2.60 does (`open_telemetry_metric_recorder`, its `.cc` and `.py`).
+It adds counters up per node, so they outlive the worker. It exports a gauge once each time it is
+set, for 20 s. It replaces each observation of a histogram by the middle of its bucket, so the
+counts are exact and the sum is approximate. A killed worker loses what it has counted since its
+last report, at most ten seconds before.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SECONDS = [
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 ]
 
-# The first of an error's classes, from its own on, that is here.
+# By class: the first class in an error's MRO that is here names its reason.
 _REASONS: Mapping[type, str] = {
     ConfigError: "config",
     LostObjectError: "lost",
@@ -56,7 +56,7 @@ _OUT_OF_REACH = {"unavailable", "refused", "not_valkey"}
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """A metric. `name` is what Ray is given; `exported` what Prometheus has."""
+    """A metric. `name` is its name in Ray, `exported` its name in Prometheus."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -81,32 +81,32 @@ _LOGICAL = Definition(
     "counter",
     "bytes",
     ("operation", "tier"),
-    "The length of their data.",
+    "Length of their data.",
 )
 _STORED = Definition(
     "valkey_spill_stored_bytes",
     "counter",
     "bytes",
     ("operation", "tier"),
-    "Spilled: what is counted for them, in Valkey with what the server needs around each value, in "
-    "the overflow the length of their files. Restored: what was read of their chunks. Of deletions "
-    "it is not known.",
+    "Spilled: the bytes counted for them; in Valkey with the server's overhead per value, in the "
+    "overflow the length of their files. Restored: the bytes read of their chunks. Unknown for "
+    "deletions.",
 )
 _DURATION = Definition(
     "valkey_spill_operation_seconds",
     "histogram",
     "seconds",
     ("operation", "tier"),
-    "How long a batch took that was spilled or deleted, or an object that was restored, with what "
-    "had to be tried again; without what failed.",
+    "Duration of a spilled or deleted batch, or of a restored object, including retries. Failed "
+    "ones do not count.",
 )
 _FAILURES = Definition(
     "valkey_spill_failures",
     "counter",
     "attempts",
     ("operation", "reason"),
-    "Attempts that failed, or ended before their end; all are repeated. Operations are also "
-    "`recover`, what is done in the background every ten seconds. Reasons: "
+    "Attempts that failed or were cut short; all are retried. Operations include `recover`, the "
+    "background work every ten seconds. Reasons: "
     f"{', '.join(f'`{reason}`' for reason in _REASONS.values())}.",
 )
 _LOST = Definition(
@@ -114,22 +114,23 @@ _LOST = Definition(
     "counter",
     "objects",
     ("reason",),
-    "Objects that were to be restored and became `ObjectLostError`, once for each node that asked. "
-    "Reasons: `missing`, `damaged`, `foreign` (the URL is none of ours).",
+    "Restores that ended in `ObjectLostError`, counted once for each node that asked. Reasons: "
+    "`missing`, `damaged`, `foreign` (the URL is not from this package and namespace).",
 )
 _BREAKS = Definition(
     "valkey_spill_connection_breaks",
     "counter",
     "breaks",
     (),
-    "Connections that broke or could not be had, and servers that were not ready: as many retries.",
+    "Connections that broke or could not be opened, and servers that were not ready. Each is one "
+    "retry.",
 )
 _CONNECTED = Definition(
     "valkey_spill_connected",
     "gauge",
     "0 or 1",
     (),
-    "Whether the latest attempt to use the server worked; one that is full did.",
+    "Whether the latest attempt to use the server worked. A full server counts as working.",
 )
 _LEASE = Definition(
     "valkey_spill_lease_renewed_timestamp_seconds",
@@ -143,7 +144,7 @@ _BUDGET_USED = Definition(
     "gauge",
     "bytes",
     (),
-    "What the whole namespace has stored in Valkey or is granted, as `max_bytes` counts it.",
+    "Bytes that the namespace has stored in Valkey or been granted, as counted for `max_bytes`.",
 )
 _BUDGET_LIMIT = Definition(
     "valkey_spill_budget_limit_bytes", "gauge", "bytes", (), "`max_bytes`, if that is given."
@@ -160,14 +161,14 @@ _SERVER_USED = Definition(
     "gauge",
     "bytes",
     (),
-    "The server's `used_memory`, with what others have there; in a cluster, of the fullest shard.",
+    "The server's `used_memory`, including other data; in a cluster, of the fullest shard.",
 )
 _SERVER_LIMIT = Definition(
     "valkey_spill_server_maxmemory_bytes",
     "gauge",
     "bytes",
     (),
-    "Its `maxmemory`; 0 if it has no bound.",
+    "Its `maxmemory`; 0 if it has no limit.",
 )
 
 DEFINITIONS = (
@@ -189,11 +190,11 @@ DEFINITIONS = (
 
 
 class Metrics(Observer):
-    """Reports what an IO worker does. For any number of threads; nothing here ever raises.
+    """Reports an IO worker's metrics. Thread-safe; no method ever raises.
 
     Args:
-        is_reporting: whether this process is one whose metrics are wanted, and connected to Ray.
-            Until it is, what is told is dropped.
+        is_reporting: whether this process reports metrics and is connected to Ray. Until it is,
+            values are dropped.
     """
 
     def __init__(self, is_reporting: Callable[[], bool]) -> None:
@@ -204,7 +205,7 @@ class Metrics(Observer):
         self._renewed = 0.0
         self._breaks = 0
 
-    # --- what happens ---
+    # --- events ---
 
     def done(
         self,
@@ -228,13 +229,13 @@ class Metrics(Observer):
         self._record(_LOST, 1, {"reason": reason})
 
     def failed(self, operation: Operation | Literal["recover"], error: SpillError) -> None:
-        """An attempt has failed, or has ended before its end."""
+        """Count an attempt that failed or was cut short."""
         reason = next(_REASONS[kind] for kind in type(error).__mro__ if kind in _REASONS)
         self._record(_FAILURES, 1, {"operation": operation, "reason": reason})
         if reason in _OUT_OF_REACH:
             self._note(connected=False)
 
-    # --- what is so, told at each look in the background ---
+    # --- measurements, once in each background round ---
 
     def renewed_lease(self) -> None:
         self._renewed = time.time()
@@ -248,11 +249,11 @@ class Metrics(Observer):
         self._record(_SERVER_LIMIT, room.memory.maxmemory)
 
     def found_in_overflow(self, size: int) -> None:
-        """What the node has there is `size` bytes."""
+        """Record that the node has `size` bytes in the overflow."""
         self._record(_OVERFLOW_USED, size)
 
     def looked(self, breaks: int) -> None:
-        """A look is over; connections have broken `breaks` times since the process began."""
+        """End a round. `breaks` is the number of broken connections since the process began."""
         self._record(_BREAKS, breaks - self._breaks)
         self._breaks = breaks
         if self._renewed:  # by this IO worker: others keep the node
@@ -280,7 +281,7 @@ class Metrics(Observer):
                 instrument.set(value, labels)
             elif metric.kind == "histogram":
                 instrument.observe(value, labels)
-            elif value:  # Ray refuses to add nothing
+            elif value:  # Ray refuses to add 0
                 instrument.inc(value, labels)
         except Exception:
             if not self._has_failed:
@@ -296,7 +297,7 @@ def _instrument(metric: Definition) -> Any:
 
 
 def markdown_table() -> str:
-    """All metrics, as the documentation has them."""
+    """Return the table of all metrics for the documentation."""
     head = ["| name | type | unit | labels | meaning |", "| --- | --- | --- | --- | --- |"]
     rows = [
         f"| `{metric.exported}` | {metric.kind} | {metric.unit} "

@@ -1,13 +1,11 @@
-"""Reports failures that last, in measure, for all IO workers of a node together.
+"""Rate-limited reports of lasting failures, shared by all IO workers of a node.
 
-Ray calls a storage again at once after a failed spill, from up to four processes, and if the
-storage raises, Ray logs a traceback and prints it at every driver each time. So this package does
-not raise where another attempt may help. It pauses, or puts the work off, and reports: the log gets
-a line a minute, a driver gets one message once an outage has lasted for some seconds, and one when
-it is over.
+After a failed spill, Ray calls the storage again at once, from up to four processes. If the storage
+raises, Ray logs a traceback and prints it at every driver each time. So this package does not raise
+where another attempt may help. It pauses or defers the work, and reports: one log line a minute,
+one message to each driver once an outage has lasted for some seconds, and one when it is over.
 
-Each resource that can be away has an outage of its own, so that a success with one says nothing
-about another.
+Each resource has its own outage, because a success with one resource proves nothing about another.
 """
 
 from __future__ import annotations
@@ -47,24 +45,24 @@ __all__ = [
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# What can be away. Messages name them so.
+# The resources that can be unavailable, as messages name them.
 VALKEY, ROOM, OVERFLOW = "Valkey", "room in Valkey", "the overflow"
 CONFIG = "the configuration of this node"
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 2.0
 _BETWEEN_LOG_LINES = 60.0
-# Seconds that an outage lasts before drivers hear of it, between two such messages, and between two
-# looks for drivers that have joined since.
+# Seconds from the start of an outage to the message to drivers, between two such messages, and
+# between two checks for drivers that have joined since.
 _BEFORE_REPORT = 5.0
 _BETWEEN_REPORTS = 60.0
 _BETWEEN_LOOKS_FOR_DRIVERS = 10.0
-# Whoever waits for a resource tries it every two seconds. If nobody has failed for the first of
-# these, nobody waits for it, and what is known of it is too old to put anything off; after the
-# second, the next failure begins another outage.
+# Seconds. Work that waits for a resource retries every two seconds. Without a failure for _FRESH,
+# nothing waits for it, and its state is too old to defer work. Without one for _FORGOTTEN, the next
+# failure begins a new outage.
 _FRESH, _FORGOTTEN = 15.0, 120.0
-# Losses come in numbers: a message counts those of the seconds after the first.
+# Seconds from the first loss to its message, which also counts the losses in between.
 _BEFORE_LOSS_REPORT = 3.0
-# How long a success may rest on what was known of outages before.
+# Seconds for which `over` may rely on the latest look at the shared state.
 _BETWEEN_GLANCES = 1.0
 _NEVER = float("-inf")
 
@@ -72,17 +70,17 @@ _PREFIX = "ray-valkey-spill: "
 
 
 class Drivers(Protocol):
-    """The drivers of the cluster, to which messages for users are printed."""
+    """The drivers of the cluster, which print messages for users."""
 
     def notify(self, message: str, job: str | None = None) -> None:
-        """Print a message at one driver, given by its job's id, or at all there are."""
+        """Print a message at the driver of one job, given by its id, or at all drivers."""
 
     def running(self) -> Collection[str]:
-        """The ids of the jobs whose drivers run; none if they cannot be found out."""
+        """Return the ids of the jobs with a running driver; empty if they are unknown."""
 
 
 def resource_of(error: SpillError) -> str:
-    """The resource that `error` shows to be away."""
+    """Return the resource that `error` shows to be unavailable."""
     kinds = (
         (OverflowUnavailableError, OVERFLOW),
         (ServerFullError, ROOM),
@@ -91,17 +89,16 @@ def resource_of(error: SpillError) -> str:
     return next((name for kind, name in kinds if isinstance(error, kind)), VALKEY)
 
 
-# --- what the IO workers of a node know together ---
+# --- state shared by the IO workers of a node ---
 
 
 class _SharedState:
-    """A small JSON object that the IO workers of a node share, in a file of the session directory.
+    """A small JSON object in a file of the session directory, shared by the IO workers of a node.
 
     Args:
-        directory: returns where the file is, or None if there is nobody to share with. The file is
-            made when there is something to share. Where it cannot be written, this process has a
-            state of its own.
-        name: the file's name.
+        directory: returns the file's directory, or None to share nothing. The file is created when
+            there is something to share. If it cannot be written, this process keeps its own state.
+        name: name of the file.
     """
 
     def __init__(self, directory: Callable[[], Path | None], name: str) -> None:
@@ -112,7 +109,7 @@ class _SharedState:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[dict[str, Any]]:
-        """The state, for this thread of this process alone meanwhile; changes are kept."""
+        """Lock the state against all threads and processes, and save the changes made within."""
         file = self._opened()
         if file is None:
             with self._alone_lock:
@@ -133,7 +130,7 @@ class _SharedState:
                 self._alone, self._directory = state, lambda: None
 
     def glance(self) -> dict[str, Any]:
-        """The state as it was at some time just now; empty if nothing was ever shared."""
+        """Return a recent copy of the state; empty if nothing was ever shared."""
         path = self._path()
         if path is None:
             return self._alone
@@ -145,15 +142,15 @@ class _SharedState:
             return self._alone
 
     def _opened(self) -> Any:
-        """The file, locked for this thread; None where it cannot be had, or locked."""
+        """Return the file, locked for this thread; None if it cannot be opened or locked."""
         path = self._path()
         if path is None:
             return None
         with contextlib.ExitStack() as stack:
             try:
-                # Unbuffered: what a full disk refuses must not come up again at the end.
+                # Unbuffered: bytes that a full disk refuses must not be written again on close.
                 file = stack.enter_context(path.open("ab+", buffering=0))
-                # Each `open` has a lock of its own, so this also keeps threads apart.
+                # Each `open` has its own lock, so this also excludes other threads.
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:  # some file systems have no locks
                 return None
@@ -178,21 +175,21 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 @dataclass
 class _Outage:
-    """One resource's. Times are `time.monotonic()`, which all processes of a machine share.
+    """The outage of one resource. Times are `time.monotonic()`, one clock for a whole machine.
 
     Attributes:
-        since: when it began; None if there is none.
-        kinds: what waits for it, such as "spills" or one object, and until when each counts as
-            failing unless it fails again. One succeeds and another does not where a server takes
-            reads and no writes.
-        failures: how many attempts have failed since.
-        last: when the latest failed.
-        logged: when a line was written to a log.
-        reported: when drivers heard of it, also of an earlier one.
-        heard: whether drivers have heard of this one.
-        jobs: those whose drivers have.
-        looked: when somebody last looked for drivers that have not.
-        waiting: what waits for it: by process id, or by itself, how many, and when that was so.
+        since: its start; None if there is no outage.
+        kinds: the kinds of work that wait for it, "spills" or a single object, each with the time
+            until which it counts as failing. If a server takes reads but no writes, one kind
+            succeeds and another fails.
+        failures: number of failed attempts since its start.
+        last: time of the latest failure.
+        logged: time of the latest log line.
+        reported: time of the latest message to drivers, also of an earlier outage.
+        heard: whether drivers were notified of this outage.
+        jobs: jobs with a notified driver.
+        looked: time of the latest check for new drivers.
+        waiting: by process id, or by object: the number that waits, and the time of that number.
     """
 
     since: float | None = None
@@ -220,7 +217,7 @@ class _Outage:
         return any(now < until for until in self.kinds.values())
 
     def is_forgotten(self, now: float) -> bool:
-        """Whether nothing depends on it any more, and on what was reported of it."""
+        """Whether its last failure and its last reports are too old to matter."""
         return now - max(self.last, self.logged, self.reported) > _FORGOTTEN
 
     def waiters(self, now: float) -> int:
@@ -228,13 +225,12 @@ class _Outage:
 
 
 class Outages:
-    """Whether, and since when, each resource cannot be used from this node. For any thread.
+    """Tracks which resources are unavailable on this node, and since when. Thread-safe.
 
     Args:
-        directory, name: of the file in which the IO workers of a node share that: see
-            `_SharedState`.
-        drivers: who hears of outages that last.
-        clock: `time.monotonic`, unless a test holds the time.
+        directory, name: the file that the IO workers of a node share: see `_SharedState`.
+        drivers: are notified of lasting outages.
+        clock: `time.monotonic`; a test may pass its own.
         sleep: `time.sleep`, likewise.
     """
 
@@ -251,7 +247,7 @@ class Outages:
         self._clock = clock
         self._sleep = sleep
         self._backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
-        # What was on at the latest glance, and when that was.
+        # Outages at the latest look at the shared state, and the time of that look.
         self._on: set[str] = set()
         self._noted: set[tuple[str, str]] = set()
         self._glanced = _NEVER
@@ -264,14 +260,14 @@ class Outages:
         waiting: int = 0,
         each: str | None = None,
     ) -> None:
-        """Note that `what` waits for `resource`, and report that if it is time to.
+        """Record that `what` waits for `resource`, and report it if a report is due.
 
         Args:
-            resource: what is away.
-            what: what waits for it, in the plural: "spills".
-            error: what the latest attempt failed with.
-            waiting: how many of them this process has waiting.
-            each: which of them failed, where the success of another would say nothing about it.
+            resource: the unavailable resource.
+            what: the kind of work that waits for it, in the plural: "spills".
+            error: error of the latest attempt.
+            waiting: number of operations of that kind that wait in this process.
+            each: the operation that failed, if the success of others proves nothing about it.
         """
         self._glanced = _NEVER
         now = self._clock()
@@ -312,13 +308,13 @@ class Outages:
             self._notify_new_drivers(resource, f"{_PREFIX}{text}", all_have_heard=report)
 
     def over(self, resource: str, each: str) -> None:
-        """Note that something need not wait for `resource`; costs little while none is away.
+        """Record that `each` could use `resource`. Cheap while no resource is unavailable.
 
-        The outage is over when that is so for all that failed, or tries no more.
+        The outage is over once each kind of work that failed has succeeded or is no longer tried.
 
         Args:
-            resource: what can be used.
-            each: what could use it: as `failed` had it in `each`, or in `what`.
+            resource: the resource that can be used.
+            each: the work that used it: `each` of `failed`, or `what`.
         """
         self._backoff.renew()
         now = self._clock()
@@ -344,7 +340,7 @@ class Outages:
         self._report_end(outage, outage.since, text)
 
     def forget(self) -> None:
-        """End the outages of what nobody has waited for in the last two minutes."""
+        """End the outages of resources that nothing has waited for in the last two minutes."""
         now = self._clock()
         if not self._forgotten(self._state.glance(), now):
             return
@@ -374,15 +370,15 @@ class Outages:
             self._drivers.notify(f"{_PREFIX}{text}")
 
     def is_on(self, resource: str) -> bool:
-        """Whether an IO worker of the node has just found that `resource` cannot be used."""
+        """Whether an IO worker of the node has recently failed to use `resource`."""
         return _Outage.of(self._state.glance(), resource).is_on(self._clock())
 
     def pause(self) -> None:
-        """Sleep before the next attempt: longer with each in a row, up to two seconds."""
+        """Sleep before the next attempt, longer with each failure in a row, up to two seconds."""
         self._sleep(self._backoff.next())
 
     def _notify_new_drivers(self, resource: str, message: str, *, all_have_heard: bool) -> None:
-        """Notify the drivers that have joined since the outage was reported."""
+        """Notify drivers that have joined since the outage was reported."""
         running = {*self._drivers.running()}
         with self._state.locked() as state:
             outage = _Outage.of(state, resource)
@@ -395,7 +391,7 @@ class Outages:
 
 # --- losses ---
 
-# For one object, and for more.
+# Singular and plural.
 _VERBS: Mapping[Loss, tuple[str, str]] = {
     "missing": ("is missing from", "are missing from"),
     "damaged": ("is damaged in", "are damaged in"),
@@ -406,21 +402,21 @@ _EXPLANATIONS: Mapping[tuple[Loss, TierName], str] = {
     "(FLUSHALL), or evicted them (maxmemory-policy allkeys-*): INFO shows uptime_in_seconds and "
     "evicted_keys",
     ("missing", "overflow"): "Usually somebody removed its files",
-    ("damaged", "valkey"): "Somebody else writes to these keys, or memory is faulty",
-    ("damaged", "overflow"): "Somebody else writes to these files, or a disk is faulty",
+    ("damaged", "valkey"): "Another program writes to these keys, or memory is faulty",
+    ("damaged", "overflow"): "Another program writes to these files, or a disk is faulty",
 }
 
 
 class Losses:
-    """Objects that were found to be lost: drivers hear their number, once a minute and node.
+    """Reports the number of lost objects to drivers, at most once a minute per node.
 
-    Ray prints a traceback for each, which says neither what was lost where nor why.
+    Ray prints a traceback for each, which names neither the tier nor the cause.
 
     Args:
         directory, name: as for `Outages`.
-        drivers: who hears of them.
-        places: where a tier is, as messages name it.
-        clock: `time.monotonic`, unless a test holds the time.
+        drivers: are notified of losses.
+        places: returns the location of a tier, for messages.
+        clock: `time.monotonic`; a test may pass its own.
     """
 
     _REPORTED = "reported"
@@ -441,7 +437,7 @@ class Losses:
         self._timer: threading.Timer | None = None
 
     def add(self, reason: Loss, tier: TierName) -> None:
-        """Count an object, and report it soon, together with those that follow."""
+        """Count a lost object, and report it soon, together with those that follow."""
         with self._state.locked() as state:
             kind = f"{reason} {tier}"
             state[kind] = state.get(kind, 0) + 1
@@ -449,7 +445,7 @@ class Losses:
         self._start(due)
 
     def report(self) -> None:
-        """Report what was not reported yet, unless that was done less than a minute ago."""
+        """Report new losses, unless the latest report was less than a minute ago."""
         with self._state.locked() as state:
             kinds = {kind: count for kind, count in state.items() if kind != self._REPORTED}
             wait = self._wait(state)
@@ -472,7 +468,7 @@ class Losses:
                 self._timer = threading.Timer(seconds, self._fire)
                 self._timer.name = "ray-valkey-spill-losses"
                 self._timer.daemon = True
-                # Where no thread can be had, the next loss tries again.
+                # If no thread can be started, the next loss tries again.
                 with contextlib.suppress(RuntimeError):
                     self._timer.start()
 

@@ -24,17 +24,17 @@ __all__ = [
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# Seconds in which the GCS has to list the jobs.
+# Timeout of the GCS for the list of jobs, in seconds.
 _JOBS_TIMEOUT = 2.0
 
 
 def session_dir(session: str, calling_node: Path | None) -> Path | None:
-    """Ray's directory for the session, for what IO workers have to know of each other.
+    """Return Ray's directory of the session, where IO workers share files; None if it is unknown.
 
     Args:
-        session: its name.
-        calling_node: what `_calling_node_dir` returned. A driver that has shut down may still
-            destroy nodes, and then knows none but the one that is being destroyed.
+        session: name of the session.
+        calling_node: result of `_calling_node_dir`. A driver that has shut down may still destroy
+            nodes, and then knows only the node that is being destroyed.
     """
     if calling_node is not None:
         return calling_node
@@ -48,7 +48,7 @@ def is_connected() -> bool:
 
 
 def gcs_address() -> str:
-    """Where the cluster's GCS is; empty if this process is not connected to it."""
+    """Return the address of the cluster's GCS; empty if this process is not connected to it."""
     client = getattr(ray._private.worker.global_worker, "gcs_client", None)
     return "" if client is None else str(client.address)
 
@@ -68,9 +68,13 @@ def _is_of(*kinds: str) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; one that is dead and not yet reaped does not."""
+    """Whether the process with that id runs. A zombie does not.
+
+    Invariant: all Ray processes of a node share one PID namespace. Otherwise an IO worker would
+    take a live one for dead, and remove the objects that it is writing.
+    """
     try:
-        # "pid (command) state …", and the command may have parentheses of its own.
+        # "pid (command) state …", where the command may contain parentheses.
         state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
         return state not in (b"Z", b"X")
     except FileNotFoundError:
@@ -80,9 +84,10 @@ def is_alive(pid: int) -> bool:
 
 
 def identity_of(pid: int) -> str | None:
-    """What no other process of this machine with that id has: when it started; None if it is dead.
+    """Return what distinguishes a process from others with the same id; None if it is dead.
 
-    It is field 22 of `/proc/<pid>/stat`, in clock ticks since boot (proc_pid_stat(5)).
+    It is the start time, field 22 of `/proc/<pid>/stat`, in clock ticks since boot
+    (proc_pid_stat(5)).
     """
     if not is_alive(pid):
         return None
@@ -92,7 +97,7 @@ def identity_of(pid: int) -> str | None:
 
 
 class Drivers:
-    """The drivers of the cluster that this process is connected to: see `outage.Drivers`."""
+    """The drivers of the connected cluster: see `outage.Drivers`."""
 
     def notify(self, message: str, job: str | None = None) -> None:
         if is_connected():
@@ -100,7 +105,7 @@ class Drivers:
             job_id = None if job is None else ray.JobID.from_hex(job)
             try:
                 push_error_to_driver(worker, "spill_objects_error", message, job_id)
-            except Exception as error:  # an operation must not fail for it
+            except Exception as error:  # an operation must not fail because of it
                 logger.warning("drivers cannot be notified: %s", error)
 
     def running(self) -> list[str]:
@@ -112,5 +117,5 @@ class Drivers:
                 timeout=_JOBS_TIMEOUT,
             )
             return [job.hex() for job, info in jobs.items() if not info.is_dead]
-        except Exception:  # another Ray's client may have no such call
+        except Exception:  # another version of Ray may not have this call
             return []

@@ -1,8 +1,8 @@
 """The Ray adapter: Ray's ExternalStorage on the object store.
 
-What Ray does around a storage decides much here; the behaviour referred to is that of
-`python/ray/_private/external_storage.py`, `put_file_like_object` in `python/ray/_raylet.pyx` and
-`src/ray/raylet/local_object_manager.cc` of Ray 2.60.
+Much here follows from how Ray calls a storage. The comments refer to Ray 2.60:
+`python/ray/_private/external_storage.py`, `put_file_like_object` in `python/ray/_raylet.pyx`, and
+`src/ray/raylet/local_object_manager.cc`.
 """
 
 from __future__ import annotations
@@ -63,49 +63,49 @@ __all__ = ["ValkeyStorage"]
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# The metadata of an empty object that makes `ray.get` raise ObjectLostError.
+# An empty object with this metadata makes `ray.get` raise ObjectLostError.
 _OBJECT_LOST = str(ErrorType.Value("OBJECT_LOST")).encode()
 
-# Seconds that `ray.shutdown()` may wait for a server that no longer answers.
+# Seconds for which `ray.shutdown()` may wait for a server that no longer answers.
 _DESTROY_PATIENCE = 3.0
 
-# Seconds for which a restore or a deletion that Ray asks for is retried while it holds an IO
-# worker; then it is put off. Once plasma has made the object, a restore cannot be put off: this
-# process exits instead, and Ray's next attempt comes some ten seconds later.
+# Seconds for which a restore or deletion may hold an IO worker with retries before it is deferred.
+# Once plasma has created the object, a restore cannot be deferred: this process exits instead, and
+# Ray's next attempt comes about ten seconds later.
 _HOLD, _HOLD_HALF_WAY = 2.0, 5.0
-# And of a deferred restore, whose thread tries again by itself.
+# Seconds for an attempt of a deferred restore, which its own thread repeats.
 _HOLD_DEFERRED = 1.0
 
-# An object that is read without a break says nothing about others, which may be larger.
-_WHOLE_READS = "reads that do not break off"
+# A resource of one object: its uninterrupted read proves nothing about others, which may be larger.
+_WHOLE_READS = "uninterrupted reads"
 
-# The methods of Ray's node that make a storage.
+# The methods of Ray's node that create a storage.
 _OF_NODES = ("validate_external_storage", "destroy_external_storage")
 
-# What this process has checked: see `ValkeyStorage.__init__`.
+# Sessions and configs that this process has checked: see `ValkeyStorage.__init__`.
 _checked: set[tuple[str, Config]] = set()
 
 
 class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     """Spills Ray objects to Valkey.
 
-    Ray makes one in every IO worker; in the process that starts the head, to validate the config
-    before the node has an id; and there again at `ray.shutdown()`, to destroy it.
+    Ray creates one in every IO worker. The process that starts the head creates one to validate the
+    config, before the node has an id, and another at `ray.shutdown()`, to destroy the node's data.
 
     Args:
-        node_id: hex of the node's id.
-        session_name: the Ray session's name.
+        node_id: the node's id, in hex.
+        session_name: name of the Ray session.
         **params: see `ray_valkey_spill.config.Config`.
 
     Raises:
-        ConfigError: a parameter is wrong. Not in an IO worker, where the environment of its node
-            can be at fault: one that does not come up is started again without end, and nobody is
-            told. It fails every operation instead, and drivers are told.
-        ServerError, OverflowUnavailableError: the server cannot be used, as found by
-            `preflight.run_all`, or the overflow. Only outside of IO workers, and there only the
-            first time for a session: that is Ray's validation, whose failure stops the head. An IO
-            worker comes up without either and retries, and `ray.shutdown()` must not fail because
-            the server went first.
+        ConfigError: a parameter is wrong. Never in an IO worker, where the cause may be its node's
+            environment: Ray restarts a worker that does not start, again and again, and reports
+            nothing. There every operation fails instead, and drivers are notified.
+        ServerError, OverflowUnavailableError: `preflight.run_all` found that the server cannot be
+            used, or the overflow cannot be used. Only outside IO workers, and only the first time
+            for a session: that is Ray's validation, and its failure stops the head. An IO worker
+            starts without either and retries, and `ray.shutdown()` must not fail because the
+            server stopped first.
     """
 
     def __init__(self, node_id: str, session_name: str, **params: Any) -> None:
@@ -158,7 +158,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                 preflight.run_all(config)
                 self._node.probe_overflow()
             except SpillError as error:
-                raise error from None  # Ray prints causes too, and one message is enough
+                raise error from None  # Ray would print the cause too; one message is enough
             _checked.add((session_name, config))
             _clean_up(config, params, session_name)
 
@@ -180,11 +180,11 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def spill_objects(
         self, object_refs: list[ObjectRef], owner_addresses: list[bytes]
     ) -> list[bytes]:
-        """Store objects; returns their URLs, in order.
+        """Spill objects; return their URLs, in order.
 
-        If not all can be stored, the URLs of those that were are returned, which Ray takes for a
-        prefix of `object_refs`, and nothing is left of the rest. If none can be, that comes after a
-        pause, because Ray tries again at once. No failure is raised: see `outage`.
+        If only some objects can be spilled, returns their URLs, which Ray takes for a prefix of
+        `object_refs`, and leaves nothing of the others. If none can be, returns after a pause,
+        because Ray tries again at once. Raises no failure: see `outage`.
         """
         if not object_refs:
             return []
@@ -197,14 +197,14 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def restore_spilled_objects(
         self, object_refs: list[ObjectRef], url_with_offset_list: list[bytes]
     ) -> int:
-        """Put spilled objects back into plasma; returns the bytes of data restored.
+        """Put spilled objects back into plasma; return the bytes of data restored.
 
-        For an object that is lost, Ray's ObjectLostError is put in its place: an exception would
-        make Ray retry for hours with `ray.get` waiting. An object that cannot be read now is put
-        off, and comes into plasma once it can be: see `deferred`.
+        A lost object is replaced by Ray's ObjectLostError: an exception here would make Ray retry
+        for hours while `ray.get` waits. An object that cannot be read now is deferred, and comes
+        into plasma once it can be read: see `deferred`.
 
         Raises:
-            SpillError: an object could not be filled, outside of an IO worker; see `_abandon`.
+            SpillError: an object could not be filled, outside an IO worker; see `_abandon`.
         """
         self._start_keeper()
         wanted = [
@@ -220,9 +220,9 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return self._restore_now(now)
 
     def delete_spilled_objects(self, urls: list[bytes]) -> None:
-        """Remove objects; what is not there is no error.
+        """Delete objects; a missing object is not an error.
 
-        What cannot be removed now is removed once it can be: Ray never asks again.
+        An object that cannot be deleted now is deleted later, because Ray never asks again.
         """
         wanted = [_text(url) for url in urls]
         self._start_keeper()
@@ -233,7 +233,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._delete(list(of_tier))
 
     def _delete(self, urls: Sequence[str]) -> None:
-        """Remove objects that are all in one tier, or put that off."""
+        """Delete objects of one tier, or defer that."""
         tier = self._needs(urls[0])[:1]
         if any(map(self._outages.is_on, tier)):
             self._journal.put_off(urls)
@@ -246,14 +246,14 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._failed("delete", resource_of(error), "deletions", error)
             return
         for url in foreign:
-            logger.warning("not deleted, because it was not spilled here: %s", url)
+            logger.warning("not deleted, because this namespace has no such URL: %s", url)
         for resource in tier:
             self._outages.over(resource, "deletions")
 
     def destroy_external_storage(self) -> None:
-        """Remove this node's objects, and no others. Never raises: Ray is shutting down."""
+        """Delete this node's objects, and no others. Raises no SpillError: Ray is shutting down."""
         try:
-            # After validating too: nothing is anybody's that has the node id of that.
+            # Also safe after a validation: no objects have the node id used there.
             self._note_destruction()
             self._node.destroy(is_alive)
         except SpillError as error:
@@ -284,7 +284,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._outages.failed(resource, what, error, waiting)
 
     def _located(self, url: str) -> Place | None:
-        """What a URL says; None if it is none of ours."""
+        """Return the place that a URL gives; None if it is not a URL of this namespace."""
         if self._config is None:
             return None
         with contextlib.suppress(LostObjectError):
@@ -296,7 +296,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return place and place.name.object_id
 
     def _needs(self, url: str) -> list[str]:
-        """What has to be there for the object of a URL to be read: its tier, and its key."""
+        """Return the resources needed to read the object of a URL: its tier, and any key."""
         place = self._located(url)
         if place is None:
             return []
@@ -304,13 +304,13 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return [tier] if place.key_id is None else [tier, _key_named(place.key_id)]
 
     def _place_of(self, tier: TierName) -> str:
-        assert self._config is not None  # something was looked for
+        assert self._config is not None  # a lookup needs one
         if tier == "valkey":
             return f"Valkey at {self._config.address}"
         return f"the overflow at {OverflowTier.of(self._config)}"
 
     def _note_destruction(self) -> None:
-        """Let the node's IO workers know that it needs no lease any more."""
+        """Stop the node's IO workers from taking its lease again."""
         if (path := self._destruction) is not None:
             with contextlib.suppress(OSError):
                 path.touch()
@@ -326,7 +326,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     # --- spill ---
 
     def _spill(self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]) -> list[str]:
-        """The URLs of what could be stored. Holds nothing of plasma's once it is over."""
+        """Spill objects; return the URLs of those spilled. Holds no plasma buffer afterwards."""
         try:
             self._store.begin_lease(gcs_address(), self._is_destroyed)
             urls, failure = self._store.put(self._sources(refs, owner_addresses))
@@ -335,7 +335,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             return []
         if not isinstance(failure, ServerFullError):
             self._outages.over(ROOM, "spills")
-        # Those in the overflow come last.
+        # Objects in the overflow come last, so the first and last URL show which tiers worked.
         for resource in {need for url in (*urls[:1], *urls[-1:]) for need in self._needs(url)}:
             self._outages.over(resource, "spills")
         if failure is not None:
@@ -349,7 +349,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def _sources(
         self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]
     ) -> list[SourceObject]:
-        """The objects, read in place from plasma, up to the first that is not there."""
+        """Return the objects, to be read in place from plasma, up to the first missing one."""
         sources: list[SourceObject] = []
         found = self._get_objects_from_store(refs)
         for ref, (buffer, metadata, *_), owner in zip(refs, found, owner_addresses):
@@ -363,7 +363,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     # --- restore ---
 
     def _restore_now(self, wanted: Sequence[Restore]) -> int:
-        """Restore objects, and put off those that cannot be read; returns the bytes restored."""
+        """Restore objects, and defer those that cannot be read; return the bytes restored."""
         found: Iterator[StoredObject | LostObjectError] | None = None
         restored = 0
         for number, restore in enumerate(wanted):
@@ -374,7 +374,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                     )
                     object_ = next(found)
             except SpillError as error:
-                # What comes after it finds out by itself what it needs.
+                # Defers the rest with it: each finds out later which resource it needs itself.
                 away = _away(error, self._needs(restore.url))
                 self._deferred.add(away, wanted[number:])
                 self._still_waits(restore, error, self._deferred.count(away))
@@ -383,7 +383,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return restored
 
     def _still_waits(self, restore: Restore, error: SpillError, waiting: int) -> str:
-        """Report that restores wait; returns for what."""
+        """Report that restores wait; return the resource they wait for."""
         away = _away(error, self._needs(restore.url))
         self._failed("restore", away, "restores", error, waiting)
         return away
@@ -391,7 +391,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def _restore(
         self, store: ObjectStore, wanted: Restore, found: StoredObject | LostObjectError
     ) -> int:
-        """Put an object, or that it is lost, into plasma; returns the bytes put there."""
+        """Put an object, or ObjectLostError for it, into plasma; return the bytes put there."""
         ref = ObjectRef(bytes.fromhex(wanted.object_id))
         if isinstance(found, LostObjectError):
             logger.error("ObjectLostError for a reader: %s", found)
@@ -405,7 +405,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                     header.ray_metadata, header.size, source, ref, header.owner_address
                 )
                 if not header.size:
-                    store.fill(found, memoryview(b""))  # nobody asked for nothing
+                    store.fill(found, memoryview(b""))  # plasma does not read empty objects
                 elif not source.started:
                     store.leave(found)  # plasma has it already
         except Exception as error:
@@ -423,20 +423,20 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def _abandon(self, store: ObjectStore, found: StoredObject, error: Exception) -> None:
         """End this process, because plasma now has an object that is not filled.
 
-        Plasma keeps such an object for as long as the process that created it lives, takes every
-        later restore for done, and lets `ray.get` hang. It drops the object with the process; Ray
-        then asks another IO worker. If the data are lost for good, that one must find out before
-        it creates anything.
+        Plasma keeps such an object while the process that created it lives, treats every later
+        restore as done, and lets `ray.get` hang. It drops the object when the process ends; Ray
+        then asks another IO worker. If the data are lost for good, that worker must find out before
+        it creates the object.
         """
         logger.error("restore given up half way, so this IO worker exits: %s", error)
         if isinstance(error, LostObjectError):
             try:
                 store.mark_lost(found)
             except SpillError as unmarked:
-                logger.error("the lost object could not be marked as such: %s", unmarked)
+                logger.error("the object could not be marked as lost: %s", unmarked)
         elif isinstance(error, SpillError):
             object_id = found.header.object_id
-            # Ray asks again, ever later: no IO worker is to follow this one at once.
+            # Ray asks again, at growing intervals: no IO worker may take this over at once.
             self._deferred.forget([object_id])
             self._outages.failed(
                 _WHOLE_READS, "restores", _half_way(object_id, error), 1, object_id
@@ -451,7 +451,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
 
 class _Restorer:
-    """Restores deferred objects, over connections of its own: see `deferred.Restorer`."""
+    """Restores deferred objects over separate connections: see `deferred.Restorer`."""
 
     def __init__(self, storage: ValkeyStorage) -> None:
         self._storage = storage
@@ -471,7 +471,7 @@ class _Restorer:
 
 
 class _Observer(Metrics):
-    """Metrics, and what drivers hear of while an operation is under way."""
+    """Metrics, and messages to drivers about losses and about operations that wait."""
 
     def __init__(self, is_reporting: Callable[[], bool], outages: Outages, losses: Losses) -> None:
         super().__init__(is_reporting)
@@ -483,7 +483,7 @@ class _Observer(Metrics):
         self._losses.add(reason, tier)
 
     def waiting(self, error: SpillError) -> None:
-        # Restores and deletions are hurried: they are put off instead.
+        # Only spills wait: restores and deletions are hurried, and deferred instead.
         self._outages.failed(resource_of(error), "spills", error)
 
 
@@ -492,7 +492,7 @@ def _key_named(key_id: int) -> str:
 
 
 def _away(error: SpillError, needed: Sequence[str]) -> str:
-    """What is away that a restore needs, given what it failed with."""
+    """Return the resource that a failed restore waits for."""
     if isinstance(error, ConfigError) and len(needed) > 1:
         return needed[1]
     return resource_of(error)
@@ -501,14 +501,13 @@ def _away(error: SpillError, needed: Sequence[str]) -> str:
 def _half_way(object_id: str, error: SpillError) -> SpillError:
     return SpillError(
         f"the read of object {object_id} broke off half way: {error.message.rstrip('.')}",
-        "If that happens again and again, the server or a proxy closes connections that have much "
-        "under way: raise client-output-buffer-limit normal and maxmemory-clients, or lower "
-        "chunk_size",
+        "If that recurs, the server or a proxy closes connections with much data under way: raise "
+        "client-output-buffer-limit normal and maxmemory-clients, or lower chunk_size",
     )
 
 
 class _Source:
-    """What plasma fills an object from: one `readinto` that takes it all."""
+    """The file-like object that plasma reads: one `readinto` gets the whole object."""
 
     def __init__(self, store: ObjectStore, found: StoredObject) -> None:
         self._store = store
@@ -522,7 +521,7 @@ class _Source:
 
 
 class _Unusable:
-    """Stands in for the store where its config is wrong: any use of it raises that error."""
+    """Replaces the store if the config is wrong: every use raises that error."""
 
     breaks = 0
 
@@ -540,14 +539,15 @@ class _Unusable:
 
 
 def _calling_node_dir(session: str) -> Path | None:
-    """The session's directory of the node that is making a storage now, if one is.
+    """Return the session directory of the Ray node that is creating a storage now, if any.
 
-    Ray gives a storage neither the directory nor the node, whose `validate_external_storage` and
-    `destroy_external_storage` (`python/ray/_private/node.py`) make one; so the callers are asked.
+    Ray passes a storage neither the directory nor the node. The methods `validate_external_storage`
+    and `destroy_external_storage` of the node create it (`python/ray/_private/node.py`), so this
+    inspects the calling frames.
     """
     frame = inspect.currentframe()
     while frame is not None:
-        # No others: reading the local variables of a frame can keep their values alive.
+        # Only these frames: reading a frame's local variables can keep their values alive.
         if frame.f_code.co_name in _OF_NODES:
             caller = frame.f_locals.get("self")
             if isinstance(caller, ray._private.node.Node) and caller.session_name == session:
@@ -557,9 +557,9 @@ def _calling_node_dir(session: str) -> Path | None:
 
 
 def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
-    """Have a process remove what dead sessions have left, if there are others than `session`.
+    """Start a process that removes the data of dead sessions, if any session but this one has data.
 
-    It watches for a minute, and `ray start` does not stay for that long.
+    It watches leases for a minute, longer than `ray start` runs.
     """
     look = CleanUp(config, running_at)
     try:
@@ -586,5 +586,5 @@ def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
 
 
 def _text(url: bytes) -> str:
-    """A URL as text; what is no text is no URL of ours, and will be found not to be."""
+    """Decode a URL. Bytes that are not text become a URL that no parser accepts."""
     return url.decode(errors="replace")

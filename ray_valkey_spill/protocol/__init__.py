@@ -1,1 +1,1 @@
-"""Connections to servers; knows no objects. Imports neither `format` nor a layer above it."""
+"""Connections to servers. Knows no objects; imports neither `format` nor a layer above it."""

@@ -1,8 +1,8 @@
-"""TCP connections to hosts with several addresses, some of which may not answer.
+"""TCP connections to hosts with several addresses, where some may not answer.
 
-An address that does not answer must not cost its timeout with every connection. So the next one is
-tried a moment later, beside it (RFC 8305, "happy eyeballs"), and the one that answered last is
-tried first.
+An address that does not answer must not cost its timeout on every connection. So the dialer tries
+the next address in parallel a moment later (RFC 8305, "happy eyeballs"), and starts with the one
+that answered last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = ["DIALER", "Dialer"]
 
-# Seconds until the next address is tried as well (RFC 8305, section 8).
+# Seconds until the next address is tried in parallel (RFC 8305, section 8).
 _STAGGER = 0.25
 
 
@@ -27,17 +27,16 @@ class Dialer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # By host and port; those to be tried first have the lowest rank, and unknown ones have 0.
+        # By host and port. The lowest rank is tried first; unknown addresses have rank 0.
         self._ranks: dict[tuple[str, int], dict[Any, int]] = {}
 
     def dial(self, host: str, port: int, timeout: float) -> socket.socket:
-        """A connected socket.
+        """Return a connected socket.
 
-        Each of the host's addresses has `timeout` seconds to answer.
+        Each address of the host has `timeout` seconds to answer.
 
         Raises:
-            OSError: the name has no address, or none of them answers; a TimeoutError if that was
-                found out by waiting.
+            OSError: the name has no address, or no address answers (TimeoutError if time ran out).
         """
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         ranks = self._ranks_of(host, port)
@@ -47,7 +46,7 @@ class Dialer:
         return sock
 
     def avoid(self, host: str, port: int, address: Any) -> None:
-        """Try `address` last, from now on: what answers there does not serve."""
+        """Try `address` last from now on: it answers, but does not serve."""
         self._note(host, port, address, 1)
 
     def _ranks_of(self, host: str, port: int) -> dict[Any, int]:
@@ -57,18 +56,18 @@ class Dialer:
     def _note(self, host: str, port: int, address: Any, rank: int) -> None:
         with self._lock:
             ranks = self._ranks.setdefault((host, port), {})
-            # One at most is first, and one last: names get new addresses, which must not add up.
+            # At most one is first and one last: a name's old addresses must not accumulate.
             for other in [known for known, its in ranks.items() if its == rank]:
                 del ranks[other]
             ranks[address] = rank
 
 
-# Of this process.
+# Shared by the whole process.
 DIALER = Dialer()
 
 
 def _first_to_answer(addresses: list[tuple[int, Any]], timeout: float) -> tuple[socket.socket, Any]:
-    """The first connection to any of `addresses`, of families and socket addresses."""
+    """Return the first connection to any of `addresses`, pairs of family and socket address."""
     left = deque(addresses)
     deadline = time.monotonic() + timeout + _STAGGER * (len(left) - 1)
     next_start = float("-inf")

@@ -1,8 +1,8 @@
-"""One connection to one server. valkey-py opens it; from then on this moves bytes itself.
+"""One connection to one server. valkey-py opens it; from then on this module does the I/O.
 
-valkey-py's own command path copies every value at least once and waits for each reply, which costs
-most of the wire's speed. Here requests go out scatter-gather from the buffers they are given, many
-ahead of their replies, and values are received right where they are wanted.
+valkey-py's command path copies every value at least once and waits for each reply, which costs
+most of the wire's speed. This module sends requests scatter-gather from the caller's buffers, many
+ahead of their replies, and receives values directly into their destination.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from ray_valkey_spill.units import KIB, MIB, Buffer
 
 __all__ = ["Connection"]
 
-# Bytes under way before replies are waited for: at least two chunks, within bounds, and at first as
-# much as fills the fastest wire for a round trip; `pacing` finds how much is needed. What is asked
-# for and not yet read lies in the server's memory, and counts for its maxmemory, so the upper bound
-# is also that of what one IO worker costs the server.
+# The window: bytes under way before the connection waits for replies. It holds at least two chunks,
+# within bounds. It starts with what fills the fastest wire for a round trip; `pacing` adjusts it.
+# Replies not yet read occupy the server's memory and count for its maxmemory, so the upper bound
+# also limits what one IO worker costs a server.
 _CHUNKS_UNDER_WAY = 2
 _SMALLEST_WINDOW, _SMALL_WINDOW = 256 * KIB, 1 * MIB
 _LARGEST_WINDOW = 8 * MIB
 _FASTEST_WIRE = 4e9  # bytes per second
-# What is smaller does not show which way the data are going.
+# Bytes; a smaller request does not show the direction of the data.
 _DATA = 4 * KIB
 # Seconds after which the round trip is looked at again, and how much longer it can have become.
 _BETWEEN_LOOKS, _GROWTH = 1.0, 1.25
@@ -49,41 +49,41 @@ _BETWEEN_LOOKS, _GROWTH = 1.0, 1.25
 # size, and this many buffers, which is below Linux's IOV_MAX.
 _BATCH = 448 * KIB
 _MAX_PARTS = 1000
-# `tcpi_min_rtt`, microseconds, in Linux's `struct tcp_info` (linux/tcp.h): how long the wire takes,
-# where the latest round trip is also how busy both sides have been.
+# `tcpi_min_rtt`, microseconds, in Linux's `struct tcp_info` (linux/tcp.h). It measures the wire
+# alone; the latest round trip also includes how busy both sides have been.
 _TCP_MIN_RTT = slice(148, 152)
 _MAX_REQUESTS = 300
 _RESET = struct.pack("ii", 1, 0)  # struct linger
 # Seconds without a single byte moving after which a server counts as stalled.
 _STALL_TIMEOUT = 10.0
 _SHORTEST_TIMEOUT = 1.0
-# There are other Sentinels to ask, and what they do takes no time.
+# Seconds. Other Sentinels can be asked instead, and their replies take no time.
 _SENTINEL_TIMEOUT = 0.5
 
 
 class Connection:
-    """An open connection, and the requests that were given to it and have no reply yet.
+    """An open connection, and its requests that have no reply yet.
 
-    For one thread at a time. After any error it is closed.
+    Not thread-safe. Any error closes it.
 
     Args:
-        config: credentials, TLS, and how long chunks are.
+        config: credentials, TLS and chunk size.
         endpoint: the server.
-        patience: seconds after which a server that does not answer may be given up.
-        sentinel: whether it is a Sentinel, which has no databases, and may know no users.
+        patience: seconds to wait for a silent server, within 1 and 10 s. A Sentinel gets 0.5 s.
+        sentinel: whether the server is a Sentinel, which has no databases and may have no users.
 
     Attributes:
-        waiting: in the order in which their replies will come.
-        used: when something was last sent, by `time.monotonic()`.
-        turn_began: since when its user has kept it from others, by the same.
-        weight: bytes that these have under way.
+        waiting: requests without a reply, in the order in which their replies will come.
+        used: time of the latest send, by `time.monotonic()`.
+        turn_began: time since which its user has kept it from other clients, by the same clock.
+        weight: bytes that the waiting requests have under way.
         mode: "standalone", "cluster" or "sentinel".
-        role: of the server when the connection was opened. Where a proxy does not know HELLO, one
-            more exchange finds it out. A Sentinel has none.
+        role: role of the server when the connection was opened. It costs one more exchange behind a
+            proxy that does not know HELLO. A Sentinel has none.
 
     Raises:
-        OSError, TransientError: another attempt may cure it.
-        ServerRefusedError, NotValkeyError, ConfigError: it will not.
+        OSError, TransientError: another attempt may succeed.
+        ServerRefusedError, NotValkeyError, ConfigError: another attempt will fail too.
     """
 
     def __init__(
@@ -123,20 +123,20 @@ class Connection:
         except TooManyClientsError:
             raise
         except OSError as error:
-            # With TLS 1.3 a server tells only now what it thinks of a client's certificate.
+            # With TLS 1.3 a server rejects a client's certificate only now.
             raise tls.refusal(error, endpoint) or does_not_answer(error) from error
 
     def _hello(self, config: Config) -> tuple[str, Role]:
         hello = HELLO.ask()
         self.add(hello)
         if config.address.username is None:
-            # Shown by CLIENT LIST. A user with few permissions may not set it, and the server would
-            # note that in its ACL LOG each time.
+            # CLIENT LIST shows it. A user with few permissions may not set it, and the server would
+            # add each attempt to its ACL LOG.
             self.add(command("CLIENT", "SETINFO", "LIB-NAME", "ray-valkey-spill"))
             self.add(command("CLIENT", "SETINFO", "LIB-VER", __version__))
         while self.waiting:
             self.read()
-        # A proxy may not know it, and what has one before it looks like a single server.
+        # A proxy may not know HELLO; a server behind such a proxy counts as standalone.
         mode = hello_fields(hello.reply).get("mode", "standalone")
         if mode == "sentinel":
             return mode, Role.UNKNOWN
@@ -148,7 +148,7 @@ class Connection:
         return mode, Role.UNKNOWN
 
     def current_role(self) -> Role:
-        """Ask for the server's role again; everything sent before must have its reply.
+        """Ask for the server's role again. Every request sent before must have its reply.
 
         Errors as `read`.
         """
@@ -157,15 +157,15 @@ class Connection:
         return self._question.role(self._ask(self._question))
 
     def _ask(self, question: Question) -> Any:
-        """The reply; None for an error."""
+        """Return the reply; None for an error."""
         request = question.ask()
         self.add(request)
         return self.read().reply
 
     def has_room(self, depth: int = 1) -> bool:
-        """Whether more may be sent ahead of the replies to what is under way.
+        """Whether the connection takes another request ahead of the replies it waits for.
 
-        With `depth`, that may be so many times as much as keeps the wire busy.
+        It takes up to `depth` times the bytes that keep the wire busy.
         """
         requests = len(self.waiting)
         is_batch_open = self._unsent_length > 0 and self._pacer is self._sending
@@ -175,11 +175,11 @@ class Connection:
         return weight <= depth * self._pacer.limit and requests <= _MAX_REQUESTS // 2
 
     def add(self, request: Request) -> None:
-        """Take `request`, which is sent now, or together with those that follow.
+        """Take `request`, and send it now or together with those that follow.
 
         Raises:
             OSError: the connection broke.
-            ProtocolError: the server refused what it was sent, and closed the connection.
+            ProtocolError: the server refused the form of a request, and closed the connection.
         """
         self.waiting.append(request)
         self._unsent.append(request)
@@ -191,7 +191,7 @@ class Connection:
             self.flush()
 
     def flush(self) -> None:
-        """Send all that was taken. Errors as `add`."""
+        """Send all requests taken so far. Errors as `add`."""
         if self._unsent:
             parts = [part for request in self._unsent for part in request.parts]
             is_small = self._unsent_length < _DATA and len(self.waiting) == len(self._unsent)
@@ -216,23 +216,23 @@ class Connection:
                 raise
 
     def _raise_last_words(self) -> None:
-        """Raise what the server said about this connection before it closed it.
+        """Raise the error that the server sent before it closed the connection, if there is one.
 
-        What cannot be sent any more is found out before that has been read; Linux keeps it.
+        A send fails before that error has been read; Linux still delivers it.
         """
         with contextlib.suppress(OSError):
             for request in self.waiting:
-                # Requests without a reply are sent again, and must come to that as they are.
+                # A request without a reply is sent again, and must stay unchanged until then.
                 self._replies.read(Request([], request.key))
 
     def read(self) -> Request:
-        """Fill in the reply of the first request that waits, and return it.
+        """Receive the reply to the first waiting request, and return that request.
 
         Raises:
             OSError: the connection broke.
             TransientError: the server cannot serve now.
             ProtocolError: as `add`.
-            NotValkeyError: what it sends is no reply.
+            NotValkeyError: the server sent something other than a reply.
         """
         self.flush()
         request = self.waiting[0]
@@ -245,7 +245,7 @@ class Connection:
             self.close()
             raise ConnectionBrokenError(str(error)) from error
         except TransientError:
-            # Others of its addresses may be those of servers that do serve.
+            # The host's other addresses may belong to servers that do serve.
             self._avoid()
             self.close()
             raise
@@ -262,7 +262,7 @@ class Connection:
         return request
 
     def _pace(self, request: Request) -> None:
-        """Note that a request is done; before its weight is taken off."""
+        """Record that a request is done. Must run before its weight is subtracted."""
         if self.weight + self._batch > self._pacer.limit:
             self._pacer.deliver(request.weight, time.monotonic())
         else:
@@ -270,7 +270,7 @@ class Connection:
 
     @property
     def _batch(self) -> int:
-        """Bytes that are gathered before they are sent."""
+        """Bytes to gather before a send."""
         return min(_BATCH, self._pacer.limit // 2)
 
     def _look_at_round_trip(self) -> None:
@@ -298,8 +298,10 @@ class Connection:
         self._pacer = self._sending
 
     def close(self) -> None:
-        """What has not left this machine yet is dropped too (by SO_LINGER), or it could be carried
-        out after whatever is sent next.
+        """Close the connection, and drop its waiting requests.
+
+        SO_LINGER also drops bytes that have not left this machine yet: the server could otherwise
+        execute them after requests sent later over another connection.
         """
         if not self.closed:
             self.closed = True
@@ -335,7 +337,7 @@ class Connection:
 
 
 def _have_kernel_time_out(sock: Any, seconds: float) -> None:
-    """Give `sock` a timeout that costs nothing: Python's own costs a `poll` for every transfer."""
+    """Set the kernel's timeouts on `sock`: Python's own costs a `poll` for every transfer."""
     interval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
     sock.settimeout(None)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, interval)
@@ -343,7 +345,7 @@ def _have_kernel_time_out(sock: Any, seconds: float) -> None:
 
 
 def _round_trip(sock: Any) -> float:
-    """Seconds that a byte takes to `sock`'s peer and back; 0 if it is no TCP socket."""
+    """Return the round trip to `sock`'s peer, in seconds; 0 if it is not a TCP socket."""
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_MIN_RTT.stop)
     except OSError:

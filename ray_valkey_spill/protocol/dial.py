@@ -1,4 +1,4 @@
-"""Opens connections: valkey-py connects and authenticates; its errors are translated here."""
+"""Opens connections with valkey-py, which also authenticates, and translates its errors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["dial", "does_not_answer", "not_valkey"]
 
 _CONNECT_TIMEOUT = 5.0
 
-# When nothing has come for a minute: the load balancers and NATs of the large clouds forget a
-# connection after four (Azure) or six (AWS). A peer that is gone is noticed half a minute later.
+# Keepalive starts after an idle minute: load balancers and NATs of the large clouds drop an idle
+# connection after four minutes (Azure) or six (AWS). It detects a dead peer half a minute later.
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
 
 
 class _TcpConnection(client.Connection):
-    """valkey-py's connection, to whichever of a host's addresses answers first."""
+    """valkey-py's connection, to the first of the host's addresses that answers."""
 
     def _connect(self) -> socket.socket:
         sock = DIALER.dial(self.host, self.port, self.socket_connect_timeout or _CONNECT_TIMEOUT)
@@ -47,7 +47,7 @@ class _TcpConnection(client.Connection):
 
 
 class _TlsConnection(_TcpConnection):
-    """The same, over TLS with a context of ours, whose errors we can tell apart."""
+    """The same over TLS, with our own context, so that its errors can be told apart."""
 
     def __init__(self, config: Config, **options: Any) -> None:
         super().__init__(**options)  # type: ignore[no-untyped-call]
@@ -59,7 +59,7 @@ class _TlsConnection(_TcpConnection):
             return self._context.wrap_socket(sock, server_hostname=self.host)
         except TimeoutError:
             sock.close()
-            # valkey-py would not tell this from a host that does not answer.
+            # valkey-py would report this as a host that does not answer.
             raise OSError("It does not answer the TLS handshake") from None
         except BaseException as error:
             sock.close()
@@ -69,13 +69,13 @@ class _TlsConnection(_TcpConnection):
 
 
 def dial(config: Config, endpoint: Endpoint, timeout: float, sentinel: bool) -> Any:
-    """A connection of valkey-py's that is open and authenticated; errors as `Connection`."""
+    """Return an open and authenticated connection of valkey-py. Errors as `Connection`."""
     password = _password(config)
     try:
         return _connected(config, endpoint, timeout, password, sentinel)
     except client_errors.AuthenticationError as error:
         if sentinel:
-            # Sentinels have users of their own, and often none.
+            # Sentinels have their own users, and often no password at all.
             with contextlib.suppress(client_errors.ValkeyError):
                 return _connected(config, endpoint, timeout, None, sentinel)
         if _password(config) != password:
@@ -95,7 +95,7 @@ def _connected(
         "password": password,
         "socket_timeout": timeout,
         "socket_connect_timeout": min(_CONNECT_TIMEOUT, timeout),
-        # Sent with HELLO, in the same round trip.
+        # `Connection` sends these with HELLO, in the same round trip.
         "lib_name": None,
         "lib_version": None,
     }
@@ -115,7 +115,7 @@ def _connected(
 
 
 def _password(config: Config) -> str | None:
-    """Read anew for each connection, so that a rotated password is found."""
+    """Return the password. Each connection reads the file again, to find a rotated password."""
     path = config.password_file
     if path is None or config.address.password is not None:
         return config.address.password
@@ -126,7 +126,7 @@ def _password(config: Config) -> str | None:
 
 
 def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyError) -> Exception:
-    """What valkey-py failed to connect with, in our terms."""
+    """Translate the error that valkey-py failed to connect with into one of this package."""
     if isinstance(error, client_errors.BusyLoadingError):
         return not_now(f"LOADING {error}")
     try:
@@ -138,25 +138,25 @@ def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyE
     if isinstance(error, client_errors.InvalidResponse):
         return not_valkey(endpoint, error)
     if isinstance(error, client_errors.ConnectionError | client_errors.TimeoutError):
-        # Met after connecting, in the first exchange: also what a TLS port or a web server gives.
+        # An error in the first exchange after connecting; a TLS port or a web server causes it too.
         silent = "closed by server" in str(error) or "reading from" in str(error)
         return does_not_answer(error) if silent else ConnectionError(str(error).rstrip("."))
     hint = ""
     if "DB index" in str(error) or "SELECT" in str(error):
-        hint = "Give a database that it has; most clusters have 0 alone"
+        hint = "Give a database that it has; most clusters have only 0"
     return ServerRefusedError(f"{endpoint} refuses the connection: {error}", hint)
 
 
 def not_valkey(endpoint: Endpoint, error: Exception) -> NotValkeyError:
     return NotValkeyError(
-        f"what answers at {endpoint} does not speak the Valkey protocol ({error})",
+        f"the server at {endpoint} does not speak the Valkey protocol ({error})",
         "Correct url: it must name a Valkey or Redis server",
     )
 
 
 def does_not_answer(error: Exception) -> ConnectionError:
     return ConnectionError(
-        f"it takes connections, but does not answer as a Valkey does: {error}".rstrip(".")
+        f"it accepts connections, but does not answer as Valkey does: {error}".rstrip(".")
     )
 
 

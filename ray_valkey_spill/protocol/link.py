@@ -1,14 +1,14 @@
-"""Requests to the server, or to all of a cluster: pipelining, routing and retries.
+"""Requests to the server, or to all shards of a cluster: pipelining, routing and retries.
 
-Every request a link may be given is safe to repeat (SET, GET, UNLINK, ZADD, …): when a connection
-breaks, the requests without a reply are sent again on a new one, to whichever server has their keys
-then. In a cluster the requests of a run are under way to all shards at once; their replies are
-yielded in order nevertheless.
+Invariant: every request is safe to repeat (SET, GET, UNLINK, ZADD, …). When a connection breaks,
+the link sends the requests without a reply again over a new one, to the server that has their keys
+by then. In a cluster the requests of a run are under way to all shards at once, but their replies
+are still yielded in order.
 
-Requests for data are sent to primaries alone. A value that is there is right wherever it comes
-from, since values never change. That one is missing is another matter: a primary that was demoted,
-or that is cut off from its successor, lacks what was written since. Whatever is concluded from
-something that is missing is therefore read by `Link.confirmed`.
+The link sends requests for data only to primaries. A value that exists is right whichever server
+returns it, since values never change. A missing value proves less: a demoted primary, or one cut
+off from its successor, lacks everything written since. So `Link.confirmed` must do every read that
+concludes anything from a missing value.
 """
 
 from __future__ import annotations
@@ -49,31 +49,31 @@ __all__ = ["USUAL_SHARING", "Link", "Sharing"]
 
 # Seconds between attempts.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
-# Chunks fall on a cluster's shards at random, so each may have more under way than one server, lest
-# all wait for the one that had some in a row.
+# Chunks fall on a cluster's shards at random. So each shard may have more under way than a single
+# server, or all shards would wait for one that got several chunks in a row.
 _DEPTH_IN_CLUSTER = 2
-# Bytes, however many shards there are: what is compressed or sealed lies in this process's memory.
+# Bytes, for any number of shards: compressed and sealed chunks occupy this process's memory.
 _MOST_IN_CLUSTER = 16 * MIB
-# Seconds for which one keeps a connection while others are refused theirs.
+# Seconds for which a link keeps its connections while the server refuses others.
 _CROWDED_TURN = 1.0
-# Of one request; nodes that send it back and forth do not agree yet on who has its key.
+# Per request. Nodes that redirect it to each other do not agree yet on which of them has its key.
 _REDIRECTS = 8
-# How long a server waits for its replicas before it tells how many have confirmed, in ms.
+# Milliseconds a server waits for its replicas before it reports how many have confirmed.
 _WAIT = 500
-# Seconds for a server that is asked only for who the primaries are: a majority can do without it.
+# Seconds for a server that is only asked for the primaries: a majority does not need each of them.
 _WITNESS_PATIENCE = 1.0
 
 _T = TypeVar("_T")
 
 
 class _Patience:
-    """Paces attempts, from the first failure until something works again or time is up.
+    """Paces attempts from the first failure until one succeeds or time is up.
 
     Args:
-        address: of the servers, for messages.
-        limits: returns for how many seconds attempts go on while servers answer, and while none
-            does; asked for anew at each failure, for a run may be suspended in between.
-        waiting: is called before each pause, with the error that would be raised if time were up.
+        address: address of the servers, for messages.
+        limits: returns the seconds to go on trying while a server answers, and while none does. It
+            is called at each failure, because a run may be suspended in between.
+        waiting: called before each pause, with the error to raise if time were up.
     """
 
     def __init__(
@@ -89,10 +89,11 @@ class _Patience:
         self._backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
 
     def wait(self, failure: Exception) -> None:
-        """Sleep before the next attempt; the first one after a success comes at once.
+        """Sleep before the next attempt. The first attempt after a success follows at once.
 
         Raises:
-            ServerUnavailableError: when time is up.
+            ServerUnavailableError: time is up.
+            ServerRefusedError: time is up, and `failure` is one.
         """
         now = time.monotonic()
         if self._failing_since is None:
@@ -121,15 +122,15 @@ class _Patience:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How connections are shared with whoever else uses the server. Times are in seconds.
+    """How a link shares the server's connections with other clients. Times are in seconds.
 
     Attributes:
-        idle: a connection that was not used for that long is closed. Load balancers and NATs
-            forget connections without a word, the quickest of them after four minutes.
-        turn: a connection that is used all the time is given up after that long, at the end of an
-            operation, if the server has refused connections to others meanwhile.
-        away: for that long it is left to them then: somewhat longer than they wait between two
-            attempts.
+        idle: time after which an unused connection is closed. Load balancers and NATs drop idle
+            connections silently, the fastest of them after four minutes.
+        turn: time after which a busy connection is given up, at the end of an operation, if the
+            server has refused other clients meanwhile.
+        away: time for which the link then opens no connection; somewhat longer than the pause of
+            the other clients between two attempts.
     """
 
     idle: float = 60.0
@@ -141,28 +142,27 @@ USUAL_SHARING = Sharing()
 
 
 class Link:
-    """The way to the servers that a config names. Connections are opened when first needed.
+    """Client for the configured server, cluster or Sentinel group. It connects on first use.
 
-    Not thread-safe but for `close_idle`.
+    Not thread-safe, except for `close_idle` and `close_unused`.
 
     Args:
         config: address, credentials and `retry_timeout`.
-        home: a key; requests without one are sent to the server that owns it.
-        unreachable_timeout: seconds for which a server that does not answer at all is tried,
-            `retry_timeout` unless given: Ray's head start has to fail sooner than a spill.
-        waiting: is called now and then while a run waits for a server that is away, with the error
-            that the run would end with. It must not raise, nor use this link.
-        any_role: whether the server of a url is used even if it is a replica, to look at what it
-            is.
-        sharing: when connections are given back.
-        spare: closes what else this process has open and does not use. It is called when the server
+        home: a key. Requests without a key are sent to the server that owns it.
+        unreachable_timeout: seconds to retry while no server answers at all; `retry_timeout` by
+            default. Ray's head start must fail sooner than a spill.
+        waiting: called now and then while a run waits for an unavailable server, with the error
+            that the run would end with. It must neither raise nor use this link.
+        any_role: whether the server of a url may be a replica, for inspection.
+        sharing: when the link gives up connections.
+        spare: closes this process's other connections that are not in use. Called when the server
             has no connection left for this link.
 
     Attributes:
-        breaks: how many times a connection broke or could not be had, or a server was not ready,
-            or was found to be no primary any more: each may cost what it had acknowledged.
-        generation: another number once a connection was replaced or given up, for whatever reason:
-            what is read from then on may come from another server.
+        breaks: number of times that a connection broke or could not be opened, a server was not
+            ready, or a server was no longer a primary. Each may lose acknowledged writes.
+        generation: changes whenever a connection is replaced or given up, for any reason. Later
+            reads may come from another server.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Link:
         self._any_role = any_role and config.sentinel_service is None
         self._spare = spare
         self._sharing = sharing
-        # Held while `_operations` changes, and while connections are closed because it is 0.
+        # Guards `_operations`, and the closing of connections while it is 0.
         self._lock = threading.Lock()
         self._operations = 0
         self._unreachable_timeout = (
@@ -197,8 +197,8 @@ class Link:
         self._connections: dict[Endpoint, Connection] = {}
         self.breaks = self.generation = 0
         self._is_confirming = False
-        # Whether somebody was refused a connection lately; how many were by each server; until when
-        # this leaves its own to them.
+        # Whether a server refused a connection lately; how many each server has refused; until when
+        # this link opens none.
         self._is_crowded = False
         self._rejected: dict[Endpoint, int] = {}
         self._away_until = float("-inf")
@@ -208,7 +208,7 @@ class Link:
         return self._config.address
 
     def close(self) -> None:
-        """Drop the connections; the next request finds out anew who has what, and opens others."""
+        """Close all connections. The next request looks the topology up again and reconnects."""
         self._close_all()
         self._topology = None
 
@@ -220,7 +220,7 @@ class Link:
 
     @contextlib.contextmanager
     def hurried(self, seconds: float) -> Iterator[None]:
-        """Let runs that begin meanwhile retry for at most so many seconds."""
+        """Limit the retries of runs that begin within to `seconds`, and do not call `waiting`."""
         before = self._retry_timeout, self._waiting
         self._retry_timeout = min(self._retry_timeout, seconds)
         self._waiting = lambda error: None
@@ -231,15 +231,15 @@ class Link:
 
     @property
     def under_way(self) -> int:
-        """Bytes of requests that have no reply yet, and of the replies that are expected."""
+        """Bytes of the requests without a reply, and of their expected replies."""
         return sum(connection.weight for connection in self._connections.values())
 
     @contextlib.contextmanager
     def operation(self) -> Iterator[None]:
-        """Keep the connections there are from one run within to the next, unless they break.
+        """Keep the connections open between the runs within, unless they break.
 
-        Those that were idle for too long, or that the server has closed, are given up before: who
-        finds out by using them waits for an answer that never comes.
+        On entry the link closes connections that were idle for too long or that the server has
+        closed: a request over one of them could wait for a reply that never comes.
         """
         with self._lock:
             if not self._operations:
@@ -254,13 +254,13 @@ class Link:
                 self._operations -= 1
 
     def close_unused(self) -> None:
-        """Close all connections unless an operation uses them. Any thread may call this."""
+        """Close all connections unless an operation uses them. Thread-safe."""
         with self._lock:
             if not self._operations:
                 self.close()
 
     def _end_turn(self) -> None:
-        """Leave connections to others for a while, if a server has refused some to them."""
+        """Leave the connections to other clients for a while, if a server has refused any."""
         now = time.monotonic()
         turn = min(self._sharing.turn, _CROWDED_TURN) if self._is_crowded else self._sharing.turn
         due = [
@@ -278,14 +278,14 @@ class Link:
             try:
                 self._is_crowded |= self._has_refused(connection)
             except (OSError, TransientError, ServerError):
-                connection.close()  # it is replaced when it is needed
+                connection.close()  # replaced on the next use
         if self._is_crowded:
-            # All of them: whoever gets one that is left alone may need the others as well.
+            # All of them: a client that gets one connection may need the others as well.
             self._close_all()
             self._away_until = now + self._sharing.away
 
     def _has_refused(self, connection: Connection) -> bool:
-        """Whether a server has refused connections since this was last asked. Errors as `read`."""
+        """Whether the server has refused connections since the last call. Errors as `read`."""
         request = command("INFO", "clients", "stats")
         connection.add(request)
         connection.read()
@@ -301,7 +301,7 @@ class Link:
         return 0 < int(info.get("maxclients", 0)) <= clients
 
     def close_idle(self) -> None:
-        """Close the connections that were not used for a while. Any thread may call this."""
+        """Close idle connections unless an operation runs. Thread-safe."""
         with self._lock:
             if not self._operations:
                 self._close_stale()
@@ -312,63 +312,64 @@ class Link:
         for connection in self._connections.values():
             if not connection.closed:
                 ends.register(connection, select.POLLIN)
-        # Without requests under way nothing comes but the end of a connection.
+        # No request is under way, so a readable connection is one that the server has closed.
         ended = {number for number, _ in ends.poll(0)}
         for endpoint, connection in [*self._connections.items()]:
             if not connection.closed and (connection.used <= since or connection.fileno() in ended):
                 self._connections.pop(endpoint).close()
                 self.generation += 1
-                # Others may serve by now.
+                # Other servers may have the keys by now.
                 self._topology = None
 
     @property
     def is_single(self) -> bool:
-        """Whether one server has all keys, as far as the latest run has found."""
+        """Whether one server has all keys, according to the latest run."""
         return isinstance(self._topology, Single)
 
     def owner(self, key: str) -> Endpoint | None:
-        """Who has `key`, as far as the latest run has found; None if it broke."""
+        """Return the server of `key` according to the latest run; None if its connection broke."""
         return self._topology.owner(key.encode()) if self._topology else None
 
     def execute(self, *requests: Request) -> list[Any]:
-        """Send small commands together and return their replies.
+        """Send small commands together and return their replies. Errors as `run`.
 
         Raises:
-            ServerError: of the first command that failed; all have been sent.
+            ServerError: the error of the first command that failed. All were sent, unless one is
+                fenced or guarded.
         """
         return [request.result() for request in list(self.run(requests))]
 
     def info(self) -> ServerInfo:
-        """Of the server, or of the one that has the books in a cluster."""
+        """Return the INFO of the server; in a cluster, of the shard with the `home` key."""
         (text,) = self.execute(command("INFO"))
         return ServerInfo.parse(self._text(text))
 
     def infos(self) -> dict[Endpoint, ServerInfo]:
-        """Of the server, or of each primary of a cluster."""
+        """Return the INFO of the server, or of each primary of a cluster."""
         found = self._ask_all(lambda: command("INFO"))
         return {endpoint: ServerInfo.parse(self._text(text)) for endpoint, text in found.items()}
 
     def memories(self) -> list[MemoryInfo]:
-        """A part of `infos`, which costs the servers much less."""
+        """Return the memory part of `infos`, at a much lower cost for the servers."""
         return [self.memory_of(request) for request in list(self.run(self.memory_requests()))]
 
     def memory_requests(self) -> Iterator[Request]:
-        """Requests that ask all servers for their memory, to be sent together with others."""
+        """Yield a request for the memory of each server, to send together with others."""
         yield from self._to_all(lambda: command("INFO", "memory", "keyspace", "replication"))
 
     def memory_of(self, request: Request) -> MemoryInfo:
-        """What the reply to one of `memory_requests` says. Errors as `run`, and of the command."""
+        """Parse the reply to one of `memory_requests`. Errors as `run`, and of the command."""
         return MemoryInfo.parse(fields_of(self._text(request.result())))
 
     def _text(self, info: Any) -> str:
         if not isinstance(info, bytearray):
-            raise NotValkeyError(f"{self.address} answers INFO, but not as a Valkey does")
+            raise NotValkeyError(f"{self.address} answers INFO, but not as Valkey does")
         return info.decode(errors="replace")
 
     def _to_all(self, ask: Callable[[], Request]) -> Iterator[Request]:
-        """A request for each server that has keys."""
+        """Yield a request for each server that has keys."""
         yield (first := ask())
-        # Who else there is is known once that is on its way.
+        # The topology is known once the first request has been routed.
         for endpoint in self._topology.primaries if self._topology else ():
             if endpoint != first.connection.endpoint:
                 request = ask()
@@ -376,25 +377,24 @@ class Link:
                 yield request
 
     def _ask_all(self, ask: Callable[[], Request]) -> dict[Endpoint, Any]:
-        """The replies of all servers that have keys."""
+        """Return the reply of each server that has keys."""
         requests = list(self.run(self._to_all(ask)))
         return {request.connection.endpoint: request.result() for request in requests}
 
     # --- replicas ---
 
     def await_replicas(self, breaks: int) -> None:
-        """Wait until what was written over this link is where the config wants it.
+        """Wait until all writes over this link have reached `min_replicas` replicas.
 
-        That is on `min_replicas` replicas, in memory, or with `wait_aof` on the disks of these and
-        of the primary.
+        That is their memory; with `wait_aof`, it is their disks and the primary's.
 
         Args:
-            breaks: what `self.breaks` was before that was written. What was written over a
-                connection that broke cannot be waited for any more.
+            breaks: value of `self.breaks` before these writes. WAIT covers only writes over its own
+                connection, so writes over a connection that broke cannot be confirmed.
 
         Raises:
             UnconfirmedError: a connection broke.
-            ServerUnavailableError: it may not be there after `retry_timeout`.
+            ServerUnavailableError: some write was not confirmed within `retry_timeout`.
         """
         wanted, aof = self._config.min_replicas, self._config.wait_aof
         if not wanted and not aof:
@@ -405,8 +405,8 @@ class Link:
             found = self._ask_all(lambda: command(*waiting))
             if self.breaks != breaks:
                 raise UnconfirmedError(
-                    f"a connection to {self.address} broke before replicas had confirmed what was "
-                    "written over it"
+                    f"a connection to {self.address} broke before replicas had confirmed the "
+                    "writes over it"
                 )
             confirmed = {e: reply if aof else [1, reply] for e, reply in found.items()}
             behind = {e: n for e, n in confirmed.items() if n[0] < 1 or n[1] < wanted}
@@ -419,7 +419,7 @@ class Link:
                 else f"the append-only file of {endpoint} does not have"
             )
             error = ServerUnavailableError(
-                f"{have} what was written to it (waited for {self._retry_timeout:g} s)",
+                f"{have} the latest writes to it (waited for {self._retry_timeout:g} s)",
                 "Bring its replicas back, or lower min_replicas"
                 if local
                 else "Set appendfsync everysec or always on it, or wait_aof to false",
@@ -428,7 +428,7 @@ class Link:
                 raise error
             self._waiting(error)
 
-    # --- what is missing ---
+    # --- missing values ---
 
     def confirmed(
         self,
@@ -437,27 +437,28 @@ class Link:
         lacks_nothing: Callable[[_T], bool] = lambda found: False,
         keep: bool = False,
     ) -> _T:
-        """Return what `look` reads over this link once primaries alone have answered it.
+        """Return the result of `look` once it is certain that only current primaries answered it.
 
-        Over new connections, because a name may lead elsewhere by now. Each server says that it is
-        a primary before and after, over the connection that the replies came over, since a server
-        that is demoted keeps its connections. A primary that nobody has demoted because it is cut
-        off, or stood still, says so too. Therefore others are asked as well, where there are any:
+        The link opens new connections, because a name may resolve to another server by now. Each
+        server must report the role of a primary before and after, over the connection of the
+        replies, because a demoted server keeps its connections. A primary that is cut off, or that
+        was paused, still reports that role. So the link also asks other servers, where there are
+        any:
 
-        - Of a cluster's primaries, a majority names the servers that answered as the owners of
-          their slots. A failover takes the votes of a majority, so one of those asked knows of it.
-        - Of the configured Sentinels, a majority names the server, and nobody whom another one
-          names says that it is a primary: Sentinels hear of a failover one after the other.
+        - In a cluster, a majority of the primaries must name the servers that answered as the
+          owners of their slots. A failover needs the votes of a majority, so one of those knows.
+        - With Sentinels, a majority of the configured ones must name the server, and no server that
+          another Sentinel names may be a primary: Sentinels learn of a failover one by one.
 
         Args:
-            look: reads, and concludes nothing yet; it is called again where this does not hold.
-                It may call this method, which then only calls `look`.
-            lacks_nothing: whether what was read is right whoever answered, as values are.
-            keep: use the connections that there are, for somebody who looks often, and for whom
-                `breaks` has to show each that broke in between.
+            look: reads, but draws no conclusion yet. It is called again if the check fails. It may
+                call this method, which then only calls `look`.
+            lacks_nothing: whether a result is right whoever answered it, as an existing value is.
+            keep: whether to use the open connections, for a caller that looks often and relies on
+                `breaks` to count each connection that broke in between.
 
         Raises:
-            ServerUnavailableError: after `retry_timeout` seconds in which this did not hold.
+            ServerUnavailableError: the check failed for `retry_timeout` seconds.
             ServerError, ConfigError: as `run`, and as `look`.
         """
         if self._is_confirming:
@@ -479,7 +480,7 @@ class Link:
             self._is_confirming = False
 
     def _looked(self, look: Callable[[], _T], lacks_nothing: Callable[[_T], bool]) -> _T:
-        """Errors as `confirmed`; OSError and TransientError where another look is due."""
+        """Look once. Errors as `confirmed`; OSError and TransientError call for another look."""
         before = self.generation
         found = look()
         if not lacks_nothing(found):
@@ -491,13 +492,13 @@ class Link:
         return found
 
     def _require_primaries(self) -> None:
-        """Raise TransientError unless all servers connected to are the primaries now."""
+        """Raise TransientError unless every connected server is a primary now."""
         for endpoint, connection in self._connections.items():
             role = connection.current_role()
             if role is Role.UNKNOWN:
                 raise TransientError(
-                    f"{endpoint} lacks something, and does not say whether it is a primary or a "
-                    "replica that lags; let it, and a proxy before it, answer HELLO, INFO or ROLE"
+                    f"{endpoint} lacks data, and does not report whether it is a primary or a "
+                    "lagging replica; let it, and a proxy before it, answer HELLO, INFO or ROLE"
                 )
             if role is Role.REPLICA:
                 raise self._replica_error(endpoint)
@@ -515,7 +516,7 @@ class Link:
                 return
         raise TransientError(
             f"only {agreeing} of {len(primaries)} primaries of the cluster name the servers that "
-            "lack something as the owners of their slots; bring the others back"
+            "lack data as the owners of their slots; bring the others back"
         )
 
     def _agrees(self, endpoint: Endpoint, cluster: Cluster) -> bool:
@@ -537,10 +538,10 @@ class Link:
                 rival = named
         if rival is None and 2 * len(naming) > len(self._sentinels):
             return
-        # They may be cut off together with the server that they name: others first from now on.
+        # These Sentinels may be cut off together with the server they name: ask others first.
         self._sentinels.sort(key=naming.__contains__)
         raise TransientError(
-            f"{endpoint} lacks something, and only {len(naming)} of {len(self._sentinels)} "
+            f"{endpoint} lacks data, and only {len(naming)} of {len(self._sentinels)} "
             "Sentinels name it as the primary"
             + (f"; another names {rival}" if rival else "; bring the others back, or correct url")
         )
@@ -555,28 +556,30 @@ class Link:
     # --- runs ---
 
     def run(self, requests: Iterable[Request], since: int | None = None) -> Generator[Request]:
-        """Send `requests` and yield each once its reply is there, in order.
+        """Send `requests`, and yield each in order once it has its reply.
 
-        `requests` is read one further than the window allows. A request's buffers must stay
-        unchanged until it is yielded. A consumer that stops early costs the connections that have
-        its replies under way. Runs may alternate, and what yields requests may run others
-        meanwhile: all share the connections, and replies to one are received while those to
-        another are waited for.
+        Invariant: the caller must drain a run. If it stops early, the link closes the connections
+        that still have replies of this run under way.
 
-        Requests may be carried out in any order where they go to several servers, but a fenced one
-        only after all before it. A guarded one is sent only once all before it have succeeded; if
-        one was seen to fail, the run ends at the next request that is fenced or guarded.
+        The link draws one request more from `requests` than the window allows. A request's buffers
+        must stay unchanged until it is yielded. Runs may alternate, and `requests` may run others
+        meanwhile: all share the connections, and waiting for one run also receives replies of the
+        others.
+
+        Several servers may execute requests in any order, but a fenced request only after all
+        before it. A guarded request is sent only once all before it have succeeded. After a
+        request that failed, the run ends at the next fenced or guarded one.
 
         Args:
-            requests: what to send.
-            since: what `self.generation` was when that was read which `requests` follow from. They
-                are only sent to the servers that this came from, and not again.
+            requests: requests to send. Each must be safe to repeat.
+            since: value of `self.generation` before the read that `requests` follow from. They are
+                then sent once, and only to the servers that answered that read.
 
         Raises:
             UnconfirmedError: a connection was replaced since then, or broke.
-            ServerUnavailableError: after `retry_timeout` seconds without any reply, through all
-                new connections. What was not yielded may or may not have been carried out.
-            ServerRefusedError, NotValkeyError, ConfigError: if no connection can be had.
+            ServerUnavailableError: no reply came for `retry_timeout` seconds, over any new
+                connection. Requests not yielded may or may not have been executed.
+            ServerRefusedError, NotValkeyError, ConfigError: no connection can be opened.
         """
         with self.operation():
             yield from self._run(requests, since)
@@ -595,7 +598,7 @@ class Link:
                 if held is not None and (held.fenced or held.guarded) and failed:
                     held, exhausted = None, True
                 if held is None and not in_flight:
-                    # What has moved is looked up by the next run: this one needs it no more.
+                    # This run is finished; the next one looks up what has moved.
                     return
                 try:
                     if self._is_outdated and not in_flight:
@@ -613,7 +616,7 @@ class Link:
                     patience.wait(failure)
                     continue
                 except ServerRefusedError as refusal:
-                    # Who was let in before may find that the password is being changed.
+                    # A server that accepted the password before may be changing it.
                     may_change = self._has_served and self._config.password_file is not None
                     if isinstance(refusal, ProtocolError) or not may_change:
                         raise
@@ -627,7 +630,7 @@ class Link:
                 yield request
         finally:
             for request in in_flight:
-                # Nobody is there any more whose buffers may be used.
+                # The caller may take its buffers back from here on.
                 if request.connection is not None and not request.done:
                     request.connection.close()
 
@@ -646,8 +649,7 @@ class Link:
         self.generation += 1
         self._topology = None
         if isinstance(failure, TooManyClientsError):
-            # Who holds some connections while waiting for others keeps those from going on who
-            # do the same.
+            # Clients that hold some connections while they wait for others block each other.
             self._is_crowded = True
             self._close_all()
             self._spare()
@@ -659,7 +661,7 @@ class Link:
             )
 
     def _give(self, request: Request, in_flight: deque[Request], since: int | None) -> bool:
-        """Give a request to its connection, unless it has to wait; returns whether."""
+        """Give a request to its connection, and return True, unless it has to wait."""
         connection = self._route(request)
         self._require_generation(since)
         if in_flight and request.guarded:
@@ -672,14 +674,14 @@ class Link:
             if under_way + request.weight > _MOST_IN_CLUSTER:
                 return False
         elif in_flight and (_is_lost(in_flight[0]) or not connection.has_room()):
-            # What is lost goes again first: one server carries requests out in their order.
+            # Lost requests are sent again first: a single server must execute all in order.
             return False
         request.connection = connection
         connection.add(request)
         return True
 
     def _await(self, in_flight: deque[Request]) -> None:
-        """Receive replies until there is one for the first request."""
+        """Receive replies until the first request has one."""
         first = in_flight[0]
         while not first.done:
             if _is_lost(first):
@@ -696,7 +698,7 @@ class Link:
                 connection.add(request)
 
     def _receive(self, connection: Connection) -> None:
-        """Receive the next reply, and go where it sends its request."""
+        """Receive the next reply, and follow it if it redirects its request."""
         request = connection.read()
         error = request.error
         if not isinstance(error, RedirectError) or request.key is None:
@@ -708,12 +710,12 @@ class Link:
             request.redirects = 0
             raise TransientError(error.message)
         endpoint = Endpoint(error.host or connection.endpoint.host, error.port)
-        # What is known may just have been dropped, for another connection that broke.
+        # Another connection that broke may just have dropped the topology.
         if not error.ask and isinstance(self._topology, Cluster):
             self._topology.move(request.key, endpoint)
             self._is_outdated = True
             if endpoint not in self._primaries:
-                # A replica that took over may lack what the primary before it had acknowledged.
+                # A promoted replica may lack writes that the previous primary had acknowledged.
                 self.breaks += 1
                 self._primaries |= {endpoint}
         target = self._connect(endpoint)
@@ -722,7 +724,7 @@ class Link:
         request.connection = target
         target.add(request)
 
-    # --- where requests go ---
+    # --- routing ---
 
     def _route(self, request: Request) -> Connection:
         topology = self._topology or self._discover()
@@ -731,7 +733,7 @@ class Link:
         return self._connect(topology.owner(request.key or self._home))
 
     def _connect(self, endpoint: Endpoint) -> Connection:
-        """A connection for data. Raises TransientError for a replica, else as `Connection`."""
+        """Return a connection for data. Errors as `Connection`; TransientError for a replica."""
         known = self._connections.get(endpoint)
         if known is not None and not known.closed:
             return known
@@ -754,7 +756,7 @@ class Link:
             if self._config.sentinel_service
             else "though a node of the cluster names it as a primary"
             if isinstance(self._topology, Cluster)
-            else "which takes no writes and may lag; the host of url must lead to its primary"
+            else "which takes no writes and may lag; the host of url must be that of its primary"
         )
         return not_now(f"READONLY {endpoint} is a replica, {reason}")
 
@@ -764,13 +766,13 @@ class Link:
         return Connection(self._config, endpoint, self._unreachable_timeout)
 
     def _discover(self) -> Topology:
-        """Find out who has what now. Errors as `Connection`."""
+        """Look up which server has which keys now. Errors as `Connection`."""
         topology = self._ask_sentinels() if self._config.sentinel_service else self._ask_nodes()
         others = {*self._connections} - {*topology.primaries}
         for endpoint in others:
             self._connections.pop(endpoint).close()
             self.generation += 1
-        # Whoever follows a primary may not have got all that it had acknowledged.
+        # The successor of a primary may lack writes that the primary had acknowledged.
         self.breaks += len(others & self._primaries)
         self._primaries = frozenset(topology.primaries)
         self._topology, self._is_outdated = topology, False
@@ -788,7 +790,7 @@ class Link:
             except (OSError, TransientError) as error:
                 failures[endpoint] = error
                 continue
-            # The first to be asked the next time: to find others dead takes its time.
+            # Ask this one first the next time: it takes time to find others dead.
             self._sentinels.sort(key=sentinel.__ne__)
             return Single(endpoint)
         raise next(iter(failures.values()))
@@ -800,7 +802,7 @@ class Link:
         failure: Exception | None = None
         endpoints = self.address.endpoints
         nodes = deque(dict.fromkeys((*endpoints, *sorted(self._nodes))))
-        # Another one each time: a node that the others have lost does not know better.
+        # Start with another node each time: one that is cut off from the others may be outdated.
         nodes.rotate(-self.breaks)
         for endpoint in nodes:
             try:
@@ -810,7 +812,7 @@ class Link:
                 continue
             if isinstance(topology, Single) and len(endpoints) > 1:
                 raise ConfigError(
-                    f"url names several hosts, and what answers at {endpoint} is no cluster's node",
+                    f"url names several hosts, and {endpoint} is not a node of a cluster",
                     "Name one host, or give sentinel_service if they are Sentinels",
                 )
             return topology
@@ -827,7 +829,8 @@ class Link:
         except BaseException:
             node.close()
             raise
-        # Not of a node that was only asked: it may have another name here than in its cluster.
+        # Drop the connection if the cluster has no primary with this name: it may have another name
+        # for the node.
         is_of_use = isinstance(topology, Single) or (
             endpoint in topology.primaries and node.role is not Role.REPLICA
         )
@@ -852,5 +855,5 @@ def _hint(failure: Exception) -> str:
 
 
 def _is_lost(request: Request) -> bool:
-    """Whether no reply can come to a request that was given to a connection."""
+    """Whether no reply to the request can come any more."""
     return request.connection is None or request.connection.closed

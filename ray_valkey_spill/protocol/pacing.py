@@ -1,4 +1,4 @@
-"""How many bytes a connection keeps under way: the fewest that keep the wire busy. Pure."""
+"""Finds how many bytes a connection keeps under way: the fewest that keep the wire busy. Pure."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import statistics
 
 __all__ = ["Pacer"]
 
-# How the limit changes in a trial, and what it is tried for. More is kept only where bytes are
-# delivered faster by that much, and less unless they are delivered slower by this much.
+# A trial multiplies or divides the limit by _STEP. A higher limit is kept only if it delivers at
+# least _FASTER times the bytes per second, a lower one if it delivers at least _SLOWER times.
 _STEP = 1.5
 _FASTER, _SLOWER = 1.04, 0.98
-# Rounds with the limit and as many with the other one, in turn, make a trial; in each round so many
-# times the limit is delivered, after as much as the limit was that is not counted.
+# A trial alternates rounds with the current limit and rounds with the other one, _ROUNDS of each.
+# A round measures _LIMITS_PER_ROUND times the limit, after the first limit's worth of bytes, which
+# does not count.
 _ROUNDS, _LIMITS_PER_ROUND = 3, 4
-# Rounds between trials that change nothing: at first, and at most.
+# Rounds until the next trial after one that changed nothing: at first, and at most.
 _FIRST_REST, _LONGEST_REST = 16, 256
 
 
 class Pacer:
-    """Finds, while data flow, the limit for the bytes under way. Not thread-safe.
+    """Adjusts the limit for the bytes under way while data flow. Not thread-safe.
 
-    Bytes under way lie in the server's memory, and whoever else uses the server waits for them. So
-    a limit is only raised where the rate of delivery rises with it, and lowered where it does not
-    fall.
+    Bytes under way occupy the server's memory, and its other clients wait for them. So the pacer
+    raises the limit only if the delivery rate rises with it, and lowers the limit if the rate does
+    not fall.
 
     Args:
-        least, most: bytes, the bounds of the limit.
-        start: bytes, the limit at first.
+        least, most: bounds of the limit, in bytes.
+        start: initial limit, in bytes.
 
     Attributes:
         limit: bytes that may be under way now.
@@ -42,20 +43,20 @@ class Pacer:
         self._bytes, self._since = 0, 0.0
 
     def interrupt(self) -> None:
-        """Note that less than the limit is under way, so that the rate says nothing about it."""
+        """Record that less than the limit is under way: the rate then says nothing about it."""
         self._bytes = 0
 
     def deliver(self, size: int, now: float) -> None:
-        """Note that `size` bytes were delivered while as many as allowed were under way.
+        """Record a delivery that happened while the limit was used in full.
 
         Args:
-            size: bytes.
-            now: seconds, by any clock that runs evenly.
+            size: delivered bytes.
+            now: seconds, by any monotonic clock.
         """
         before = self._bytes
         self._bytes += size
         if before < self.limit <= self._bytes:
-            # What was under way when the round began is delivered.
+            # The bytes under way when the round began are now delivered.
             self._since, self._bytes = now, self.limit
         elif self._bytes >= (1 + _LIMITS_PER_ROUND) * self.limit:
             rate = (self._bytes - self.limit) / max(now - self._since, 1e-9)
@@ -91,7 +92,7 @@ class Pacer:
             self._change_nothing()
 
     def _change_nothing(self) -> None:
-        """Try the other direction, at once after a rise, else after a rest."""
+        """Keep the limit. Try a lower one at once after a failed rise; otherwise rest first."""
         self.limit = self._base
         self._is_rising = not self._is_rising
         if self._is_rising or self._base == self._least:

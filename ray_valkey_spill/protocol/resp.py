@@ -1,4 +1,4 @@
-"""The Valkey protocol (RESP2) on a socket: commands out of buffers, replies into them."""
+"""The Valkey protocol (RESP2) on a socket: sends commands from buffers, reads replies into them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ __all__ = [
     "store",
 ]
 
-# What of a value comes together with its first line has to be copied: no more than this.
+# Bytes; the part of a value that arrives with its first line is copied, so this limits the copy.
 _READ_SIZE = 8 << 10
 _LARGEST = 512 << 20
 _LARGEST_INTEGER = 2**63
 _MOST_DIGITS = 19
 
 _USE_PRIMARY = "Wait for the failover to end, or give the url of the primary"
-# Error replies that mean "not now", and what helps where they do not pass by themselves: a server
-# that restarts, fails over or reshards sends them. Those of other commands than ours are left out
-# (UNKILLABLE, INPROG, NOGOODSLAVE, NOMASTERLINK, IOERR); MISCONF lasts until somebody helps.
+# Error replies that mean "not now", with a hint for those that may not pass by themselves. A server
+# that restarts, fails over or reshards sends them. The table omits codes of commands that this
+# package never sends (UNKILLABLE, INPROG, NOGOODSLAVE, NOMASTERLINK, IOERR), and MISCONF, which
+# lasts until an operator fixes the disk.
 _NOT_NOW = {
     "LOADING": "Wait until it has loaded its data, or raise retry_timeout",
     "BUSY": "Wait until the script or module command that it runs has ended",
@@ -46,33 +47,33 @@ _NOT_NOW = {
     "NOREPLICAS": "Bring its replicas back, or lower min-replicas-to-write",
     "MASTERDOWN": _USE_PRIMARY,
     "READONLY": _USE_PRIMARY,
-    # Instead of READONLY, for clients that asked for it: a proxy may have.
+    # Replaces READONLY for clients that asked for it, as a proxy may do.
     "REDIRECT": _USE_PRIMARY,
-    # A primary that became a replica, while WAIT waited there.
+    # From a primary that became a replica during a WAIT.
     "UNBLOCKED": "",
 }
-# And what such a one answers to WAIT and WAITAOF from then on.
+# Its reply to WAIT and WAITAOF from then on.
 _NO_PRIMARY = "cannot be used with replica instances"
-# In a cluster, "clients + cluster connections".
+# In a cluster the text continues with "+ cluster connections".
 _TOO_MANY_CLIENTS = "max number of clients"
 
 _HINT_LENGTH = (
-    "A chunk is longer than it takes: raise its proto-max-bulk-len, or lower chunk_size "
+    "A chunk exceeds the server's limit: raise its proto-max-bulk-len, or lower chunk_size "
     "(`ray-valkey-spill check` finds how far)"
 )
 
-# What Valkey, and Redis, answer if a script does what its user may not do.
+# The replies of Valkey and of Redis to a script that does what its user may not do.
 _REFUSED_IN_A_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
 
 def not_now(text: str) -> TransientError:
-    """The error for what a server, or this package, says that begins with a code for "not now"."""
+    """Return the error for `text`, which begins with one of the codes that mean "not now"."""
     return TransientError(text, _NOT_NOW.get(text.partition(" ")[0], ""))
 
 
 # --- requests ---
 
-# Commands that are about no key; of others, but EVAL, the first argument is one.
+# Commands without a key. The first argument of all others is a key, except for EVAL.
 _KEYLESS = {
     *("ASKING", "CLIENT", "CLUSTER", "HELLO", "INFO", "PING", "ROLE", "SENTINEL", "TIME"),
     *("WAIT", "WAITAOF"),
@@ -80,23 +81,23 @@ _KEYLESS = {
 
 
 class Request:
-    """A command, and its reply once it has arrived.
+    """A command, and its reply once it has arrived. It must be safe to repeat (see `link`).
 
     Attributes:
-        parts: the command as it goes over the wire.
-        key: one that it is about, and in a cluster all are in the same slot; or None.
-        fenced: whether it must not be carried out before all requests before it are.
-        guarded: whether it is sent only once all requests before it have succeeded.
-        target: the server that it is for, where it is about no key.
-        connection: the one that it was given to.
-        redirects: how many times it was sent to another node of a cluster.
-        done: whether the reply is there.
-        into: where the reply's value is to be received, if it has exactly that size.
-        reply: as the server sent it: bytes for a status, bytearray for a value, int, list or None.
-            The length of `into`, if that was filled.
+        parts: the encoded command.
+        key: one of its keys, which in a cluster all have the same slot; None if it has no key.
+        fenced: whether the server may execute it only after all requests before it.
+        guarded: whether the link sends it only once all requests before it have succeeded.
+        target: the server to send it to, for a command without a key.
+        connection: the connection that it was given to.
+        redirects: number of times it was redirected to another node of a cluster.
+        done: whether the reply has arrived.
+        into: buffer for the reply's value, which is used if the value has exactly its size.
+        reply: the reply: bytes for a status, bytearray for a value, int, list or None. The value's
+            length if it was received into `into`.
         error: the server's error instead of a reply.
         length: bytes of the command.
-        weight: bytes that it has under way: its own and `expected` ones of the reply.
+        weight: bytes that it has under way: the command's, and the `expected` ones of the reply.
     """
 
     __slots__ = (
@@ -126,20 +127,20 @@ class Request:
 
     @property
     def is_received(self) -> bool:
-        """Whether most of its bytes are those of the reply."""
+        """Whether the reply is expected to be longer than the command."""
         return self.weight > 2 * self.length
 
     def result(self) -> Any:
-        """The reply. Raises the server's error, translated."""
+        """Return the reply. Raises the server's error, translated."""
         if self.error is not None:
             raise self.error
         return self.reply
 
 
 class Prepared:
-    """A command whose first arguments stay the same: they are encoded once.
+    """A command with constant first arguments, which are encoded once.
 
-    For EVAL all keys must be in one slot, and there must be some.
+    EVAL must have at least one key, and all its keys must be in one slot.
     """
 
     __slots__ = ("_count", "_encoded", "_key")
@@ -152,7 +153,7 @@ class Prepared:
         self._encoded = _bulks(encoded)
 
     def request(self, *args: str | bytes | int) -> Request:
-        """The command with further arguments."""
+        """Return the command with further arguments."""
         rest = _bulks([a if isinstance(a, bytes) else str(a).encode() for a in args])
         head = b"*%d\r\n" % (self._count + len(args))
         return Request([b"".join((head, self._encoded, rest))], self._key)
@@ -163,12 +164,12 @@ def _bulks(encoded: Sequence[bytes]) -> bytes:
 
 
 def command(name: str, *args: str | bytes | int) -> Request:
-    """A small command, as `Prepared`."""
+    """Return a small command, encoded as by `Prepared`."""
     return Prepared(name, *args).request()
 
 
 def store(key: str, value: Sequence[Buffer]) -> Request:
-    """SET `key` to the concatenation of `value`'s buffers, none of which is copied."""
+    """Return a SET of `key` to the concatenation of `value`'s buffers, without copying them."""
     name = key.encode()
     size = sum(map(len, value))
     head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, size)
@@ -176,9 +177,10 @@ def store(key: str, value: Sequence[Buffer]) -> Request:
 
 
 def fetch(key: str, *, into: memoryview | None = None, expected: int = 0) -> Request:
-    """GET `key` into `into`, if the value has exactly that size: the reply is its length then.
+    """Return a GET of `key`.
 
-    Without `into`, `expected` tells about how many bytes it will have.
+    If the value has exactly the size of `into`, it is received there, and the reply is its length.
+    Without `into`, `expected` is the approximate length of the value in bytes.
     """
     name = key.encode()
     parts: list[Buffer] = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)]
@@ -189,20 +191,22 @@ def fetch(key: str, *, into: memoryview | None = None, expected: int = 0) -> Req
 
 
 class ReplyReader:
-    """Parses RESP2 replies off a socket, and receives values in place where it can."""
+    """Parses RESP2 replies from a socket, and receives values in place where it can."""
 
     def __init__(self, sock: Any) -> None:
         self._sock = sock
         self._bytes = bytearray(_READ_SIZE)
         self._buffer = memoryview(self._bytes)
-        self._start = self._end = 0  # what has been received and not yet parsed
+        self._start = self._end = 0  # bounds of the bytes received but not yet parsed
 
     def read(self, request: Request) -> None:
-        """Fill in the request's `reply` or `error`.
+        """Receive the next reply, and set the request's `reply` or `error`.
 
         Raises:
-            OSError: the connection broke or stalled.
-            TransientError: the server says "not now".
+            OSError: the connection broke or stalled, or the server has too many clients.
+            TransientError: the reply means "not now".
+            ProtocolError: the server refused the form of a request, and closes the connection.
+            NotValkeyError: the bytes are not a reply.
         """
         reply = self._parse(request.into)
         if isinstance(reply, ServerError):
@@ -223,7 +227,7 @@ class ReplyReader:
             return reply_error(rest.decode(errors="replace"))
         if kind == b"*":
             return [self._parse() for _ in range(_number(rest))] if rest != b"-1" else None
-        raise NotValkeyError(f"a reply begins with {line[:20]!r}: this is no Valkey")
+        raise NotValkeyError(f"a reply begins with {line[:20]!r}: this is not Valkey")
 
     def _bulk(self, size: int, into: memoryview | None) -> Any:
         if size < 0:
@@ -233,7 +237,7 @@ class ReplyReader:
         target[:got] = self._buffer[self._start : self._start + got]
         self._start += got
         while got < size:
-            # Straight to its place; what follows, up to the next reply's first line, to the buffer.
+            # Receive the value in place, and what follows it into the buffer.
             count = self._receive([target[got:], self._buffer])
             self._start, self._end = 0, max(0, count - (size - got))
             got = min(size, got + count)
@@ -244,7 +248,7 @@ class ReplyReader:
 
     def _line(self) -> bytes:
         while True:
-            # Replies' first lines are short; errors' are the longest.
+            # First lines are short; those of errors are the longest.
             end = self._bytes.find(b"\r\n", self._start, self._end)
             if end >= 0:
                 line = bytes(self._buffer[self._start : end])
@@ -253,7 +257,7 @@ class ReplyReader:
             self._fill()
 
     def _fill(self) -> None:
-        """Receive more behind what has not been parsed yet."""
+        """Receive more bytes, and append them to those not yet parsed."""
         left = self._end - self._start
         if self._end == len(self._buffer) or not left:
             if left == len(self._buffer):
@@ -273,20 +277,21 @@ class ReplyReader:
 
 
 def _number(text: bytes, most: int = _LARGEST) -> int:
-    """A length, of which none is above 512 MiB (`proto-max-bulk-len`), or an integer reply."""
+    """Parse an integer reply, or a length, which is at most 512 MiB (`proto-max-bulk-len`)."""
     digits = text.removeprefix(b"-")
     if not digits.isdigit() or len(digits) > _MOST_DIGITS or int(digits) > most:
-        raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is no Valkey")
+        raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is not Valkey")
     return int(text)
 
 
 def reply_error(text: str) -> ServerError:
-    """The error for an error reply.
+    """Return the error for an error reply.
 
     Raises:
-        TransientError: it means "not now".
-        TooManyClientsError: it refuses the connection, as one too many.
-        ProtocolError: it comes before the end of the connection.
+        TransientError: the reply means "not now".
+        TooManyClientsError: the server has as many clients as it allows.
+        ProtocolError: the server closes the connection after this reply.
+        NotValkeyError: the reply redirects to no valid address.
     """
     code = text.partition(" ")[0]
     if code in _NOT_NOW or _NO_PRIMARY in text:
@@ -298,7 +303,7 @@ def reply_error(text: str) -> ServerError:
     if code in ("MOVED", "ASK"):
         return RedirectError(text)
     if code == "OOM":
-        return ServerFullError(text, "Raise the server's maxmemory, or remove what else is in it")
+        return ServerFullError(text, "Raise the server's maxmemory, or remove other data from it")
     if code == "MISCONF":
         return ServerError(text, "Fix its disk: the server's log has the reason")
     if code in ("NOAUTH", "WRONGPASS") or "Protocol error" in text:
@@ -306,7 +311,7 @@ def reply_error(text: str) -> ServerError:
             text, "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has"
         )
     if code in ("NOPERM", "DENIED"):
-        return ServerRefusedError(text, "`ray-valkey-spill check` tells what the user may not do")
+        return ServerRefusedError(text, "`ray-valkey-spill check` lists what the user may not do")
     if code == "ERR" and any(phrase in text for phrase in _REFUSED_IN_A_SCRIPT):
-        return ServerRefusedError(text, "`ray-valkey-spill check` tells what the user may not do")
+        return ServerRefusedError(text, "`ray-valkey-spill check` lists what the user may not do")
     return ServerError(text)

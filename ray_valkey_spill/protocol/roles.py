@@ -1,4 +1,4 @@
-"""Whether a server is a primary or a replica, in its own words."""
+"""Whether a server reports itself as a primary or a replica."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["HELLO", "QUESTIONS", "Question", "Role", "hello_fields"]
 
 
 class Role(Enum):
-    """UNKNOWN is a server, or a proxy before it, that answers none of `QUESTIONS`."""
+    """UNKNOWN: the server, or a proxy in front of it, answers none of `QUESTIONS`."""
 
     PRIMARY = "primary"
     REPLICA = "replica"
@@ -21,9 +21,9 @@ class Role(Enum):
 
 
 class Question(NamedTuple):
-    """A command whose reply contains the role of the server that carries it out.
+    """A command that asks a server for its role.
 
-    `answer` returns what that reply, or None for an error, calls the role.
+    `answer` extracts the role's name from the reply, which is None for an error.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Question(NamedTuple):
 
 
 def hello_fields(reply: Any) -> dict[str, str]:
-    """The fields of a reply to HELLO; none if that was an error, as proxies give."""
+    """Return the fields of a reply to HELLO; none if it was an error, as from some proxies."""
     fields = reply if isinstance(reply, list) else []
     return dict(zip(map(_text, fields[::2]), map(_text, fields[1::2])))
 
@@ -60,13 +60,13 @@ def _text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes | bytearray) else str(value)
 
 
-# "slave" is what ROLE and INFO say; HELLO says "replica".
+# ROLE and INFO say "slave"; HELLO says "replica".
 _ROLES = {
     **dict.fromkeys(("master", "primary"), Role.PRIMARY),
     **dict.fromkeys(("replica", "slave"), Role.REPLICA),
 }
 
 HELLO = Question("HELLO", "2", _hello)
-# The first that names a role is used. HELLO needs no permission, and INFO is among those that our
-# users have. ROLE is not: it is for proxies whose INFO is about themselves.
+# The first answer that names a role counts. HELLO needs no permission, and the documented user may
+# call INFO. It may not call ROLE, which serves proxies that answer INFO about themselves.
 QUESTIONS = (HELLO, Question("INFO", "replication", _info), Question("ROLE", None, _role))

@@ -1,4 +1,4 @@
-"""What a server says of itself. Pure."""
+"""Parses a server's reply to INFO. Pure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["MemoryInfo", "ServerInfo", "fields_of"]
 
 @dataclass(frozen=True, slots=True)
 class MemoryInfo:
-    """How much memory the server has; sizes in bytes, `maxmemory` 0 for no bound.
+    """The memory of a server. Sizes are in bytes; `maxmemory` is 0 for no limit.
 
     Attributes:
-        keys: how many there are in all databases.
-        volatile: how many of them have a TTL.
-        backlog_left: by how much the replication backlog will grow, as it is filled for the first
-            time.
+        keys: number of keys in all databases.
+        volatile: number of keys that have a TTL.
+        backlog_left: bytes by which the replication backlog will still grow, until it has been
+            filled once.
     """
 
     maxmemory: int
@@ -33,21 +33,21 @@ class MemoryInfo:
 
     @property
     def evicts_all(self) -> bool:
-        """Whether the policy may evict keys that have no TTL, as spilled chunks have none."""
+        """Whether the policy may evict keys without a TTL; no key of this package has one."""
         return self.policy.startswith("allkeys-")
 
     @property
     def evicts_volatile(self) -> bool:
-        """Whether it evicts those that have one, and no others."""
+        """Whether the policy evicts keys with a TTL, and no others."""
         return self.policy.startswith("volatile-")
 
     @property
     def evicts_others(self) -> bool:
-        """Whether it can evict a key that is not ours, to take in what is written now."""
+        """Whether the server can evict another application's key to make room for a write."""
         return (self.evicts_all and self.keys > 0) or (self.evicts_volatile and self.volatile > 0)
 
     def __add__(self, other: MemoryInfo) -> MemoryInfo:
-        """Both together, as a cluster has them; unbounded if one is."""
+        """Add up two shards of a cluster; the sum is unbounded if one of them is."""
         return MemoryInfo(
             maxmemory=self.maxmemory and other.maxmemory and self.maxmemory + other.maxmemory,
             policy=other.policy if other.evicts_all else self.policy,
@@ -59,14 +59,14 @@ class MemoryInfo:
 
     @classmethod
     def of_all(cls, infos: Iterable[ServerInfo]) -> MemoryInfo:
-        """That of all servers together; there must be one."""
+        """Return the sum over all servers; there must be at least one."""
         return reduce(operator.add, [info.memory for info in infos])
 
     @classmethod
     def parse(cls, values: Mapping[str, str]) -> MemoryInfo:
         sizes = ("maxmemory", "used_memory", "repl_backlog_size", "repl_backlog_histlen")
         if not all(values.get(name, "0").isdigit() for name in sizes):
-            raise NotValkeyError("its INFO has sizes that are no numbers")
+            raise NotValkeyError("its INFO has sizes that are not numbers")
         databases = [text for name, text in values.items() if re.fullmatch("db[0-9]+", name)]
         keys, volatile = (
             sum(
@@ -88,9 +88,9 @@ class MemoryInfo:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What `INFO` tells that matters here.
+    """The fields of `INFO` that this package uses.
 
-    `replicas` is how many are in step with it; `aof` tells whether it has an append-only file.
+    `replicas` is the number of online replicas; `aof` is whether there is an append-only file.
     """
 
     product: str
@@ -105,7 +105,7 @@ class ServerInfo:
     def parse(cls, text: str) -> ServerInfo:
         values = fields_of(text)
         if "redis_version" not in values and "valkey_version" not in values:
-            raise NotValkeyError("it answers INFO, but not as a Valkey does")
+            raise NotValkeyError("it answers INFO, but not as Valkey does")
         is_valkey = "valkey_version" in values
         return cls(
             product="Valkey" if is_valkey else "Redis",
@@ -123,7 +123,7 @@ class ServerInfo:
 
 
 def _backlog_left(values: Mapping[str, str]) -> int:
-    """Bytes of the backlog that are not filled yet; there is one once a replica has come."""
+    """Return the bytes of the backlog not filled yet; it exists once a replica has connected."""
     if values.get("repl_backlog_active") != "1":
         return 0
     size, filled = (int(values.get(f"repl_backlog_{name}", 0)) for name in ("size", "histlen"))
@@ -131,6 +131,6 @@ def _backlog_left(values: Mapping[str, str]) -> int:
 
 
 def fields_of(text: str) -> dict[str, str]:
-    """The fields of `INFO`."""
+    """Return the fields of `INFO`, by name."""
     lines = (line.partition(":") for line in text.splitlines() if ":" in line)
     return {name: value.strip() for name, _, value in lines}

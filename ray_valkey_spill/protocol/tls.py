@@ -1,4 +1,4 @@
-"""TLS for connections: what is trusted and shown, and sockets that gather as plain ones do."""
+"""TLS for connections: trusted CAs, client certificates, and sockets that gather as plain ones."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ray_valkey_spill.units import Buffer
 
 __all__ = ["TlsSocket", "context", "refusal"]
 
-# The payload of a full TLS record: what is smaller is gathered into one.
+# Payload of a full TLS record, in bytes. Smaller buffers are gathered into one record.
 _RECORD = 16 << 10
 
 
 def context(config: Config) -> ssl.SSLContext:
-    """What connections of `config` trust and show. Host names are checked, always.
+    """Return the TLS context for connections of `config`. It always checks host names.
 
-    Its files are read anew each time, so that renewed certificates are found.
+    Each call reads the files again, to find renewed certificates.
 
     Raises:
-        ConfigError: naming the file that cannot be used.
+        ConfigError: a file cannot be used; the message names it.
     """
     ca, certificate, key = config.tls_ca_file, config.tls_cert_file, config.tls_key_file
     try:
-        # A CA alone: a server that shows a certificate of another one is not the one that is meant.
+        # With `ca`, trust no other CA: another CA's certificate does not belong to this server.
         made = ssl.create_default_context(cafile=ca)
     except OSError as error:
         raise ConfigError(
@@ -35,13 +35,13 @@ def context(config: Config) -> ssl.SSLContext:
     made.minimum_version = ssl.TLSVersion.TLSv1_2
     if certificate is not None:
         try:
-            # A key that has a pass phrase would be asked for at the terminal.
+            # OpenSSL would ask for the pass phrase of a key at the terminal.
             made.load_cert_chain(certificate, key, password=_no_pass_phrase)
         except (OSError, _PassPhraseError) as error:
             raise ConfigError(
                 f"tls_cert_file {certificate!r} and tls_key_file {key!r} cannot be used: "
                 f"{_text(error)}",
-                "They must be PEM files that every node can read, of a certificate and its key "
+                "They must be PEM files that every node can read: a certificate, and its key "
                 "without a pass phrase",
             ) from error
     return made
@@ -60,9 +60,9 @@ def _text(error: Exception) -> str:
 
 
 class TlsSocket:
-    """An SSL socket with the scatter-gather calls of a plain one, as far as they are used here.
+    """An SSL socket with the two scatter-gather calls of a plain one that `Connection` uses.
 
-    Both may transfer less than they are given, as those of a plain one may.
+    Both may transfer fewer bytes than requested, as on a plain socket.
     """
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
@@ -79,31 +79,31 @@ class TlsSocket:
         return self._sock.send(gathered)
 
     def recvmsg_into(self, buffers: Sequence[memoryview]) -> tuple[int]:
-        """Fills the first of `buffers` alone."""
+        """Receive into the first of `buffers` only."""
         return (self._sock.recv_into(buffers[0]),)
 
 
 def _hint(message: str) -> str:
-    """What to do about a certificate that OpenSSL says this of."""
+    """Return the hint for OpenSSL's `message` about a certificate."""
     if "match" in message:  # "Hostname mismatch", "IP address mismatch"
         return "Name the host in url as its certificate does"
     if "expired" in message or "not yet valid" in message:
         return "Renew it, or correct the clock"
     if "self-signed" in message or "issuer" in message or "signature" in message:
         return "Give the CA that signed it as tls_ca_file"
-    # "Missing Authority Key Identifier", and others: from Python 3.13 on, RFC 5280 is kept to.
-    return "Have its CA make it anew as RFC 5280 asks, or give the right CA as tls_ca_file"
+    # "Missing Authority Key Identifier", and others: Python 3.13 enforces RFC 5280.
+    return "Reissue it in accordance with RFC 5280, or give the right CA as tls_ca_file"
 
 
 def refusal(error: BaseException | None, endpoint: Endpoint) -> SpillError | None:
-    """What a failed handshake means that another attempt does not cure; None if there was none."""
+    """Return the permanent error behind a failed handshake; None if a retry may succeed."""
     while error is not None and not isinstance(error, ssl.SSLError):
         error = error.__cause__ or error.__context__
     if error is None:
         return None
     if isinstance(error, ssl.SSLCertVerificationError):
         return ServerRefusedError(
-            f"the certificate that {endpoint} shows is refused: {error.verify_message}",
+            f"the certificate of {endpoint} is refused: {error.verify_message}",
             _hint(error.verify_message),
         )
     reason = error.reason or ""
@@ -114,7 +114,7 @@ def refusal(error: BaseException | None, endpoint: Endpoint) -> SpillError | Non
         )
     if reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"):
         return NotValkeyError(
-            f"what answers at {endpoint} does not speak TLS",
+            f"the server at {endpoint} does not speak TLS",
             "Use valkey:// in url, or correct host and port",
         )
     return None

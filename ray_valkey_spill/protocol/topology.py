@@ -1,4 +1,4 @@
-"""Which server has what: one server, the primary that Sentinels tell of, or a cluster's shards."""
+"""Which server has which keys: one server, the Sentinels' primary, or a cluster's shards."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Single:
 
 
 class Cluster:
-    """Each of a cluster's primaries has the keys of some slots.
+    """Each primary of a cluster has the keys of some slots.
 
     Args:
         slots: the reply to CLUSTER SLOTS.
-        asked: the node that gave it, which may not know by what name it is reached.
+        asked: the node that sent it, which may not know its own host name.
     """
 
     def __init__(self, slots: Sequence[Any], asked: Endpoint) -> None:
@@ -50,21 +50,21 @@ class Cluster:
             self._owners[first : last + 1] = [endpoints[0]] * (last + 1 - first)
 
     def owner(self, key: bytes) -> Endpoint:
-        """Raises TransientError while nobody serves the key's slot."""
+        """Raise TransientError while no node serves the key's slot."""
         endpoint = self._owners[key_slot(key)]
         if endpoint is None:
-            raise not_now(f"CLUSTERDOWN nobody serves slot {key_slot(key)}")
+            raise not_now(f"CLUSTERDOWN no node serves slot {key_slot(key)}")
         return endpoint
 
     def move(self, key: bytes, endpoint: Endpoint) -> None:
-        """Note that the slot of `key` is served elsewhere."""
+        """Record that `endpoint` serves the slot of `key`."""
         self._owners[key_slot(key)] = endpoint
         self.nodes.add(endpoint)
 
     def agrees(self, other: Cluster, nodes: Collection[Endpoint]) -> bool:
-        """Whether all slots that `nodes` have according to `other` are theirs here too.
+        """Whether every slot that `other` gives to one of `nodes` has the same owner here.
 
-        Nodes are compared by their ids: not each node may know another by the same name.
+        Nodes are compared by id: two nodes may know a third one by different names.
         """
         return all(
             self._id(mine) == other._id(theirs)
@@ -84,7 +84,7 @@ Topology = Single | Cluster
 
 
 def cluster_at(node: Connection) -> Cluster:
-    """What a node says of its cluster. Errors as `Connection.read`, and of the command."""
+    """Ask a node for its cluster's slots. Errors as `Connection.read`, and of the command."""
     request = command("CLUSTER", "SLOTS")
     node.add(request)
     while node.read() is not request:
@@ -95,19 +95,19 @@ def cluster_at(node: Connection) -> Cluster:
 def primaries_of(
     service: str, sentinels: Iterable[Endpoint], connect: Callable[[Endpoint], Connection]
 ) -> Iterator[tuple[Endpoint, Endpoint]]:
-    """Each of `sentinels` that knows `service`, and whom it names as the primary.
+    """Yield each of `sentinels` that knows `service`, and the primary that it names.
 
-    Whether that is one has to be asked of itself (https://valkey.io/topics/sentinel-clients). A
-    Sentinel that was cut off from the others may still name the one before.
+    The caller must ask that server for its role (https://valkey.io/topics/sentinel-clients): a
+    Sentinel that is cut off from the others may still name the previous primary.
 
     Args:
-        service: as in `sentinel monitor`.
-        sentinels: who may know.
-        connect: opens a connection to one.
+        service: name of the service, as in `sentinel monitor`.
+        sentinels: the Sentinels to ask, in this order.
+        connect: opens a connection to a Sentinel.
 
     Raises:
-        OSError, TransientError: none can be asked.
-        ServerRefusedError: those that can be asked know of no such service, or refuse.
+        OSError, TransientError: no Sentinel can be reached.
+        ServerRefusedError: no Sentinel knows the service, and at least one answered or refused.
     """
     failure: Exception | None = None
     refusal: ServerRefusedError | None = None
@@ -127,8 +127,8 @@ def primaries_of(
             )
         except ServerError as error:
             refusal = ServerRefusedError(
-                f"what answers at {sentinel} is no Sentinel ({error.message})",
-                "Correct url, or leave sentinel_service out",
+                f"the server at {sentinel} is not a Sentinel ({error.message})",
+                "Correct url, or remove sentinel_service",
             )
         else:
             if isinstance(found, list):
@@ -137,7 +137,7 @@ def primaries_of(
             else:
                 refusal = ServerRefusedError(
                     f"the Sentinel at {sentinel} knows no service {service!r}",
-                    "Correct url or sentinel_service (SENTINEL MASTERS tells)",
+                    "Correct url or sentinel_service (SENTINEL MASTERS lists the services)",
                 )
     if not is_known:
         reason = refusal or failure

@@ -1,1 +1,1 @@
-"""Objects of a node: put, find, fill, delete, clean up. Imports no `plugin`, no `cli`."""
+"""Puts, fetches, deletes and cleans up objects of a node. Imports neither `plugin` nor `cli`."""

@@ -1,22 +1,22 @@
-"""Finds and removes what dead sessions, and dead nodes of running ones, have left.
+"""Finds and removes the data of dead sessions, and of dead nodes of running sessions.
 
-Whoever lives renews a lease: each node with IO workers, every ten seconds or so. A lease has run
-out if it was not renewed for a minute. That is measured here, by watching and by this process's own
-clock: the server's may have jumped, and is only believed where it tells of *less* time. While the
-server cannot be reached nobody can renew, so the watch begins again after that.
+Each node with IO workers renews a lease about every ten seconds. A lease has run out if it was not
+renewed for a minute. The clean-up measures that by watching, with this process's own clock. The
+server's clock may have jumped, so it can only shorten the watch, and not below 35 s. Nobody can
+renew while the server cannot be reached, so the watch then starts again.
 
-IO workers may also be stopped, or be gone, while their node lives. So for whoever has no lease its
-session's GCS is asked too: a session is dead only if nobody answers for it there, and a node of a
-running session only if the GCS says so. Where it cannot be asked, because its host does not answer
-or because no lease tells where it is, all of the session may be cut off from here, or stopped with
-its machines, and then it is dead only after ten times as long. A GCS at a loopback address can only
-be asked on the session's own host. Elsewhere nothing that is found there is evidence.
+IO workers may be stopped or gone while their node lives. So the clean-up also asks the GCS of each
+session without a lease: a session is dead only if no GCS answers for it, and a node of a running
+session only if the GCS says so. If the GCS cannot be asked, because its host does not answer or no
+lease has its address, the session may be cut off from here, or paused with its machines. Then it is
+dead only after ten times as long. A GCS at a loopback address can be asked only on the session's
+own host; an answer at that address elsewhere proves nothing.
 
-A server that lags shows leases as they were, and objects as half-written that are stored by now. So
-nothing is removed for what such a one may have said: see `link.Link.confirmed`.
+A lagging server shows old leases, and shows stored objects as half-written. So the clean-up removes
+nothing on the word of one: see `link.Link.confirmed`.
 
-A session of which any lease has changed since it was judged is not touched, or no further. What
-makes its remains be found goes last: if a clean-up is killed, the next one finds the rest.
+The clean-up stops at a session as soon as one of its leases has changed since the judgement. It
+removes the metadata last, so that the next clean-up finds the rest if this one is killed.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 __all__ = ["LEASE", "RENEWAL", "CleanUp", "Remains"]
 
-# Seconds from one renewal to the next, and after which a lease that was not renewed has run out.
+# Seconds between two renewals; and from the latest renewal until a lease has run out.
 RENEWAL, LEASE = 10.0, 60.0
-# Seconds to watch a lease that by the server's clock has run out: some renewals, however late.
+# Seconds to watch a lease that has run out by the server's clock: time for several late renewals.
 _CONFIRMATION = 3.5 * RENEWAL
-# How many times as long a lease lasts where nobody can be asked.
+# Factor by which a lease lasts longer if no GCS can be asked.
 _UNASKED = 10
 _BETWEEN_LOOKS = 1.0
-# If more passes between two looks, this process stood still, and perhaps others with it.
+# Seconds; if two looks are further apart, this process was paused, and perhaps others with it.
 _LONGEST_BLINK = 5.0
 
 _T = TypeVar("_T")
@@ -60,15 +60,16 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """What a dead node has left that nobody can need.
+    """Data of a dead node that nobody can need.
 
     Attributes:
-        owner: whose it is.
-        session_is_dead: if so, all of it is; of a running session, only what is half-written.
-        usage: what it has in Valkey.
-        pending: how many objects in Valkey are half-written.
-        files: how many there are in the overflow.
-        file_bytes: how long these are.
+        owner: the node.
+        session_is_dead: whether all data of the node are meant; in a running session, only
+            half-written objects are.
+        usage: what the node has in Valkey.
+        pending: number of half-written objects in Valkey.
+        files: number of files in the overflow.
+        file_bytes: length of these files, in bytes.
     """
 
     owner: Owner
@@ -84,17 +85,17 @@ class Remains:
 
 
 class CleanUp:
-    """A look for the dead of a namespace, and their removal.
+    """Finds the dead nodes of a namespace, and removes their data.
 
-    Errors are those of `link.Link.run`. An overflow that cannot be used does not hold up what is in
-    Valkey: all else is removed, but for the metadata from which the next clean-up finds the rest.
+    Errors are those of `link.Link.run`. If the overflow cannot be used, the data in Valkey are
+    removed nevertheless, except for the metadata by which the next clean-up finds the rest.
 
     Args:
-        config: which server, namespace and overflow.
+        config: server, namespace and overflow.
         running_at: see `gcs.running_at`.
 
     Attributes:
-        unavailable: why the overflow could not be used since the latest `find` began, or None.
+        unavailable: error of the overflow since the latest `find` began; None if it was usable.
     """
 
     def __init__(self, config: Config, running_at: Callable[[str], RunningSession | None]) -> None:
@@ -104,7 +105,7 @@ class CleanUp:
         self._overflow = OverflowTier.of(config)
         self._running_at = running_at
         self.unavailable: OverflowUnavailableError | None = None
-        # What leases the dead sessions had when they were judged.
+        # Leases of the dead sessions at the time of the judgement.
         self._dead: dict[str, set[Lease]] = {}
 
     def close(self) -> None:
@@ -113,7 +114,7 @@ class CleanUp:
             self._overflow.close()
 
     def sessions(self) -> set[str]:
-        """All that have anything here."""
+        """Return all sessions with data or metadata."""
         return {owner.session for owner in self._owners()}
 
     def find(
@@ -125,7 +126,7 @@ class CleanUp:
     ) -> list[Remains]:
         """Watch for about as long as a lease lasts; returns what the dead have left.
 
-        Those whose GCS cannot be asked are watched for ten times as long again.
+        Nodes with a GCS that cannot be asked are watched ten times as long in addition.
 
         Args:
             tell: is given lines on what is kept and why.
@@ -153,7 +154,7 @@ class CleanUp:
             if answer is not None and answer is not UNREACHABLE:
                 nodes = self._dead_nodes(answer, nodes, tell)
             elif before[session] != after[session]:
-                tell(f"Kept: {session}, some of whose nodes live, though its GCS does not answer")
+                tell(f"Kept: {session}, as some of its nodes live, though its GCS does not answer")
                 continue
             else:
                 self._dead[session] = after[session]
@@ -167,10 +168,10 @@ class CleanUp:
 
     def _tell_of_unavailability(self, tell: Callable[[str], None]) -> None:
         if self.unavailable is not None:
-            tell(f"Kept: all that is in the overflow, since {self.unavailable.message}")
+            tell(f"Kept: all data in the overflow, since {self.unavailable.message}")
 
     def _leases(self) -> defaultdict[str, set[Lease]]:
-        """Those of each session."""
+        """Return the leases, by session."""
         leases = defaultdict[str, set[Lease]](set)
         for lease in self._link.confirmed(self._ledger.leases):
             leases[lease.owner.session].add(lease)
@@ -180,11 +181,11 @@ class CleanUp:
         owners, sessions = self._ledger.owners(), {*self._ledger.overflows()}
         owners |= self._of_overflow(OverflowTier.owners, set())
         sessions |= self._of_overflow(OverflowTier.sessions, set())
-        # What a session has agreed on may be all that is left of it, and is no node's.
+        # The token of its overflow may be all that is left of a session, and has no node.
         return owners | {Owner(session, "") for session in sessions - {o.session for o in owners}}
 
     def _of_overflow(self, use: Callable[[OverflowTier], _T], otherwise: _T) -> _T:
-        """What `use` returns for the overflow; `otherwise` if there is none that can be used."""
+        """Return the result of `use` on the overflow; `otherwise` if it is missing or unusable."""
         if self._overflow is not None and self.unavailable is None:
             try:
                 return use(self._overflow)
@@ -193,7 +194,7 @@ class CleanUp:
         return otherwise
 
     def _running(self, session: str, addresses: Iterable[str]) -> RunningSession | None:
-        """As `gcs.running_at`, for all the addresses that a session's GCS may have."""
+        """As `gcs.running_at`, for all possible addresses of a session's GCS."""
         found = [self._ask(session, address) for address in sorted(addresses) if address]
         for running in found:
             if running is not None and running.name == session:
@@ -212,22 +213,22 @@ class CleanUp:
     def _dead_nodes(
         self, running: RunningSession, silent: Collection[Owner], tell: Callable[[str], None]
     ) -> set[Owner]:
-        """Those of the silent nodes of a session that are dead, and not only silent."""
+        """Return the silent nodes of a running session that the GCS does not list as alive."""
         if running is UNKNOWN:
             for owner in sorted(silent):
-                tell(f"Kept: {owner}, since what runs at its GCS's address does not tell of it")
+                tell(f"Kept: {owner}, since the process at its GCS's address gives no answer")
             return set()
         living = {owner for owner in silent if owner.node in running.nodes}
         for owner in sorted(living):
-            tell(f"Kept: {owner}, which lives, as its GCS says")
+            tell(f"Kept: {owner}, which is alive according to its GCS")
         return {*silent} - living
 
     def _watch(
         self, owners: Iterable[Owner], lease: float, watching: Callable[[int, float], None]
     ) -> set[Owner]:
-        """Those of `owners` whose leases, of `lease` seconds, run out while they are looked at."""
+        """Return those of `owners` with a lease of `lease` seconds that runs out while watched."""
         undecided, dead = set(owners), set[Owner]()
-        # One operation: a connection that was closed meanwhile has to count as broken.
+        # One operation: a connection that is closed meanwhile must count as a break.
         with self._link.operation():
             breaks, looked = self._link.breaks, time.monotonic()
             first, deadlines = self._deadlines(undecided, lease)
@@ -250,7 +251,7 @@ class CleanUp:
         return dead
 
     def _renewed(self) -> dict[Owner, int]:
-        """When each lease was renewed; the latest, where a node has several."""
+        """Return the time of each node's latest renewal."""
         leases = self._link.confirmed(self._ledger.leases, keep=True)
         leases.sort(key=lambda lease: lease.renewed)
         return {lease.owner: lease.renewed for lease in leases}
@@ -258,7 +259,7 @@ class CleanUp:
     def _deadlines(
         self, owners: set[Owner], lease: float
     ) -> tuple[dict[Owner, int], dict[Owner, float]]:
-        """When each lease was renewed, and when it has run out if it is not renewed again."""
+        """Return each lease's latest renewal, and when it runs out if it is not renewed again."""
         renewed, server_time, now = self._renewed(), self._ledger.time(), time.monotonic()
         deadlines = {}
         for owner in owners:
@@ -281,11 +282,11 @@ class CleanUp:
         )
 
     def remove(self, remains: Iterable[Remains]) -> list[Remains]:
-        """Remove what the latest `find` has found, and what dead sessions had agreed on.
+        """Remove the data that the latest `find` has found, and the tokens of dead sessions.
 
         Returns:
-            What of it was removed. What has come to life since is kept, and what is in an overflow
-            that cannot be used.
+            The removed part of it. Data of a session that has come to life since are kept, and so
+            are files in an overflow that cannot be used.
         """
         remains = list(remains)
         removed = [each for each in remains if not each.session_is_dead]
@@ -307,7 +308,7 @@ class CleanUp:
         self._of_overflow(lambda overflow: overflow.remove_parts(owner, lambda pid: False), 0)
 
     def _remove_session(self, session: str, owners: Sequence[Owner]) -> bool:
-        """Remove what a session has, while it is dead; returns whether it still is at the end."""
+        """Remove a session's data while it is dead; return whether it is still dead at the end."""
         if not all(map(self._remove_from_valkey, owners)):
             return False
         steps: list[Callable[[OverflowTier], object]] = [
@@ -325,7 +326,7 @@ class CleanUp:
         return True
 
     def _forget(self, session: str, owners: Iterable[Owner]) -> None:
-        """Remove the metadata of a dead session that has nothing else any more."""
+        """Remove the metadata of a dead session that has no data any more."""
         for owner in owners:
             self._ledger.close_account(owner)
         if self._overflow is None:
@@ -335,7 +336,7 @@ class CleanUp:
             self._of_overflow(lambda overflow: shared.leave(), None)
 
     def _remove_from_valkey(self, owner: Owner) -> bool:
-        """Remove what a dead session has in Valkey, while it is dead; returns whether that is."""
+        """Remove a dead node's data in Valkey while its session is dead; return whether it is."""
         for names in self._ledger.pending(owner):
             if not self._is_dead(owner.session):
                 return False
@@ -347,11 +348,11 @@ class CleanUp:
         return True
 
     def _is_dead(self, session: str) -> bool:
-        """Whether nothing has changed since the session was judged to be dead."""
+        """Whether the session's leases are unchanged since it was judged to be dead."""
         return self._leases()[session] == self._dead[session]
 
     def recount(self) -> None:
-        """Correct what the metadata say of everybody's use of the server."""
+        """Correct the usage of all owners in the metadata."""
         for owner in self._ledger.owners():
             self._ledger.recount(owner)
         self._ledger.recount_totals()

@@ -1,4 +1,4 @@
-"""The lease of a node: that it lives, so that nobody takes what it has stored for remains."""
+"""The lease of a node shows that it is alive, so that no clean-up removes its objects."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["NodeLease"]
 
 
 class NodeLease:
-    """What one thread knows of its node's lease.
+    """The lease of a node, for one thread.
 
     Args:
-        node: of a session.
-        ledger: the thread's.
+        node: the node of a session.
+        ledger: the thread's ledger.
     """
 
     def __init__(self, node: Owner, ledger: Ledger) -> None:
@@ -24,13 +24,13 @@ class NodeLease:
         self.is_held = False
 
     def renew(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
-        """Take the lease, or renew it, unless the node's data were destroyed.
+        """Take or renew the lease, unless the node's data were destroyed.
 
-        A server may have lost a lease with all its data: then it is taken again.
+        If the server has lost the lease with its data, this takes it again.
 
         Args:
-            gcs_address: where to ask whether the session runs, should all its leases run out.
-            is_destroyed: whether the node's data were destroyed. That must be so before they are.
+            gcs_address: address to ask whether the session runs, if all its leases run out.
+            is_destroyed: whether the node's data were destroyed; must be true before they are.
         """
         if self.is_held and self._ledger.renew(self._node, gcs_address, new=False):
             return

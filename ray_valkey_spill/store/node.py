@@ -1,4 +1,4 @@
-"""The background half of a node: its lease, what killed processes left, and its end."""
+"""The background half of a node: its lease, recovery after killed processes, destruction."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 __all__ = ["Node", "Room"]
 
-# Seconds for which a server that is away is retried: what cannot be done now is done another time.
+# Seconds for which to retry an unavailable server: background work is repeated anyway.
 _PATIENCE = 1.0
 _DESTROY_PAUSE = 0.05
 
 
 class Room(NamedTuple):
-    """What is used of what limits a namespace, in bytes.
+    """The use of a namespace's limits, in bytes.
 
     Attributes:
-        used: what counts for the budget: stored in Valkey, and granted to writers.
-        max_bytes: the budget, if there is one.
-        memory: of the server; in a cluster, of the shard that is fullest.
+        used: bytes that count for the budget: stored in Valkey, or granted to writers.
+        max_bytes: the budget; None if there is none.
+        memory: memory of the server; in a cluster, of the fullest shard.
     """
 
     used: int
@@ -47,20 +47,21 @@ class Room(NamedTuple):
 
 
 class Node:
-    """What is done for a node of a Ray session, beside its objects' way in and out.
+    """The background work for a node of a Ray session.
 
-    For one thread, and another one for `keep_lease`; `close_idle` is for any. One PID namespace a
-    node: what a process has left is told from its id, so all processes that put objects of a node
-    must see one another, and be seen by this.
+    Not thread-safe, except that a second thread may call `keep_lease`, and any thread `close_idle`.
+
+    Invariant: all processes that put objects of a node share one PID namespace, also with this
+    process. The process id in an attempt decides whether its writer is still alive.
 
     Args:
         config: as for `ObjectStore`.
-        session, node: which node.
-        observer: is notified of what was done.
-        sharing: when connections are given back.
-        beside: the store of the same process, if it has one: its unused connections are closed if
-            the server has none left for this.
-        patience: seconds for which a server that is away is retried.
+        session, node: the node.
+        observer: is notified of deletions.
+        sharing: when connections are given up.
+        beside: object store of the same process, if any. Its unused connections are closed if the
+            server has none left for this.
+        patience: seconds for which to retry an unavailable server.
     """
 
     def __init__(
@@ -98,29 +99,29 @@ class Node:
         }
 
     def close(self) -> None:
-        """Drop the connections and the threads; the next operation gets new ones."""
+        """Close the connections and end the threads; the next operation opens new ones."""
         self._valkey.close()
         self._late_valkey.close()
         if self._overflow is not None:
             self._overflow.overflow.close()
 
     def close_idle(self) -> None:
-        """Give back connections that were not used for a minute. For any thread."""
+        """Close connections that were not used for a minute. Thread-safe."""
         for link in self._links:
             link.close_idle()
 
     @property
     def breaks(self) -> int:
-        """How many times a connection has broken, or could not be had."""
+        """Number of times that a connection broke or could not be opened."""
         return sum(link.breaks for link in self._links)
 
     # --- lease ---
 
     def renew_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
-        """Show that this node lives: see `NodeLease.renew`.
+        """Take or renew the node's lease.
 
         Args:
-            gcs_address: as there.
+            gcs_address: as for `NodeLease.renew`.
             is_destroyed: likewise.
         """
         self._lease.renew(gcs_address, is_destroyed)
@@ -128,8 +129,8 @@ class Node:
     def keep_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
         """As `renew_lease`, in another thread, however long `recover` and the like take.
 
-        A renewal must come round within a lease whatever the other thread does. The connection is
-        closed again: renewals by this method are rare.
+        Invariant: a renewal comes within every lease, whatever the other thread does. Renewals by
+        this method are rare, so it closes its connection again.
         """
         try:
             self._late_lease.renew(gcs_address, is_destroyed)
@@ -142,7 +143,7 @@ class Node:
         """Make sure that the overflow, if there is one, can be used.
 
         Raises:
-            OverflowUnavailableError
+            OverflowUnavailableError: it cannot be.
         """
         if self._overflow is not None:
             self._overflow.probe()
@@ -150,7 +151,7 @@ class Node:
     def join_overflow(self) -> None:
         """Make sure that this node's overflow, if it has one, is that of the whole session.
 
-        The node needs a lease by then.
+        The node must have a lease.
 
         Raises:
             OverflowUnavailableError: it is not, or it cannot be used.
@@ -160,9 +161,9 @@ class Node:
             self._overflow.join()
 
     def sweep_overflow(self, is_alive: Callable[[int], bool]) -> int | None:
-        """Remove what killed processes of this node were writing to the overflow.
+        """Remove the unfinished files of this node's killed processes from the overflow.
 
-        Its files have to be listed for that.
+        This lists all files of the node.
 
         Args:
             is_alive: as for `recover`.
@@ -177,22 +178,22 @@ class Node:
             return None
         return self._overflow.remove_parts(self._name, is_alive)
 
-    # --- what is left ---
+    # --- recovery ---
 
     def recover(self, is_alive: Callable[[int], bool]) -> int:
-        """Remove what failed puts of this process, and killed processes of this node, have left.
+        """Remove the leftovers of this process's failed puts, and of this node's killed processes.
 
         Args:
-            is_alive: whether a process of this node, given by its id, may still be putting.
+            is_alive: whether the process of this node with that id may still put objects.
 
         Returns:
-            How many objects were removed.
+            The number of removed objects.
 
         Raises:
-            ServerError: what could not be removed is left for the next time.
+            ServerError: some leftovers remain for the next call.
         """
         is_left = functools.partial(_is_left, is_alive=is_alive)
-        # Before a look at what is pending, because a grant stands for what its writer has written.
+        # Before the pending set is read, because a grant covers what its writer has written.
         budgets = [(budget, budget.stranded) for budget in UNDER_WAY.budgets(self._name)]
         grants = [w for w in self._ledger.grants_of(self._name) if self._has_ended(w, is_alive)]
         in_doubt = UNDER_WAY.in_doubt(self._name)
@@ -214,20 +215,20 @@ class Node:
         return count + len(in_doubt)
 
     def recover_own(self) -> int:
-        """As `recover`, of this process alone."""
+        """As `recover`, for this process only."""
         return self.recover(lambda pid: True)
 
     def give_back(self, idle: float | None = None) -> None:
-        """Release what this process is granted, if it has put nothing for a while.
+        """Release this process's grants if it has put nothing for a while.
 
         Args:
-            idle: seconds, if not the usual ones.
+            idle: seconds; the default of `Budget.give_back` if None.
         """
         for budget in UNDER_WAY.budgets(self._name):
             budget.give_back(self._ledger, *([] if idle is None else [idle]))
 
     def _has_ended(self, writer: str, is_alive: Callable[[int], bool]) -> bool:
-        """Whether the writer of a grant has ended; one that is malformed has."""
+        """Whether the writer of a grant has ended; a malformed name counts as ended."""
         pid = writer.partition("-")[0]
         if not pid.isdecimal():
             return True
@@ -236,17 +237,17 @@ class Node:
         return not is_alive(int(pid))
 
     def delete(self, urls: Iterable[str]) -> None:
-        """Remove objects whose deletion failed, or was cut short.
+        """Retry deletions that failed or were cut short.
 
         Raises:
-            ServerError, OverflowUnavailableError: some may be left.
+            ServerError, OverflowUnavailableError: some objects may be left.
         """
         places: list[Place] = []
         for url in urls:
             try:
                 places.append(self._keys.parse_url(url))
             except LostObjectError:
-                continue  # it is none of ours
+                continue  # not a URL of this namespace
         if any(place.tier == "valkey" for place in places):
             time.sleep(LATE_ARRIVALS)
         remove_from(self._tiers, places, self._observer)
@@ -254,10 +255,10 @@ class Node:
     # --- room ---
 
     def room(self) -> Room:
-        """What the namespace and its server have used.
+        """Return the memory used by the namespace and by the server.
 
         Raises:
-            ServerError
+            ServerError: the server cannot answer.
         """
         used = self._ledger.totals().used
         return Room(used, self._max_bytes, max(self._link.memories(), key=_fullness))
@@ -265,18 +266,19 @@ class Node:
     # --- the end ---
 
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
-        """Remove every object of this node.
+        """Delete every object of this node.
 
-        A tier that is away does not hold up the other. What another process is just putting is
-        waited for: if it lost its entry in the index and was then killed, nobody could find the
-        chunks that it had gone on to write.
+        A failure of one tier does not hold up the other. This waits for objects that other
+        processes are still putting: if one lost its metadata and its writer was then killed, nobody
+        could find the chunks written in between.
 
         Args:
             is_alive: as for `recover`.
-            patience: seconds to wait; what is still being put then stays, and stays in the index.
+            patience: seconds to wait. Objects that are still being put afterwards stay, with their
+                metadata.
 
         Returns:
-            How many objects were removed.
+            The number of deleted objects.
         """
         count = 0
         with Failures() as failures:
@@ -309,7 +311,7 @@ class Node:
 
 
 def _is_left(name: ObjectName, is_alive: Callable[[int], bool]) -> bool:
-    """Whether nobody writes what is pending any more."""
+    """Whether nobody writes a pending object any more."""
     if name.writer == os.getpid():
         return name not in UNDER_WAY
     return not is_alive(name.writer)

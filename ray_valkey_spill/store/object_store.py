@@ -1,8 +1,8 @@
 """The object store: puts, fetches and deletes a node's objects in both tiers. Knows no Ray.
 
-What Valkey has no room for is put into the overflow. What is cut short, by a server that is away or
-a process that is killed, is removed by `store.node`. `format.packing` cuts, compresses and seals
-objects.
+Objects that Valkey has no room for are put into the overflow. `store.node` removes the leftovers of
+operations that an unavailable server or a killed process has cut short. `format.packing` cuts,
+compresses and seals objects.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ __all__ = ["Failures", "ObjectStore", "StoredObject", "node_name", "problems", "
 
 
 class StoredObject(NamedTuple):
-    """An object that was found, and checked as far as that is possible without its chunks.
+    """An object that was found, and checked as far as possible without its chunks.
 
     Attributes:
-        place: where it is.
-        header: of it.
-        payload: of an inline object, else empty.
-        seconds: how long it took to find it.
+        place: place of the object.
+        header: header of the object.
+        payload: payload of an inline object, else empty.
+        seconds: time that it took to find it.
     """
 
     place: Place
@@ -68,7 +68,7 @@ class StoredObject(NamedTuple):
 
 
 class _Lost(NamedTuple):
-    """Stands for an object that was not found."""
+    """An object that is lost, with the reason."""
 
     error: LostObjectError
     reason: Loss
@@ -76,7 +76,7 @@ class _Lost(NamedTuple):
 
 
 class Failures:
-    """Errors of several things that are all tried. The end of its `with` raises the first."""
+    """Collects the errors of several attempts. The end of its `with` raises the first one."""
 
     def __init__(self) -> None:
         self._first: SpillError | None = None
@@ -97,16 +97,16 @@ class Failures:
 
 
 class ObjectStore:
-    """Objects of one node of one Ray session: what the main thread of an IO worker does with them.
+    """Objects of one node of one Ray session, for the main thread of an IO worker.
 
-    Not thread-safe, except for `close_idle` and `close_unused`. Connections are opened by the first
-    operation. `Node` is the part that works in the background.
+    Not thread-safe, except for `close_idle` and `close_unused`. Connects on first use. `Node` is
+    the background half.
 
     Args:
-        config: where, under which prefix, and how chunks are cut and compressed.
-        session, node: whose the objects are that this store puts.
-        observer: is notified of what was done.
-        sharing: when connections are given back.
+        config: server, key prefix, chunk size, compression and limits.
+        session, node: node of the objects that this store puts.
+        observer: is notified of finished operations, losses and waits.
+        sharing: when connections are given up.
     """
 
     def __init__(
@@ -145,33 +145,33 @@ class ObjectStore:
         return Budget(self._link, ledger, self.node, self._writer, config.max_bytes, advice)
 
     def close(self) -> None:
-        """Drop the connections and the threads; the next operation gets new ones."""
+        """Close the connections and end the threads; the next operation opens new ones."""
         self._valkey.close()
         self._packer.close()
         if self.overflow is not None:
             self.overflow.close()
 
     def close_idle(self) -> None:
-        """Give back connections that were not used for a minute. For any thread."""
+        """Close connections that were not used for a minute. Thread-safe."""
         self._link.close_idle()
 
     def close_unused(self) -> None:
-        """Give back connections that nothing uses at the moment. For any thread."""
+        """Close connections that no operation uses now. Thread-safe."""
         self._link.close_unused()
 
     @property
     def breaks(self) -> int:
-        """How many times a connection has broken, or could not be had."""
+        """Number of times that a connection broke or could not be opened."""
         return self._link.breaks
 
     @contextlib.contextmanager
     def hurried(self, seconds: float) -> Iterator[None]:
-        """Let what begins meanwhile retry a server that is away for at most so many seconds."""
+        """Limit the retries of operations that begin within to `seconds`."""
         with self._link.hurried(seconds):
             yield
 
     def begin_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
-        """Take the node's lease before the first `put`: nobody may know of the node yet.
+        """Take the node's lease before the first `put`, because no IO worker may have done so yet.
 
         Args:
             gcs_address: as for `NodeLease.renew`.
@@ -183,12 +183,12 @@ class ObjectStore:
     # --- put ---
 
     def put(self, sources: Sequence[SourceObject]) -> tuple[list[str], SpillError | None]:
-        """Store `sources`.
+        """Put objects.
 
         Returns:
-            The URLs of as many of them, from the first on, as are stored now; and what kept the
-            rest from it, or None. Nothing is left of the rest, or `Node.recover` will remove it: a
-            server that cannot be reached cannot be cleaned up.
+            The URLs of the objects that were put, a prefix of `sources`; and the error that stopped
+            the rest, or None. Nothing is left of the rest, unless the server cannot be reached:
+            then `Node.recover` removes it.
         """
         try:
             key = self._key_ring.current()[0] if self._key_ring is not None else None
@@ -214,7 +214,7 @@ class ObjectStore:
     ) -> tuple[list[Entry], SpillError | None]:
         names = self._new_names(sources)
         size = sum(len(source.data) for source in sources)
-        # Known from before it is granted anything, for the grant is released with it.
+        # Before the first grant: the grant of an unregistered writer would be released.
         UNDER_WAY.add(self._writer, self._budget)
         with (
             contextlib.closing(self._packer.pack(zip(sources, names), key)) as values,
@@ -258,14 +258,14 @@ class ObjectStore:
     # --- fetch ---
 
     def find(self, url: str, object_id: str) -> StoredObject:
-        """Look an object up, and check all that can be checked without its chunks.
+        """Look up an object, and check it as far as possible without its chunks.
 
-        `fill` receives the chunks, or `leave` drops those that are on their way.
+        Then call `fill` to receive the chunks, or `leave` to drop those under way.
 
         Raises:
-            LostObjectError: if it is gone, damaged, of a newer format, or not the one meant; or not
-                sealed, though this node has an encryption_key_file.
-            ConfigError: if it is sealed with a key that this node does not have (yet).
+            LostObjectError: the object is gone, damaged, in a newer format, or another one; or it
+                is not sealed although this node has an encryption_key_file.
+            ConfigError: it is sealed with a key that this node does not have (yet).
         """
         (found,) = self.find_all([(url, object_id)])
         if isinstance(found, LostObjectError):
@@ -275,10 +275,10 @@ class ObjectStore:
     def find_all(
         self, wanted: Iterable[tuple[str, str]]
     ) -> Iterator[StoredObject | LostObjectError]:
-        """Look objects up, given their URLs and ids, as `find`; what is lost is no exception here.
+        """Look up objects by URL and id, as `find`; yields a LostObjectError instead of raising it.
 
-        Each has to be filled before the next one is looked up, or not at all. Inline objects come
-        with their headers, and are received while earlier ones are used.
+        Fill each object before you take the next one, or not at all. Inline objects come with their
+        headers, and are received while earlier ones are used.
         """
         located = ((self._locate(url), object_id) for url, object_id in wanted)
         for inline, group in groupby(located, key=_is_inline):
@@ -302,7 +302,7 @@ class ObjectStore:
     def _find_page(
         self, page: Sequence[tuple[Place | LostObjectError, str]]
     ) -> Iterator[StoredObject | _Lost]:
-        """Look up objects that are all in one tier."""
+        """Look up objects of one tier."""
         places = [place for place, _ in page if isinstance(place, Place)]
         stats = self._tiers[places[0].tier].stat(places) if places else iter(())
         for place, object_id in page:
@@ -332,10 +332,10 @@ class ObjectStore:
     def fill(self, found: StoredObject, target: memoryview) -> None:
         """Receive the object's data into `target`, which has exactly its size.
 
-        `target`'s content is undefined unless this returns.
+        If this raises, the content of `target` is undefined.
 
         Raises:
-            LostObjectError: if a chunk is missing or damaged, also when fetched a second time.
+            LostObjectError: a chunk is missing or damaged, also when read a second time.
             ServerError, OverflowUnavailableError: as `link.Link.run`, and as `Tier.read`.
         """
         header, started = found.header, time.perf_counter()
@@ -352,7 +352,7 @@ class ObjectStore:
         )
 
     def leave(self, found: StoredObject) -> None:
-        """Receive nothing of an object that was found, or nothing more."""
+        """Do not receive an object that was found, or no more of it."""
         self._tiers[found.place.tier].close_reading()
 
     def _fill_checked(self, found: StoredObject, target: memoryview) -> None:
@@ -366,7 +366,7 @@ class ObjectStore:
 
         numbers = tier.read(found.place, sizes, unpack)
         if numbers:
-            # Once more: it may have been the way here that flipped a bit.
+            # Read them once more: a bit may have flipped on the way here.
             numbers = tier.read(found.place, sizes, unpack)
         if numbers:
             raise LostObjectError(
@@ -377,13 +377,13 @@ class ObjectStore:
     # --- delete ---
 
     def delete(self, urls: Iterable[str]) -> list[str]:
-        """Remove objects; what is not there is no error.
+        """Delete objects; a missing object is not an error.
 
         Returns:
-            The URLs that are none of ours.
+            The URLs that are not of this package and namespace.
 
         Raises:
-            ServerError, OverflowUnavailableError: some may be left.
+            ServerError, OverflowUnavailableError: some objects may be left.
         """
         places, foreign = [], []
         for url in urls:
@@ -395,7 +395,7 @@ class ObjectStore:
         return foreign
 
     def mark_lost(self, found: StoredObject) -> None:
-        """Let every later `find` of an object that turned out damaged fail at once."""
+        """Make every later `find` of a damaged object fail at once."""
         self._tiers[found.place.tier].mark_lost(found.place)
 
     # --- helpers ---
@@ -408,17 +408,18 @@ class ObjectStore:
 
 
 def node_name(session: str, node: str) -> Owner:
-    """A node of a session, as it is called in keys."""
+    """Return the name of a session's node in keys."""
     return Owner(_component(session), _component(node))
 
 
 def remove_from(tiers: dict[TierName, Tier], places: Sequence[Place], observer: Observer) -> None:
-    """Remove objects, in each tier whatever becomes of the others.
+    """Delete objects. A failure of one tier does not hold up the others.
 
-    The observer is notified once nothing can fail any more that would have it done again.
+    The observer is notified only if no tier failed, because a failed deletion is repeated as a
+    whole.
 
     Raises:
-        ServerError, OverflowUnavailableError: some may be left.
+        ServerError, OverflowUnavailableError: some objects may be left.
     """
     removals = []
     with Failures() as failures:
@@ -442,23 +443,23 @@ def problems(
     stat: Stat,
     sizes: Iterable[int],
 ) -> Iterator[str]:
-    """What is wrong with an object, as far as that can be told without reading its chunks.
+    """Yield the problems of an object that can be found without reading its chunks.
 
     Args:
-        name: of the attempt.
-        object_id: of the object that is meant.
-        header: as decoded.
-        payload: of an inline object, else empty; it has been opened if it was sealed.
-        stat: what is there beside the header.
-        sizes: what the length of its data is elsewhere said to be.
+        name: name of the attempt.
+        object_id: id of the expected object.
+        header: the decoded header.
+        payload: payload of an inline object, opened if it was sealed; else empty.
+        stat: what the tier has of the object.
+        sizes: lengths of its data according to other sources.
     """
     if header.object_id != object_id:
         yield f"its header is that of object {header.object_id}"
     for size in sizes:
         if size != header.size:
-            yield f"its header tells of {header.size} bytes, not {size}"
+            yield f"its header gives {header.size} bytes, not {size}"
     if name.chunks != (0 if header.inline else len(header.chunks)):
-        yield f"its header tells of {len(header.chunks)} chunks, not {name.chunks}"
+        yield f"its header gives {len(header.chunks)} chunks, not {name.chunks}"
     for number, (chunk, found) in enumerate(zip(header.chunks, stat.chunk_sizes)):
         if not found:
             yield f"chunk {number} of {name.chunks} is gone from the server"
@@ -472,16 +473,16 @@ def problems(
 
 
 def _loss(stat: Stat) -> Loss:
-    """Why an object is lost of which this was found."""
-    # Whose header alone is gone turned out damaged when it was read: see `mark_lost`.
+    """Return why an object with this stat is lost."""
+    # If only the header is gone, the object was found damaged before: see `mark_lost`.
     is_marked = stat.header is None and len(stat.chunk_sizes) > 0 and all(stat.chunk_sizes)
     return "damaged" if stat.is_whole or is_marked else "missing"
 
 
 def _without_frames(failure: SpillError | None) -> SpillError | None:
-    """`failure`, and what led to it, without the frames that were left by it.
+    """Return `failure` without the tracebacks of it and of its causes.
 
-    These refer to the caller's memory, and to the failure in turn, so that plasma would have its
+    Their frames refer to the caller's memory, and to the failure in turn, so plasma would get its
     buffers back only at the next garbage collection.
     """
     error: BaseException | None = failure
@@ -497,5 +498,5 @@ def _is_inline(located: tuple[Place | LostObjectError, str]) -> bool:
 
 
 def _component(text: str) -> str:
-    """`text` as a component of a key, without our separators and those of Ray's URLs."""
+    """Return `text` as a component of a key, without separators of keys and of Ray's URLs."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", text) or "_"

@@ -1,4 +1,4 @@
-"""What an object store tells of its work: once an operation, never once a chunk."""
+"""Notifications of an object store's work: once per operation, never once per chunk."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ray_valkey_spill.format.names import TierName
 __all__ = ["Loss", "Observer", "Operation"]
 
 Operation = Literal["spill", "restore", "delete"]
-# What is missing is not there, or not all of it; what is damaged does not read back as it was put;
-# what is foreign was not put by this package, by its URL.
+# A missing object has no header or lacks a chunk. A damaged one does not read back as it was put. A
+# foreign one has a URL that this package and namespace did not make.
 Loss = Literal["missing", "damaged", "foreign"]
 
 
 class Observer:
-    """Is told what was done, and does nothing with that.
+    """Receives notifications, and ignores them.
 
-    Its methods are called by whichever thread did it, and must not raise.
+    The thread that did the work calls its methods. They must not raise.
     """
 
     def done(
@@ -30,23 +30,22 @@ class Observer:
         stored: int | None,
         seconds: float,
     ) -> None:
-        """An operation on a tier has ended well, as far as it went: what failed is not counted.
+        """Called after an operation on a tier. Objects that failed do not count.
 
         Args:
-            operation: which.
-            tier: which.
-            objects: how many it was about.
+            operation: the operation.
+            tier: the tier.
+            objects: number of objects.
             logical: bytes of their data.
-            stored: bytes of what was written, as the books count them, or read; None if that is
-                not known.
-            seconds: how long it took, with what had to be tried again.
+            stored: bytes written, as the metadata count them, or bytes read; None if unknown.
+            seconds: duration, including retries.
         """
 
     def lost(self, reason: Loss, tier: TierName) -> None:
-        """An object that was looked for in `tier` is lost."""
+        """Called when an object that was looked for in `tier` is lost."""
 
     def waiting(self, error: SpillError) -> None:
-        """An operation waits for the server, and would fail with `error` if it gave up now.
+        """Called before each pause between two attempts, unless these are hurried.
 
-        Called before each pause between two attempts, but not while attempts are hurried.
+        The operation waits for the server, and would fail with `error` if it gave up now.
         """

@@ -20,24 +20,25 @@ from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 __all__ = ["LATE_ARRIVALS", "Batch"]
 
-# Seconds in which a server carries out what it got over a connection that broke.
+# Seconds within which a server executes requests that it got over a connection that broke.
 LATE_ARRIVALS = 1.0
 
 
 class Batch:
-    """Objects on their way into Valkey: `with Batch(…) as batch: batch.write(…); batch.commit()`.
+    """A batch of objects to put into Valkey.
 
-    From the end of the block on, `stored` is what is there to stay, a prefix of `names`, and
-    `failure` is what kept the rest from it. SpillErrors end the block and are not raised. Nothing
-    is left of the rest; or, where the server could not be reached, nothing that is under way any
-    more, so that `Node.recover` removes it.
+    Use it as `with Batch(…) as batch: batch.write(…); batch.commit()`. After the block, `stored`
+    has the objects that were put, a prefix of `names`, and `failure` is the error that stopped the
+    rest. A SpillError ends the block and is not raised. Nothing is left of the rest. If the server
+    could not be reached, their attempts are no longer under way, so that `Node.recover` removes
+    their leftovers.
 
     Args:
-        tier: takes the objects.
+        tier: the tier that takes the objects.
         budget: pays for them.
-        node: of the objects.
-        names: of the attempts, in order.
-        size: bytes of data in all.
+        node: node of the objects.
+        names: names of the attempts, in order.
+        size: bytes of all their data.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class Batch:
         self._node = node
         self._names = names
         self._size = size
-        # What the tier had counted when the batch began: what was written before a connection broke
-        # may be lost, though the server had acknowledged it.
+        # The tier's count at the start: values written before a connection broke may be lost, even
+        # if the server had acknowledged them.
         self._breaks = tier.breaks
         self._is_reachable = True
         self._is_settled = False
@@ -65,9 +66,9 @@ class Batch:
         return self
 
     def write(self, values: Payments) -> None:
-        """Register, write and settle objects, as far as there is room and nothing fails."""
+        """Register, write and settle objects until there is no more room or something fails."""
         if not values.begin():
-            # Where there is no room, not even a registration may be written.
+            # Without room, not even a registration may be written.
             self.failure, self._names, self._is_settled = values.failure, (), True
             return
         try:
@@ -111,7 +112,7 @@ class Batch:
         return isinstance(error, SpillError)
 
     def _undo(self) -> bool:
-        """Remove all of it; returns whether nothing is left."""
+        """Remove all objects of the batch; return whether nothing is left."""
         try:
             self._remove(self._names)
             self._tier.settle(self._node, [], self._budget)
@@ -121,14 +122,15 @@ class Batch:
 
     def _remove(self, names: Sequence[ObjectName]) -> None:
         if self._tier.breaks != self._breaks:
-            # The server may still write what is removed here.
+            # The server may still execute SETs of the values removed here.
             time.sleep(LATE_ARRIVALS)
         self._tier.remove_objects(names)
 
     def _as_unconfirmed(self, error: SpillError) -> SpillError:
-        """`error`; but what is lost after a failover is put again, and not the node's destruction.
+        """Return `error`, or an UnconfirmedError if a loss may be due to a failover.
 
-        A primary that has just become one may know of no registration.
+        A new primary may lack the registrations. The caller then puts the objects again, while it
+        does not after the destruction of the node's data.
         """
         is_lost = isinstance(error, LostObjectError) and self._tier.breaks != self._breaks
         return UnconfirmedError(error.message) if is_lost else error

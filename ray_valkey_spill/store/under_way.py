@@ -1,4 +1,4 @@
-"""What this process is writing, so that whatever else is pending of it can be removed."""
+"""The attempts that this process is writing; its other pending objects can be removed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class UnderWay:
 
     @contextlib.contextmanager
     def attempts(self, names: Iterable[ObjectName]) -> Iterator[None]:
-        """Have attempts under way."""
+        """Mark attempts as under way."""
         names = set(names)
         with self._lock:
             self._attempts |= names
@@ -61,20 +61,20 @@ class UnderWay:
             self._in_doubt.difference_update(names)
 
     def add(self, writer: str, budget: Budget) -> None:
-        """Let a writer's budget be known, from before it is granted anything."""
+        """Register a writer's budget. Must precede its first grant."""
         with self._lock:
             self._budgets[writer] = budget
 
     def has_writer(self, writer: str) -> bool:
-        """Whether a writer of this process may still use what it is granted."""
+        """Whether a writer of this process may still use its grant."""
         with self._lock:
             return writer in self._budgets
 
     def budgets(self, node: Owner) -> list[Budget]:
-        """Those of the writers of a node that are in this process."""
+        """Return the budgets of a node's writers in this process."""
         with self._lock:
             return [budget for budget in self._budgets.values() if budget.node == node]
 
 
-# That of this process.
+# Shared by the whole process.
 UNDER_WAY = UnderWay()

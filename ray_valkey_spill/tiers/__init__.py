@@ -1,1 +1,1 @@
-"""Where bytes are stored, with the metadata and the budget. Imports no layer above it."""
+"""The tiers that hold values, with the metadata and the budget. Imports no layer above it."""

@@ -1,4 +1,4 @@
-"""What all tiers have in common."""
+"""The protocol that all tiers share."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _T = TypeVar("_T")
 
 
 class Stat(NamedTuple):
-    """An object as a tier has it.
+    """What a tier has of an object.
 
     Attributes:
-        header: its value; None if it is missing.
-        chunk_sizes: in bytes, 0 for a missing chunk; empty where the tier does not store chunks
-            apart.
-        payload: length of all chunks together, in bytes, where they are in one file.
+        header: value of the header; None if it is missing.
+        chunk_sizes: size of each chunk in bytes, 0 if it is missing; empty for a tier that does not
+            store chunks separately.
+        payload: length of all chunks together, in bytes, for a tier that stores them in one file.
     """
 
     header: Buffer | None
@@ -35,35 +35,35 @@ class Stat(NamedTuple):
 
 
 class Tier(Protocol):
-    """Where stored objects live. It moves values, and knows nothing of what is in them.
+    """Writes, reads and removes values, and knows nothing of their content.
 
-    Errors are SpillErrors that pass when the tier works again, unless something else is said.
+    Unless stated otherwise, errors are SpillErrors that pass once the tier works again.
 
-    Writing differs and is not part of this: a spill to Valkey is a transaction (`store.spill`), and
-    the overflow takes one file per object.
+    The tiers write in different ways, so writing is not part of this protocol: a spill to Valkey is
+    a transaction (`store.spill`), and the overflow takes one file per object.
     """
 
     def stat(self, places: Sequence[Place]) -> Iterator[Stat]:
-        """Headers of objects, and whether their chunks are there, in order."""
+        """Yield the header of each object, and which chunks exist, in order."""
 
     def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
-        """Open an object that `stat` has found, and return what `use` returns.
+        """Open an object that `stat` has found, and return the result of `use`.
 
         Args:
             place: the object.
-            sizes: of its chunks as stored, in bytes.
-            use: given what receives chunks into memoryviews and yields as each is there, in order.
-                It may be called in another thread, so that there is no hand-over for every chunk.
+            sizes: stored sizes of its chunks, in bytes.
+            use: gets a function that receives chunks into memoryviews and yields as each arrives,
+                in order. May be called in another thread, to avoid a hand-over for every chunk.
 
         Raises:
             LostObjectError: a chunk is missing, or has another size.
         """
 
     def close_reading(self) -> None:
-        """End what `stat` has begun to read ahead; the object it is about is not read."""
+        """Drop the chunks that `stat` has begun to read ahead."""
 
     def remove(self, places: Sequence[Place]) -> None:
-        """Remove objects; what is not there is no error."""
+        """Remove objects; a missing object is not an error."""
 
     def mark_lost(self, place: Place) -> None:
-        """Make every later `stat` of a damaged object find that it is lost."""
+        """Make every later `stat` of a damaged object report it as lost."""

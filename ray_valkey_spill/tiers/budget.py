@@ -1,14 +1,14 @@
-"""How much a writer may write: the namespace's budget, and what a shared server has room for.
+"""How much a writer may write: the namespace's budget, and the room on a shared server.
 
-Without `max_bytes` spilling takes only memory that is free, less a margin, so that no server evicts
-anything for it. `max_bytes` is the operator's permission to take that much, also where a server
-evicts keys of others for it.
+Without `max_bytes`, spilling takes only free memory, less a margin, so that no server evicts
+anything for it. `max_bytes` is the operator's permission to take that much, even if a server evicts
+other keys for it.
 
-A writer pays for each value out of a grant. When it settles what it has written, it is granted some
-for its next objects, so that in the steady state it asks for nothing before bytes flow. What all
-writers keep in this way is at most a twentieth of `max_bytes`, and half the margin of a server with
-`maxmemory`, which therefore has room for it whatever others write there meanwhile. A grant is in
-the metadata before anything is written of it, so the budget is never exceeded, whoever is killed.
+A writer pays for each value out of a grant. When it settles its objects, it is granted bytes for
+the next ones, so that in the steady state it need not ask before it writes. All writers together
+keep at most a twentieth of `max_bytes`, and half the margin of a server with `maxmemory`, which
+therefore has room for them whatever others write there. A grant is in the metadata before any byte
+of it is written, so the budget is never exceeded, even if a process is killed.
 """
 
 from __future__ import annotations
@@ -29,31 +29,32 @@ from ray_valkey_spill.units import KIB, MIB
 
 __all__ = ["Budget", "Payments"]
 
-# A writer asks for at least this much: many small objects take more than their data.
+# Bytes; the least that a writer asks for, because many small objects take more than their data.
 _LEAST_GRANTED = 64 * KIB
-# Seconds after which a writer that puts nothing gives back what it keeps.
+# Seconds after which a writer that puts nothing releases its grant.
 _IDLE = 10.0
-# Seconds after which a server without limits is looked at again: together with what is put, and
-# before anything is put.
+# Seconds after which a server without limits is looked at again: together with the values, and
+# before any value is written.
 _LOOK_AGAIN, _LOOK_FIRST = 1.0, 10.0
-# How much of the margin others may use while a batch is written, without stopping it.
+# Share of the margin that others may use while a batch is written, without stopping it.
 _INTO_MARGIN = 1 / 2
-# How often a writer asks for a grant: what others ask for at the same time is taken by nobody yet.
+# Attempts to get a grant: another writer that asked at the same time may give its bytes back.
 _ATTEMPTS = 2
 
 
 class Budget:
-    """What one writer may still write.
+    """The bytes that one writer may still write.
 
-    For one thread, which puts between `begin` and `end`, and a second one for `give_back`,
-    `stranded` and `recovered`.
+    Not thread-safe, except that a second thread may call `give_back`, `stranded` and `recovered`.
+    The first thread writes between `begin` and `end`.
 
     Args:
-        link: the one that the data are written over, too: no connection more than that is needed.
+        link: the link that also carries the values, so that no other connection is needed.
         ledger: over the same link.
-        node: of a session.
-        writer: this writer's name, unlike that of any other of the node.
-        max_bytes: what the namespace may have stored, in bytes as `cost` counts them; or None.
+        node: the writer's node.
+        writer: name of the writer, unique on its node.
+        max_bytes: bytes that the namespace may have stored, as `cost` counts them; None for no
+            limit.
         advice: how a user can get more room.
     """
 
@@ -74,7 +75,7 @@ class Budget:
         self._limits = Limits(max_bytes)
         self._ours: Totals | Reservation = Totals()
         self._looked_at = float("-inf")
-        # Held from `begin` to `end`, and while the grant is given back.
+        # Held from `begin` to `end`, and while the grant is released.
         self._in_use = threading.Lock()
         # Bytes: granted for certain; written by this batch; written by earlier ones that may still
         # be there.
@@ -83,10 +84,10 @@ class Budget:
         self._is_granted = False
         self._expected = 0
         self._used_at = float("-inf")
-        # What the other writers had still to write, when the metadata were last read.
+        # Bytes that the other writers might still write when the metadata were last read.
         self._of_others = 0
-        # At how many bytes written the room is looked at again; the looks that are under way, what
-        # they have found, and how much had been written when they were sent.
+        # Written bytes at which the writer looks at the room again; the looks under way, their
+        # results, and the bytes written when they were sent.
         self._look_at, self._is_look_due = float("inf"), False
         self._looks: list[Request] = []
         self._found: list[MemoryInfo] = []
@@ -96,14 +97,14 @@ class Budget:
     # --- one batch ---
 
     def begin(self, size: int) -> None:
-        """Begin a batch of about `size` bytes in all."""
+        """Begin a batch of about `size` bytes."""
         self._in_use.acquire()
         self._expected = size
         self._looks, self._found = [], []
         self._look_at, self._is_look_due = self._limits.between_looks, False
 
     def end(self) -> None:
-        """End the batch: all that it wrote is settled, or removed, or stranded."""
+        """End the batch. All that it wrote must be settled, removed or stranded."""
         self._written = 0
         self._used_at = time.monotonic()
         self._in_use.release()
@@ -112,7 +113,7 @@ class Budget:
         """Make sure that `size` more bytes may be written.
 
         Raises:
-            ServerFullError: they may not. What was granted before still stands.
+            ServerFullError: they may not. The earlier grant still stands.
             ServerError: as `link.Link.run`.
         """
         left = self._granted - self._stranded - self._written
@@ -133,7 +134,7 @@ class Budget:
         self._granted = self._written = 0
 
     def looks(self) -> Iterator[Request]:
-        """Requests that look for room again where that is due, to be sent with what is written."""
+        """Yield requests that look for room, if a look is due, to send with the values."""
         is_due = self._is_look_due or self._written >= self._look_at
         if is_due and not self._looks:
             self._is_look_due = False
@@ -143,7 +144,7 @@ class Budget:
                 yield request
 
     def hear(self, request: Request) -> bool:
-        """Take in the reply to a look; returns whether it is one."""
+        """Process the reply to a look; return False if `request` is not a look."""
         if request not in self._looks:
             return False
         self._looks.remove(request)
@@ -158,7 +159,7 @@ class Budget:
         return True
 
     def settlements(self, entries: Iterable[Entry], *, verify: bool) -> Iterator[Request]:
-        """Requests that settle objects, and keep some of the grant; see `Ledger.settlements`."""
+        """Yield requests that settle objects and keep a grant; see `Ledger.settlements`."""
         entries = list(entries)
         kept = None
         if self._is_granted or self._limits.exist:
@@ -179,11 +180,11 @@ class Budget:
         yield from self._ledger.settlements(self.node, entries, kept, verify=verify)
 
     def settled(self, granted: int, unwritten: int) -> None:
-        """The batch is settled.
+        """Record that the batch is settled.
 
         Args:
-            granted: what the writer keeps, in bytes.
-            unwritten: what all writers may still write.
+            granted: bytes that the writer keeps.
+            unwritten: bytes that all writers may still write.
         """
         self._granted = granted
         self._written = self._written_at_look = 0
@@ -193,18 +194,18 @@ class Budget:
 
     @property
     def stranded(self) -> int:
-        """Bytes that were written, and neither settled nor removed."""
+        """Bytes that were written, but neither settled nor removed."""
         return self._stranded
 
     def recovered(self, size: int) -> None:
-        """So many bytes that were stranded are removed."""
+        """Record that `size` stranded bytes were removed."""
         with self._in_use:
             self._stranded -= size
 
     def give_back(self, ledger: Ledger, idle: float = _IDLE) -> None:
         """Release the grant if nothing was put for `idle` seconds, over the thread's own ledger.
 
-        What a writer that is killed keeps is released by its node: see `store.node`.
+        The node releases the grant of a killed writer: see `store.node`.
         """
         if not self._in_use.acquire(blocking=False):
             return
@@ -221,7 +222,7 @@ class Budget:
     # --- helpers ---
 
     def _is_unlimited(self) -> bool:
-        """Whether there are no limits, for all that is known; the servers are asked if need be."""
+        """Whether there are no limits, as far as is known; asks the servers if need be."""
         if self._limits.max_bytes is not None:
             return False
         if time.monotonic() - self._looked_at > _LOOK_FIRST:
@@ -233,15 +234,15 @@ class Budget:
         self._looked_at = time.monotonic()
 
     def _enlarge(self, size: int) -> None:
-        """Get a grant that has `size` bytes left, or more. Errors as `require`.
+        """Get a grant with at least `size` bytes left. Errors as `require`.
 
-        The grant comes first and the look at the servers after it: whatever others had written by
-        the look counts there, and whatever they are granted later counts this grant in. As much is
-        given back as does not fit.
+        The grant comes before the look at the servers: the look counts everything that others have
+        written by then, and every later grant to others counts this one. Bytes that do not fit are
+        given back.
         """
         limits = self._limits
         written = self._stranded + self._written
-        # One that does not fit any more is replaced.
+        # A grant that no longer fits is replaced.
         grant = Grant(written if self._is_tight else max(written, self._granted), written)
         self._granted = grant.granted
         left = grant.granted - written
@@ -269,7 +270,7 @@ class Budget:
         raise self._refusal(least, reply.used)
 
     def _reserve(self, grant: Grant, least: int, most: int, room: int | None) -> Reservation:
-        """Ask for bytes on top of `grant`, and look at the servers after that, in one exchange."""
+        """Ask for bytes on top of `grant`, then look at the servers, in one exchange."""
         request = self._reservation(grant, least, most, room)
         self._is_granted = True
 
@@ -298,7 +299,7 @@ class Budget:
         memory = min(self._limits.bounded, key=free_room)
         left = margin(memory.maxmemory) / MIB
         what = (
-            f"Valkey at {self._link.address} is full (OOM) but for what is left to others: "
+            f"Valkey at {self._link.address} is full (OOM) except for the margin left to others: "
             f"{memory.used / MIB:.1f} MiB of maxmemory {memory.maxmemory / MIB:.1f} MiB are used, "
             f"{left:.1f} MiB are left, and {wanted / MIB:.1f} MiB are wanted"
         )
@@ -310,15 +311,15 @@ class Budget:
                 f"maxmemory, {self._advice}",
             )
         return ServerFullError(
-            what, f"Raise the server's maxmemory, remove what else is in it, {self._advice}"
+            what, f"Raise the server's maxmemory, remove other data from it, {self._advice}"
         )
 
 
 class Payments(Iterator[tuple[Value, Entry | None]]):
-    """Values, each paid for; with the last value of an object comes its entry.
+    """Iterates over paid values; the last value of an object comes with its entry.
 
-    They end where there is no more room: `failure` says why. Raised into `Link.run`, the failure
-    would cost a connection with replies under way.
+    The iteration ends when there is no more room, and `failure` is the reason. Raised into
+    `Link.run`, the failure would close a connection with replies under way: a run must be drained.
 
     Args:
         budget: pays, between `begin` and `end`.
@@ -345,7 +346,7 @@ class Payments(Iterator[tuple[Value, Entry | None]]):
         return self._is_half_way
 
     def begin(self) -> bool:
-        """Pay for the first value; returns whether there is one."""
+        """Pay for the first value; return whether there is one."""
         self._first = next(self, None)
         return self._first is not None
 
@@ -368,7 +369,7 @@ class Payments(Iterator[tuple[Value, Entry | None]]):
         if value.name is not self._name:
             self._name = value.name
             self._paid = member_cost(len(str(value.name)))
-            # What does not fit is better known before half of it is there.
+            # Refuse an object that does not fit before half of it is written.
             self._budget.require(value.expected + self._paid)
             self._budget.take(self._paid)
             self._is_half_way = True

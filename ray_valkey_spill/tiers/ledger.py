@@ -1,25 +1,26 @@
-"""The metadata on the server: what is stored, what is being written, how much that is, who lives.
+"""The metadata on the server: stored and pending objects, their sizes, and the leases of nodes.
 
-What has to change together is changed by a Lua script, so that it does, whatever dies in between.
-Each request may be carried out twice with no other effect than once, because a `Link` may send it
-twice. Scripts run on a full server too (`allow-oom`): they write a few bytes where data has many.
+A Lua script changes everything that must change together, so that no crash can split the change.
+Invariant: every request is safe to repeat, because a `Link` may send it twice. Scripts also run on
+a full server (`allow-oom`): they write a few bytes, against many of data.
 
-    index     sorted set  entries of stored objects                 (see `names`)
-    pending   sorted set  names of objects that are being written   (see `names`)
-    usage     hash        <session>:<node> → "<objects> <size> <stored> <changes>"; sizes in bytes,
-                          and changes counted on from when this began, in µs: none comes twice
+    index     sorted set  entries of stored objects           (see `names`)
+    pending   sorted set  names of objects being written      (see `names`)
+    usage     hash        <session>:<node> → "<objects> <size> <stored> <changes>"; sizes in bytes;
+                          changes counts up from the time of its creation in µs, so no value recurs
     writers   hash        <session>:<node> → "<writer>=<granted>/<written> …", in bytes
     totals    string      sums over both: "<objects> <size> <stored> <granted> <written> <changes>"
     leases    sorted set  <session>:<node>:<GCS address>, by when it was last renewed, in ms
     overflows hash        <session> → the token of the overflow that its nodes have
     namespaces sorted set all namespaces with the same prefix that have anything
 
-None of these keys, nor any other of ours, may have a TTL: a server under `volatile-*` evicts what
-has one. Therefore a lease is a member of a sorted set that is renewed, and not a key that expires.
+Invariant: no key of this package may have a TTL, because a server under `volatile-*` evicts keys
+that have one. So a lease is a member of a sorted set with the time of its renewal as score, and not
+a key that expires (`SET` with `PX`).
 
-Members and fields that this package cannot have written are skipped: nobody is stopped by what
-somebody else left here, and no session or node has a name that leads elsewhere. The first one that
-a process finds of each key is logged.
+Members and fields that this package cannot have written are skipped, so that foreign content stops
+nobody, and no session or node name leads to a path outside the overflow. A process logs the first
+one that it finds in each key.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ __all__ = [
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# What one script handles, while nobody else is served; and what one reply brings.
+# Limits of one script, during which the server serves nobody else; and of one reply.
 _NAMES_PER_SCRIPT, _KEYS_PER_SCRIPT, _NODES_PER_SCRIPT = 100, 1000, 100
 _MEMBERS_PER_PAGE = 500
 _RECOUNTS = 5
 
-# Names of sessions and nodes become paths in the overflow, which a clean-up removes.
+# Names of sessions and nodes become paths in the overflow, and a clean-up removes these paths.
 _OWNER = re.compile("([A-Za-z0-9_-]+):([A-Za-z0-9_-]+)")
 _LEASE = re.compile(f"{_OWNER.pattern}:([!-~]*)")
 _SESSION = re.compile("[A-Za-z0-9_-]+")
@@ -68,7 +69,7 @@ _TOKEN = re.compile("[ -.0-~]+")  # part of a file's name
 _USAGE = re.compile(rb"(\d+) (\d+) (\d+) (\d+)")
 _GRANT = re.compile(rb"([^ =]+)=(\d+)/(\d+)")
 
-# The keys of which this process has logged that they have something malformed.
+# Keys with malformed content that this process has logged.
 _logged: set[str] = set()
 
 _F = TypeVar("_F", bytes, tuple[bytes, bytes])
@@ -77,7 +78,7 @@ _T = TypeVar("_T")
 
 
 class Usage(NamedTuple):
-    """What an owner has in Valkey: how many objects, their data, and what that takes, in bytes."""
+    """What an owner has in Valkey: objects, bytes of their data, and bytes counted for them."""
 
     objects: int = 0
     size: int = 0
@@ -86,7 +87,7 @@ class Usage(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over all nodes of what `Usage` and `Grant` have, in bytes, and a count of changes."""
+    """Sums of `Usage` and `Grant` over all nodes, in bytes, and a count of changes."""
 
     objects: int = 0
     size: int = 0
@@ -97,24 +98,24 @@ class Totals(NamedTuple):
 
     @property
     def used(self) -> int:
-        """Bytes that count for a budget."""
+        """Bytes that count for the budget."""
         return self.stored + self.granted
 
 
 class Grant(NamedTuple):
-    """What a writer may write, and has written of that and not settled, in bytes."""
+    """Bytes that a writer may write, and those of them that it has written but not settled."""
 
     granted: int
     written: int
 
 
 class Reservation(NamedTuple):
-    """What a writer was granted on top, in bytes.
+    """The reply to a request for a larger grant. Sizes are in bytes.
 
     Attributes:
-        granted: 0 if there was not as much as it wanted at least.
-        used: how much of the budget was used before.
-        unwritten: how much all writers may still write, with what was granted now.
+        granted: bytes added to the grant; 0 if there was less than the writer's minimum.
+        used: bytes of the budget used before.
+        unwritten: bytes that all writers may still write, including these.
         objects, size, stored: of all nodes, as in `Usage`.
     """
 
@@ -127,7 +128,7 @@ class Reservation(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a writer is granted for its next objects when it settles some, in bytes.
+    """The terms on which a writer keeps a grant for its next objects when it settles some.
 
     Attributes:
         writer: its name, among those of its node.
@@ -145,7 +146,7 @@ class Kept(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """That a node of a session lived at `renewed`: ms, by the server's clock."""
+    """A node of a session was alive at `renewed`, in ms by the server's clock."""
 
     owner: Owner
     gcs_address: str
@@ -178,9 +179,9 @@ def link_to(
 
 
 class Ledger:
-    """Reads and writes the metadata, over a link. Errors are those of `link.Link.run`.
+    """Reads and writes the metadata over a link. Errors are those of `link.Link.run`.
 
-    What is sent together with data is returned as requests.
+    Methods for changes that are sent together with values return requests.
     """
 
     def __init__(self, link: Link, keyspace: Keyspace) -> None:
@@ -188,19 +189,19 @@ class Ledger:
         self._keys = keyspace
         keys = keyspace
         self._accounts = [keys.pending, keys.index, keys.usage, keys.writers, keys.totals]
-        # Those that are sent with each spill or deletion; scripts are long.
+        # Encoded once: scripts are long, and these are sent with each spill or deletion.
         self._settle = self._script(scripts.SETTLE)
         self._forget = self._script(scripts.FORGET)
         self._reserve = self._script(scripts.RESERVE)
 
     def _script(self, script: str) -> Prepared:
-        """A script that accounts for something."""
+        """Prepare a script that uses the accounting keys."""
         return Prepared("EVAL", script, len(self._accounts), *self._accounts)
 
     # --- requests ---
 
     def registrations(self, names: Iterable[ObjectName]) -> Iterator[Request]:
-        """Enter objects as pending. Nothing of them may be written before."""
+        """Yield requests that register objects as pending; no value may be written before."""
         for page in pages(map(str, names), _MEMBERS_PER_PAGE):
             scored = [field for member in page for field in (0, member)]
             yield command("ZADD", self._keys.pending, *scored)
@@ -213,17 +214,17 @@ class Ledger:
         *,
         verify: bool = False,
     ) -> Iterator[Request]:
-        """Enter objects as stored. The sum of `settled` of the replies is how many are.
+        """Yield requests that settle objects: move them from the pending set to the index.
 
-        Those are missing that were not pending: their node's data were destroyed meanwhile, or the
-        server lost them.
+        Each reply begins with the number of its objects now in the index. An object is missing if
+        it was not pending: its node's data were destroyed meanwhile, or the server lost it.
 
         Args:
-            node: of the objects.
-            entries: which; none only to change what is granted.
-            kept: what their writer is granted from then on; None if it has no grant.
-            verify: count no object of which a value is not there. Only for a single server, which
-                has them all, and for objects that `can_verify`.
+            node: node of the objects.
+            entries: the objects; empty to change only the grant.
+            kept: terms of their writer's next grant; None if it has no grant.
+            verify: whether to settle only objects with all their values. Only for a single server,
+                which has all values, and for objects that `can_verify`.
         """
         root = self._keys.root if verify else ""
         for page, is_last in _settlement_pages(entries):
@@ -235,21 +236,21 @@ class Ledger:
 
     @staticmethod
     def can_verify(name: ObjectName) -> bool:
-        """Whether one script can look for all the values of an object."""
+        """Whether one script can check all values of an object."""
         return name.chunks < _KEYS_PER_SCRIPT
 
     def forget(self, names: Iterable[ObjectName]) -> Iterator[Request]:
-        """Take objects out of the metadata; what is not in it is no error."""
+        """Yield requests that remove objects from the metadata; missing objects are no error."""
         for page in pages(names, _NAMES_PER_SCRIPT):
             yield self._forget.request(*map(str, page))
 
     def _eval(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Request:
         return command("EVAL", script, len(keys), *keys, *args)
 
-    # --- what there is ---
+    # --- objects and owners ---
 
     def stored(self, owner: Owner | None = None) -> Iterator[list[Entry]]:
-        """The objects of a node of a session, or all there are, in order, by the page."""
+        """Yield the stored objects of a node, or of all nodes, in order, by the page."""
         key = self._keys.index
         start: str | bytes
         start, stop = ("-", "+") if owner is None else _range(str(owner))
@@ -263,7 +264,7 @@ class Ledger:
             start = b"(" + members[-1]
 
     def pending(self, owner: Owner) -> Iterator[list[ObjectName]]:
-        """What is being written, or was when its writer was killed, by the page."""
+        """Yield the objects being written, or left by killed writers, by the page."""
         start: str | bytes
         start, stop = _range(str(owner))
         while True:
@@ -277,7 +278,7 @@ class Ledger:
             start = b"(" + last
 
     def owners(self) -> set[Owner]:
-        """Everybody who is anywhere in the metadata, found by hopping from one to the next."""
+        """Return every owner in the metadata, found by hopping from one to the next."""
         leases = {lease.owner for lease in self.leases()}
         stored = self._hop(self._keys.index, lambda member: parse_entry(member).name)
         pending = self._hop(self._keys.pending, parse_pending)
@@ -300,7 +301,7 @@ class Ledger:
     # --- usage ---
 
     def totals(self) -> Totals:
-        """The sums over all nodes."""
+        """Return the sums over all nodes."""
         (reply,) = self._link.execute(self._eval(scripts.TOTALS, self._accounts))
         return Totals(*reply)
 
@@ -310,7 +311,7 @@ class Ledger:
         )
 
     def recount(self, owner: Owner) -> bool:
-        """Correct an owner's usage by what the index has; returns False if it changes too fast."""
+        """Correct an owner's usage from the index; return False if it changes too fast."""
         for _ in range(_RECOUNTS):
             (was,) = self._link.execute(command("HGET", self._keys.usage, str(owner)))
             objects = size = stored = 0
@@ -321,7 +322,7 @@ class Ledger:
             if was is None:
                 if not objects:
                     return True
-                # Counted anew: that something came and went meanwhile would not show in nothing.
+                # Create the field first, then count again: a missing field does not show changes.
                 self._correct(owner, b"", Usage(changes=_now()))
                 continue
             known = next(well_formed(self._keys.usage, [was], _usage), None)
@@ -334,16 +335,16 @@ class Ledger:
         return False
 
     def _correct(self, owner: Owner, was: bytes, usage: Usage | None) -> bool:
-        """Replace an owner's usage, if it still is what it was; returns whether."""
+        """Replace an owner's usage if it is still `was`; return whether it was."""
         text = "" if usage is None else " ".join(map(str, usage))
         request = self._eval(scripts.CORRECT, self._accounts, str(owner), was, text)
         return self._link.execute(request) == [1]
 
     def recount_totals(self) -> bool:
-        """Correct the totals by adding up again; returns False if they change too fast.
+        """Correct the totals by adding up again; return False if they change too fast.
 
-        They follow from what the same scripts keep of each node, so they only drift where somebody
-        else writes to these keys, as version 0.1 does.
+        The scripts change them together with the nodes' values. So they drift only if another
+        program writes to these keys, as version 0.1 does.
         """
         for _ in range(_RECOUNTS):
             before = self.totals()
@@ -371,24 +372,24 @@ class Ledger:
         budget: int | None,
         room: int | None,
     ) -> Request:
-        """Grant a writer `least` to `most` bytes on top of `grant`. The reply is a `Reservation`.
+        """Return a request for `least` to `most` bytes on top of `grant`; replies a `Reservation`.
 
-        Where there is not that much, the writer is left with `grant`.
+        If there is less than `least`, the writer keeps `grant`.
 
         Args:
-            node: of the writer.
-            writer: who.
-            grant: what it has been granted, and has written of that.
-            least: bytes.
-            most: bytes.
-            budget: what all may have stored and be granted, in bytes; None for no bound.
-            room: what the server has room for beside what is on it, in bytes; None for no bound.
+            node: node of the writer.
+            writer: name of the writer.
+            grant: its present grant.
+            least: the least useful addition, in bytes.
+            most: the largest addition, in bytes.
+            budget: bytes that all may have stored or been granted; None for no limit.
+            room: bytes that the server has room for, besides what it holds; None for no limit.
         """
         limits = _limit(budget), _limit(room)
         return self._reserve.request(str(node), writer, *grant, least, most, *limits)
 
     def release(self, node: Owner, writers: Iterable[str]) -> None:
-        """Release the grants of writers of a node."""
+        """Release the grants of some writers of a node."""
         if names := [*writers]:
             self._link.execute(self._eval(scripts.RELEASE, self._accounts, str(node), *names))
 
@@ -400,13 +401,13 @@ class Ledger:
             self._link.execute(command("HDEL", self._keys.grants, *map(bytes, left)))
 
     def grants(self) -> dict[Owner, dict[str, Grant]]:
-        """Those of all nodes, by node and writer."""
+        """Return the grants of all nodes, by node and writer."""
         return dict(
             self._fields(self._keys.writers, lambda field, value: (_owner(field), _grants(value)))
         )
 
     def grants_of(self, node: Owner) -> dict[str, Grant]:
-        """Those of a node, by writer."""
+        """Return the grants of a node, by writer."""
         (value,) = self._link.execute(command("HGET", self._keys.writers, str(node)))
         found = [] if value is None else [value]
         return next(well_formed(self._keys.writers, found, _grants), {})
@@ -414,7 +415,7 @@ class Ledger:
     # --- leases ---
 
     def renew(self, owner: Owner, gcs_address: str, *, new: bool) -> bool:
-        """Note that `owner` lives; without `new` only if that has been noted before."""
+        """Renew the lease of `owner`, or create it if `new`; return False if there is none."""
         request = self._eval(
             scripts.RENEW, [self._keys.leases], f"{owner}:{gcs_address}", "1" if new else "0"
         )
@@ -428,7 +429,7 @@ class Ledger:
         return list(well_formed(self._keys.leases, pairs, lambda pair: _lease(*pair)))
 
     def _leases_by_page(self) -> Iterator[tuple[bytes, bytes]]:
-        """Members and scores. One that is renewed meanwhile may come twice; none is left out."""
+        """Yield members and scores. A lease renewed meanwhile may come twice; none is left out."""
         score, seen = b"-inf", 0
         while True:
             request = command(
@@ -440,13 +441,13 @@ class Ledger:
             yield from pairs
             if len(pairs) < _MEMBERS_PER_PAGE:
                 return
-            # The next page begins with those that have the same score as the last one.
+            # The next page begins with the members that share the last score.
             last = bytes(pairs[-1][1])
             same = sum(other == last for _, other in pairs)
             score, seen = last, same + (seen if last == score else 0)
 
     def close_account(self, owner: Owner) -> None:
-        """Forget everything of an owner that has nothing stored any more."""
+        """Remove the leases, grants and usage of an owner that has nothing stored any more."""
         members = [f"{o}:{address}" for o, address, _ in self.leases() if o == owner]
         if members:
             self._link.execute(command("ZREM", self._keys.leases, *members))
@@ -487,21 +488,21 @@ class Ledger:
         list(self._link.run([request]))
 
     def time(self) -> int:
-        """The server's clock, in ms."""
+        """Return the server's clock, in ms."""
         ((seconds, microseconds),) = self._link.execute(command("TIME"))
         return int(seconds) * 1000 + int(microseconds) // 1000
 
     # --- overflows ---
 
     def agree_on_overflow(self, session: str, proposed: str) -> str:
-        """The token of the overflow that a session has; `proposed`, if it had none."""
+        """Return the token of a session's overflow; sets it to `proposed` if there is none."""
         (found,) = self._link.execute(
             self._eval(scripts.AGREE, [self._keys.overflows], session, proposed)
         )
         return str(found.decode())
 
     def overflows(self) -> dict[str, str]:
-        """The tokens, by session."""
+        """Return the tokens, by session."""
         return dict(
             self._fields(
                 self._keys.overflows,
@@ -513,7 +514,7 @@ class Ledger:
         )
 
     def forget_overflow(self, session: str) -> bool:
-        """Forget which overflow a session has, unless a node of it lives; returns whether."""
+        """Remove a session's token unless one of its nodes has a lease; return whether it did."""
         keys = [self._keys.overflows, self._keys.leases]
         request = self._eval(scripts.FORGET_OVERFLOW, keys, session, f"{session}:")
         return self._link.execute(request) == [1]
@@ -529,7 +530,7 @@ class Ledger:
         return list(well_formed(key, values, parse))
 
     def _pairs(self, key: str) -> Iterator[tuple[bytes, bytes]]:
-        """The fields of a hash and their values, by the page; some may come twice."""
+        """Yield the fields of a hash with their values; some may come twice."""
         cursor = b"0"
         while True:
             request = command("HSCAN", key, cursor, "COUNT", _MEMBERS_PER_PAGE)
@@ -541,12 +542,12 @@ class Ledger:
 
 
 def well_formed(key: str, found: Iterable[_F], parse: Callable[[_F], _T]) -> Iterator[_T]:
-    """Yield what `parse` returns for what was `found` at `key`, skipping what is malformed.
+    """Parse the content `found` at `key`, and skip what is malformed.
 
     Args:
-        key: named in the log, once in this process.
+        key: named in the log, once per process.
         found: members, or pairs of fields and values.
-        parse: raises ValueError for what is malformed.
+        parse: raises ValueError or OverflowError for malformed content.
     """
     for each in found:
         try:
@@ -567,21 +568,21 @@ def well_formed(key: str, found: Iterable[_F], parse: Callable[[_F], _T]) -> Ite
 
 
 def parse_entry(member: bytes) -> Entry:
-    """A member of the index. Raises ValueError if it is none."""
+    """Parse a member of the index. Raises ValueError if it is malformed."""
     entry = Entry.parse(member.decode())
     _matched(_OWNER, f"{entry.name.session}:{entry.name.node}".encode())
     return entry
 
 
 def parse_pending(member: bytes) -> ObjectName:
-    """A member of the pending set. Raises ValueError if it is none."""
+    """Parse a member of the pending set. Raises ValueError if it is malformed."""
     name = ObjectName.parse(member.decode())
     _matched(_OWNER, f"{name.session}:{name.node}".encode())
     return name
 
 
 def _settlement_pages(entries: Iterable[Entry]) -> Iterator[tuple[list[Entry], bool]]:
-    """What one script each settles, and whether it is the last page; there is at least one."""
+    """Yield the entries for each script, and whether they are the last; at least one page."""
     page: list[Entry] = []
     keys = 0
     for entry in entries:
@@ -605,7 +606,7 @@ def pages(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
 
 
 def _range(prefix: str) -> tuple[str, str]:
-    """The bounds of all members that begin with `prefix` and ":"; ";" comes right after that."""
+    """Return the bounds of all members that begin with `prefix` and ":"; ";" follows ":"."""
     return f"[{prefix}:", f"({prefix};"
 
 
@@ -649,5 +650,5 @@ def _numbers(pattern: re.Pattern[bytes], value: bytes) -> Iterator[int]:
 
 
 def _now() -> int:
-    """Microseconds since the epoch, by the clock of this process."""
+    """Return this host's time in microseconds since the epoch."""
     return time.time_ns() // 1000

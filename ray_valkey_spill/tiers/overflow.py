@@ -1,20 +1,20 @@
-"""Where bytes live that Valkey has no room for: a file an object, in a place that all nodes reach.
+"""The tier for objects that do not fit into Valkey: one file per object, on storage of all nodes.
 
     <overflow_uri>/<key_prefix><namespace>/<session>/<node>/<object>.<attempt>.<n>.<size>
 
-A file has an object's chunks, one after the other, and then its header's value, as in Valkey. What
-is cut off has no header at its end and so never looks whole. In a directory, a file has ".part"
-after its name until it is written; in an object store, it is not there before its upload is
-completed. An upload whose writer is killed never is, and only the store's own rule for incomplete
-uploads removes its parts: `pyarrow` can neither list nor abort it.
+A file has the object's chunks in order, then the header's value, as in Valkey. A truncated file has
+no header at its end, so it never looks whole. In a directory, a file has the suffix ".part" until
+it is complete; in an object store, it does not exist before its upload is complete. If the writer
+is killed, the upload stays incomplete, and only the store's own rule for incomplete uploads removes
+its parts: `pyarrow` can neither list nor abort them.
 
-The files are their own index: an owner's are in one directory. Nothing of them is on the server,
-which is full when they are written. Beside the nodes' directories a session has a signature in its
-own, for as long as it has one: `<session>/place.<token>`.
+The files are their own index: those of an owner are in one directory. The server has no metadata of
+them, because it is full when they are written. Beside the nodes' directories, the session's
+directory has a signature while the session uses the overflow: `<session>/place.<token>`.
 
-A share whose server is away, or an object store that does not answer, makes its callers wait
-without end. So all that touches the file system is done in threads of `steps`, and fails once a
-step of it has made no progress for as long as `Patience` allows.
+A share with an unreachable server, or an object store that does not answer, blocks its callers
+indefinitely. So the threads of `steps` do all file system calls, and a call fails once it has made
+no progress for as long as `Patience` allows.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ from ray_valkey_spill.units import KIB, MIB, Buffer
 __all__ = ["OverflowTier", "Patience", "StoredFile"]
 
 _OBJECT_STORES = {"s3", "gcs", "abfs"}
-# A request to an object store is slow to begin with, so each asks for much, and some go at a time.
+# A request to an object store has a high latency, so each is large, and several are under way.
 _SPAN = 4 * MIB
 _SPANS_AHEAD = 3
 _TAIL = 16 * KIB
-# What is written is handed to another thread by pieces, some of which are under way at a time.
+# Values are handed to another thread in pieces, several of which are under way at a time.
 _PIECE = 512 * KIB
 _PIECES_UNDER_WAY = 2
-_MOST_AT_ONCE = 1 * MIB  # of what is read, so that a slow share is seen to make progress
-# Bytes per second: the least that counts as progress when a file is closed, which may be when a
-# share gets all that was written.
+_MOST_AT_ONCE = 1 * MIB  # per read, so that a slow share shows progress
+# Bytes per second: the least rate that counts as progress when a file is closed, because a share
+# may receive all writes only then.
 _SLOWEST = 10e6
 _PART = ".part"
 _SIGNATURE = "place."
 _FILE = re.compile(r"([^/]+)\.([0-9]+)(\.part)?")
-# Of removing a directory: files may come and go that somebody was at when it still had its name.
+# Attempts to remove a directory: others may still add or remove files they opened under its name.
 _DELETE_ATTEMPTS = 5
-# Google's client would retry for a quarter of an hour, without a word.
+# Google's client would silently retry for a quarter of an hour.
 _GCS_RETRY_SECONDS = 10
 
 _T = TypeVar("_T")
@@ -74,17 +74,17 @@ _P = ParamSpec("_P")
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long, in seconds, a step may make no progress until its caller is given an error.
+    """Seconds that a step may make no progress before its caller gets an error.
 
-    A wrong alarm costs little, for callers try again.
+    A false alarm costs little, because callers try again.
 
     Attributes:
-        answer: a step that moves next to no data, such as to open a file. Less than five, in which
-            a head start has to fail.
-        data: a read or a write of a piece of data in a directory; as connections have it.
-        request: a request to an object store that moves or lists much, of which no progress is seen
-            on the way. Up to 10 MiB, in as many seconds on a slow line.
-        retry: while a step hangs, others fail at once, and one is tried each time after so long.
+        answer: for a step that moves almost no data, like opening a file. Below five seconds, in
+            which a head start must fail.
+        data: for a read or write of a piece of data in a directory; the same as for connections.
+        request: for a request to an object store that moves or lists much, and shows no progress
+            meanwhile: up to 10 MiB, at as little as 1/3 MiB per second.
+        retry: while a step hangs, other steps fail at once, except for one in this many seconds.
     """
 
     answer: float = 4.0
@@ -96,7 +96,7 @@ class Patience:
 class StoredFile(NamedTuple):
     """A file of the overflow; `entry.stored` is its length in bytes.
 
-    One that is not whole is being written, or was when its writer was killed.
+    If it is not whole, it is being written, or its writer was killed.
     """
 
     entry: Entry
@@ -108,7 +108,7 @@ _Method = Callable[Concatenate["OverflowTier", _P], _T]
 
 
 def _reading(method: _Method[_P, _T]) -> _Method[_P, _T]:
-    """Do what `method` does in a thread of those that read."""
+    """Run `method` in one of the threads for reads."""
 
     @functools.wraps(method)
     def bounded(self: OverflowTier, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -118,7 +118,7 @@ def _reading(method: _Method[_P, _T]) -> _Method[_P, _T]:
 
 
 def _changing(method: _Method[_P, _T]) -> _Method[_P, _T]:
-    """Do what `method` does in a thread of those that change something."""
+    """Run `method` in one of the threads for changes."""
 
     @functools.wraps(method)
     def bounded(self: OverflowTier, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -130,13 +130,13 @@ def _changing(method: _Method[_P, _T]) -> _Method[_P, _T]:
 class OverflowTier:
     """Objects in files. Thread-safe.
 
-    Errors are `OverflowUnavailableError`, unless something else is said. Nothing waits for longer
-    than `patience` allows. While a step that reads hangs, whatever else has to read fails at once,
-    and so for what changes something: of a file system that is frozen, for one, all can be read.
+    Unless stated otherwise, errors are `OverflowUnavailableError`. No call waits longer than
+    `patience` allows. While a read hangs, other reads fail at once; while a change hangs, other
+    changes do. The two are separate, because a frozen file system, for example, can be read.
 
     Args:
-        uri: of a `pyarrow.fs` file system and a directory in it.
-        keyspace: whose objects.
+        uri: URI of a `pyarrow.fs` file system and a directory in it.
+        keyspace: names the namespace's root directory.
         patience: seconds without progress.
     """
 
@@ -147,9 +147,9 @@ class OverflowTier:
         self._reading = StepThreads("overflow-read", patience.answer, patience.retry)
         self._changing = StepThreads("overflow-write", patience.answer, patience.retry)
         self._opened: tuple[Any, str] | None = None
-        # What could not be removed after a failure: the place may not have been there.
+        # Files that could not be removed after a failure, when the storage may have been away.
         self._undiscarded: deque[str] = deque()
-        # For what is written: several buffers each. None of what a hung step still refers to.
+        # Sets of buffers for writes. A set that a hung step may still use is not returned here.
         self._memory: deque[list[memoryview]] = deque()
 
     @classmethod
@@ -158,26 +158,26 @@ class OverflowTier:
         return None if uri is None else cls(uri, Keyspace.of(config))
 
     def __str__(self) -> str:
-        """The URI, without what can be secret in it."""
+        """The URI without its possible secrets: user, password and options."""
         if "://" not in self._uri:
             return self._uri
         parts = urlsplit(self._uri)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     def close(self) -> None:
-        """End the threads, as far as they do not hang; the next use starts others."""
+        """End the threads that do not hang; the next use starts new ones."""
         self._reading.close()
         self._changing.close()
 
     # --- objects ---
 
     def write(self, values: Iterable[Value]) -> Iterator[Entry]:
-        """Write `values` in order, and yield each object once all of it is there.
+        """Write `values` in order, and yield each object once it is complete.
 
-        If that fails, or is given up, nothing is left of the object that it was at; if that cannot
-        be removed either, the next `write` does it. If it fails because a step hangs, the object is
-        removed when that step returns, even if it completed the object. No memory of `values` is
-        referred to once this is over: they are copied.
+        If this fails or is closed, the unfinished object is removed; if it cannot be removed now,
+        the next `write` does it. If a step hangs, the object is removed once that step returns,
+        even if the step completed the object. Values are copied, so their memory is free once this
+        ends.
         """
         with contextlib.ExitStack() as stack:
             with self._errors():
@@ -205,7 +205,7 @@ class OverflowTier:
 
     @_reading
     def stat(self, place: Place) -> Stat:
-        """The header, and how many bytes of chunks there are."""
+        """Return the header of an object, and the length of its chunks together."""
         inline = place.name.chunks == 0
         try:
             with self._open_file(place) as file:
@@ -218,19 +218,18 @@ class OverflowTier:
         return Stat(tail, [], payload=0 if inline else size - len(tail))
 
     def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
-        """Open an object, and return what `use` returns.
+        """Open an object, and return the result of `use`.
 
         Args:
             place: the object.
-            sizes: of its chunks as stored, in bytes.
-            use: given what receives chunks into memoryviews and yields as each is there, in order.
-                It may be called in another thread, so that there is no hand-over for every chunk.
+            sizes: stored sizes of its chunks, in bytes.
+            use: gets a function that receives chunks into memoryviews and yields as each arrives,
+                in order. May be called in another thread, to avoid a hand-over for every chunk.
 
         Raises:
-            LostObjectError: if the file is gone, or ends too soon.
-            OverflowUnavailableError: if that is because a read hangs, `use` has not returned, and
-                what it has asked for may be written to until this process ends: that memory must
-                not be used for anything else.
+            LostObjectError: the file is gone, or ends too soon.
+            OverflowUnavailableError: if the cause is a hung read, `use` has not returned, and the
+                memory it passed may be written to until this process ends. Do not reuse it.
         """
         offsets = list(accumulate(sizes, initial=0))
         with self._errors(), self._reading.thread() as thread:
@@ -240,18 +239,18 @@ class OverflowTier:
                     return thread.run(lambda: use(functools.partial(self._chunks, file, offsets)))
                 return use(functools.partial(self._spans, thread, file, offsets))
             finally:
-                # While others hang, it is closed with the last reference to it.
+                # If the thread hangs, it closes the file when its step returns.
                 thread.finish(functools.partial(_close, file))
 
     @_changing
     def remove(self, place: Place) -> None:
-        """Remove an object; it is no error if it is not there."""
+        """Remove an object; a missing object is not an error."""
         with contextlib.suppress(FileNotFoundError):
             self._fs.delete_file(self._path(place))
 
     @contextlib.contextmanager
     def _buffers(self, thread: StepThread) -> Iterator[list[memoryview]]:
-        """Memory of this tier's own for what `thread` is to write."""
+        """Lend a set of this tier's buffers for writes by `thread`."""
         try:
             buffers = self._memory.pop()
         except IndexError:
@@ -272,14 +271,14 @@ class OverflowTier:
         try:
             begin_step(self._patience.answer)
         except StalledError:
-            # Nobody waits for it any more. Left to its destructor, a close that hangs would stop
-            # the whole process, for that has the GIL.
+            # Nobody waits for the file any more. Its destructor holds the GIL, so a close that
+            # hangs there would stop the whole process.
             _close(file)
             raise
         return file
 
     def _chunks(self, file: Any, offsets: Sequence[int], wanted: _Wanted) -> Iterator[None]:
-        """Receive chunks of a file of a directory, each from its offset right into its place."""
+        """Receive chunks of a file in a directory, each directly into its memory."""
         for number, into in wanted:
             begin_step(self._patience.data)
             file.seek(offsets[number])
@@ -295,7 +294,7 @@ class OverflowTier:
     def _spans(
         self, thread: StepThread, file: Any, offsets: Sequence[int], wanted: _Wanted
     ) -> Iterator[None]:
-        """Receive chunks by spans of several, some of which are under way at a time."""
+        """Receive chunks in spans, several of which are under way at a time."""
         threads = [thread]
         under_way: deque[tuple[list[tuple[int, memoryview]], StepThread, Job[bytes]]] = deque()
 
@@ -331,7 +330,7 @@ class OverflowTier:
 
     @_reading
     def files(self, owner: Owner) -> list[StoredFile]:
-        """What is there of a node of a session."""
+        """Return the files of a node of a session."""
         directory = self._directory(*owner)
         found = []
         for path, size in self._list(directory):
@@ -345,7 +344,7 @@ class OverflowTier:
 
     @_reading
     def sessions(self) -> set[str]:
-        """Those that have anything here, if only a signature."""
+        """Return the sessions that have anything here, even if only a signature."""
         return set(self._list_directories(self._directory()))
 
     @_reading
@@ -358,11 +357,11 @@ class OverflowTier:
 
     @_changing
     def remove_parts(self, owner: Owner, is_alive: Callable[[int], bool]) -> int:
-        """Remove what killed processes of a node were writing.
+        """Remove the unfinished files of a node's killed processes.
 
         Args:
-            owner: the node, of a session.
-            is_alive: whether a process of the node, given by its id, may still be writing.
+            owner: the node of a session.
+            is_alive: whether the process of the node with that id may still be writing.
 
         Returns:
             The length of all other files of the node, in bytes.
@@ -379,7 +378,7 @@ class OverflowTier:
 
     @_changing
     def destroy(self, owner: Owner) -> int:
-        """Remove everything of a node of a session; returns how many objects that were."""
+        """Remove everything of a node of a session; return the number of removed objects."""
         count = sum(file.is_whole for file in self.files(owner))
         self._delete_directory(self._directory(*owner))
         self._remove_if_empty(self._directory(owner.session), self._directory())
@@ -391,14 +390,14 @@ class OverflowTier:
         self._delete_directory(self._directory(session))
         self._remove_if_empty(self._directory())
 
-    # --- whether all nodes mean the same place ---
+    # --- signatures, by which nodes recognise a shared directory ---
 
     def sign(self, session: str, token: str) -> None:
-        """Leave a token, which whoever sees the same place finds.
+        """Write a session's token, so that other nodes can find it in the same directory.
 
-        Without it nothing can be written to a directory, nor is anything there taken for lost. This
-        fails within `Patience.answer`, if it does; if that is because a step hangs, there is no
-        token either, once that step has returned.
+        Without a token nothing can be written to a directory, and nothing counts as lost there. A
+        failure comes within `Patience.answer`. If the cause is a hung step, the token is removed
+        once that step returns.
         """
         with self._errors(), self._changing.thread() as thread:
             try:
@@ -427,8 +426,8 @@ class OverflowTier:
         if self._has_directories:
             self._remove_if_empty(self._directory(session), self._directory())
         elif self._is_empty(session):
-            # `pyarrow` leaves an empty object in the name of what a file was in. A session that has
-            # no signature is used by nobody, but what is above it may be.
+            # `pyarrow` leaves an empty object with the name of a removed file's directory. Nobody
+            # uses a session without a signature, but the directory above may be in use.
             self._delete_directory(self._directory(session))
 
     # --- helpers, in a thread ---
@@ -449,17 +448,17 @@ class OverflowTier:
 
     @property
     def _data_limit(self) -> float:
-        """How long a piece of data may take."""
+        """Seconds that a read or write of data may take."""
         return self._patience.data if self._has_directories else self._patience.request
 
     def _below(self, root: str, *components: str) -> str:
-        # Names of sessions and tokens come from the server, which others may write to.
+        # Names of sessions and tokens come from the server, where others may write.
         for component in components:
             if "/" in component or component in ("", ".", ".."):
                 raise OverflowUnavailableError(
-                    f"{component!r} cannot be a name in the overflow at {self}, and nothing of the "
-                    "kind is touched there",
-                    "Look for who else writes to the server's keys",
+                    f"{component!r} cannot be a name in the overflow at {self}, and no such path "
+                    "is touched there",
+                    "Find the program that also writes to the server's keys",
                 )
         return "/".join((root, self._root, *components))
 
@@ -478,13 +477,13 @@ class OverflowTier:
         limits = self._patience.answer, self._data_limit
         if not self._has_directories:
             return _NewFile(self._fs, path, "", *limits)
-        # Not the session's directory, which its signature is in: where that is gone, so is the
-        # session, or a share is not mounted, and what is written would be found by nobody.
+        # Not recursive: the session's directory has the signature. If it is missing, the session is
+        # gone or a share is not mounted, and nobody would find the file.
         self._fs.create_dir(path.rpartition("/")[0], recursive=False)
         return _NewFile(self._fs, path, _PART, *limits)
 
     def _discard(self, *paths: str) -> None:
-        """Remove what was not finished, now or with the next `write`."""
+        """Remove unfinished files, now or with the next `write`."""
         for path in paths:
             begin_step(self._patience.answer)
             try:
@@ -498,33 +497,33 @@ class OverflowTier:
             self._discard(self._undiscarded.popleft())
 
     def _require_signature(self, place: Place) -> None:
-        """Tell that a place is gone, such as a share that is not mounted, and not a file of it.
+        """Distinguish a missing file from missing storage, for example a share that is not mounted.
 
         Raises:
-            OverflowUnavailableError
+            OverflowUnavailableError: the session has no signature there.
         """
         directory = self._directory(place.name.session)
         names = [path.rpartition("/")[2] for path, _ in self._list(directory)]
         if not any(name.startswith(_SIGNATURE) for name in names):
             raise OverflowUnavailableError(
                 f"the overflow at {self} has nothing of session {place.name.session} any more",
-                "Mount or bring back what was there; without it what was spilled there is lost",
+                "Mount the directory again; without its files the objects spilled there are lost",
             )
 
     def _list(self, directory: str, kind: Any = fs.FileType.File) -> list[tuple[str, int]]:
-        """The paths and lengths of what is in a directory; nothing if it is not there."""
+        """Return the paths and lengths of a directory's entries; empty if it does not exist."""
         if self._is_local:
             return list(self._scan(directory, kind))
         found: list[Any] = []
         begin_step(self._patience.request)
-        # `allow_not_found` does not help where it was not there, and then another made it.
+        # `allow_not_found` does not cover a directory that is created during the call.
         with contextlib.suppress(FileNotFoundError):
             found = self._fs.get_file_info(fs.FileSelector(directory, allow_not_found=True))
         begin_step(self._patience.answer)
         return [(info.path, info.size or 0) for info in found if info.type == kind]
 
     def _scan(self, directory: str, kind: Any) -> Iterator[tuple[str, int]]:
-        # `pyarrow` shows no progress, and of many files on a share that is slow there is much.
+        # `pyarrow` shows no progress, and many files on a slow share take long.
         begin_step(self._patience.answer)
         with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
             for entry in entries:
@@ -548,11 +547,11 @@ class OverflowTier:
         return bool(self._fs.get_file_info(path).type == fs.FileType.File)
 
     def _delete_directory(self, path: str) -> None:
-        """Remove a directory and all in it, whatever others write or remove there meanwhile."""
+        """Remove a directory and its content, even if others write or remove files there."""
         begin_step(self._patience.answer)
         if self._has_directories:
-            # Under a name that nobody else writes to. If this is killed, a clean-up takes it
-            # for that of a node, or of a session, which is dead.
+            # Move it to a name that nobody writes to. If this process is killed, a clean-up takes
+            # it for the directory of a dead node or session.
             path, known = f"{path}.{os.urandom(4).hex()}", path
             try:
                 self._fs.move(known, path)
@@ -574,8 +573,8 @@ class OverflowTier:
                     raise
 
     def _remove_if_empty(self, *paths: str) -> None:
-        """Remove directories that have nothing in them."""
-        # `pyarrow` removes a directory only with what is in it, which another may just have made.
+        """Remove directories that are empty."""
+        # `pyarrow` removes a directory with its content, which another process may just have made.
         for path in paths if self._is_local else ():
             begin_step(self._patience.answer)
             with contextlib.suppress(OSError):
@@ -585,7 +584,7 @@ class OverflowTier:
     def _is_local(self) -> bool:
         return bool(self._fs.type_name == "local")
 
-    # --- helpers, for whoever waits ---
+    # --- helpers, in the calling thread ---
 
     def _run(self, threads: StepThreads, work: Callable[[], _T]) -> _T:
         with self._errors():
@@ -593,28 +592,28 @@ class OverflowTier:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """What the file system raises, in our terms."""
+        """Translate the errors of the file system."""
         try:
             yield
         except StalledError as error:
             raise OverflowUnavailableError(
                 f"the overflow at {self} does not answer: {error}",
-                "Bring back the file server, mount or object store there; until then nothing can "
-                "be spilled to it or restored from it",
+                "Repair the file server, mount or object store there; until then nothing can be "
+                "spilled to it or restored from it",
             ) from None
         except (OSError, pa.ArrowException) as error:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             told = (str(error).splitlines() or [type(error).__name__])[0]
-            # Where a URI cannot be parsed, all of it is told.
+            # The message about a URI that cannot be parsed contains all of it.
             told = told.replace(self._uri, str(self))
             raise OverflowUnavailableError(
                 f"the overflow at {self} {'is full' if full else 'cannot be used'}: {told}",
-                "Make room there" if full else "Every node must be able to write and read there",
+                "Make room there" if full else "Every node must be able to read and write there",
             ) from error
 
 
 class _NewFile:
-    """A file that is being written at `path`; it has its name once it is whole."""
+    """A file that is being written at `path`. It gets its final name once it is complete."""
 
     def __init__(self, filesystem: Any, name: str, suffix: str, answer: float, data: float) -> None:
         self._fs = filesystem
@@ -627,7 +626,7 @@ class _NewFile:
 
     @property
     def paths(self) -> set[str]:
-        """Where it, or a part of it, can be."""
+        """Paths at which the file, or a part of it, may be."""
         return {self.path, self._name}
 
     def write(self, data: Buffer) -> None:
@@ -643,22 +642,22 @@ class _NewFile:
             self._fs.move(self.path, self._name)
 
     def close(self) -> None:
-        """Close it as it is. An object store then has it, cut off, until it is removed."""
+        """Close the file as it is. An object store then has it, truncated, until it is removed."""
         begin_step(self._data + self.size / _SLOWEST)
         _close(self._stream)
 
 
 class _Writer:
-    """Writes a file by a thread that may hang.
+    """Writes a file in a thread that may hang.
 
-    What is written is copied first: a step that hangs in a write refers to what it writes for as
-    long as that takes, and by then the caller has used its memory for something else.
+    Data are copied first: a hung write refers to its data until it returns, when the caller has
+    long reused its memory.
 
     Args:
         create: opens the file, in the thread.
         discard: removes files, in the thread.
-        thread: the one that does it.
-        buffers: memory of ours.
+        thread: the thread.
+        buffers: this tier's memory for the copies.
     """
 
     def __init__(
@@ -689,7 +688,7 @@ class _Writer:
                     self._hand_over(self._append)
 
     def commit(self) -> int:
-        """Complete the file; returns its length."""
+        """Complete the file; return its length in bytes."""
         self._hand_over(self._complete)
         while self._under_way:
             self._thread.wait(self._under_way.popleft())
@@ -697,7 +696,7 @@ class _Writer:
         return self._file.size
 
     def _hand_over(self, work: Callable[[memoryview], None]) -> None:
-        """Have the thread do `work` with what the first buffer has, and go on with another."""
+        """Submit `work` on the first buffer's content, and continue with the next buffer."""
         data = self._buffers[0][: self._used]
         self._under_way.append(self._thread.submit(functools.partial(work, data)))
         self._buffers.rotate(-1)
@@ -718,20 +717,20 @@ class _Writer:
         self._file.commit()
 
     def discard(self) -> None:
-        """Remove what there is of the file, also if it was completed."""
+        """Remove the file, even if it was completed."""
         if self._file is not None:
             self._file.close()
             self._discard(*self._file.paths)
 
 
 def _open(uri: str, *, patient: bool) -> tuple[Any, str]:
-    """The file system, and the path in it; the impatient one gives up on S3 in 3 s."""
+    """Return the file system, and the path in it. Unless `patient`, it gives up on S3 in 3 s."""
     if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
         uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GCS_RETRY_SECONDS}"
     filesystem, path = fs.FileSystem.from_uri(uri)
     if filesystem.type_name == "s3":
-        # These have no form in a URI. Writes in the background take in all that is given, at once,
-        # and so could hold a whole object.
+        # A URI cannot express these options. Background writes buffer without a limit, so they
+        # could hold a whole object.
         rebuild, (options,) = filesystem.__reduce__()
         options["background_writes"] = False
         if not patient:
@@ -746,8 +745,8 @@ def _has_directories(filesystem: Any) -> bool:
 
 
 def _remove_tree(path: str, limit: float) -> None:
-    """Remove a local directory and all in it, `limit` being how long each step of that may take."""
-    # `pyarrow` and `shutil` show no progress, and of many files on a slow share there is much.
+    """Remove a local directory and its content. Each step may take `limit` seconds."""
+    # `pyarrow` and `shutil` show no progress, and many files on a slow share take long.
     begin_step(limit)
     with os.scandir(path) as entries:
         found = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
@@ -768,9 +767,9 @@ def _close(file: Any) -> None:
 
 
 def _inline(file: Any, size: int) -> bytes:
-    """The header's value with its payload, which is all that the file of an inline object has.
+    """Return the content of an inline object's file: the header's value with its payload.
 
-    Empty, which is no header, if it is longer than that of any inline object.
+    Empty, and so no valid header, if the file is longer than that of any inline object.
     """
     if size > INLINE_LIMIT + largest_header(chunks=0):
         return b""
@@ -779,10 +778,10 @@ def _inline(file: Any, size: int) -> bytes:
 
 
 def _tail(file: Any, size: int, chunks: int) -> bytes:
-    """The header's value, from the end of a file that has `chunks` chunks before it.
+    """Return the header's value from the end of a file with `chunks` chunks before it.
 
-    Empty, which is no header, if what stands there claims to be longer than any that tells of so
-    many.
+    Empty, and so no valid header, if its trailer claims more than the longest header of so many
+    chunks.
     """
     tail: bytes = file.read_at(min(size, _TAIL), max(0, size - _TAIL))
     claimed = header_size(tail[-TRAILER_SIZE:])
@@ -798,7 +797,7 @@ _Wanted = Iterable[tuple[int, memoryview]]
 
 
 def _spans(offsets: Sequence[int], wanted: _Wanted) -> Iterator[list[tuple[int, memoryview]]]:
-    """Chunks that follow one another, together as far as they have up to `_SPAN` bytes."""
+    """Group consecutive chunks into spans of up to `_SPAN` bytes."""
     span: list[tuple[int, memoryview]] = []
     for number, into in wanted:
         if span and (

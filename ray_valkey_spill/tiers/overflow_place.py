@@ -1,8 +1,8 @@
-"""The overflow as a tier: only if it is that of the whole session, and not one that looks alike.
+"""The overflow as a tier, used only if it is the same storage on all nodes of the session.
 
-The metadata have a token for each session, and the overflow a file named after it. A node whose
-overflow has no such file has another directory, or a mount that is not there: what the others have
-left there it would take for lost.
+The metadata have a token for each session, and the overflow has a file named after it. If a node's
+overflow lacks that file, it is another directory, or a mount that is missing. The node would then
+take objects of the other nodes for lost.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _T = TypeVar("_T")
 
 
 class SharedOverflow:
-    """A `Tier`: what one thread of a node sees of the session's overflow.
+    """A `Tier`: the session's overflow, for one thread of a node.
 
-    Errors are `OverflowUnavailableError`, and those of `link.Link.run`: the server says which
-    overflow is the session's.
+    Errors are `OverflowUnavailableError`, and those of `link.Link.run`, because the server has the
+    session's token.
 
     Args:
-        overflow: the node's; also an attribute, for what may be done before it has joined.
-        session: the session.
-        ledger: the thread's.
+        overflow: the node's overflow; also an attribute, for uses that need not join.
+        session: name of the session.
+        ledger: the thread's ledger.
     """
 
     def __init__(self, overflow: OverflowTier, session: str, ledger: Ledger) -> None:
         self.overflow = overflow
         self._session = session
         self._ledger = ledger
-        self._agreed: str | None = None  # the token, once it has been seen here
+        self._agreed: str | None = None  # the token, once it was found in this overflow
 
     # --- objects ---
 
@@ -52,17 +52,17 @@ class SharedOverflow:
     def stat(self, places: Sequence[Place]) -> Iterator[Stat]:
         """As `Tier.stat`.
 
-        The server is not asked whether this is the session's overflow as long as an object is
-        there: nothing is lost by reading it while the server is away.
+        An object that exists needs no check of the token, so it can be read while the server is
+        unavailable.
         """
         for place in places:
             stat = Stat(None, [])
-            with contextlib.suppress(OverflowUnavailableError):  # once more, below
+            with contextlib.suppress(OverflowUnavailableError):  # tried again below
                 stat = self.overflow.stat(place)
             yield stat if stat.header is not None else self._joined().stat(place)
 
     def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
-        """As `Tier.read`, with the exceptions that `OverflowTier.read` names."""
+        """As `Tier.read`. Errors as `OverflowTier.read`."""
         return self.overflow.read(place, sizes, use)
 
     def close_reading(self) -> None:
@@ -82,57 +82,57 @@ class SharedOverflow:
         """As `OverflowTier.remove_parts`."""
         return self._joined().remove_parts(node, is_alive)
 
-    # --- the place ---
+    # --- the token ---
 
     def probe(self) -> None:
-        """Make sure that what is written to the overflow can be found there."""
+        """Make sure that a file written to the overflow can be found there."""
         token = _new_token()
         self.overflow.sign(self._session, token)
         if not self.overflow.is_signed(self._session, token):
             raise OverflowUnavailableError(
-                f"the overflow at {self.overflow} loses what is written to it"
+                f"the overflow at {self.overflow} loses files written to it"
             )
         self.overflow.unsign(self._session, token)
 
     def join(self) -> None:
-        """Make sure that the overflow is the session's, or make it that. The node needs a lease."""
+        """Make sure that the overflow is the session's, or make it so. The node needs a lease."""
         known = self._agreed or self._ledger.overflows().get(self._session)
         token = known or _new_token()
         if known is None:
             self.overflow.sign(self._session, token)
-        # A server that has lost its data is given the token again.
+        # A server that lost its data gets the token again.
         agreed = self._ledger.agree_on_overflow(self._session, token)
         is_here = agreed == self._agreed or self.overflow.is_signed(self._session, agreed)
         if agreed != token and (is_here or known is None):
-            # Others were faster, and nobody will look for this one.
+            # Another node was faster, and nobody will look for this token.
             self.overflow.unsign(self._session, token)
         if not is_here:
             raise OverflowUnavailableError(
                 f"the overflow at {self.overflow} is not the one that the session's other nodes "
-                "have: what they leave there is not here",
-                "Give an overflow_uri that is the same place on every node, such as a mount of "
-                "one shared directory or an object store",
+                "have: their files are not here",
+                "Give an overflow_uri that is the same storage on every node: a mount of one "
+                "shared directory, or an object store",
             )
         self._agreed = agreed
 
     def leave(self) -> None:
-        """The last of the session's nodes takes down what they had agreed on."""
+        """Remove the session's token and signature, if no other node of it has a lease."""
         agreed = self._ledger.overflows().get(self._session)
         if agreed is not None and self._ledger.forget_overflow(self._session):
             self.overflow.unsign(self._session, agreed)
         self._agreed = None
 
     def _joined(self) -> OverflowTier:
-        """The overflow, once it is known to be the session's."""
+        """Return the overflow; joins it first if necessary."""
         if self._agreed is None:
             self.join()
         return self.overflow
 
 
 class MissingOverflow:
-    """The `Tier` of a node without `overflow_uri`, on which no object of the overflow can be used.
+    """The overflow `Tier` of a node without `overflow_uri`.
 
-    Every method raises OverflowUnavailableError.
+    Every method but `close_reading` raises OverflowUnavailableError.
     """
 
     def stat(self, places: Sequence[Place]) -> Iterator[Stat]:
@@ -142,7 +142,7 @@ class MissingOverflow:
         self._refuse()
 
     def close_reading(self) -> None:
-        """Nothing is read."""
+        """Nothing is read ahead."""
 
     def remove(self, places: Sequence[Place]) -> None:
         self._refuse()

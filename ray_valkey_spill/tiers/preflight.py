@@ -1,7 +1,7 @@
-"""What has to be true of a server before objects are entrusted to it.
+"""Checks of a server before objects are spilled to it.
 
-Each check raises one error that says what is wrong and how to fix it. Ray's head start runs them
-all and stops at the first; `ray-valkey-spill check` reports each.
+Each check raises one error that names the problem and its fix. Ray's head start runs them all and
+stops at the first error; `ray-valkey-spill check` reports every check.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ __all__ = [
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# Seconds for which a head start tries a server that does not answer. With the time one attempt may
-# take, and with the import of Ray, that keeps a failing `ray start --head` under five seconds.
+# Seconds for which a head start tries a server that does not answer. Including the last attempt and
+# the import of Ray, a failing `ray start --head` then takes under five seconds.
 HEAD_START_PATIENCE = 1.5
 
-# Every command that this package sends to any server, but those that any user may run.
+# Every command that this package sends to any server, except those that any user may run.
 COMMANDS = (
     *("EXISTS", "GET", "INFO", "SET", "STRLEN", "UNLINK", "EVAL", "TIME"),
     *("ZADD", "ZRANGE", "ZRANGEBYLEX", "ZREM", "ZSCORE"),
     *("HDEL", "HGET", "HSCAN", "HSET", "HSETNX", "HVALS"),
 )
-# A key lies on one of a thousand shards, if there were as many, within this many tries.
+# Random keys to try until one lies on a given shard; enough for a thousand shards.
 _TRIES = 10_000
 
-# Bytes of replies that a connection may have under way, in chunks, but no more of them than this.
+# Bytes of replies that a connection may have under way, and the most chunks to request for that.
 _UNDER_WAY, _MOST_CHUNKS = 8 * MIB, 100
-# Settings for which a server closes connections, and the fields of `INFO stats` that count those
-# closed; not all versions have all of them.
+# Limits for which a server closes connections, and the fields of `INFO stats` that count these. Not
+# every version has all of them.
 _WRITING_LIMITS = {
     "client-query-buffer-limit": "client_query_buffer_limit_disconnections",
     "maxmemory-clients": "evicted_clients",
@@ -72,14 +72,14 @@ _READING_LIMITS = {
     "maxmemory-clients": "evicted_clients",
 }
 
-# And to the nodes of a cluster.
+# Commands that this package sends to nodes of a cluster only.
 _CLUSTER_COMMANDS = ("CLUSTER|SLOTS", "ASKING")
 
 
 def acl_rules(config: Config) -> str:
-    """What `ACL SETUSER` has to give a user: the least with which everything works.
+    """Return the least rules for `ACL SETUSER` with which everything works.
 
-    A cluster is found out by asking; those of its commands tell nothing to a user of one server.
+    They always include the cluster's commands, which reveal nothing to a user of a single server.
     """
     commands = [*COMMANDS, *_CLUSTER_COMMANDS]
     if config.address.db:
@@ -92,16 +92,16 @@ def acl_rules(config: Config) -> str:
 
 
 def run_all(config: Config) -> ServerInfo:
-    """Check the server, or each of a cluster, as Ray's head start does.
+    """Check the server, or each server of a cluster, as Ray's head start does.
 
-    Takes at most a few seconds, or `retry_timeout` if the server answers that it is loading. Logs
-    `tenancy_warning`, which Python prints to the terminal where nobody has set up logging.
+    Takes at most a few seconds, or `retry_timeout` while the server is loading. Logs
+    `tenancy_warning`, which Python prints to the terminal if logging is not configured.
 
     Returns:
-        What the server tells of itself; of a cluster, the one that has the books.
+        INFO of the server; in a cluster, of the shard with the metadata.
 
     Raises:
-        ConfigError, ServerError: the first thing that is wrong.
+        ConfigError, ServerError: the first problem.
     """
     patience = min(HEAD_START_PATIENCE, config.retry_timeout)
     link = link_to(config, unreachable_timeout=patience, any_role=True)
@@ -123,10 +123,10 @@ def run_all(config: Config) -> ServerInfo:
 
 
 def check_reachable(link: Link, config: Config) -> dict[Endpoint, ServerInfo]:
-    """All servers that have keys answer in the Valkey protocol, and may be asked what they are.
+    """Require that every server with keys answers INFO in the Valkey protocol, and return the INFO.
 
     Raises:
-        ServerError, ConfigError
+        ServerError, ConfigError: one does not.
     """
     try:
         return link.infos()
@@ -141,7 +141,7 @@ def check_reachable(link: Link, config: Config) -> dict[Endpoint, ServerInfo]:
             raise _not_permitted(config, ["INFO"]) from None
         if error.message.startswith("NOAUTH"):
             raise ServerRefusedError(
-                f"Valkey at {config.address} asks for a password",
+                f"Valkey at {config.address} requires a password",
                 "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as it has them",
             ) from None
         raise
@@ -154,10 +154,12 @@ def check_reachable(link: Link, config: Config) -> dict[Endpoint, ServerInfo]:
 
 
 def check_serving(link: Link, config: Config) -> None:
-    """The server has its data loaded; it may answer INFO before. Permissions are looked at later.
+    """Require that the server has loaded its data, before which it may already answer INFO.
+
+    Does not check permissions.
 
     Raises:
-        ServerUnavailableError
+        ServerUnavailableError: it is still loading, or cannot serve.
     """
     try:
         list(link.run([command("GET", f"{Keyspace.of(config).root}preflight")]))
@@ -166,16 +168,16 @@ def check_serving(link: Link, config: Config) -> None:
 
 
 def check_topology(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
-    """What answers takes writes.
+    """Require that the servers take writes.
 
     Raises:
-        ConfigError
+        ConfigError: one is a Sentinel or a replica.
     """
     for info in infos.values():
         if info.mode == "sentinel":
             raise ConfigError(
-                f"what answers at {config.address} is a Sentinel",
-                "Give the name of what it watches as sentinel_service, or the url of the primary",
+                f"the server at {config.address} is a Sentinel",
+                "Give the name of its service as sentinel_service, or the url of the primary",
             )
         if info.role != "master" and info.mode != "cluster":
             raise ConfigError(
@@ -185,17 +187,17 @@ def check_topology(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None
 
 
 def check_replicas(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
-    """There is what `min_replicas` and `wait_aof` wait for.
+    """Require the replicas and append-only files that `min_replicas` and `wait_aof` wait for.
 
     Raises:
-        ConfigError
+        ConfigError: a server lacks them.
     """
     for endpoint, info in infos.items():
         if info.replicas < config.min_replicas:
             raise ConfigError(
                 f"Valkey at {endpoint} has {info.replicas} replicas, and min_replicas is "
-                f"{config.min_replicas}: no spill could ever be done",
-                "Give it as many, or lower min_replicas",
+                f"{config.min_replicas}: no spill could ever succeed",
+                "Add replicas, or lower min_replicas",
             )
         if config.wait_aof and not info.aof:
             raise ConfigError(
@@ -205,10 +207,10 @@ def check_replicas(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None
 
 
 def check_policy(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
-    """No server evicts keys without a TTL, or all may.
+    """Require that no server evicts keys without a TTL, unless `allow_eviction` is set.
 
     Raises:
-        ConfigError
+        ConfigError: one does.
     """
     for endpoint, info in infos.items():
         if info.memory.evicts_all and not config.allow_eviction:
@@ -222,11 +224,10 @@ def check_policy(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
 
 
 def tenancy_warning(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> tuple[str, str] | None:
-    """What to know of a server that evicts keys of others, and what to do about it.
+    """Return a warning about a server that can evict keys of others, and the advice for it.
 
     Returns:
-        None if `max_bytes` says how much of it spilling may take, if nothing there can be evicted,
-        or if no memory is limited.
+        None if `max_bytes` is set, if nothing can be evicted, or if no memory is limited.
     """
     evicting = {
         endpoint: info.memory
@@ -238,7 +239,7 @@ def tenancy_warning(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> tup
     endpoint, memory = min(evicting.items(), key=lambda each: free_room(each[1]))
     free = len(infos) * max(0, free_room(memory))
     rest = (
-        "the rest goes to the overflow" if config.overflow_uri else "spills wait once it is used up"
+        "the overflow takes the rest" if config.overflow_uri else "spills wait once it is used up"
     )
     keys = "keys" if memory.evicts_all else f"keys with a TTL ({memory.volatile:,})"
     what = (
@@ -251,14 +252,14 @@ def tenancy_warning(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> tup
 
 
 def check_permissions(link: Link, config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
-    """Each server runs every command that spilling needs, on keys below our prefix.
+    """Require that each server runs every command that spilling needs, on keys below our prefix.
 
-    Tries them on keys of its own and leaves nothing behind. A server that is full passes: that is
-    for a spill to find, and may be over by then.
+    Tries the commands on separate keys, and removes these. A full server passes, because it may
+    have room by the first spill.
 
     Raises:
-        ServerRefusedError: it does not.
-        ServerUnavailableError: it cannot now, such as without the replicas that it wants.
+        ServerRefusedError: a server refuses a command.
+        ServerUnavailableError: a server cannot run it now, for example without enough replicas.
     """
     for endpoint, info in infos.items():
         base = _base_at(link, config, endpoint)
@@ -271,7 +272,7 @@ def check_permissions(link: Link, config: Config, infos: Mapping[Endpoint, Serve
 
 
 def _base_at(link: Link, config: Config, endpoint: Endpoint) -> str | None:
-    """What keys of a server can begin with; None if it has just lost its slots to another."""
+    """Return a prefix for keys of a server; None if the server has just lost its slots."""
     for _ in range(_TRIES):
         # The part in braces alone decides which server of a cluster has a key.
         base = f"{Keyspace.of(config).root}preflight:{{{new_attempt()}}}"
@@ -285,7 +286,7 @@ def _try_commands(
 ) -> None:
     value, index, table = (f"{base}:{kind}" for kind in ("value", "index", "table"))
     unlink = command("UNLINK", value, index, table)
-    # What removes comes first: without it nothing may be written.
+    # The removing commands come first: without them nothing may be written.
     harmless = {
         "UNLINK": unlink,
         "ZREM": command("ZREM", index, "x"),
@@ -329,21 +330,21 @@ def _try_commands(
         if trial.error is not None and not isinstance(trial.error, ServerFullError):
             raise ServerRefusedError(
                 f"Valkey at {config.address} fails {name}: {trial.error.message}",
-                trial.error.hint or f"Let it run {', '.join(COMMANDS)}, as they are named here",
+                trial.error.hint or f"Let it run {', '.join(COMMANDS)} under these names",
             )
 
 
 def check_chunk_size(link: Link, config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
-    """Each server, and any proxy before it, takes and returns values as long as chunks are.
+    """Require that each server, and any proxy before it, takes and returns values of chunk_size.
 
-    Tries that below our prefix, as far as there is free memory for it, and leaves nothing behind.
+    Tries it below our prefix if the server has free memory for it, and removes the values.
 
     Raises:
-        ServerRefusedError: names the limit, and the longest chunks that work if there are any.
+        ServerRefusedError: it does not; names the limit, and the longest chunks that work, if any.
         ServerUnavailableError: a server cannot be reached any more.
     """
     overhead = TAG_SIZE if config.encryption_key_file is not None else 0
-    # It tries everything twice: a connection that breaks once may do so by chance.
+    # This link tries every request twice: a connection may break once by chance.
     probe = link_to(config, unreachable_timeout=0)
     try:
         for endpoint, info in infos.items():
@@ -367,11 +368,11 @@ class _Trial:
     """Writes and reads values of different lengths.
 
     Args:
-        link: for what has to work.
-        probe: for what may break connections.
+        link: for requests that must work.
+        probe: for requests that may break connections.
         endpoint: the server.
-        key: of the values; it is removed after each.
-        overhead: by how much what is stored of a chunk may be longer than the chunk, in bytes.
+        key: key of the values; it is removed after each.
+        overhead: bytes by which a stored chunk may be longer than its data.
     """
 
     def __init__(
@@ -384,7 +385,7 @@ class _Trial:
         self._overhead = overhead
 
     def problem(self, chunk_size: int) -> _Problem | None:
-        """What keeps chunks of this size from being written and read, if anything does."""
+        """Return why chunks of this size cannot be written or read; None if they can be."""
         size = chunk_size + self._overhead
         before = self._stats()
         is_written = False
@@ -415,7 +416,7 @@ class _Trial:
         return None
 
     def longest(self, chunk_size: int) -> int | None:
-        """The longest chunks that work, of those 2, 4, 8, … times shorter than `chunk_size`."""
+        """Return the longest chunk size that works, out of 1/2, 1/4, 1/8, … of `chunk_size`."""
         while (chunk_size := chunk_size // 2) >= MIN_CHUNK_SIZE:
             if self.problem(chunk_size) is None:
                 return chunk_size
@@ -430,7 +431,7 @@ class _Trial:
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """Values cannot be `done`, "written" or "read", because of `limits`."""
+    """Values cannot be `done` ("written" or "read") because of `limits`."""
 
     done: str
     limits: str

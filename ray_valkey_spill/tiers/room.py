@@ -1,4 +1,4 @@
-"""What a key costs a server, and how much room a server has. Pure."""
+"""The memory that a key takes on a server, and the room on a server. Pure."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from ray_valkey_spill.units import KIB, MIB
 
 __all__ = ["Limits", "cost", "free_room", "margin", "member_cost"]
 
-# What the server needs beside a value and its key: hash table slot, object, string headers. And
-# beside a member of a sorted set: skip list node, slot, and the sorted set of what is pending.
-# Measured with Redis 7.0 on jemalloc; Valkey 9.1 needs some tens of bytes less.
+# Bytes of the server's overhead. Per key: hash table slot, object and string headers. Per member of
+# the index: skip list node, slot, and its member of the pending set. Measured with Redis 7.0 on
+# jemalloc; Valkey 9.1 needs a few tens of bytes less.
 _PER_KEY = 112
 _PER_MEMBER = 144
 _VALUE_HEADER = 16
 
 _USUAL_CHUNK = 512 * KIB
-# This share of a server's maxmemory is left to others, within these bounds: for what they write
-# while the server takes ours in, for its buffers, for the entries of what is pending, and in a
-# cluster for what a shard gets beyond its share.
+# This share of a server's maxmemory is left free, within these bounds: for what others write while
+# the server receives our values, for its buffers, for the pending set, and in a cluster for what a
+# shard gets beyond its share.
 _MARGIN = 1 / 20
 _LEAST_MARGIN, _MOST_MARGIN_SHARE = 16 * MIB, 1 / 4
 
-# All writers together may keep these shares of `max_bytes`, and of the margin of a server; and each
-# of them this much.
+# All writers together may keep these shares of `max_bytes` and of a server's margin; one writer may
+# keep a share of that, within these bounds.
 _KEPT_SHARE, _KEPT_MARGIN_SHARE = 1 / 20, 1 / 2
 _LEAST_KEPT, _MOST_KEPT, _KEPT_BY_ONE_SHARE = 1 * MIB, 8 * MIB, 1 / 8
-# A writer is granted this share of what limits it at once, but not less than that.
+# One grant is at most this share of the limit, or these bytes if they are more.
 _SHARE_AT_ONCE, _LEAST_AT_ONCE = 1 / 8, 16 * MIB
-# While a batch is written, others may fill this share of the margin before the writer looks again.
+# A writer looks at the room again after this share of the margin, or these bytes if they are more.
 _LEAST_BETWEEN_LOOKS, _BETWEEN_LOOKS_SHARE = 8 * MIB, 1 / 4
 
 
 def cost(key: int, value: int) -> int:
-    """Bytes of memory that a key takes on a server, given the lengths of its name and value.
+    """Return the bytes of memory that a key takes, from the lengths of its name and its value.
 
-    Values are taken to lie in jemalloc's size classes, four to each doubling
-    (https://jemalloc.net/jemalloc.3.html, table 1), as in the servers' official builds.
+    Assumes jemalloc's size classes, four per doubling (https://jemalloc.net/jemalloc.3.html,
+    table 1), as in the servers' official builds.
     """
     size = value + _VALUE_HEADER
     spacing = 1 << max(4, (size - 1).bit_length() - 3)
@@ -48,26 +48,26 @@ def cost(key: int, value: int) -> int:
 
 
 def member_cost(member: int) -> int:
-    """Bytes of memory that an entry of the index takes, given its length."""
+    """Return the bytes of memory that an entry of the index takes, from its length."""
     return member + _PER_MEMBER
 
 
 def margin(maxmemory: int) -> int:
-    """Bytes of a server's `maxmemory` that spilling leaves to others."""
+    """Return the bytes of a server's `maxmemory` that spilling leaves free."""
     return int(min(max(maxmemory * _MARGIN, _LEAST_MARGIN), maxmemory * _MOST_MARGIN_SHARE))
 
 
 def free_room(memory: MemoryInfo) -> int:
-    """Bytes that may be written to a server with a `maxmemory` without it evicting anything.
+    """Return the bytes that a server with a `maxmemory` takes without evicting anything.
 
-    Negative if others have taken some of the margin. A replication backlog counts for eviction
-    (`freeMemoryGetNotCountedMemory` in Valkey's evict.c), and what is written fills it up too.
+    Negative if others use some of the margin. The replication backlog counts for eviction
+    (`freeMemoryGetNotCountedMemory` in Valkey's evict.c), and writes still fill it up.
     """
     return memory.maxmemory - margin(memory.maxmemory) - memory.used - memory.backlog_left
 
 
 class Stored(Protocol):
-    """How much a namespace has stored: objects, the bytes of their data, and what these take."""
+    """What a namespace has stored: objects, bytes of their data, and bytes that they take."""
 
     @property
     def objects(self) -> int: ...
@@ -79,11 +79,11 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What limits the writers of a namespace. Sizes are in bytes.
+    """The limits of a namespace's writers. Sizes are in bytes.
 
     Attributes:
-        max_bytes: the budget, if there is one.
-        memories: of all servers, by a look at them; none before the first look.
+        max_bytes: the budget; None if there is none.
+        memories: memory of each server at the latest look; empty before the first one.
     """
 
     max_bytes: int | None
@@ -91,9 +91,9 @@ class Limits:
 
     @cached_property
     def bounded(self) -> list[MemoryInfo]:
-        """Of the servers that can be full for us.
+        """Memories of the servers that can be too full for a write.
 
-        One that may evict everything takes all that `max_bytes` permits.
+        With `max_bytes`, a server that may evict every key never is.
         """
         return [
             each
@@ -103,12 +103,12 @@ class Limits:
 
     @cached_property
     def exist(self) -> bool:
-        """Whether anything limits the writers, as far as is known."""
+        """Whether there is any limit, as far as is known."""
         return self.max_bytes is not None or bool(self.bounded)
 
     @cached_property
     def kept_by_all(self) -> int:
-        """How much all writers together may be granted, for one to keep some."""
+        """Bytes of all grants up to which a writer may keep some."""
         limits = [] if self.max_bytes is None else [self.max_bytes * _KEPT_SHARE]
         limits += [
             self._times(margin(each.maxmemory)) * _KEPT_MARGIN_SHARE for each in self.bounded
@@ -117,33 +117,33 @@ class Limits:
 
     @cached_property
     def kept_by_one(self) -> int:
-        """How much one writer may keep of that."""
+        """Bytes of these that one writer may keep."""
         share = int(self.kept_by_all * _KEPT_BY_ONE_SHARE)
         return min(max(_LEAST_KEPT, share), _MOST_KEPT, self.kept_by_all)
 
     @cached_property
     def at_once(self) -> int:
-        """How much a writer may be granted at once, if no object needs more."""
+        """Bytes that a writer may be granted at once, unless an object needs more."""
         limits = [] if self.max_bytes is None else [self.max_bytes]
         limits += [self._times(each.maxmemory) for each in self.bounded]
         return max(_LEAST_AT_ONCE, int(min(limits, default=0) * _SHARE_AT_ONCE))
 
     @cached_property
     def between_looks(self) -> float:
-        """How much is written until the room has to be looked at again."""
+        """Bytes to write until the next look at the room."""
         least = min((self._times(margin(each.maxmemory)) for each in self.bounded), default=0)
         if not least:
             return float("inf")
         return max(_LEAST_BETWEEN_LOOKS, least * _BETWEEN_LOOKS_SHARE)
 
     def room(self, ours: Stored, *, into_margin: float = 0.0) -> int | None:
-        """How much may be written to all servers together; None if none is bounded.
+        """Return the bytes that all servers together have room for; None if none is bounded.
 
-        A shard of a cluster gets its share of what is written, so the fullest one decides.
+        Each shard of a cluster gets an equal share of the writes, so the fullest one decides.
 
         Args:
             ours: what the namespace has stored.
-            into_margin: the share of the margin that may be used, too.
+            into_margin: share of the margin that may be used as well.
         """
         shards = len(self.memories)
         rooms = [
@@ -155,11 +155,11 @@ class Limits:
         return max(0, self._times(min(rooms))) if rooms and shards else None
 
     def _evictable(self, memory: MemoryInfo, ours: Stored) -> int:
-        """How much of others' data a server may evict for ours.
+        """Estimate the bytes of others that a server may evict for ours.
 
-        With `max_bytes` a server under `volatile-*` may evict keys that have a TTL, of which ours
-        have none. How much that can be is estimated: the keys of others are taken to be alike, and
-        our chunks to have the usual size.
+        With `max_bytes`, a server under `volatile-*` may evict keys that have a TTL; no key of ours
+        has one. The estimate assumes that the others' keys are all alike, and that our chunks have
+        the default size.
         """
         if self.max_bytes is None or not memory.evicts_others:
             return 0
@@ -169,5 +169,5 @@ class Limits:
         return max(0, memory.used - stored) * memory.volatile // of_others
 
     def _times(self, size: int) -> int:
-        """`size` on each server."""
+        """Return the sum of `size` over all servers."""
         return len(self.memories) * size

@@ -1,11 +1,11 @@
 """The ledger's Lua scripts. The comment above each lists its KEYS and ARGV.
 
-Those that account for objects or grants have the same keys: pending, index, usage, writers, totals.
-Each may run twice with no other effect than once, because a link may send it twice: it replaces
-what it is given the whole of, or acts on what a set has.
+Scripts that account for objects or grants share the same keys: pending, index, usage, writers,
+totals. Invariant: every script is safe to repeat, because a link may send it twice. So a script
+sets whole values, or acts only on the present members of a set.
 
-Every script takes the same time whatever the number of nodes. The exception is a server without
-totals, as version 0.1 leaves one: the first script adds them up, once.
+The time of a script does not depend on the number of nodes. The exception is a server without
+totals, as version 0.1 leaves it: the first script adds them up once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _script(*parts: str) -> str:
     return "#!lua flags=allow-oom\n" + "\n".join(filter(None, lines))
 
 
-# What `find` returns is the entry that an object has in the index.
+# `find` returns the entry of an object in the index.
 _FIND = """
 local function find(name)
     local entries = redis.call('ZRANGEBYLEX', KEYS[2], '[' .. name .. '.', '(' .. name .. '/')
@@ -101,7 +101,7 @@ local function change(t, node, objects, size, stored)
 end
 """
 
-# `grant_of` returns what a writer is granted and has written; `set_grant` replaces that.
+# `grant_of` returns the granted and written bytes of a writer; `set_grant` replaces both.
 _GRANTS = """
 local function grant_of(node, writer)
     for name, granted, written in
@@ -198,8 +198,8 @@ keep_totals(t)
 """,
 )
 
-# ARGV: start, stop, count. Returns the last member looked at, and those that are pending: a member
-# that is in the index too came over a connection that had broken.
+# ARGV: start, stop, count. Returns the last member of the page, and its pending members. A member
+# that is in the index too is not pending: a repeated ZADD arrived after the object was settled.
 PENDING = _script(
     _FIND,
     """
@@ -212,10 +212,10 @@ return {page[#page] or '', left}
 """,
 )
 
-# ARGV: node, writer, granted and written so far, at least, at most, budget, room.
-# Budget is what may be stored, and room what may be written beside what is; both in bytes, or -1.
-# Returns what is granted on top, or 0; how much of the budget was used; how much all may still
-# write; how many objects are stored, their size, and what they take.
+# ARGV: node, writer, granted and written so far, least, most, budget, room. Budget limits the bytes
+# stored or granted, room the bytes still to write; both may be -1.
+# Returns the added grant, or 0; the used bytes of the budget; the bytes that all writers may still
+# write; the number of stored objects, their size, and the bytes counted for them.
 RESERVE = _script(
     _TOTALS,
     _GRANTS,
@@ -280,7 +280,7 @@ return is_current and 1 or 0
 """,
 )
 
-# ARGV: node, what its usage was, and what it is to be. Returns whether it was that.
+# ARGV: node, its old usage, its new one. Returns whether the old one matched.
 CORRECT = _script(
     _TOTALS,
     """
@@ -299,7 +299,7 @@ return 1
 """,
 )
 
-# KEYS: a sorted set. ARGV: start, count. Returns one member of each node's that follow.
+# KEYS: a sorted set. ARGV: start, count. Returns one member of each of the next `count` nodes.
 NODES = _script(
     """
 local found, start = {}, ARGV[1]
@@ -314,7 +314,7 @@ return found
 """
 )
 
-# KEYS: chunks of objects. Returns the length of each, 0 if it is missing.
+# KEYS: chunks of objects. Returns the length of each, or 0 if it is missing.
 SIZES = """
 local sizes = {}
 for i, key in ipairs(KEYS) do
@@ -324,7 +324,8 @@ end
 return table.concat(sizes, ' ')
 """
 
-# KEYS: leases. ARGV: member, "1" if it may be new. Returns whether there is one.
+# KEYS: leases. ARGV: member, "1" if it may be new. Returns whether the lease exists now. A lease is
+# a score and not a `SET` with `PX`: no key may have a TTL, or `volatile-*` could evict it.
 RENEW = _script(
     """
 if ARGV[2] ~= '1' and not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
@@ -335,7 +336,7 @@ return 1
 """
 )
 
-# KEYS: overflows. ARGV: session, token. Returns the token that the session has now.
+# KEYS: overflows. ARGV: session, token. Returns the session's token.
 AGREE = _script(
     """
 redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
@@ -346,8 +347,8 @@ return ARGV[2]
 """
 )
 
-# KEYS: overflows, leases. ARGV: session, and "<session>:". Returns whether its token is forgotten:
-# not if a node of the session has a lease.
+# KEYS: overflows, leases. ARGV: session, and "<session>:". Returns whether the token was removed,
+# which it is not if a node of the session has a lease.
 FORGET_OVERFLOW = _script(
     """
 for _, member in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do

@@ -1,9 +1,9 @@
-"""Steps that may hang: done in threads of their own, and waited for only as long as each may take.
+"""Runs steps that may hang in separate threads, and waits for each only as long as it may take.
 
-A system call on a share whose server is away cannot be interrupted and has no time limit, and an
-object store's client may retry for minutes. Whoever waits for such a step here gets `StalledError`
-once it has made no progress for as long as it may. The step itself goes on: its thread takes
-nothing else until it returns, and is a daemon, so that no process waits for it at its end.
+A system call on a share with an unreachable server cannot be interrupted and has no time limit, and
+an object store's client may retry for minutes. The caller of such a step gets `StalledError` once
+the step has made no progress for its limit. The step itself continues. Its thread takes no other
+job until it returns, and is a daemon, so that the process can end without it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any, Generic, TypeVar
 
 __all__ = ["Job", "StalledError", "StepThread", "StepThreads", "begin_step"]
 
-# Threads that may hang at a time. A step can hang for good, as one on a share that was unmounted
-# lazily and mounted again: so it is not only a hung step's return that ends an outage.
+# Threads that may hang at a time. A step can hang forever, for example on a share that was lazily
+# unmounted and mounted again, so other threads are tried before it returns.
 _MOST_HUNG = 3
 _NOW = float("-inf")
 
-# The `StepThread` that a thread is, if it is one.
+# In a thread of a `StepThread`: that `StepThread`.
 _this = threading.local()
 
 _T = TypeVar("_T")
 
 
 class StalledError(Exception):
-    """A step has made no progress for `seconds`, and goes on without anybody who waits for it."""
+    """A step has made no progress for `seconds`. It continues, but nobody waits for it."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"no progress for {seconds:.0f} s")
@@ -39,9 +39,9 @@ class StalledError(Exception):
 
 
 def begin_step(limit: float) -> None:
-    """Note that this thread's job has made progress: its next step may take `limit` seconds.
+    """Record that this thread's job has made progress: its next step may take `limit` seconds.
 
-    Outside of a `StepThread` nobody waits, and this does nothing.
+    Outside a `StepThread` this does nothing.
 
     Raises:
         StalledError: nobody waits for the job any more.
@@ -52,18 +52,18 @@ def begin_step(limit: float) -> None:
 
 
 class Job(Generic[_T]):
-    """What a thread was given to do; `StepThread.wait` returns its result."""
+    """Work given to a thread; `StepThread.wait` returns its result."""
 
     def __init__(self, work: Callable[[], _T], *, is_final: bool) -> None:
         self._work: Callable[[], _T] | None = work
         self.is_final = is_final
         self._error: BaseException | None = None
-        # Held until the job is done: a lock is the fastest event there is.
+        # Held until the job is done: a lock is faster than a `threading.Event`.
         self._under_way = threading.Lock()
         self._under_way.acquire()
 
     def run(self) -> bool:
-        """Do it, unless it was dropped; returns whether it failed."""
+        """Do the work unless it was dropped; return whether it failed."""
         work, self._work = self._work, None
         if work is not None:
             try:
@@ -73,7 +73,7 @@ class Job(Generic[_T]):
         return self._error is not None
 
     def drop(self) -> None:
-        """Do nothing if it has not begun, and is not final. Nobody may wait for it from now on."""
+        """Skip the job if it has not begun and is not final. No thread may wait for it any more."""
         if not self.is_final:
             self._work = None
 
@@ -90,21 +90,21 @@ class Job(Generic[_T]):
         try:
             raise error
         finally:
-            # Its traceback refers to this frame, which would keep it and all it refers to.
+            # Breaks the reference cycle of the error, its traceback and this frame.
             del error
 
 
 class StepThreads:
-    """Threads for jobs whose steps may hang. Thread-safe.
+    """Threads for jobs with steps that may hang. Thread-safe.
 
-    There are as many as are used at a time. While one hangs, further jobs fail at once with
-    `StalledError`; once it has returned, they are done again. Meanwhile one job is tried in another
-    thread every `retry` seconds, as long as only a few hang, and jobs are done again if it ends.
+    There are as many threads as are used at a time. While one hangs, further jobs fail at once with
+    `StalledError`, until its step returns. Meanwhile one job every `retry` seconds is tried in
+    another thread, unless too many hang; if it ends, jobs are accepted again.
 
     Args:
-        name: what the threads are called.
+        name: part of the threads' names.
         limit: seconds that the first step of a job may take.
-        retry: seconds.
+        retry: seconds between two tries while a thread hangs.
     """
 
     def __init__(self, name: str, limit: float, retry: float) -> None:
@@ -117,10 +117,10 @@ class StepThreads:
         self._hung: set[StepThread] = set()
 
     def run(self, work: Callable[[], _T]) -> _T:
-        """What `work` returns or raises. In one of the threads, it is done right there.
+        """Run `work` in a thread, or here if this is one of them; return or raise its result.
 
         Raises:
-            StalledError
+            StalledError: it makes no progress, or another job hangs.
         """
         if hasattr(_this, "thread"):
             return work()
@@ -129,10 +129,10 @@ class StepThreads:
 
     @contextlib.contextmanager
     def thread(self) -> Iterator[StepThread]:
-        """A thread for the caller alone. At the end it is waited for, unless it hangs.
+        """Give the caller a thread of its own. Waits for it at the end, unless it hangs.
 
         Raises:
-            StalledError
+            StalledError: another job hangs.
         """
         thread = self._take()
         try:
@@ -142,7 +142,7 @@ class StepThreads:
             self._put_back(thread)
 
     def close(self) -> None:
-        """End the threads, one that hangs when its step returns. The next job starts others."""
+        """End the threads; a hung one ends when its step returns. The next job starts new ones."""
         with self.lock:
             idle, self._idle = self._idle, []
             for thread in self._hung:
@@ -177,7 +177,7 @@ class StepThreads:
                 self._retry_at = _NOW
 
     def returned(self, thread: StepThread) -> None:
-        """Use a thread again if it is one that has hung. The caller holds the lock."""
+        """Make a thread that had hung available again. The caller holds the lock."""
         if thread in self._hung:
             self._hung.remove(thread)
             self._retry_at = _NOW
@@ -186,13 +186,13 @@ class StepThreads:
 
 
 class StepThread:
-    """Does jobs in order. Whoever uses it is one thread, and waits for them in that order too.
+    """Runs jobs in order. Its one user waits for them in the same order.
 
-    After a job that failed, those that were given before it was waited for are dropped.
+    When a job fails, the jobs queued behind it are dropped.
 
     Attributes:
         hangs: whether `StalledError` was raised since it was taken.
-        is_ending: whether it is to end once it has nothing to do.
+        is_ending: whether it ends once it has no more jobs.
     """
 
     def __init__(self, threads: StepThreads) -> None:
@@ -202,9 +202,9 @@ class StepThread:
         self.hangs = self.is_ending = False
         self._threads = threads
         self._given: SimpleQueue[Job[Any] | None] = SimpleQueue()
-        # Guarded by the lock of `threads`: what is not done, first what is being done.
+        # Guarded by the lock of `threads`: the jobs not done, the current one first.
         self._jobs: deque[Job[Any]] = deque()
-        # When the step that is under way began, and how long it may take.
+        # Start of the current step, and its limit in seconds.
         self._step = time.monotonic(), threads.limit
         self._is_final = False
 
@@ -218,7 +218,7 @@ class StepThread:
         return time.monotonic() - began
 
     def begin_step(self, limit: float) -> None:
-        """As `begin_step` of the module, in this thread."""
+        """As the module's `begin_step`, in this thread."""
         if self.hangs and not self._is_final:
             raise StalledError(self.seconds_at_step)
         self._step = time.monotonic(), limit
@@ -227,7 +227,7 @@ class StepThread:
         self._thread.start()
 
     def submit(self, work: Callable[[], _T], *, is_final: bool = False) -> Job[_T]:
-        """Give it a job, to be done after those before it."""
+        """Queue a job."""
         job = Job(work, is_final=is_final)
         with self._threads.lock:
             if not self._jobs:
@@ -237,10 +237,10 @@ class StepThread:
         return job
 
     def wait(self, job: Job[_T]) -> _T:
-        """What the job returns or raises.
+        """Wait for a job, and return or raise its result.
 
         Raises:
-            StalledError: the thread's step takes longer than it may.
+            StalledError: the thread's current step takes longer than its limit.
         """
         while True:
             began, limit = self._step
@@ -255,9 +255,9 @@ class StepThread:
         return self.wait(self.submit(work))
 
     def finish(self, work: Callable[[], object]) -> None:
-        """Do `work` in place of all that has not begun.
+        """Do `work` instead of all jobs that have not begun.
 
-        If the thread hangs this does not wait; `work` is done when its step has returned.
+        If the thread hangs, this does not wait; the thread does `work` once its step returns.
         """
         self._drop_jobs()
         job = self.submit(work, is_final=True)
@@ -266,12 +266,12 @@ class StepThread:
                 self.wait(job)
 
     def settle(self) -> None:
-        """Drop what has not begun, and wait for the step that is under way, unless it hangs."""
+        """Drop the jobs that have not begun, and wait for the current one, unless it hangs."""
         if self.is_busy:
             self.finish(lambda: None)
 
     def end(self) -> None:
-        """End the thread, which has nothing to do."""
+        """End the thread, which must be idle."""
         self._given.put(None)
         self._thread.join()
 

@@ -1,7 +1,7 @@
-"""The tier in Valkey: values under keys, and the metadata that finds them again.
+"""The tier in Valkey: values under keys, and the metadata by which they are found.
 
-An object is in the metadata before any value of it is written and until the last is removed, so
-that whatever a crash leaves can be found.
+Invariant: an object is in the metadata before its first value is written, and until its last one is
+removed, so that the leftovers of a crash can be found.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ray_valkey_spill.tiers.ledger import Ledger, pages
 __all__ = ["ValkeyTier"]
 
 _NAMES_PER_PAGE = 500
-# What one command checks, while nobody else is served.
+# Limit of one script, during which the server serves nobody else.
 _KEYS_PER_CHECK = 500
-# What is looked at again together once something was missing.
+# Objects to look up again together once something was missing.
 _OBJECTS_LOOKED_AT_AGAIN = 16
 _READINGS = 5
 
@@ -49,16 +49,16 @@ class ValkeyTier:
 
     @property
     def breaks(self) -> int:
-        """How many times the connection has broken."""
+        """Number of times that a connection broke: see `link.Link`."""
         return self._link.breaks
 
     def operation(self) -> AbstractContextManager[None]:
-        """See `link.Link.operation`. What is written and then confirmed has to be in one."""
+        """See `link.Link.operation`. A write and its confirmation must be in the same one."""
         self.close_reading()
         return self._link.operation()
 
     def close(self) -> None:
-        """Drop the connections."""
+        """Close the connections."""
         reading, self._reading = self._reading, None
         if reading is not None:
             reading.abort()
@@ -69,7 +69,7 @@ class ValkeyTier:
     def write(
         self, node: Owner, names: Sequence[ObjectName], values: Payments, budget: Budget
     ) -> Iterator[Entry]:
-        """Register, write and settle objects, and yield each whose values are there.
+        """Register, write and settle objects, and yield each once its values are written.
 
         All that was yielded is settled once this has ended without an error, unless the values
         ended half way through an object. To one server this is one exchange, and the server itself
@@ -84,8 +84,8 @@ class ValkeyTier:
             budget: between its `begin` and `end`.
 
         Raises:
-            LostObjectError: what was written is not pending any more: the node's data were
-                destroyed meanwhile, or the server lost them.
+            LostObjectError: a written object is no longer pending: the node's data were destroyed
+                meanwhile, or the server lost it.
         """
         under_way: deque[Entry | None] = deque()
         settlements: list[Request] = []
@@ -129,7 +129,7 @@ class ValkeyTier:
             _require_settled(settlements, written, budget)
 
     def settle(self, node: Owner, entries: Sequence[Entry], budget: Budget) -> None:
-        """Settle objects whose values are there, where `write` failed after them.
+        """Settle objects with all their values, after a `write` that failed later.
 
         Raises:
             LostObjectError: as `write`; also because the server has lost a value since.
@@ -146,17 +146,17 @@ class ValkeyTier:
         return self._link.is_single and all(self.ledger.can_verify(each.name) for each in entries)
 
     def confirm(self, node: Owner, entries: Sequence[Entry], breaks: int) -> None:
-        """Make sure that objects that were written are there, and on as many replicas as wanted.
+        """Make sure that written objects still exist, and on as many replicas as configured.
 
-        A server that is restarted or fails over may lose what it has acknowledged.
+        A server that restarts or fails over may lose acknowledged writes.
 
         Args:
-            node: of the objects.
-            entries: which.
-            breaks: what `self.breaks` was before they were written.
+            node: node of the objects.
+            entries: the objects.
+            breaks: value of `self.breaks` before they were written.
 
         Raises:
-            UnconfirmedError: they are not.
+            UnconfirmedError: they do not.
             ServerUnavailableError: replicas have not confirmed them in time.
         """
         self._link.await_replicas(breaks)
@@ -165,19 +165,19 @@ class ValkeyTier:
             return
         stats = list(self.measure([(entry.name, 0) for entry in entries]))
         are_whole = all(stat.is_whole for stat in stats)
-        # What fell back to being pending would be removed once this process has ended.
+        # An object that fell back to pending would be removed once this process has ended.
         settlements = list(self._link.run(self.ledger.settlements(node, entries)))
         settled = sum(request.result()[0] for request in settlements)
         if not are_whole or settled != len(entries) or self._link.breaks != latest:
-            raise UnconfirmedError("the server lost what had just been written to it")
+            raise UnconfirmedError("the server lost values that had just been written to it")
 
     # --- reading ---
 
     def stat(self, places: Sequence[Place]) -> Iterator[Stat]:
-        """As `Tier.stat`. What is missing was looked for again, as `link.Link.confirmed` does.
+        """As `Tier.stat`. A missing value was looked for again through `link.Link.confirmed`.
 
-        Of a single object with chunks of its own the first chunks are asked for together with the
-        header: `read` receives them.
+        For a single object with chunks, this requests the first chunks together with the header:
+        `read` receives them.
         """
         self.close_reading()
         if len(places) == 1 and places[0].name.chunks:
@@ -193,7 +193,7 @@ class ValkeyTier:
         )
 
     def measure(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
-        """The headers, given about how long each is, and the sizes of all chunks. As `stat`."""
+        """As `stat`, without reading ahead. `wanted` has names and approximate header lengths."""
         done = 0
         while done < len(wanted):
             for stat in self._stat(wanted[done:]):
@@ -223,7 +223,7 @@ class ValkeyTier:
             yield Stat(_value(header), [_value(size) or 0 for size in sizes])
 
     def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
-        """As `Tier.read`. What is missing was looked for again, as `link.Link.confirmed` does."""
+        """As `Tier.read`. A missing value was looked for again through `link.Link.confirmed`."""
         reading, self._reading = self._reading, None
         if reading is not None and reading.place != place:
             reading.finish()
@@ -270,7 +270,7 @@ class ValkeyTier:
 
         request = self._link.confirmed(look, lacks_nothing=lambda found: _is_received(found, into))
         if not _is_received(request, into):
-            raise LostObjectError("a chunk is missing, or changed its size meanwhile")
+            raise LostObjectError("a chunk is missing, or has changed its size")
 
     def close_reading(self) -> None:
         reading, self._reading = self._reading, None
@@ -284,42 +284,42 @@ class ValkeyTier:
         self.remove_objects(place.name for place in places)
 
     def remove_objects(self, names: Iterable[ObjectName], since: int | None = None) -> None:
-        """Remove objects, their values first; what is not there is no error.
+        """Remove objects, their values first; a missing object is not an error.
 
         Args:
-            names: which.
-            since: as `link.Link.run`, which raises UnconfirmedError then.
+            names: the objects.
+            since: as for `link.Link.run`, which then raises UnconfirmedError.
         """
         self.close_reading()
         for page in pages(names, _NAMES_PER_PAGE):
             breaks = self._link.breaks
             self._drain(self._removals(page), since)
             if self._link.breaks != breaks:
-                # A server that fails over may lose again what it has acknowledged.
+                # A server that fails over may lose acknowledged removals.
                 self._drain(self._removals(page))
 
     def mark_lost(self, place: Place) -> None:
-        """As `Tier.mark_lost`: the header is removed. The chunks stay until the object is."""
+        """As `Tier.mark_lost`: removes the header. The chunks stay until the object is removed."""
         self.close_reading()
         self._link.execute(command("UNLINK", self._keys.header(place.name)))
 
     def remove_half_written(
         self, owner: Owner, is_half_written: Callable[[ObjectName], bool] = lambda name: True
     ) -> int:
-        """Remove what is pending of a node, and nobody will settle; returns how many that were.
+        """Remove the pending objects of a node that nobody will settle; return their number.
 
-        A server that lags would name objects that are stored by now. So what is pending is read as
-        `link.Link.confirmed` does, and read again if a connection broke before it was removed.
+        A lagging server would name objects that are stored by now. So the pending set is read
+        through `link.Link.confirmed`, and read again if a connection broke before the removal.
 
         Args:
-            owner: whose.
-            is_half_written: which of these nobody will settle, because its writer is dead.
+            owner: the node.
+            is_half_written: whether nobody will settle the object, because its writer is dead.
 
         Raises:
-            UnconfirmedError: connections broke again and again.
+            UnconfirmedError: connections broke repeatedly.
         """
         for reading in range(_READINGS):
-            # In one operation: between two the link may replace its connections by itself.
+            # One operation: between two of them the link may replace its connections.
             with self._link.operation():
                 names = self._link.confirmed(
                     lambda: [n for page in self.ledger.pending(owner) for n in page]
@@ -335,7 +335,7 @@ class ValkeyTier:
         return len(names)
 
     def remove_stored(self, owner: Owner) -> int:
-        """Remove all stored objects of a node of a session; returns how many that were."""
+        """Remove all stored objects of a node; return their number."""
         count = 0
         for entries in self.ledger.stored(owner):
             self.remove_objects(entry.name for entry in entries)
@@ -346,8 +346,8 @@ class ValkeyTier:
         keys = (
             key for name in names for key in (self._keys.header(name), *self._keys.chunks(name))
         )
-        # One at a time: a cluster takes no others, and to free a large string takes some 50 us,
-        # while everybody else waits.
+        # One key per command: a cluster takes no other form, and the server needs about 50 us to
+        # free a large string, during which every other client waits.
         for key in keys:
             yield command("UNLINK", key)
         for number, request in enumerate(self.ledger.forget(names)):
@@ -361,10 +361,11 @@ class ValkeyTier:
     def _run_to_failure(
         self, requests: Iterable[Request], since: int | None = None
     ) -> Iterator[Request]:
-        """Yield requests with their replies, up to and with the first that failed.
+        """Yield requests with their replies, up to and including the first that failed.
 
-        Nothing is sent after that, and it is yielded only once all other replies are in: a SET
-        still under way could otherwise be carried out after its key has been removed.
+        No request is sent after that one, and it is yielded only once all other replies are in:
+        a SET still under way could otherwise run after its key has been removed. So the run is
+        always drained.
         """
         failed: Request | None = None
 
@@ -384,10 +385,10 @@ class ValkeyTier:
 
 
 class _Reading:
-    """One object on its way from the server: its header, then its chunks, in one exchange.
+    """One object being read: its header, then its chunks, in one exchange.
 
-    The first chunks are asked for before it is known where they are to be received. That has to be
-    said before their replies are read, which nothing does between `stat` and `receive`.
+    It requests the first chunks before their memory is known. `receive` must set that memory before
+    their replies are read, so nothing may read replies between `stat` and `receive`.
     """
 
     def __init__(self, link: Link, keyspace: Keyspace, place: Place) -> None:
@@ -418,7 +419,7 @@ class _Reading:
             yield fetch(self._chunks[number], into=into)
 
     def _new_checks(self) -> Iterator[Request]:
-        """Requests for the sizes of all chunks; those of one server come with one reply."""
+        """Yield requests for the sizes of all chunks; a single server sends a page per reply."""
         if self._link.is_single:
             for page in pages(self._chunks, _KEYS_PER_CHECK):
                 yield command("EVAL", scripts.SIZES, len(page), *page)
@@ -437,9 +438,9 @@ class _Reading:
     def receive(
         self, wanted: Iterator[tuple[int, memoryview]], asked: deque[tuple[int, memoryview]]
     ) -> Generator[Request]:
-        """Receive all chunks in order; `asked` has those whose replies have not been yielded."""
+        """Receive all chunks in order; `asked` holds those not yielded yet."""
         self._asked = asked
-        # Fewer may be wanted than were asked for, though nobody wants that.
+        # `wanted` may have fewer chunks than were requested, though no caller does that.
         for request, (number, into) in zip(self._ahead, wanted):
             asked.append((number, into))
             request.into = into
@@ -447,14 +448,14 @@ class _Reading:
         return self._replies
 
     def finish(self) -> None:
-        """Receive what is under way, and drop it: the connection can be used again."""
+        """Drain the run, and drop its replies, so that the connection stays usable."""
         self._wanted = iter(())
         with contextlib.suppress(SpillError):
             for _ in self._replies:
                 pass
 
     def abort(self) -> None:
-        """Drop what is under way together with its connection."""
+        """Drop the replies under way together with their connection."""
         self._replies.close()
 
 
@@ -468,7 +469,7 @@ def _require_settled(
 
 
 def _is_received(request: Request, into: memoryview) -> bool:
-    """Whether a chunk is in its place; one whose reply came before its place was known, by now."""
+    """Whether a chunk is in `into`; copies it there if its reply came before `into` was known."""
     reply = _value(request)
     if isinstance(reply, bytearray) and len(reply) == len(into):
         copy_into(reply, into)
@@ -477,7 +478,7 @@ def _is_received(request: Request, into: memoryview) -> bool:
 
 
 def _value(request: Request) -> Any:
-    """The reply; a foreign value of another type under one of our keys counts as none."""
+    """Return the reply; None for another program's value of a different type under our key."""
     if isinstance(request.error, ServerError) and str(request.error).startswith("WRONGTYPE"):
         return None
     return request.result()
