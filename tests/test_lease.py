@@ -8,16 +8,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ray._private.node import Node
+from support.io_worker import io_workers
 from support.servers import Server, wait_until
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.format.names import Keyspace, ObjectName, new_attempt
-from ray_valkey_spill.plugin.storage import ValkeyStorage
+from ray_valkey_spill.format.names import Keyspace, ObjectName
 from ray_valkey_spill.tiers.ledger import Ledger, link_to
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -43,10 +41,15 @@ class Lease:
             self._client.zincrby(self._key, -60_000, member)
         return self.renewed()
 
+    def remove(self) -> None:
+        self._client.delete(self._key)
+
 
 def test_the_lease_can_be_renewed_while_half_written_objects_are_removed(server: Server) -> None:
     config = Config.load({"url": server.url}, {})
-    names = [ObjectName(SESSION, NODE, f"{i:056x}", new_attempt(), 1) for i in range(1500)]
+    # Of another process: this one knows what it has under way.
+    attempts = [f"{1:011x}{4711:08x}{i:08x}" for i in range(1500)]
+    names = [ObjectName(SESSION, NODE, f"{i:056x}", a, 1) for i, a in enumerate(attempts)]
     renewals = 0
     with (
         contextlib.closing(Store(config, SESSION, NODE)) as store,
@@ -74,23 +77,6 @@ def test_the_lease_can_be_renewed_while_half_written_objects_are_removed(server:
         assert server.our_keys() == []
 
 
-class HeadNode(Node):
-    """Stands in for a node of Ray's, which alone knows the session's directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    @property
-    def session_name(self) -> str:
-        return SESSION
-
-    def get_session_dir_path(self) -> str:
-        return str(self._directory)
-
-    def validate_external_storage(self, **params: Any) -> ValkeyStorage:
-        return ValkeyStorage(NODE, SESSION, **params)
-
-
 @pytest.mark.slow
 def test_the_lease_is_renewed_while_recovery_is_stuck(server: Server, tmp_path: Path) -> None:
     directory = tmp_path
@@ -98,27 +84,14 @@ def test_the_lease_is_renewed_while_recovery_is_stuck(server: Server, tmp_path: 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     os.mkfifo(directory / f"ray_valkey_spill-{NODE}-{dead.pid}-abcd.deletions")
-    storage = HeadNode(directory).validate_external_storage(url=server.url)
     lease = Lease(server, Keyspace.of(Config.load({"url": server.url}, {})))
-    try:
-        storage.restore_spilled_objects([], [])
-        wait_until(lambda: list(directory.glob(f"*-{os.getpid()}-*.deletions")))
+    with io_workers(1, directory, NODE, {"url": server.url}) as (worker,):
+        wait_until(lambda: list(directory.glob(f"*-{worker.process.pid}-*.deletions")))
         (taken,) = directory.glob("*.deletions")
         for _ in range(2):
             before = lease.age()
             assert before > 0
             wait_until(lambda: lease.renewed() > before)  # noqa: B023
         assert taken.exists()
-    finally:
-        for fifo in directory.glob("*.deletions"):
-            wait_until(lambda: _opened(fifo))  # noqa: B023
-        storage.destroy_external_storage()
+    lease.remove()
     assert server.our_keys() == []
-
-
-def _opened(fifo: Path) -> bool:
-    """Let the reader of `fifo`, if there is one, find it empty."""
-    with contextlib.suppress(OSError):
-        os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
-        return True
-    return not fifo.exists()

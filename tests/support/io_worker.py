@@ -1,0 +1,96 @@
+"""Stands in for an IO worker of Ray's, without a cluster: its background work is the real one.
+
+python -m support.io_worker <session directory> <node> <parameters, as JSON>
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent.parent
+SESSION = "session_1"
+
+
+class IoWorker:
+    """A process that runs until it is killed.
+
+    Args:
+        directory: of the session.
+        node: of the session.
+        params: as in a spilling config.
+    """
+
+    def __init__(self, directory: Path, node: str, params: Mapping[str, Any]) -> None:
+        self._directory = directory
+        command = [sys.executable, "-m", "support.io_worker", str(directory), node]
+        self.process = subprocess.Popen(
+            [*command, json.dumps(params)], cwd=TESTS, stdin=subprocess.PIPE
+        )
+
+    @property
+    def keeps_the_node(self) -> bool:
+        """Whether it has the lock of its node: the others close the file again at once."""
+        files = Path(f"/proc/{self.process.pid}/fd").iterdir()
+        return any(_target(file).endswith(".keeper") for file in files)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@contextmanager
+def io_workers(
+    count: int, directory: Path, node: str, params: Mapping[str, Any]
+) -> Iterator[list[IoWorker]]:
+    """IO workers of one node."""
+    workers: list[IoWorker] = []
+    try:
+        for _ in range(count):
+            workers.append(IoWorker(directory, node, params))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def _target(file: Path) -> str:
+    try:
+        return str(file.readlink())
+    except OSError:  # it is closed by now
+        return ""
+
+
+def _main(directory: str, node: str, params: str) -> None:
+    import ray
+    from ray._private.node import Node
+
+    from ray_valkey_spill.plugin.storage import ValkeyStorage
+
+    class HeadNode(Node):
+        """Knows the session's directory, as a node of Ray's does."""
+
+        def __init__(self) -> None:
+            pass
+
+        @property
+        def session_name(self) -> str:
+            return SESSION
+
+        def get_session_dir_path(self) -> str:
+            return directory
+
+    sys.argv = [sys.argv[0], "--worker-type=SPILL_WORKER"]
+    ray._private.worker._global_node = HeadNode()
+    ray._private.worker.Worker.connected = True
+    ValkeyStorage(node, SESSION, **json.loads(params))
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,159 @@
+"""One IO worker of a node does the node's background work; whichever lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.io_worker import IoWorker, io_workers
+from support.servers import Server, wait_until
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.plugin.keeper import NodeLock
+
+NODE = "ab" * 28
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from ray_valkey_spill.plugin.keeper import NodeLock
+lock = NodeLock(lambda: Path(sys.argv[1]), "lock")
+print(lock.take(), flush=True)
+sys.stdin.read()
+"""
+
+
+def new_lock(directory: Path | None) -> NodeLock:
+    return NodeLock(lambda: directory, "lock")
+
+
+def test_one_at_a_time_has_the_lock_until_it_drops_it(tmp_path: Path) -> None:
+    first, second = new_lock(tmp_path), new_lock(tmp_path)
+    assert first.take() and first.take()
+    assert not second.take()
+    first.drop()
+    assert second.take()
+    assert not first.take()
+    second.drop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_lock_of_a_process_that_ended_is_taken_by_another(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    lock = new_lock(tmp_path)
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"True\n"
+        assert not lock.take()
+        holder.send_signal(number)
+    assert lock.take()
+    lock.drop()
+
+
+def test_a_stopped_process_keeps_the_lock(tmp_path: Path) -> None:
+    """Which is why the lease does not depend on it."""
+    lock = new_lock(tmp_path)
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"True\n"
+        holder.send_signal(signal.SIGSTOP)
+        assert not lock.take()
+        holder.kill()
+
+
+def test_where_no_file_can_be_had_each_process_keeps_the_node(tmp_path: Path) -> None:
+    for directory in (None, tmp_path / "missing"):
+        locks = [new_lock(directory), new_lock(directory)]
+        assert all(lock.take() for lock in locks)
+        for lock in locks:
+            lock.note_renewal()
+            assert lock.since_renewal() == float("inf")
+            lock.drop()
+
+
+def test_whoever_renews_the_lease_all_know_of_it(tmp_path: Path) -> None:
+    first, second = new_lock(tmp_path), new_lock(tmp_path)
+    assert second.since_renewal() == float("inf")
+    first.note_renewal()
+    assert 0 <= second.since_renewal() < 60
+    os.utime(tmp_path / "lock", (0, 0))
+    assert second.since_renewal() > 1e9
+    # A clock that was put back says nothing.
+    os.utime(tmp_path / "lock", (1e11, 1e11))
+    assert second.since_renewal() == float("inf")
+
+
+# --- IO workers ---
+
+
+class Lease:
+    """The node's lease on the server."""
+
+    def __init__(self, server: Server) -> None:
+        self._client = server.client
+        self._key = Keyspace.of(Config.load({"url": server.url}, {})).leases
+
+    def renewed(self) -> float:
+        found = self._client.zrange(self._key, 0, -1, withscores=True)
+        return max((float(score) for _, score in found), default=0.0)
+
+    def age(self) -> float:
+        """Let it have been renewed a minute before; returns when that was."""
+        for member in self._client.zrange(self._key, 0, -1):
+            self._client.zincrby(self._key, -60_000, member)
+        return self.renewed()
+
+    def remove(self) -> None:
+        self._client.delete(self._key)
+
+
+@pytest.fixture
+def lease(server: Server) -> Iterator[Lease]:
+    made = Lease(server)
+    yield made
+    made.remove()
+
+
+def keeper_of(workers: list[IoWorker]) -> IoWorker:
+    """The one of them that keeps the node, once one does."""
+    wait_until(lambda: any(worker.keeps_the_node for worker in workers))
+    (keeper,) = [worker for worker in workers if worker.keeps_the_node]
+    return keeper
+
+
+@pytest.mark.slow
+def test_of_the_io_workers_of_a_node_one_keeps_it_and_another_when_that_is_killed(
+    server: Server, lease: Lease, tmp_path: Path
+) -> None:
+    with io_workers(3, tmp_path, NODE, {"url": server.url}) as workers:
+        while len(workers) > 1:
+            keeper = keeper_of(workers)
+            wait_until(lease.renewed)
+            keeper.kill()
+            workers.remove(keeper)
+            before = lease.age()
+            assert keeper_of(workers) is not keeper
+            wait_until(lambda: lease.renewed() > before)  # noqa: B023
+
+
+@pytest.mark.slow
+def test_while_the_keeper_is_stopped_another_io_worker_renews_the_lease(
+    server: Server, lease: Lease, tmp_path: Path
+) -> None:
+    with io_workers(2, tmp_path, NODE, {"url": server.url}) as workers:
+        keeper = keeper_of(workers)
+        wait_until(lease.renewed)
+        os.kill(keeper.process.pid, signal.SIGSTOP)
+        for _ in range(2):
+            before = lease.age()
+            wait_until(lambda: lease.renewed() > before)  # noqa: B023
+        assert keeper_of(workers) is keeper
