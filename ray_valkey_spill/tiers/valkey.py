@@ -84,6 +84,7 @@ class ValkeyTier:
         Raises:
             LostObjectError: what was written is not pending any more: the node's data were
                 destroyed meanwhile, or the server lost them.
+            ServerError: of the first command that failed, also of a look at the room.
         """
         under_way: deque[Entry | None] = deque()
         settlements: list[Request] = []
