@@ -273,3 +273,17 @@ def test_the_sampler_knows_what_pays() -> None:
     assert 0.4 < expected_ratio(memoryview(noise + bytes(len(noise)))) < 0.6
     assert 0.4 < expected_ratio(memoryview(bytes(len(noise)) + noise)) < 0.6
     assert expected_ratio(memoryview(b"a")) == 1
+
+
+@pytest.mark.parametrize("column", range(3))
+def test_a_header_that_lacks_what_its_schema_says_must_be_there_is_damaged(column: int) -> None:
+    (stream, _) = encode_header(header(10, chunks=[Chunk(10, Codec.RAW, 1)]))
+    schema = pa.ipc.read_schema(pa.ipc.read_message(stream))
+    values = [pa.array([None if i == column else 1], each.type) for i, each in enumerate(schema)]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(values, schema=schema))
+    forged = sink.getvalue().to_pybytes()
+    trailer = struct.pack("<4sHHIQ", b"RVSP", FORMAT_VERSION, 0, len(forged), checksum(forged))
+    with pytest.raises(LostObjectError, match="damaged"):
+        decode_header(forged + trailer)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from support.proxy import Proxy, proxy_to
 from support.samples import noise, source
-from support.servers import Server
+from support.servers import Server, valkey_server, wait_until
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import LostObjectError, ServerFullError, ServerUnavailableError
+from ray_valkey_spill.errors import (
+    LostObjectError,
+    ServerError,
+    ServerFullError,
+    ServerUnavailableError,
+)
 from ray_valkey_spill.format.names import Keyspace, Owner
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.units import MIB
@@ -169,3 +175,30 @@ def test_what_the_server_loses_before_it_is_settled_is_not_reported_as_stored(
         assert urls == []
         assert isinstance(failure, LostObjectError)
         assert ours.client.zcard(ours.keys.index) == 0
+
+
+def test_a_look_that_fails_in_the_middle_of_an_object_fails_the_spill() -> None:
+    with (
+        valkey_server(maxmemory=1024 * MIB) as server,
+        cut(server) as ours,
+        ThreadPoolExecutor() as pool,
+    ):
+        way = ours.proxy.to_server
+        assert len(ours.store.put([source(noise(1000))])[0]) == 1
+        data, before = noise(40 * MIB, 1), way.bytes
+
+        def refuse_looks() -> None:
+            """Once the room was looked at, and before that is done again."""
+            wait_until(lambda: way.bytes > before + 2 * MIB)
+            way.replaced = {b"$4\r\nINFO": b"$4\r\nINFX"}
+
+        way.delay = 0.001
+        refusing = pool.submit(refuse_looks)
+        urls, failure = ours.store.put([source(data, 1)])
+        refusing.result()
+        assert urls == []
+        assert isinstance(failure, ServerError)
+        way.replaced = {}
+        way.flow()
+        assert ours.client.zcard(ours.keys.index) == 1
+        assert ours.client.zcard(ours.keys.pending) == 0

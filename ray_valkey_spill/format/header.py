@@ -407,7 +407,11 @@ def _parse_by_arrow(stream: memoryview) -> Header:
         raise ValueError("unexpected columns")
     if inline is None:
         with pa.ipc.open_stream(stream) as reader:
-            columns = [column.to_pylist() for column in reader.read_next_batch().columns]
+            batch = reader.read_next_batch()
+        # Arrow does not hold a stream to what its schema says of them.
+        if any(column.null_count for column in batch.columns):
+            raise ValueError("missing values")
+        columns = [column.to_pylist() for column in batch.columns]
         chunks = [Chunk(size, Codec(codec), digest) for size, codec, digest in zip(*columns)]
     else:
         size, codec, digest = map(int, inline.split())

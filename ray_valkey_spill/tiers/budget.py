@@ -144,13 +144,16 @@ class Budget:
                 yield request
 
     def hear(self, request: Request) -> bool:
-        """Process the reply to a look; return False if `request` is not a look."""
+        """Process the reply to a look; return False if `request` is not a look.
+
+        Raises:
+            ServerError: the look failed. Nothing is known of the room any more.
+        """
         if request not in self._looks:
             return False
         self._looks.remove(request)
-        if request.error is None:
-            self._found.append(self._link.memory_of(request))
-        if not self._looks and self._found:
+        self._found.append(self._link.memory_of(request))
+        if not self._looks:
             self._take_in(self._found)
             self._look_at = self._written + self._limits.between_looks
             room = self._limits.room(self._ours, into_margin=_INTO_MARGIN)

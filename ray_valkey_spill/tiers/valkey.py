@@ -86,6 +86,7 @@ class ValkeyTier:
         Raises:
             LostObjectError: a written object is no longer pending: the node's data were destroyed
                 meanwhile, or the server lost it.
+            ServerError: of the first command that failed, also of a look at the room.
         """
         under_way: deque[Entry | None] = deque()
         settlements: list[Request] = []
