@@ -65,6 +65,8 @@ _BEFORE_LOSS_REPORT = 3.0
 # Seconds for which `over` may rely on the latest look at the shared state.
 _BETWEEN_GLANCES = 1.0
 _NEVER = float("-inf")
+# For how long a lock that another process holds is tried, in seconds between attempts.
+_LOCK_ATTEMPTS, _LOCK_PAUSE = 50, 0.01
 
 _PREFIX = "ray-valkey-spill: "
 
@@ -136,7 +138,7 @@ class _SharedState:
             return self._alone
         try:
             with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH)
+                _lock(file, fcntl.LOCK_SH)
                 return _parsed(file.read())
         except OSError:
             return self._alone
@@ -151,8 +153,8 @@ class _SharedState:
                 # Unbuffered: bytes that a full disk refuses must not be written again on close.
                 file = stack.enter_context(path.open("ab+", buffering=0))
                 # Each `open` has its own lock, so this also excludes other threads.
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # some file systems have no locks
+                _lock(file, fcntl.LOCK_EX)
+            except OSError:  # another process keeps it; some file systems have no locks
                 return None
             stack.pop_all()
             return file
@@ -160,6 +162,24 @@ class _SharedState:
     def _path(self) -> Path | None:
         directory = self._directory()
         return directory and directory / self._name
+
+
+def _lock(file: Any, how: int) -> None:
+    """Lock an open file, unless another process keeps it locked.
+
+    That one may stand still: while plasma makes room for an object that an IO worker restores, all
+    threads of that IO worker wait (Ray's `put_file_like_object` holds the GIL), perhaps for just
+    this process to spill.
+
+    Raises:
+        OSError: it is locked for longer than anybody needs, or cannot be locked.
+    """
+    for _ in range(_LOCK_ATTEMPTS):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+            return
+        time.sleep(_LOCK_PAUSE)
+    raise OSError("it stays locked")
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
