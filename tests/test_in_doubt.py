@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.proxy import Proxy, proxy_to
-from support.samples import noise, source
+from support.samples import get, noise, source
 from support.servers import Server, valkey_server, wait_until
 from support.stores import Store
+from support.topologies import cluster_servers
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
@@ -169,8 +171,14 @@ def test_what_the_server_loses_before_it_is_settled_is_not_reported_as_stored(
     server: Server,
 ) -> None:
     with cut(server) as ours:
-        # A chunk that gets to the server and is not there, as one that is evicted.
-        ours.proxy.to_server.replaced = {b".2:1\r\n": b".2:9\r\n"}
+
+        def lose_a_chunk() -> None:
+            """As if the server had evicted it."""
+            wait_until(lambda: ours.client.keys("*.2:1"))
+            ours.client.delete(*ours.client.keys("*.2:1"))
+
+        # The first one registers, the second one settles.
+        ours.proxy.before(lose_a_chunk, b"EVAL", number=2)
         urls, failure = ours.store.put([source(noise(2 * CHUNK))])
         assert urls == []
         assert isinstance(failure, LostObjectError)
@@ -202,3 +210,20 @@ def test_a_look_that_fails_in_the_middle_of_an_object_fails_the_spill() -> None:
         way.flow()
         assert ours.client.zcard(ours.keys.index) == 1
         assert ours.client.zcard(ours.keys.pending) == 0
+
+
+def test_a_proxy_before_a_cluster_that_looks_like_one_server(tmp_path: Path) -> None:
+    """Scripts with keys of several slots are refused there, and not needed."""
+    with (
+        cluster_servers(tmp_path, primaries=1, replicas=0) as cluster,
+        proxy_to(cluster.primaries()[0].port) as proxy,
+    ):
+        proxy.to_server.replaced = {b"HELLO": b"HELLX"}
+        config = Config.load({"url": proxy.url, "chunk_size": CHUNK, "max_bytes": 64 * MIB}, {})
+        with contextlib.closing(Store(config, "session", "node")) as store:
+            for number in range(2):
+                urls, failure = store.put([source(noise(5 * CHUNK, number), number)])
+                assert failure is None
+                assert get(store, urls[0], number) == noise(5 * CHUNK, number)
+                store.delete(urls)
+            assert store.destroy(lambda pid: True) == 0

@@ -38,6 +38,8 @@ class Pacer:
         self._base = self._other = min(max(start, least), most)
         self.limit = self._base
         self._rates: tuple[list[float], list[float]] = ([], [])
+        # What falls in a row are compared with, lest each takes its share.
+        self._before_falls = 0.0
         self._rest, self._next_rest = 1, _FIRST_REST
         self._is_rising = True
         self._bytes, self._since = 0, 0.0
@@ -72,7 +74,7 @@ class Pacer:
         base, other = self._rates
         (base if self.limit == self._base else other).append(rate)
         if len(other) == len(base) == _ROUNDS:
-            self._end_trial(statistics.median(other) / statistics.median(base))
+            self._end_trial(statistics.median(other), statistics.median(base))
         else:
             self.limit = self._other if len(other) < len(base) else self._base
 
@@ -83,8 +85,13 @@ class Pacer:
         if self._other == self._base:
             self._change_nothing()
 
-    def _end_trial(self, gain: float) -> None:
-        if gain >= (_FASTER if self._is_rising else _SLOWER):
+    def _end_trial(self, other: float, base: float) -> None:
+        if self._is_rising:
+            is_better, self._before_falls = other >= _FASTER * base, 0.0
+        else:
+            self._before_falls = max(self._before_falls, base)
+            is_better = other >= _SLOWER * self._before_falls
+        if is_better:
             self._base, self._next_rest = self._other, _FIRST_REST
             self.limit = self._base
             self._begin_trial()
@@ -93,7 +100,7 @@ class Pacer:
 
     def _change_nothing(self) -> None:
         """Keep the limit. Try a lower one at once after a failed rise; otherwise rest first."""
-        self.limit = self._base
+        self.limit, self._before_falls = self._base, 0.0
         self._is_rising = not self._is_rising
         if self._is_rising or self._base == self._least:
             self._is_rising = True

@@ -141,14 +141,21 @@ class Prepared:
     """A command with constant first arguments, which are encoded once.
 
     EVAL must have at least one key, and all its keys must be in one slot.
+
+    Args:
+        name: of the command.
+        args: its first arguments.
+        key: one that the command uses, if its first arguments do not have it.
     """
 
     __slots__ = ("_count", "_encoded", "_key")
 
-    def __init__(self, name: str, *args: str | bytes | int) -> None:
+    def __init__(self, name: str, *args: str | bytes | int, key: str | None = None) -> None:
         encoded = [name.encode(), *(a if isinstance(a, bytes) else str(a).encode() for a in args)]
         place = 3 if name == "EVAL" else 1
         self._key = None if name in _KEYLESS or place >= len(encoded) else encoded[place]
+        if key is not None:
+            self._key = key.encode()
         self._count = len(encoded)
         self._encoded = _bulks(encoded)
 

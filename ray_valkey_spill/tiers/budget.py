@@ -270,6 +270,8 @@ class Budget:
                 break
         if reply.granted:
             self._link.execute(self._reservation(grant, 0, 0, None))
+        if not self._limits.exist:
+            return  # not any more
         raise self._refusal(least, reply.used)
 
     def _reserve(self, grant: Grant, least: int, most: int, room: int | None) -> Reservation:
@@ -293,7 +295,7 @@ class Budget:
 
     def _refusal(self, wanted: int, used: int) -> ServerFullError:
         budget = self._limits.max_bytes
-        if budget is not None and used + wanted > budget:
+        if budget is not None and (used + wanted > budget or not self._limits.bounded):
             return ServerFullError(
                 f"the budget is used up: {used / MIB:.1f} MiB of max_bytes ({budget / MIB:.1f} "
                 f"MiB) are taken, and {wanted / MIB:.1f} MiB are wanted",

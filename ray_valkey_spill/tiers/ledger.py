@@ -66,8 +66,8 @@ _OWNER = re.compile("([A-Za-z0-9_-]+):([A-Za-z0-9_-]+)")
 _LEASE = re.compile(f"{_OWNER.pattern}:([!-~]*)")
 _SESSION = re.compile("[A-Za-z0-9_-]+")
 _TOKEN = re.compile("[ -.0-~]+")  # part of a file's name
-_USAGE = re.compile(rb"(\d+) (\d+) (\d+) (\d+)")
-_GRANT = re.compile(rb"([^ =]+)=(\d+)/(\d+)")
+_USAGE = re.compile(rb"(\d{1,16}) (\d{1,16}) (\d{1,16}) (\d{1,16})")
+_GRANT = re.compile(rb"([^ =]+)=(\d{1,16})/(\d{1,16})")
 
 # Keys with malformed content that this process has logged.
 _logged: set[str] = set()
@@ -190,7 +190,8 @@ class Ledger:
         keys = keyspace
         self._accounts = [keys.pending, keys.index, keys.usage, keys.writers, keys.totals]
         # Encoded once: scripts are long, and these are sent with each spill or deletion.
-        self._settle = self._script(scripts.SETTLE)
+        self._register = Prepared("EVAL", scripts.REGISTER, 1, keys.pending)
+        self._settle = Prepared("EVAL", scripts.SETTLE, key=keys.pending)
         self._forget = self._script(scripts.FORGET)
         self._reserve = self._script(scripts.RESERVE)
 
@@ -203,8 +204,7 @@ class Ledger:
     def registrations(self, names: Iterable[ObjectName]) -> Iterator[Request]:
         """Yield requests that register objects as pending; no value may be written before."""
         for page in pages(map(str, names), _MEMBERS_PER_PAGE):
-            scored = [field for member in page for field in (0, member)]
-            yield command("ZADD", self._keys.pending, *scored)
+            yield self._register.request(*page)
 
     def settlements(
         self,
@@ -226,13 +226,21 @@ class Ledger:
             verify: whether to settle only objects with all their values. Only for a single server,
                 which has all values, and for objects that `can_verify`.
         """
-        root = self._keys.root if verify else ""
-        for page, is_last in _settlement_pages(entries):
+        entries = list(entries)
+        unsettled = sum(entry.stored for entry in entries)
+        for page in _settlement_pages(entries):
+            unsettled -= sum(entry.stored for entry in page)
             terms: tuple[str | int, ...] = ("", 0, 0, 0, -1)
-            if kept is not None and is_last:
-                terms = (*kept[:-1], _limit(kept.budget))
+            if kept is not None:
+                # Only the last page keeps more than what is written.
+                most = 0 if unsettled else kept.most
+                written = kept.written + unsettled
+                terms = (kept.writer, written, most, kept.limit, _limit(kept.budget))
             fields = [a for e in page for a in (str(e.name), f".{e.size}.{e.stored}")]
-            yield self._settle.request(str(node), *terms, root, *fields)
+            keys = [*self._accounts]
+            for entry in page if verify else ():
+                keys += (self._keys.header(entry.name), *self._keys.chunks(entry.name))
+            yield self._settle.request(len(keys), *keys, str(node), *terms, *fields)
 
     @staticmethod
     def can_verify(name: ObjectName) -> bool:
@@ -515,8 +523,11 @@ class Ledger:
 
     def forget_overflow(self, session: str) -> bool:
         """Remove a session's token unless one of its nodes has a lease; return whether it did."""
+        since = self.time()
+        if any(lease.owner.session == session for lease in self.leases()):
+            return False
         keys = [self._keys.overflows, self._keys.leases]
-        request = self._eval(scripts.FORGET_OVERFLOW, keys, session, f"{session}:")
+        request = self._eval(scripts.FORGET_OVERFLOW, keys, session, f"{session}:", since)
         return self._link.execute(request) == [1]
 
     def _fields(
@@ -581,18 +592,18 @@ def parse_pending(member: bytes) -> ObjectName:
     return name
 
 
-def _settlement_pages(entries: Iterable[Entry]) -> Iterator[tuple[list[Entry], bool]]:
-    """Yield the entries for each script, and whether they are the last; at least one page."""
+def _settlement_pages(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Yield the entries for each script; at least one page."""
     page: list[Entry] = []
     keys = 0
     for entry in entries:
         count = 1 + entry.name.chunks
         if page and (len(page) == _NAMES_PER_SCRIPT or keys + count > _KEYS_PER_SCRIPT):
-            yield page, False
+            yield page
             page, keys = [], 0
         page.append(entry)
         keys += count
-    yield page, True
+    yield page
 
 
 def _limit(size: int | None) -> int:

@@ -19,6 +19,7 @@ __all__ = [
     "LIST",
     "NODES",
     "PENDING",
+    "REGISTER",
     "RELEASE",
     "RENEW",
     "RESERVE",
@@ -48,24 +49,33 @@ end
 _TOTALS = """
 local PATTERN = '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$'
 local function text(...) return string.format(('%.0f '):rep(select('#', ...)), ...):sub(1, -2) end
+-- Longer numbers are not ours, and cannot be added up exactly.
+local function sane(...)
+    for i = 1, select('#', ...) do
+        if #select(i, ...) > 16 then return false end
+    end
+    return true
+end
 local function change_number()
     local now = redis.call('TIME')
     return now[1] * 1000000 + now[2]
 end
 local function totals()
     local t = {(redis.call('GET', KEYS[5]) or ''):match(PATTERN)}
-    if t[1] then
+    if t[1] and sane(unpack(t)) then
         for i = 1, 6 do t[i] = tonumber(t[i]) end
         return t
     end
     t = {0, 0, 0, 0, 0, change_number()}
     for _, value in ipairs(redis.call('HVALS', KEYS[3])) do
         local objects, size, stored = value:match('^(%d+) (%d+) (%d+) %d+$')
-        if objects then t[1], t[2], t[3] = t[1] + objects, t[2] + size, t[3] + stored end
+        if objects and sane(objects, size, stored) then
+            t[1], t[2], t[3] = t[1] + objects, t[2] + size, t[3] + stored
+        end
     end
     for _, value in ipairs(redis.call('HVALS', KEYS[4])) do
         for granted, written in value:gmatch('[^ =]+=(%d+)/(%d+)') do
-            t[4], t[5] = t[4] + granted, t[5] + written
+            if sane(granted, written) then t[4], t[5] = t[4] + granted, t[5] + written end
         end
     end
     return t
@@ -88,7 +98,7 @@ _CHANGE = """
 local function change(t, node, objects, size, stored)
     local was = redis.call('HGET', KEYS[3], node) or ''
     local o, z, s, c = was:match('^(%d+) (%d+) (%d+) (%d+)$')
-    if not o then o, z, s, c = 0, 0, 0, change_number() end
+    if not (o and sane(o, z, s, c)) then o, z, s, c = 0, 0, 0, change_number() end
     local left = o + objects > 0
     local size_now, stored_now = math.max(0, z + size), math.max(0, s + stored)
     if not left then
@@ -106,15 +116,18 @@ _GRANTS = """
 local function grant_of(node, writer)
     for name, granted, written in
             (redis.call('HGET', KEYS[4], node) or ''):gmatch('([^ =]+)=(%d+)/(%d+)') do
-        if name == writer then return tonumber(granted), tonumber(written) end
+        if name == writer and sane(granted, written) then
+            return tonumber(granted), tonumber(written)
+        end
     end
     return 0, 0
 end
 local function set_grant(t, node, writer, granted, written)
     local others, was = {}, redis.call('HGET', KEYS[4], node)
     for name, g, w in (was or ''):gmatch('([^ =]+)=(%d+)/(%d+)') do
-        if name == writer then t[4], t[5] = t[4] - g, t[5] - w
-        else others[#others + 1] = name .. '=' .. g .. '/' .. w end
+        if name == writer then
+            if sane(g, w) then t[4], t[5] = t[4] - g, t[5] - w end
+        elseif sane(g, w) then others[#others + 1] = name .. '=' .. g .. '/' .. w end
     end
     if granted > 0 then
         t[4], t[5] = t[4] + granted, t[5] + written
@@ -126,26 +139,28 @@ end
 """
 
 # ARGV: node, writer, or ''; how much of its grant it has written that is left, how much it may keep
-# for its next objects, how much all writers may keep together, and the budget, or -1; the
-# namespace's root if the values are to be looked for, else ''; then for each object its name and
-# ".<size>.<stored>". What is not settled is left, too: a grant stands for it until it is removed.
+# for its next objects, how much all writers may keep together, and the budget, or -1; then for each
+# object its name and ".<size>.<stored>". What is not settled is left, too: a grant stands for it
+# until it is removed. Further KEYS are those of the objects' values, in order, if these are to be
+# looked for. They are declared, because what looks like one server may be a proxy before several.
 # Returns how many are in the index now, what the writer is granted, what all may still write.
 SETTLE = _script(
     _TOTALS,
     _CHANGE,
     _GRANTS,
     """
-local node, writer, left, root = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[7]
+local node, writer, left, first = ARGV[1], ARGV[2], tonumber(ARGV[3]), 6
 local function is_there(name)
-    if root == '' then return true end
-    local header, chunks = root .. name, tonumber(name:match('%d+$'))
-    local keys = {header}
-    for i = 1, chunks do keys[i + 1] = header .. ':' .. (i - 1) end
-    return redis.call('EXISTS', unpack(keys)) == chunks + 1
+    if #KEYS == 5 then return true end
+    local last = first + tonumber(name:match('%d+$'))
+    local found = redis.call('EXISTS', unpack(KEYS, first, last))
+    local count = last - first + 1
+    first = last + 1
+    return found == count
 end
 local t = take_totals()
 local settled, objects, size, stored = 0, 0, 0, 0
-for i = 8, #ARGV, 2 do
+for i = 7, #ARGV, 2 do
     local name, rest = ARGV[i], ARGV[i + 1]
     local z, s = rest:match('^%.(%d+)%.(%d+)$')
     if is_there(name) and redis.call('ZREM', KEYS[1], name) == 1 then
@@ -198,6 +213,15 @@ keep_totals(t)
 """,
 )
 
+# KEYS: pending. ARGV: names. A script, because a full server refuses a ZADD, and could have taken
+# values that follow it by the time its client reads of that.
+REGISTER = _script(
+    """
+for _, name in ipairs(ARGV) do redis.call('ZADD', KEYS[1], 0, name) end
+return #ARGV
+"""
+)
+
 # ARGV: start, stop, count. Returns the last member of the page, and its pending members. A member
 # that is in the index too is not pending: a repeated ZADD arrived after the object was settled.
 PENDING = _script(
@@ -246,7 +270,7 @@ for i = 2, #ARGV do set_grant(t, ARGV[1], ARGV[i], 0, 0) end
 if #ARGV == 1 then
     local was = redis.call('HGET', KEYS[4], ARGV[1]) or ''
     for granted, written in was:gmatch('[^ =]+=(%d+)/(%d+)') do
-        t[4], t[5] = t[4] - granted, t[5] - written
+        if sane(granted, written) then t[4], t[5] = t[4] - granted, t[5] - written end
     end
     redis.call('HDEL', KEYS[4], ARGV[1])
 end
@@ -347,11 +371,11 @@ return ARGV[2]
 """
 )
 
-# KEYS: overflows, leases. ARGV: session, and "<session>:". Returns whether the token was removed,
-# which it is not if a node of the session has a lease.
+# KEYS: overflows, leases. ARGV: session, "<session>:", and a time. Returns whether the session's
+# token is forgotten: not if a node of it has taken or renewed its lease since.
 FORGET_OVERFLOW = _script(
     """
-for _, member in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+for _, member in ipairs(redis.call('ZRANGE', KEYS[2], ARGV[3], '+inf', 'BYSCORE')) do
     if member:sub(1, #ARGV[2]) == ARGV[2] then return 0 end
 end
 redis.call('HDEL', KEYS[1], ARGV[1])

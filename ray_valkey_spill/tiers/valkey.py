@@ -45,6 +45,8 @@ class ValkeyTier:
         self._link = link
         self._keys = keyspace
         self._reading: _Reading | None = None
+        # Whether what looks like one server is a proxy before several.
+        self._is_sharded = False
         self.ledger = Ledger(link, keyspace)
 
     @property
@@ -122,6 +124,11 @@ class ValkeyTier:
 
         for request in self._run_to_failure(requests()):
             entry = under_way.popleft()
+            if request in settlements and _is_across_shards(request):
+                # Nothing failed before it, so all values are there.
+                self._is_sharded = True
+                self.settle(node, written, budget)
+                return
             if not budget.hear(request):
                 request.result()
             if entry is not None:
@@ -144,7 +151,12 @@ class ValkeyTier:
 
     def _can_verify(self, entries: Iterable[Entry]) -> bool:
         """Whether the server itself can make sure that it has all values that it settles."""
-        return self._link.is_single and all(self.ledger.can_verify(each.name) for each in entries)
+        return self._is_one_server and all(self.ledger.can_verify(each.name) for each in entries)
+
+    @property
+    def _is_one_server(self) -> bool:
+        """Whether one script may use all keys, as far as is known."""
+        return self._link.is_single and not self._is_sharded
 
     def confirm(self, node: Owner, entries: Sequence[Entry], breaks: int) -> None:
         """Make sure that written objects still exist, and on as many replicas as configured.
@@ -182,13 +194,14 @@ class ValkeyTier:
         """
         self.close_reading()
         if len(places) == 1 and places[0].name.chunks:
-            reading = _Reading(self._link, self._keys, places[0])
+            reading = _Reading(self._link, self._keys, places[0], self._is_one_server)
             stat = reading.stat()
             if stat.is_whole:
                 self._reading = reading
                 yield stat
                 return
             reading.finish()
+            self._is_sharded = self._is_sharded or reading.is_sharded
         yield from self.measure(
             [(place.name, 0 if place.name.chunks else place.size) for place in places]
         )
@@ -392,8 +405,10 @@ class _Reading:
     their replies are read, so nothing may read replies between `stat` and `receive`.
     """
 
-    def __init__(self, link: Link, keyspace: Keyspace, place: Place) -> None:
+    def __init__(self, link: Link, keyspace: Keyspace, place: Place, is_one_server: bool) -> None:
         self.place = place
+        self.is_sharded = False
+        self._is_one_server = is_one_server
         self._link = link
         self._key = keyspace.header(place.name)
         self._chunks = keyspace.chunks(place.name)
@@ -421,7 +436,7 @@ class _Reading:
 
     def _new_checks(self) -> Iterator[Request]:
         """Yield requests for the sizes of all chunks; a single server sends a page per reply."""
-        if self._link.is_single:
+        if self._is_one_server:
             for page in pages(self._chunks, _KEYS_PER_CHECK):
                 yield command("EVAL", scripts.SIZES, len(page), *page)
         else:
@@ -432,7 +447,11 @@ class _Reading:
         header = _value(next(self._replies))
         sizes: list[int] = []
         for _ in range(len(self._checks)):
-            found = _value(next(self._replies))
+            request = next(self._replies)
+            if _is_across_shards(request):
+                self.is_sharded = True
+                return Stat(None, [])
+            found = _value(request)
             sizes += map(int, found.split()) if isinstance(found, bytearray) else [found or 0]
         return Stat(header, sizes)
 
@@ -451,7 +470,8 @@ class _Reading:
     def finish(self) -> None:
         """Drain the run, and drop its replies, so that the connection stays usable."""
         self._wanted = iter(())
-        with contextlib.suppress(SpillError):
+        # A server that is away now is not waited for.
+        with self._link.hurried(0.0), contextlib.suppress(SpillError):
             for _ in self._replies:
                 pass
 
@@ -476,6 +496,12 @@ def _is_received(request: Request, into: memoryview) -> bool:
         copy_into(reply, into)
         return True
     return bool(reply == len(into))
+
+
+def _is_across_shards(request: Request) -> bool:
+    """Whether a script was refused because its keys are on several shards of a cluster."""
+    text = str(request.error or "")
+    return "CROSSSLOT" in text or "non local key" in text or "hash to the same slot" in text
 
 
 def _value(request: Request) -> Any:
