@@ -281,7 +281,7 @@ class Run:
             if not key.endswith(BOOKS)
         }
         if self.overflow is not None:
-            owners = self.overflow.owners()
+            owners = self.overflow.node_names()
             files = [file for owner in owners for file in self.overflow.files(owner)]
             names |= {file.path: str(file.entry.name) for file in files}
         return [

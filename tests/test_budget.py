@@ -33,7 +33,7 @@ from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError
-from ray_valkey_spill.format.names import Keyspace, ObjectName, Owner
+from ray_valkey_spill.format.names import Keyspace, NodeName, ObjectName
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request
 from ray_valkey_spill.store.cleanup import CleanUp
@@ -47,7 +47,7 @@ from ray_valkey_spill.units import MIB
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 SESSION, NODE = "session_1", "ab" * 28
-HERE = Owner(SESSION, NODE)
+HERE = NodeName(SESSION, NODE)
 CHUNK = 10_000
 GIB = 1 << 30
 
@@ -107,7 +107,7 @@ class Tenant:
     def budget(self, writer: str, max_bytes: int | None) -> Budget:
         return Budget(self._link, self.ledger, HERE, writer, max_bytes, "or do without")
 
-    def grant(self, node: Owner, writer: str, size: int) -> None:
+    def grant(self, node: NodeName, writer: str, size: int) -> None:
         request = self.ledger.reservation(node, writer, Grant(0, 0), size, size, None, None)
         self._link.execute(request)
 
@@ -895,7 +895,7 @@ def test_many_writers_in_any_order_are_counted_as_what_is_on_the_server(
         @rule(node=nodes)
         def recover(self, node: str) -> None:
             self.nodes[node].recover(lambda pid: True)
-            assert list(self.ours.ledger.pending(Owner(SESSION, node))) == []
+            assert list(self.ours.ledger.pending(NodeName(SESSION, node))) == []
 
         @rule(node=nodes)
         def give_back(self, node: str) -> None:
@@ -927,7 +927,7 @@ def test_many_writers_in_any_order_are_counted_as_what_is_on_the_server(
             usages = ledger.usages()
             for node in {entry.name.node for entry in entries} | {o.node for o in usages}:
                 own = [entry for entry in entries if entry.name.node == node]
-                assert usages[Owner(SESSION, node)][:3] == (
+                assert usages[NodeName(SESSION, node)][:3] == (
                     len(own),
                     sum(entry.size for entry in own),
                     sum(entry.stored for entry in own),

@@ -35,7 +35,7 @@ from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
-from ray_valkey_spill.format.names import Keyspace, ObjectName, Owner, new_attempt
+from ray_valkey_spill.format.names import Keyspace, NodeName, ObjectName, new_attempt
 from ray_valkey_spill.plugin import gcs
 from ray_valkey_spill.plugin.gcs import running_at
 from ray_valkey_spill.plugin.interpreter import module_command
@@ -96,7 +96,7 @@ class Namespace:
         ]
 
     def grant(self, session: str, node: str, writer: str, size: int) -> None:
-        owner, nothing = Owner(session, node), Grant(0, 0)
+        owner, nothing = NodeName(session, node), Grant(0, 0)
         self.link.execute(self.ledger.reservation(owner, writer, nothing, size, size, None, None))
 
     def come_to_life(self, store: Store, session: str) -> None:
@@ -124,7 +124,7 @@ class Namespace:
 
     def half_written(self, session: str, node: str) -> tuple[int, int]:
         """How many objects there are in Valkey and in the overflow that are half-written."""
-        owner = Owner(session, node)
+        owner = NodeName(session, node)
         overflow = OverflowTier.of(self.config)
         assert overflow is not None
         with contextlib.closing(overflow):
@@ -218,7 +218,7 @@ def test_all_of_a_dead_session_goes_and_nothing_of_one_that_renews_its_leases(
     for node in NODES:
         namespace.clock.every(RENEWAL, lambda node=node: namespace.renew(LIVING, node))
     remains = namespace.gc()
-    assert [each.owner for each in remains] == [Owner(DEAD, node) for node in NODES]
+    assert [each.node_name for each in remains] == [NodeName(DEAD, node) for node in NODES]
     for each in remains:
         assert each.session_is_dead
         assert (each.usage.objects, each.pending, each.files) == (2, 1, 3)
@@ -270,7 +270,7 @@ def test_the_servers_clock_may_jump(namespace: Namespace, jump: int) -> None:
         member = f"{session}:{NODES[0]}:{GCS[session]}"
         namespace.client.zincrby(namespace.keys.leases, jump, member)
     namespace.clock.at(RENEWAL * 3, lambda: namespace.ledger.renew(owner, GCS[LIVING], new=False))
-    owner = Owner(LIVING, NODES[0])
+    owner = NodeName(LIVING, NODES[0])
     namespace.gc()
     assert namespace.left_of(DEAD) == []
     namespace.expect_all(urls)
@@ -350,7 +350,7 @@ def test_what_is_at_a_loopback_address_is_believed_only_on_the_sessions_host(
 
 def test_one_of_the_addresses_that_a_gcs_had_is_enough(namespace: Namespace) -> None:
     urls = namespace.node(LIVING)
-    owner = Owner(LIVING, NODES[0])
+    owner = NodeName(LIVING, NODES[0])
     namespace.ledger.renew(owner, "10.0.0.3:6379", new=True)
     namespace.running["10.0.0.3:6379"] = RunningSession(LIVING, frozenset(NODES))
     assert namespace.gc() == []
@@ -412,12 +412,12 @@ def test_of_a_dead_node_of_a_running_session_only_what_is_half_written_goes(
     urls = [url for node in NODES for url in namespace.node(LIVING, node)]
     namespace.running[GCS[LIVING]] = RunningSession(LIVING, frozenset([living]))
     (remains,) = namespace.gc()
-    assert remains.owner == Owner(LIVING, dead)
+    assert remains.node_name == NodeName(LIVING, dead)
     assert not remains.session_is_dead
     assert (remains.pending, remains.files) == (1, 1)
     assert namespace.half_written(LIVING, dead) == (0, 0)
     assert namespace.half_written(LIVING, living) == (1, 1)
-    assert [*namespace.ledger.grants()] == [Owner(LIVING, living)]
+    assert [*namespace.ledger.grants()] == [NodeName(LIVING, living)]
     namespace.expect_all(urls)
     assert all(each.is_empty for each in namespace.gc())
 
@@ -530,7 +530,7 @@ def test_a_session_that_comes_to_life_while_its_files_are_removed_keeps_those_of
     remains = look.find()
     destroy = OverflowTier.destroy
 
-    def and_it_comes_to_life(self: OverflowTier, owner: Owner) -> int:
+    def and_it_comes_to_life(self: OverflowTier, owner: NodeName) -> int:
         count = destroy(self, owner)
         namespace.renew(LIVING, NODES[1])
         return count
@@ -539,7 +539,7 @@ def test_a_session_that_comes_to_life_while_its_files_are_removed_keeps_those_of
     assert look.remove(remains) == []
     namespace.expect_all([url for url in urls[NODES[1]] if url.startswith("overflow:")])
     assert LIVING in namespace.ledger.overflows()
-    assert {lease.owner.node for lease in namespace.ledger.leases()} == {*NODES}
+    assert {lease.node_name.node for lease in namespace.ledger.leases()} == {*NODES}
 
 
 def test_a_session_that_comes_to_life_after_its_files_were_removed_keeps_its_leases(
@@ -557,7 +557,7 @@ def test_a_session_that_comes_to_life_after_its_files_were_removed_keeps_its_lea
     monkeypatch.setattr(OverflowTier, "destroy_session", and_it_comes_to_life)
     assert look.remove(remains) == []
     assert LIVING in namespace.ledger.overflows()
-    assert [lease.owner.node for lease in namespace.ledger.leases()] == [NODES[0]]
+    assert [lease.node_name.node for lease in namespace.ledger.leases()] == [NODES[0]]
 
 
 class Killed(BaseException):
@@ -702,7 +702,7 @@ def test_an_overflow_that_is_away_holds_up_nothing_in_valkey_and_is_found_when_i
     look = namespace.look()
     found = look.find(namespace.told.append)
     removed = look.remove(found)
-    assert [(each.owner.session, each.usage.objects, each.files) for each in removed] == [
+    assert [(each.node_name.session, each.usage.objects, each.files) for each in removed] == [
         (DEAD, 2, 0)
     ]
     assert look.unavailable is not None
@@ -855,13 +855,13 @@ def test_after_everything_of_a_cluster_was_killed_one_clean_up_leaves_nothing_bu
         living = ray._private.worker._global_node.session_name
         refs = [ray.put(array(i)) for i in range(40)]
         with doomed_cluster({**params, "max_bytes": 40 * MIB}, tmp_path) as kill_all:
-            (dead,) = {owner.session for owner in namespace.ledger.owners()} - {living}
+            (dead,) = {owner.session for owner in namespace.ledger.node_names()} - {living}
             kill_all()
             for session in (dead, living):
                 assert namespace.left_of(session) != []
             assert any(dead in file for file in namespace.files())
             (remains,) = namespace.gc()
-        assert remains.owner.session == dead
+        assert remains.node_name.session == dead
         assert remains.usage.objects > 0 and remains.files > 0
         assert namespace.left_of(dead) == []
         expect_arrays(refs)
@@ -906,15 +906,15 @@ def test_a_running_session_is_known_by_its_gcs_and_so_are_its_dead_nodes(
         kill_node(made, 1)
         assert running_at(made.address) == RunningSession(session, frozenset([head]))
         namespace.half_write(session, other)
-        finished = list(namespace.ledger.stored(Owner(session, other)))
+        finished = list(namespace.ledger.stored(NodeName(session, other)))
         look = CleanUp(namespace.config, running_at)
         (remains,) = look.find()
         look.remove([remains])
         look.close()
-        assert remains.owner == Owner(session, other)
+        assert remains.node_name == NodeName(session, other)
         assert not remains.session_is_dead
         assert namespace.half_written(session, other) == (0, 0)
-        assert list(namespace.ledger.stored(Owner(session, other))) == finished != []
+        assert list(namespace.ledger.stored(NodeName(session, other))) == finished != []
         expect_arrays(refs)
         of_the_dead = {entry.name.object_id for page in finished for entry in page}
         for number, ref in enumerate(theirs):

@@ -23,7 +23,7 @@ from ray_valkey_spill.cli.commands import cli as in_process
 from ray_valkey_spill.cli.demo import Report
 from ray_valkey_spill.config import parameters
 from ray_valkey_spill.errors import ConfigError
-from ray_valkey_spill.format.names import Owner
+from ray_valkey_spill.format.names import NodeName
 from ray_valkey_spill.units import MIB
 
 ROOT = Path(__file__).parent.parent
@@ -585,7 +585,7 @@ def test_demo_that_is_interrupted_leaves_nothing_either(nothing_left: dict[str, 
 
 def test_demo_says_that_ray_did_not_spill() -> None:
     report = Report(objects=3, verified_objects=3, keys_left=0)
-    report.note_stored({}, Owner("session", "node"))
+    report.note_stored({}, NodeName("session", "node"))
     report.note_failure()
     assert report.failure == "Ray did not spill"
     assert ("stored in Valkey", "0.0 MiB") in report.rows()

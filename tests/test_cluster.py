@@ -1141,7 +1141,7 @@ def test_a_clean_up_removes_what_the_dead_have_on_all_shards(
     objects.put(SIZE, 100)
     with contextlib.closing(CleanUp(config(cluster.url), lambda address: None)) as clean_up:
         remains = clean_up.find()
-        assert [(left.owner.session, left.usage.objects) for left in remains] == [(SESSION, 2)]
+        assert [(left.node_name.session, left.usage.objects) for left in remains] == [(SESSION, 2)]
         clean_up.remove(remains)
     assert cluster.our_keys() == []
 

@@ -22,7 +22,7 @@ from ray_valkey_spill.errors import (
     ServerFullError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.format.names import Keyspace, Owner
+from ray_valkey_spill.format.names import Keyspace, NodeName
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.units import MIB
 
@@ -151,7 +151,7 @@ def test_what_was_left_half_written_counts_whatever_others_are_granted(server: S
         assert ours.store.put([source(noise(12 * MIB, 1), 1)])[0] == []
         ours.proxy.refusing = False
         # More than all may keep together, so that this writer may keep nothing for its next object.
-        other = Owner("session", "other")
+        other = NodeName("session", "other")
         ours.link.execute(
             ours.ledger.reservation(other, "1-x", Grant(0, 0), MIB, 40 * MIB, None, None)
         )

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from support.servers import PRODUCTS, server_of
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName
 from ray_valkey_spill.tiers.ledger import (
     Grant,
     Kept,
@@ -35,9 +35,9 @@ from ray_valkey_spill.units import MIB
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
-OWNER, OTHER = Owner("session_1", "aa"), Owner("session_1", "bb")
+OWNER, OTHER = NodeName("session_1", "aa"), NodeName("session_1", "bb")
 # Beside those: the one's name begins as theirs, the other comes right after them.
-ALIKE, NEXT = Owner("session_1", "aab"), Owner("session_10", "aa")
+ALIKE, NEXT = NodeName("session_1", "aab"), NodeName("session_10", "aa")
 GCS = "127.0.0.1:6379"
 
 
@@ -54,7 +54,7 @@ class Metadata:
     def register(self, *names: ObjectName) -> None:
         self.link.execute(*self.ledger.registrations(names))
 
-    def settle(self, *entries: Entry, owner: Owner = OWNER) -> int:
+    def settle(self, *entries: Entry, owner: NodeName = OWNER) -> int:
         replies = self.link.execute(*self.ledger.settlements(owner, entries))
         return sum(settled for settled, _, _ in replies)
 
@@ -66,7 +66,7 @@ class Metadata:
     def forget(self, *names: ObjectName) -> None:
         self.link.execute(*self.ledger.forget(names))
 
-    def store(self, *entries: Entry, owner: Owner = OWNER) -> None:
+    def store(self, *entries: Entry, owner: NodeName = OWNER) -> None:
         self.register(*(entry.name for entry in entries))
         assert self.settle(*entries, owner=owner) == len(entries)
 
@@ -78,14 +78,14 @@ class Metadata:
         most: int,
         budget: int | None,
         room: int | None,
-        owner: Owner = OWNER,
+        owner: NodeName = OWNER,
     ) -> tuple[int, ...]:
         """Returns what is granted on top, what was used before, and what all may still write."""
         request = self.ledger.reservation(owner, writer, grant, least, most, budget, room)
         (reply,) = self.link.execute(request)
         return Reservation(*reply)[:3]
 
-    def grants(self, owner: Owner = OWNER) -> dict[str, Grant]:
+    def grants(self, owner: NodeName = OWNER) -> dict[str, Grant]:
         found = self.ledger.grants_of(owner)
         assert self.ledger.grants().get(owner, {}) == found
         return found
@@ -98,17 +98,17 @@ class Metadata:
         sums += [sum(grant[i] for grant in grants) for i in range(2)]
         assert [*self.ledger.totals()[:5]] == sums
 
-    def stored(self, owner: Owner | None = None) -> list[Entry]:
+    def stored(self, owner: NodeName | None = None) -> list[Entry]:
         return [entry for page in self.ledger.stored(owner) for entry in page]
 
-    def pending(self, owner: Owner = OWNER) -> list[ObjectName]:
+    def pending(self, owner: NodeName = OWNER) -> list[ObjectName]:
         return [name for page in self.ledger.pending(owner) for name in page]
 
-    def usage(self, owner: Owner = OWNER) -> tuple[int, ...]:
+    def usage(self, owner: NodeName = OWNER) -> tuple[int, ...]:
         return self.ledger.usages().get(owner, Usage())[:3]
 
 
-def entry(number: int, owner: Owner = OWNER, size: int = 10, stored: int = 20) -> Entry:
+def entry(number: int, owner: NodeName = OWNER, size: int = 10, stored: int = 20) -> Entry:
     return Entry(ObjectName(*owner, f"{number:08x}", f"{number:027x}", 1), size, stored)
 
 
@@ -174,7 +174,7 @@ def test_each_script_does_the_same_when_it_comes_twice(metadata: Metadata) -> No
         metadata.expect_totals()
     for _ in range(2):
         assert metadata.ledger.renew(OWNER, GCS, new=True)
-        assert [lease.owner for lease in metadata.ledger.leases()] == [OWNER]
+        assert [lease.node_name for lease in metadata.ledger.leases()] == [OWNER]
     for _ in range(2):
         assert metadata.ledger.agree_on_overflow("session_1", "token") == "token"
         assert metadata.ledger.agree_on_overflow("session_1", "another") == "token"
@@ -246,15 +246,15 @@ def test_whoever_is_anywhere_in_the_metadata_is_found(metadata: Metadata) -> Non
     session = "session_1"
     with room(metadata):
         metadata.store(
-            *(entry(i, Owner(session, "a")) for i in range(3)), owner=Owner(session, "a")
+            *(entry(i, NodeName(session, "a")) for i in range(3)), owner=NodeName(session, "a")
         )
-        metadata.register(*(entry(i, Owner(session, "b")).name for i in range(3)))
-        metadata.store(entry(0, Owner("session_0", "z")), owner=Owner("session_0", "z"))
-    metadata.ledger.renew(Owner(session, "c"), GCS, new=True)
-    metadata.reserve("1-x", Grant(0, 0), 1, 1, None, None, Owner(session, "d"))
+        metadata.register(*(entry(i, NodeName(session, "b")).name for i in range(3)))
+        metadata.store(entry(0, NodeName("session_0", "z")), owner=NodeName("session_0", "z"))
+    metadata.ledger.renew(NodeName(session, "c"), GCS, new=True)
+    metadata.reserve("1-x", Grant(0, 0), 1, 1, None, None, NodeName(session, "d"))
     metadata.client.delete(metadata.keys.usage)
-    nodes = {*map(Owner, [session] * 4, "abcd")}
-    assert metadata.ledger.owners() == {*nodes, Owner("session_0", "z")}
+    nodes = {*map(NodeName, [session] * 4, "abcd")}
+    assert metadata.ledger.node_names() == {*nodes, NodeName("session_0", "z")}
 
 
 # --- usage ---
@@ -284,10 +284,10 @@ def test_a_recount_removes_a_usage_of_nothing(metadata: Metadata) -> None:
     """As a recount leaves it that is killed, or gives up, while it counts anew."""
     metadata.client.config_set("maxmemory", 0)
     metadata.client.hset(metadata.keys.usage, str(OWNER), "0 0 0 5")
-    assert metadata.ledger.owners() == {OWNER}
+    assert metadata.ledger.node_names() == {OWNER}
     assert metadata.ledger.recount(OWNER)
     assert metadata.client.keys("*") == []
-    assert metadata.ledger.owners() == set()
+    assert metadata.ledger.node_names() == set()
 
 
 TAMPERED = [None, b"", b"\xff", b"1 2 3", b"9 9 9 9 9 9", b"0 0 0 0 0 1"]
@@ -431,7 +431,7 @@ def test_a_recount_sees_what_changes_before_and_after_it_counts(
 ) -> None:
     read, attempts = metadata.ledger.stored, itertools.count()
 
-    def while_it_changes(owner: Owner | None = None) -> Iterator[list[Entry]]:
+    def while_it_changes(owner: NodeName | None = None) -> Iterator[list[Entry]]:
         changes = next(attempts) == attempt
         before(metadata) if changes else None
         pages = list(read(owner))
@@ -458,7 +458,7 @@ def test_a_recount_of_what_changes_all_the_time_is_given_up(
         read = metadata.ledger.stored
         numbers = iter(range(2, 100))
 
-        def growing(owner: Owner | None = None) -> Iterator[list[Entry]]:
+        def growing(owner: NodeName | None = None) -> Iterator[list[Entry]]:
             yield from read(owner)
             metadata.store(entry(next(numbers)))
 
@@ -676,7 +676,7 @@ def test_a_lease_is_dated_by_the_server_and_renewed_only_where_there_is_one(
     before = ledger.time()
     assert ledger.renew(OWNER, "[::1]:6379", new=True)
     (lease,) = ledger.leases()
-    assert (lease.owner, lease.gcs_address) == (OWNER, "[::1]:6379")
+    assert (lease.node_name, lease.gcs_address) == (OWNER, "[::1]:6379")
     assert before <= lease.renewed <= ledger.time()
     metadata.client.config_set("maxmemory", 0)
     metadata.client.zadd(metadata.keys.leases, {f"{OWNER}:[::1]:6379": 1})
@@ -690,7 +690,7 @@ def test_what_is_no_lease_of_ours_is_passed_over(metadata: Metadata) -> None:
     metadata.client.config_set("maxmemory", 0)
     forged = [b"\xff", b"session", b"a:b", b"../../victim:n:", b"s:..:x", b"s:n:a b", b"s:n:\n"]
     metadata.client.zadd(metadata.keys.leases, dict.fromkeys(forged, 1))
-    assert [lease.owner for lease in metadata.ledger.leases()] == [OWNER]
+    assert [lease.node_name for lease in metadata.ledger.leases()] == [OWNER]
 
 
 def test_an_account_is_closed_with_every_lease_and_grant_of_it_and_nothing_of_others(
@@ -702,7 +702,7 @@ def test_an_account_is_closed_with_every_lease_and_grant_of_it_and_nothing_of_ot
         metadata.reserve("1-x", Grant(0, 0), 1, 1, None, None, owner)
     ledger.renew(OWNER, "127.0.0.1:6380", new=True)
     ledger.close_account(OWNER)
-    assert {lease.owner for lease in ledger.leases()} == {OTHER, ALIKE, NEXT}
+    assert {lease.node_name for lease in ledger.leases()} == {OTHER, ALIKE, NEXT}
     assert {*ledger.grants()} == {OTHER, ALIKE, NEXT}
     metadata.expect_totals()
 
@@ -761,12 +761,12 @@ def littered(metadata: Metadata) -> Metadata:
 
 def test_what_is_malformed_belongs_to_nobody(littered: Metadata) -> None:
     ledger = littered.ledger
-    assert ledger.owners() == set()
+    assert ledger.node_names() == set()
     assert ledger.overflows() == {}
     assert ledger.usages() == {}
     assert ledger.leases() == []
     assert ledger.grants() == {}
-    for owner in (OWNER, Owner("..", "..")):
+    for owner in (OWNER, NodeName("..", "..")):
         assert [entry for page in ledger.stored(owner) for entry in page] == []
         assert [name for page in ledger.pending(owner) for name in page] == []
 
@@ -782,7 +782,7 @@ def test_objects_are_stored_and_forgotten_beside_what_is_malformed(littered: Met
     littered.client.hset(littered.keys.usage, str(OWNER), b"\xff")
     assert ledger.recount(OWNER)
     assert littered.usage() == (2, 20, 40)
-    assert ledger.owners() == {OWNER}
+    assert ledger.node_names() == {OWNER}
     littered.forget(first.name)
     assert littered.stored(OWNER) == [second]
     assert littered.usage() == (1, 10, 20)
@@ -815,7 +815,7 @@ def test_what_is_malformed_is_reported_once_for_each_key(
         littered.client.hset(elsewhere.usage, field, "x")
     for _ in range(2):
         ledger.usages()
-        ledger.owners()
+        ledger.node_names()
     (message,) = [text for text in caplog.messages if elsewhere.usage in text]
     assert "b'one' b'x'" in message
 

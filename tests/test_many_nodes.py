@@ -12,7 +12,7 @@ from support.servers import Server
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.format.names import Entry, ObjectName, Owner
+from ray_valkey_spill.format.names import Entry, NodeName, ObjectName
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import CleanUp
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
@@ -40,7 +40,7 @@ class Fleet:
         keys = self.store.keys
         with self.client.pipeline(transaction=False) as pipeline:
             for number in range(count):
-                owner = Owner(f"session_{number % 7}", f"{number:056x}")
+                owner = NodeName(f"session_{number % 7}", f"{number:056x}")
                 name = ObjectName(*owner, "c" * 56, f"{number:027x}", 1)
                 pipeline.zadd(keys.index, {str(Entry(name, 900_000, 900_500)): 0})
                 pipeline.hset(keys.usage, str(owner), f"1 900000 900500 {number}")
@@ -164,7 +164,7 @@ class Old:
         self.keys = fleet.store.keys
         self._client = fleet.client
 
-    def node(self, owner: Owner, objects: int, pid: int) -> None:
+    def node(self, owner: NodeName, objects: int, pid: int) -> None:
         """One with objects, with a half-written one, and with a writer that has a grant."""
         names = [
             ObjectName(*owner, f"{i:056x}", f"{1:011x}{pid:08x}{i:08x}", 1)
@@ -187,13 +187,13 @@ def old(fleet: Fleet) -> Old:
 
 
 def test_what_version_0_1_has_stored_counts_from_the_first_spill_on(fleet: Fleet, old: Old) -> None:
-    old.node(Owner(SESSION, "old"), 3, pid=4711)
+    old.node(NodeName(SESSION, "old"), 3, pid=4711)
     assert fleet.ledger.totals()[:3] == (3, 3000, 4500)
     urls, failure = fleet.store.put([source(noise(1000))])
     assert failure is None
     (ours,) = [u for owner, u in fleet.ledger.usages().items() if owner == fleet.store.node]
     assert fleet.ledger.totals()[:3] == (4, 4000, 4500 + ours.stored)
-    assert fleet.ledger.usages()[Owner(SESSION, "old")][:3] == (3, 3000, 4500)
+    assert fleet.ledger.usages()[NodeName(SESSION, "old")][:3] == (3, 3000, 4500)
     fleet.store.delete(urls)
     assert fleet.ledger.totals()[:3] == (3, 3000, 4500)
 
@@ -203,7 +203,7 @@ def test_what_version_0_1_stores_beside_a_later_one_is_counted_by_the_next_recou
 ) -> None:
     fleet.store.put([source(noise(1000))])
     before = fleet.ledger.totals()
-    old.node(Owner(SESSION, "old"), 2, pid=4711)
+    old.node(NodeName(SESSION, "old"), 2, pid=4711)
     with contextlib.closing(CleanUp(fleet.config, lambda address: None)) as look:
         look.recount()
     assert fleet.ledger.totals()[:3] == (before[0] + 2, before[1] + 2000, before[2] + 3000)
@@ -223,7 +223,7 @@ def test_what_killed_writers_of_version_0_1_have_left_is_recovered_by_their_node
 def test_dead_nodes_of_version_0_1_are_cleaned_up_with_their_grants(
     fleet: Fleet, old: Old, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dead, living = Owner("session_dead", "n"), Owner("session_living", "n")
+    dead, living = NodeName("session_dead", "n"), NodeName("session_living", "n")
     old.node(dead, 3, pid=4711)
     old.node(living, 3, pid=4712)
     clock = Clock()
@@ -231,11 +231,11 @@ def test_dead_nodes_of_version_0_1_are_cleaned_up_with_their_grants(
     clock.every(5, lambda: fleet.client.zincrby(old.keys.leases, 5000, f"{living}:"))
     with contextlib.closing(CleanUp(fleet.config, lambda address: None)) as look:
         remains = look.find()
-        assert [each.owner for each in remains] == [dead]
+        assert [each.node_name for each in remains] == [dead]
         assert (remains[0].usage.objects, remains[0].pending) == (3, 1)
         look.remove(remains)
         look.recount()
-    assert {*fleet.ledger.owners()} == {living}
+    assert {*fleet.ledger.node_names()} == {living}
     assert fleet.client.hkeys(old.keys.grants) == [f"{living}:4712-abcd1234".encode()]
     assert fleet.ledger.totals()[:5] == (3, 3000, 4500, 0, 0)
     assert not [key for key in fleet.client.keys("*") if b"session_dead" in key]

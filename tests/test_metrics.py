@@ -33,7 +33,7 @@ from ray_valkey_spill.errors import (
     SpillError,
     UnconfirmedError,
 )
-from ray_valkey_spill.format.names import Keyspace, Owner, TierName
+from ray_valkey_spill.format.names import Keyspace, NodeName, TierName
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.plugin import metrics
 from ray_valkey_spill.plugin.metrics import DEFINITIONS, Metrics
@@ -44,7 +44,7 @@ from ray_valkey_spill.store.observer import Observer
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 
-OWNER = Owner("session_1", "ab" * 28)
+OWNER = NodeName("session_1", "ab" * 28)
 CHUNK = 10_000
 
 
@@ -133,7 +133,7 @@ def files(directory: Path) -> list[int]:
     tier = OverflowTier.of(config)
     assert tier is not None
     with contextlib.closing(tier):
-        found = [file for owner in tier.owners() for file in tier.files(owner)]
+        found = [file for owner in tier.node_names() for file in tier.files(owner)]
     return [file.entry.stored for file in found if file.is_whole]
 
 
@@ -187,7 +187,7 @@ def test_room_and_overflow_are_what_metadata_server_and_files_say(
     it.store.put(sources(*[30 * CHUNK] * 6))
     it.store.give_back()
     with contextlib.closing(link_to(Config.load({"url": server.url}, {}))) as link:
-        ledger, other = Ledger(link, it.store.keys), Owner("session", "other")
+        ledger, other = Ledger(link, it.store.keys), NodeName("session", "other")
         link.execute(ledger.reservation(other, "1-x", Grant(0, 0), 1000, 1000, None, None))
         room = it.store.room()
         ledger.release(other, ["1-x"])

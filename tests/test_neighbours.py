@@ -29,7 +29,7 @@ from support.tenants import (
 from valkey.exceptions import NoPermissionError
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.format.names import Keyspace, Owner
+from ray_valkey_spill.format.names import Keyspace, NodeName
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import CleanUp
 from ray_valkey_spill.tiers import preflight
@@ -177,14 +177,14 @@ def test_everything_a_cluster_needs_works_with_the_advised_permissions(
         # The budget was reached, and the rest is in the overflow.
         assert list(tmp_path.rglob(f"{0:040x}*"))
         spills.store.recover(lambda pid: False)
-        owner = Owner("session_1", "ab" * 28)
-        assert ledger.owners() == {owner}
+        owner = NodeName("session_1", "ab" * 28)
+        assert ledger.node_names() == {owner}
         assert sum(map(len, ledger.stored())) == ledger.usages()[owner].objects > 0
         assert list(ledger.pending(owner)) == []
         assert ledger.totals().granted <= 4 * MIB / 20
         spills.store.give_back()
         assert ledger.grants() == {}
-        assert [lease.owner for lease in ledger.leases()] == [owner]
+        assert [lease.node_name for lease in ledger.leases()] == [owner]
         assert ledger.overflows().keys() == {"session_1"}
         assert ledger.recount(owner)
 
@@ -192,7 +192,7 @@ def test_everything_a_cluster_needs_works_with_the_advised_permissions(
             monkeypatch.setattr(cleanup, name, seconds)
         look = CleanUp(config, lambda address: None)
         remains = look.find()
-        assert [each.owner for each in remains] == [owner]
+        assert [each.node_name for each in remains] == [owner]
         look.remove(remains)
         look.recount()
         look.close()

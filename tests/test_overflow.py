@@ -27,14 +27,14 @@ from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError, OverflowUnavailableError
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place, new_attempt
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place, new_attempt
 from ray_valkey_spill.format.packing import Receive
 from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 
 SESSION, NODE = "session_1", "ab" * 28
-OWNER = Owner(SESSION, NODE)
+OWNER = NodeName(SESSION, NODE)
 KEYSPACE = Keyspace("ray:spill:default:")
 CHUNK = 10_000
 
@@ -153,7 +153,7 @@ def tier_at(uri: str) -> OverflowTier:
     return _made[-1]
 
 
-def new_name(number: int = 0, chunks: int = 3, owner: Owner = OWNER) -> ObjectName:
+def new_name(number: int = 0, chunks: int = 3, owner: NodeName = OWNER) -> ObjectName:
     return ObjectName(*owner, f"{number:056x}", new_attempt(), chunks)
 
 
@@ -278,11 +278,11 @@ def test_what_could_not_be_removed_after_a_failure_goes_with_the_next_write(tmp_
 def test_owners_files_and_their_lengths_are_told_and_destroyed_by_the_owner(
     tier: OverflowTier, place: Place_
 ) -> None:
-    owners = [OWNER, Owner(SESSION, "cd" * 28), Owner("session_2", NODE)]
+    owners = [OWNER, NodeName(SESSION, "cd" * 28), NodeName("session_2", NODE)]
     tier.sign("session_2", "signed")
     for number, owner in enumerate(owners):
         write(tier, *(new_name(i, owner=owner) for i in range(number + 1)))
-    assert tier.owners() == set(owners)
+    assert tier.node_names() == set(owners)
     for number, owner in enumerate(owners):
         found = list(tier.files(owner))
         assert len(found) == number + 1
@@ -290,9 +290,9 @@ def test_owners_files_and_their_lengths_are_told_and_destroyed_by_the_owner(
         assert all(file.is_whole for file in found)
     assert tier.destroy(OWNER) == 1
     assert tier.destroy(OWNER) == 0
-    assert tier.owners() == set(owners[1:])
+    assert tier.node_names() == set(owners[1:])
     tier.destroy_session("session_2")
-    assert tier.owners() == {owners[1]}
+    assert tier.node_names() == {owners[1]}
     assert tier.destroy(owners[1]) == 2
     assert tier.is_signed(SESSION, "signed")
     tier.unsign(SESSION, "signed")
@@ -322,7 +322,7 @@ def test_a_node_is_destroyed_while_its_processes_write_and_remove(tmp_path: Path
         for writer in writers:
             writer.join()
     tier.destroy(OWNER)
-    assert tier.owners() == set()
+    assert tier.node_names() == set()
 
 
 def test_foreign_files_are_told_from_ours_and_stay(tmp_path: Path) -> None:
@@ -347,11 +347,14 @@ def test_no_name_from_the_server_leads_out_of_its_place(tmp_path: Path, name: st
     tier = tier_at(str(tmp_path / "some" / "overflow"))
     tier.sign(SESSION, "signed")
     before = {*tmp_path.rglob("*")}
-    owner, place = Owner(name, "n"), Place(ObjectName(name, "n", "ab", "0" * 27, 0), 1, "overflow")
+    owner, place = (
+        NodeName(name, "n"),
+        Place(ObjectName(name, "n", "ab", "0" * 27, 0), 1, "overflow"),
+    )
     uses: list[Callable[[], object]] = [
         lambda: tier.destroy_session(name),
         lambda: tier.destroy(owner),
-        lambda: tier.destroy(Owner(SESSION, name)),
+        lambda: tier.destroy(NodeName(SESSION, name)),
         lambda: tier.remove_parts(owner, lambda pid: False),
         lambda: tier.remove(place),
         lambda: tier.stat(place),
@@ -556,7 +559,7 @@ def test_a_place_that_cannot_be_used_is_named_without_what_may_be_secret(
 @pytest.mark.parametrize(
     "use",
     [
-        lambda tier: tier.owners(),
+        lambda tier: tier.node_names(),
         lambda tier: list(tier.files(OWNER)),
         lambda tier: tier.destroy(OWNER),
         lambda tier: tier.unsign(SESSION, "signed"),

@@ -28,14 +28,14 @@ from ray_valkey_spill.errors import (
     OverflowUnavailableError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.format.names import Keyspace, ObjectName, Owner, Place, new_attempt
+from ray_valkey_spill.format.names import Keyspace, NodeName, ObjectName, Place, new_attempt
 from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.tiers.overflow import OverflowTier, Patience
 from ray_valkey_spill.tiers.steps import StalledError, StepThreads, begin_step
 from ray_valkey_spill.units import MIB
 
 SESSION, NODE = "session_1", "ab" * 28
-OWNER = Owner(SESSION, NODE)
+OWNER = NodeName(SESSION, NODE)
 KEYSPACE = Keyspace("ray:spill:default:")
 DATA = noise(2 * MIB)
 CHUNK = len(DATA) // 4
@@ -58,7 +58,7 @@ def tier(share: HangingDirectory) -> Iterator[OverflowTier]:
     tier = OverflowTier(str(share.path), KEYSPACE, IMPATIENT)
     with contextlib.closing(tier):
         tier.sign(SESSION, "signed")
-        tier.owners()
+        tier.node_names()
         yield tier
         share.go_on()
 
@@ -104,9 +104,9 @@ USES: dict[str, Callable[[OverflowTier, Place], object]] = {
     "remove": lambda tier, place: tier.remove(place),
     "files": lambda tier, place: tier.files(OWNER),
     "sessions": lambda tier, place: tier.sessions(),
-    "owners": lambda tier, place: tier.owners(),
+    "owners": lambda tier, place: tier.node_names(),
     "remove_parts": lambda tier, place: tier.remove_parts(OWNER, lambda pid: False),
-    "destroy": lambda tier, place: tier.destroy(Owner(SESSION, "cd" * 28)),
+    "destroy": lambda tier, place: tier.destroy(NodeName(SESSION, "cd" * 28)),
     "destroy_session": lambda tier, place: tier.destroy_session("session_2"),
     "sign": lambda tier, place: tier.sign(SESSION, "another"),
     "is_signed": lambda tier, place: tier.is_signed(SESSION, "signed"),

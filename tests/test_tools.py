@@ -45,7 +45,7 @@ from ray_valkey_spill.config import Config, parameters
 from ray_valkey_spill.errors import ConfigError, OverflowUnavailableError, SpillError
 from ray_valkey_spill.format.codec import Codec
 from ray_valkey_spill.format.header import Chunk, Header
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request
@@ -241,7 +241,7 @@ def test_figures_add_up_and_keep_the_oldest() -> None:
         "oldest_age_seconds": 60.0,
         "half_written": 1,
     }
-    nodes = [NodeFigures(Owner("s", "a"), old, new), NodeFigures(Owner("s", "b"), new)]
+    nodes = [NodeFigures(NodeName("s", "a"), old, new), NodeFigures(NodeName("s", "b"), new)]
     assert total(nodes) == (both, new)
 
 
@@ -249,7 +249,7 @@ def test_figures_add_up_and_keep_the_oldest() -> None:
     ("renewed", "fresh"), [(None, False), (0.0, True), (cleanup.LEASE, True), (60.1, False)]
 )
 def test_a_lease_is_fresh_until_it_has_run_out(renewed: float | None, fresh: bool) -> None:
-    assert NodeFigures(Owner("s", "n"), lease_age=renewed).has_fresh_lease is fresh
+    assert NodeFigures(NodeName("s", "n"), lease_age=renewed).has_fresh_lease is fresh
 
 
 def test_a_table_aligns_what_is_styled_too_and_closes_up_where_it_is_wide() -> None:
@@ -534,7 +534,7 @@ class Interrupted:
 def test_a_namespace_that_somebody_joins_as_its_last_node_leaves_stays_on_the_list(
     stock: Stock,
 ) -> None:
-    leaving, joining = Owner(SESSIONS[0], NODES[0]), Owner(SESSIONS[1], NODES[1])
+    leaving, joining = NodeName(SESSIONS[0], NODES[0]), NodeName(SESSIONS[1], NODES[1])
     with stock.ledger() as (other, link):
         other.renew(leaving, "", new=True)
         acts = []
@@ -588,7 +588,7 @@ def test_who_may_not_list_a_namespace_spills_all_the_same(stock: Stock) -> None:
 
 
 def test_stats_shows_grants_half_written_objects_and_leases_that_ran_out(full: Stock) -> None:
-    owner = Owner(SESSIONS[0], NODES[0])
+    owner = NodeName(SESSIONS[0], NODES[0])
     name = ObjectName(*owner, object_id(7), "0" * 27, 3)
     file = full.overflow / ROOT.rstrip(":") / owner.session / owner.node
     file.mkdir(parents=True)
@@ -887,7 +887,7 @@ def test_inspect_knows_what_is_half_written_and_what_is_not_in_the_ledger(stock:
     (url,) = stock.put(SESSIONS[0], NODES[0], 95)
     key = url.partition("?")[0]
     (row,) = printed("ls", *stock.options)
-    owner = Owner(SESSIONS[0], NODES[0])
+    owner = NodeName(SESSIONS[0], NODES[0])
     with stock.ledger() as (ledger, link):
         name = ObjectName.parse(row["name"])
         link.execute(*ledger.forget([name]))
@@ -1087,18 +1087,18 @@ def test_gc_removes_of_a_running_session_only_what_is_half_written_of_the_dead(
     stock: Stock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (url,) = stock.put(SESSIONS[0], NODES[0], 1)
-    owner = Owner(SESSIONS[0], NODES[0])
+    owner = NodeName(SESSIONS[0], NODES[0])
     running = RunningSession(SESSIONS[0], frozenset({NODES[1]}))
     monkeypatch.setattr(commands, "running_at", {"gcs:1": running}.get)
     with stock.ledger() as (ledger, link):
         link.execute(*ledger.registrations([ObjectName(*owner, object_id(7), "0" * 27, 3)]))
         ledger.renew(owner, "gcs:1", new=True)
-        ledger.renew(Owner(SESSIONS[0], NODES[1]), "gcs:1", new=True)
+        ledger.renew(NodeName(SESSIONS[0], NODES[1]), "gcs:1", new=True)
     text = tool("gc", *stock.options).stdout
     assert f"{SESSIONS[0]} runs, and has lost nodes\n" in text
     assert re.search(r"^node +half-written$", text, re.MULTILINE)
     assert re.search(r"\n  abababababab +1\n", text)
-    kept = f"Kept: {SESSIONS[0]}:cdcdcdcdcdcd, which lives, as its GCS says"
+    kept = f"Kept: {SESSIONS[0]}:cdcdcdcdcdcd, which is alive according to its GCS"
     assert kept in " ".join(text.split())
     assert "Removed 1 half-written object of 1 dead node.\n" in text
     assert_fits(text)

@@ -357,8 +357,8 @@ def _remains_dict(remains: Remains) -> dict[str, Any]:
     """For JSON: what of this is removed; sizes in bytes."""
     objects, size, stored, _ = remains.usage if remains.session_is_dead else (0, 0, 0, 0)
     return {
-        "session": remains.owner.session,
-        "node": remains.owner.node,
+        "session": remains.node_name.session,
+        "node": remains.node_name.node,
         "session_is_dead": remains.session_is_dead,
         "objects": objects,
         "logical_bytes": size,

@@ -25,7 +25,7 @@ import pyarrow as pa
 from ray_valkey_spill import _startup
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import SpillError
-from ray_valkey_spill.format.names import Keyspace, Owner
+from ray_valkey_spill.format.names import Keyspace, NodeName
 from ray_valkey_spill.plugin.spilling_config import system_config
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
@@ -58,9 +58,9 @@ class Report:
     seconds: float = 0.0
     failure: str = ""
 
-    def note_stored(self, usages: Mapping[Owner, Usage], owner: Owner) -> None:
-        """Set the figures of `owner` in Valkey; it has no usage if Ray did not spill."""
-        usage = usages.get(owner, Usage())
+    def note_stored(self, usages: Mapping[NodeName, Usage], node_name: NodeName) -> None:
+        """Set the figures of `node_name` in Valkey; it has no usage if Ray did not spill."""
+        usage = usages.get(node_name, Usage())
         self.stored_bytes = usage.stored
         if usage.stored:
             self.compression_ratio = usage.size / usage.stored
@@ -235,7 +235,7 @@ def _exercise(
             refs.append(ray.put(value))
             report.objects += 1
     session = (directory / "session_latest").resolve()
-    report.note_stored(Ledger(link, keys).usages(), Owner(session.name, node_id))
+    report.note_stored(Ledger(link, keys).usages(), NodeName(session.name, node_id))
     with _progress("Reading", show_progress) as steps:
         for step in steps:
             value = ray.get(refs[step], timeout=_PATIENCE)

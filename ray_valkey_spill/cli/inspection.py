@@ -20,7 +20,7 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.format.codec import Codec
 from ray_valkey_spill.format.header import Header, decode_header, format_version
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place
 from ray_valkey_spill.format.sealing import KeyRing
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.store.object_store import problems
@@ -245,8 +245,8 @@ class Inspector:
         if name is None:
             entries = {
                 known: entry
-                for owner in self._ledger.owners()
-                for known, entry in self._in_ledger(f"{owner}:{target.object_id}").items()
+                for node_name in self._ledger.node_names()
+                for known, entry in self._in_ledger(f"{node_name}:{target.object_id}").items()
             }
         else:
             entries = self._in_ledger(str(name))
@@ -279,11 +279,11 @@ class Inspector:
         return self._inspection(name, self.keys.header(name), False, state, entry, stat, size)
 
     def _in_overflow(self, overflow: OverflowTier, target: Target) -> Iterator[Inspection]:
-        owners = overflow.owners()
+        node_names = overflow.node_names()
         if target.name is not None:
-            owners &= {Owner(target.name.session, target.name.node)}
-        for owner in sorted(owners):
-            for entry, is_whole, path in overflow.files(owner):
+            node_names &= {NodeName(target.name.session, target.name.node)}
+        for node_name in sorted(node_names):
+            for entry, is_whole, path in overflow.files(node_name):
                 name = entry.name
                 if name != target.name and (target.name or name.object_id != target.object_id):
                     continue

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerRefusedError
-from ray_valkey_spill.format.names import Entry, Keyspace, Owner, Place
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, Place
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.store.cleanup import LEASE
@@ -183,7 +183,7 @@ class NodeFigures:
     without a lease.
     """
 
-    owner: Owner
+    node_name: NodeName
     valkey: Figures = Figures()
     overflow: Figures = Figures()
     lease_age: float | None = None
@@ -268,7 +268,7 @@ class Statistics:
 
     @property
     def sessions(self) -> list[tuple[str, list[NodeFigures]]]:
-        grouped = groupby(self.nodes, key=lambda node: node.owner.session)
+        grouped = groupby(self.nodes, key=lambda node: node.node_name.session)
         return [(session, list(nodes)) for session, nodes in grouped]
 
     @property
@@ -301,7 +301,7 @@ class Statistics:
                     **self._tiers(nodes),
                     "nodes": [
                         {
-                            "node": node.owner.node,
+                            "node": node.node_name.node,
                             "lease_age_seconds": node.lease_age,
                             "has_fresh_lease": node.has_fresh_lease,
                             **self._tiers([node]),
@@ -379,7 +379,7 @@ class Inventory:
         self._tier = ValkeyTier(self._link, self.keys)
         self._ledger = self._tier.ledger
         self._overflow = OverflowTier.of(config)
-        self._counted: dict[Owner, tuple[Usage, Figures]] = {}
+        self._counted: dict[NodeName, tuple[Usage, Figures]] = {}
 
     def close(self) -> None:
         self._link.close()
@@ -390,24 +390,24 @@ class Inventory:
         """The server's clock, in seconds since the epoch."""
         return self._ledger.time() / 1000
 
-    def owners(self) -> list[Owner]:
+    def node_names(self) -> list[NodeName]:
         """All nodes that have something in the ledger or the overflow, in order."""
-        in_overflow = self._overflow.owners() if self._overflow else ()
-        return sorted({*self._ledger.owners(), *in_overflow})
+        in_overflow = self._overflow.node_names() if self._overflow else ()
+        return sorted({*self._ledger.node_names(), *in_overflow})
 
     def items(
-        self, wanted: Callable[[Owner], bool] = lambda owner: True, tier: str | None = None
+        self, wanted: Callable[[NodeName], bool] = lambda node_name: True, tier: str | None = None
     ) -> Iterator[Item]:
         """Yield the objects of each wanted owner: in Valkey, then in the overflow.
 
         Holds one page of the index at a time in memory, and the list of one owner's files.
         """
-        for owner in filter(wanted, self.owners()):
+        for node_name in filter(wanted, self.node_names()):
             if tier != "overflow":
-                for page in self._ledger.stored(owner):
+                for page in self._ledger.stored(node_name):
                     yield from map(Item, page)
             if tier != "valkey":
-                for file in self._files(owner):
+                for file in self._files(node_name):
                     if file.is_whole:
                         yield Item(file.entry, file.path)
 
@@ -417,9 +417,9 @@ class Inventory:
         Sorted objects are all in memory, or as many as the limit allows.
         """
         items = self.items(
-            lambda owner: (
-                owner.session.startswith(selection.session)
-                and owner.node.startswith(selection.node)
+            lambda node_name: (
+                node_name.session.startswith(selection.session)
+                and node_name.node.startswith(selection.node)
             ),
             selection.tier,
         )
@@ -440,21 +440,21 @@ class Inventory:
         by_node = self._ledger.grants().values()
         grants = [grant for of_node in by_node for grant in of_node.values()]
         now = self._ledger.time()
-        renewed: dict[Owner, int] = {}
+        renewed: dict[NodeName, int] = {}
         for lease in self._ledger.leases():
-            renewed[lease.owner] = max(lease.renewed, renewed.get(lease.owner, 0))
+            renewed[lease.node_name] = max(lease.renewed, renewed.get(lease.node_name, 0))
         nodes = []
-        for owner in self.owners():
-            files = self._files(owner)
+        for node_name in self.node_names():
+            files = self._files(node_name)
             nodes.append(
                 NodeFigures(
-                    owner,
-                    self._figures(owner, usages.get(owner)),
+                    node_name,
+                    self._figures(node_name, usages.get(node_name)),
                     Figures.of(
                         (file.entry for file in files if file.is_whole),
                         half_written=sum(not file.is_whole for file in files),
                     ),
-                    age(renewed[owner] / 1000, now / 1000) if owner in renewed else None,
+                    age(renewed[node_name] / 1000, now / 1000) if node_name in renewed else None,
                 )
             )
         return Statistics(
@@ -468,21 +468,21 @@ class Inventory:
             grants=grants,
         )
 
-    def _figures(self, owner: Owner, usage: Usage | None) -> Figures:
+    def _figures(self, node_name: NodeName, usage: Usage | None) -> Figures:
         """What an owner has in Valkey. `usage` was read before; it differs after every change."""
-        known = self._counted.get(owner)
+        known = self._counted.get(node_name)
         if known is not None and known[0] == usage:
             figures = known[1]
         else:
-            figures = Figures.of(entry for page in self._ledger.stored(owner) for entry in page)
+            figures = Figures.of(entry for page in self._ledger.stored(node_name) for entry in page)
             if usage is not None:
-                self._counted[owner] = usage, figures
-        return figures + Figures(half_written=sum(map(len, self._ledger.pending(owner))))
+                self._counted[node_name] = usage, figures
+        return figures + Figures(half_written=sum(map(len, self._ledger.pending(node_name))))
 
-    def _files(self, owner: Owner) -> list[StoredFile]:
+    def _files(self, node_name: NodeName) -> list[StoredFile]:
         if self._overflow is None:
             return []
-        return sorted(self._overflow.files(owner), key=lambda file: file.path)
+        return sorted(self._overflow.files(node_name), key=lambda file: file.path)
 
 
 class Overview:

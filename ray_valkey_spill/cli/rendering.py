@@ -226,7 +226,11 @@ def statistics(found: Statistics) -> Iterator[str]:
         rows.append(click.style(session, fg="cyan"))
         for node in nodes:
             rows += _tier_rows(
-                f"  {node.owner.node[:_NODE]}", node.valkey, node.overflow, found.now, _lease(node)
+                f"  {node.node_name.node[:_NODE]}",
+                node.valkey,
+                node.overflow,
+                found.now,
+                _lease(node),
             )
         if len(nodes) > 1:
             rows += _tier_rows(f"  {amount(len(nodes), 'node')}", *total(nodes), found.now)
@@ -439,13 +443,13 @@ def remains_table(remains: Sequence[Remains]) -> Iterator[str]:
     rows: list[Sequence[str] | str] = []
     session = None
     for number, each in enumerate(shown):
-        if each.owner.session != session:
-            session = each.owner.session
+        if each.node_name.session != session:
+            session = each.node_name.session
             state = "is dead" if each.session_is_dead else "runs, and has lost nodes"
             rows.append(f"{click.style(session, fg='cyan')} {state}")
         rows.append(
             [
-                f"  {each.owner.node[:_NODE]}",
+                f"  {each.node_name.node[:_NODE]}",
                 *(
                     size_text(amounts[number]) if title in in_bytes else f"{amounts[number]:,}"
                     for title, amounts in columns.items()

@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
 
-__all__ = ["Entry", "Keyspace", "ObjectName", "Owner", "Place", "TierName", "new_attempt"]
+__all__ = ["Entry", "Keyspace", "NodeName", "ObjectName", "Place", "TierName", "new_attempt"]
 
 TierName = Literal["valkey", "overflow"]
 
@@ -45,7 +45,7 @@ def new_attempt() -> str:
     return f"{int(time.time() * 1000):011x}{os.getpid():08x}{os.urandom(4).hex()}"
 
 
-class Owner(NamedTuple):
+class NodeName(NamedTuple):
     """A node of a Ray session."""
 
     session: str

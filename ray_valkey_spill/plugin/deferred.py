@@ -67,7 +67,7 @@ class Restorer(Protocol):
 
 
 class _Claim(NamedTuple):
-    """That a process, given by its id and what tells it from others of that id, has a restore.
+    """A process has a restore: its id, and its identity among all processes with that id.
 
     `first` is when Ray first asked for it.
     """
@@ -99,7 +99,7 @@ class _Claims:
     Args:
         directory: returns the session's directory, or None if there is none.
         name: of the directory in it that the files are in.
-        identity_of: returns what tells a process, given by its id, from others that had that id or
+        identity_of: returns the identity of the process with an id, among all that had that id or
             will have it; None if none has it now.
     """
 

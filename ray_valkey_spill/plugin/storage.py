@@ -352,12 +352,12 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Return the objects, to be read in place from plasma, up to the first missing one."""
         sources: list[SourceObject] = []
         found = self._get_objects_from_store(refs)
-        for ref, (buffer, metadata, *_), owner in zip(refs, found, owner_addresses):
+        for ref, (buffer, metadata, *_), node_name in zip(refs, found, owner_addresses):
             if buffer is None and not metadata:
                 logger.warning("not spilled: object %s is not in plasma", ref.hex())
                 break
             data = memoryview(buffer if buffer is not None else b"").cast("B")
-            sources.append(SourceObject(ref.hex(), bytes(metadata), bytes(owner), data))
+            sources.append(SourceObject(ref.hex(), bytes(metadata), bytes(node_name), data))
         return sources
 
     # --- restore ---

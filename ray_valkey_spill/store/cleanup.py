@@ -30,7 +30,7 @@ from typing import TypeVar
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import OverflowUnavailableError
-from ray_valkey_spill.format.names import Keyspace, Owner
+from ray_valkey_spill.format.names import Keyspace, NodeName
 from ray_valkey_spill.store.liveness import (
     UNKNOWN,
     UNREACHABLE,
@@ -63,7 +63,7 @@ class Remains:
     """Data of a dead node that nobody can need.
 
     Attributes:
-        owner: the node.
+        node_name: the node.
         session_is_dead: whether all data of the node are meant; in a running session, only
             half-written objects are.
         usage: what the node has in Valkey.
@@ -72,7 +72,7 @@ class Remains:
         file_bytes: length of these files, in bytes.
     """
 
-    owner: Owner
+    node_name: NodeName
     session_is_dead: bool
     usage: Usage
     pending: int
@@ -115,11 +115,11 @@ class CleanUp:
 
     def sessions(self) -> set[str]:
         """Return all sessions with data or metadata."""
-        return {owner.session for owner in self._owners()}
+        return {node_name.session for node_name in self._node_names()}
 
     def find(
         self,
-        tell: Callable[[str], None] = lambda text: None,
+        report: Callable[[str], None] = lambda text: None,
         *,
         wanted: Callable[[str], bool] = lambda session: True,
         watching: Callable[[int, float], None] = lambda nodes, seconds: None,
@@ -129,60 +129,64 @@ class CleanUp:
         Nodes with a GCS that cannot be asked are watched ten times as long in addition.
 
         Args:
-            tell: is given lines on what is kept and why.
+            report: is given lines on what is kept and why.
             wanted: whether a session, by its name, is looked at.
             watching: is called every second with the number of nodes that are watched, and for how
                 many seconds at most.
         """
         self.unavailable = None
-        owners = {owner for owner in self._owners() if wanted(owner.session)}
+        node_names = {node_name for node_name in self._node_names() if wanted(node_name.session)}
         before = self._leases()
-        silent = self._watch(owners, LEASE, watching)
+        silent = self._watch(node_names, LEASE, watching)
         running = {
             session: self._running(session, {lease.gcs_address for lease in before[session]})
-            for session in sorted({owner.session for owner in silent})
+            for session in sorted({node_name.session for node_name in silent})
         }
-        unasked = {owner for owner in silent if running[owner.session] is UNREACHABLE}
+        unasked = {node_name for node_name in silent if running[node_name.session] is UNREACHABLE}
         silent -= unasked - self._watch(unasked, _UNASKED * LEASE, watching)
         after = self._leases()
         usages = self._ledger.usages()
         self._dead = {}
         remains = []
-        for session in sorted({owner.session for owner in silent}):
-            nodes = {owner for owner in silent if owner.session == session}
+        for session in sorted({node_name.session for node_name in silent}):
+            nodes = {node_name for node_name in silent if node_name.session == session}
             answer = running[session]
             if answer is not None and answer is not UNREACHABLE:
-                nodes = self._dead_nodes(answer, nodes, tell)
+                nodes = self._dead_nodes(answer, nodes, report)
             elif before[session] != after[session]:
-                tell(f"Kept: {session}, as some of its nodes live, though its GCS does not answer")
+                report(
+                    f"Kept: {session}, as some of its nodes live, though its GCS does not answer"
+                )
                 continue
             else:
                 self._dead[session] = after[session]
             remains += [
-                self._remains(owner, session in self._dead, usages.get(owner, Usage()))
-                for owner in sorted(nodes)
-                if owner.node
+                self._remains(node_name, session in self._dead, usages.get(node_name, Usage()))
+                for node_name in sorted(nodes)
+                if node_name.node
             ]
-        self._tell_of_unavailability(tell)
+        self._report_unavailability(report)
         return remains
 
-    def _tell_of_unavailability(self, tell: Callable[[str], None]) -> None:
+    def _report_unavailability(self, report: Callable[[str], None]) -> None:
         if self.unavailable is not None:
-            tell(f"Kept: all data in the overflow, since {self.unavailable.message}")
+            report(f"Kept: all data in the overflow, since {self.unavailable.message}")
 
     def _leases(self) -> defaultdict[str, set[Lease]]:
         """Return the leases, by session."""
         leases = defaultdict[str, set[Lease]](set)
         for lease in self._link.confirmed(self._ledger.leases):
-            leases[lease.owner.session].add(lease)
+            leases[lease.node_name.session].add(lease)
         return leases
 
-    def _owners(self) -> set[Owner]:
-        owners, sessions = self._ledger.owners(), {*self._ledger.overflows()}
-        owners |= self._of_overflow(OverflowTier.owners, set())
+    def _node_names(self) -> set[NodeName]:
+        node_names, sessions = self._ledger.node_names(), {*self._ledger.overflows()}
+        node_names |= self._of_overflow(OverflowTier.node_names, set())
         sessions |= self._of_overflow(OverflowTier.sessions, set())
         # The token of its overflow may be all that is left of a session, and has no node.
-        return owners | {Owner(session, "") for session in sessions - {o.session for o in owners}}
+        return node_names | {
+            NodeName(session, "") for session in sessions - {o.session for o in node_names}
+        }
 
     def _of_overflow(self, use: Callable[[OverflowTier], _T], otherwise: _T) -> _T:
         """Return the result of `use` on the overflow; `otherwise` if it is missing or unusable."""
@@ -211,72 +215,74 @@ class CleanUp:
         return running
 
     def _dead_nodes(
-        self, running: RunningSession, silent: Collection[Owner], tell: Callable[[str], None]
-    ) -> set[Owner]:
+        self, running: RunningSession, silent: Collection[NodeName], report: Callable[[str], None]
+    ) -> set[NodeName]:
         """Return the silent nodes of a running session that the GCS does not list as alive."""
         if running is UNKNOWN:
-            for owner in sorted(silent):
-                tell(f"Kept: {owner}, since the process at its GCS's address gives no answer")
+            for node_name in sorted(silent):
+                report(f"Kept: {node_name}, since the process at its GCS's address gives no answer")
             return set()
-        living = {owner for owner in silent if owner.node in running.nodes}
-        for owner in sorted(living):
-            tell(f"Kept: {owner}, which is alive according to its GCS")
+        living = {node_name for node_name in silent if node_name.node in running.nodes}
+        for node_name in sorted(living):
+            report(f"Kept: {node_name}, which is alive according to its GCS")
         return {*silent} - living
 
     def _watch(
-        self, owners: Iterable[Owner], lease: float, watching: Callable[[int, float], None]
-    ) -> set[Owner]:
-        """Return those of `owners` with a lease of `lease` seconds that runs out while watched."""
-        undecided, dead = set(owners), set[Owner]()
+        self, node_names: Iterable[NodeName], lease: float, watching: Callable[[int, float], None]
+    ) -> set[NodeName]:
+        """Return the nodes whose lease of `lease` seconds runs out while it is watched."""
+        undecided, dead = set(node_names), set[NodeName]()
         # One operation: a connection that is closed meanwhile must count as a break.
         with self._link.operation():
             breaks, looked = self._link.breaks, time.monotonic()
             first, deadlines = self._deadlines(undecided, lease)
             while undecided:
-                left = max(deadlines[owner] for owner in undecided) - time.monotonic()
+                left = max(deadlines[node_name] for node_name in undecided) - time.monotonic()
                 watching(len(undecided), max(0.0, left))
                 time.sleep(_BETWEEN_LOOKS)
                 renewed = self._renewed()
                 now = time.monotonic()
                 undecided -= {
-                    owner for owner in undecided if renewed.get(owner) != first.get(owner)
+                    node_name
+                    for node_name in undecided
+                    if renewed.get(node_name) != first.get(node_name)
                 }
                 if self._link.breaks != breaks or now - looked > _LONGEST_BLINK:
                     breaks, now = self._link.breaks, time.monotonic()
                     first, deadlines = self._deadlines(undecided, lease)
-                out = {owner for owner in undecided if now >= deadlines[owner]}
+                out = {node_name for node_name in undecided if now >= deadlines[node_name]}
                 dead |= out
                 undecided -= out
                 looked = now
         return dead
 
-    def _renewed(self) -> dict[Owner, int]:
+    def _renewed(self) -> dict[NodeName, int]:
         """Return the time of each node's latest renewal."""
         leases = self._link.confirmed(self._ledger.leases, keep=True)
         leases.sort(key=lambda lease: lease.renewed)
-        return {lease.owner: lease.renewed for lease in leases}
+        return {lease.node_name: lease.renewed for lease in leases}
 
     def _deadlines(
-        self, owners: set[Owner], lease: float
-    ) -> tuple[dict[Owner, int], dict[Owner, float]]:
+        self, node_names: set[NodeName], lease: float
+    ) -> tuple[dict[NodeName, int], dict[NodeName, float]]:
         """Return each lease's latest renewal, and when it runs out if it is not renewed again."""
         renewed, server_time, now = self._renewed(), self._ledger.time(), time.monotonic()
         deadlines = {}
-        for owner in owners:
-            ago = (server_time - renewed.get(owner, server_time)) / 1000
+        for node_name in node_names:
+            ago = (server_time - renewed.get(node_name, server_time)) / 1000
             left = lease - ago if ago >= 0 else lease
-            deadlines[owner] = now + max(left, _CONFIRMATION)
+            deadlines[node_name] = now + max(left, _CONFIRMATION)
         return renewed, deadlines
 
-    def _remains(self, owner: Owner, session_is_dead: bool, usage: Usage) -> Remains:
+    def _remains(self, node_name: NodeName, session_is_dead: bool, usage: Usage) -> Remains:
         nothing: list[StoredFile] = []
-        files = self._of_overflow(lambda overflow: overflow.files(owner), nothing)
+        files = self._of_overflow(lambda overflow: overflow.files(node_name), nothing)
         nobodys = [file for file in files if session_is_dead or not file.is_whole]
         return Remains(
-            owner,
+            node_name,
             session_is_dead,
             usage,
-            pending=sum(map(len, self._ledger.pending(owner))),
+            pending=sum(map(len, self._ledger.pending(node_name))),
             files=len(nobodys),
             file_bytes=sum(file.entry.stored for file in nobodys),
         )
@@ -291,10 +297,10 @@ class CleanUp:
         remains = list(remains)
         removed = [each for each in remains if not each.session_is_dead]
         for each in removed:
-            self._remove_half_written(each.owner)
+            self._remove_half_written(each.node_name)
         for session in self._dead:
-            of_session = [each for each in remains if each.owner.session == session]
-            if self._remove_session(session, [each.owner for each in of_session]):
+            of_session = [each for each in remains if each.node_name.session == session]
+            if self._remove_session(session, [each.node_name for each in of_session]):
                 removed += of_session
         if self.unavailable is not None:
             removed = [replace(each, files=0, file_bytes=0) for each in removed]
@@ -302,17 +308,17 @@ class CleanUp:
         self._ledger.unlist_if_empty()
         return removed
 
-    def _remove_half_written(self, owner: Owner) -> None:
-        self._tier.remove_half_written(owner)
-        self._ledger.release_all(owner)
-        self._of_overflow(lambda overflow: overflow.remove_parts(owner, lambda pid: False), 0)
+    def _remove_half_written(self, node_name: NodeName) -> None:
+        self._tier.remove_half_written(node_name)
+        self._ledger.release_all(node_name)
+        self._of_overflow(lambda overflow: overflow.remove_parts(node_name, lambda pid: False), 0)
 
-    def _remove_session(self, session: str, owners: Sequence[Owner]) -> bool:
+    def _remove_session(self, session: str, node_names: Sequence[NodeName]) -> bool:
         """Remove a session's data while it is dead; return whether it is still dead at the end."""
-        if not all(map(self._remove_from_valkey, owners)):
+        if not all(map(self._remove_from_valkey, node_names)):
             return False
         steps: list[Callable[[OverflowTier], object]] = [
-            functools.partial(OverflowTier.destroy, owner=owner) for owner in owners
+            functools.partial(OverflowTier.destroy, node_name=node_name) for node_name in node_names
         ]
         steps.append(functools.partial(OverflowTier.destroy_session, session=session))
         for step in steps:
@@ -322,27 +328,27 @@ class CleanUp:
         if not self._is_dead(session):
             return False
         if self.unavailable is None:
-            self._forget(session, owners)
+            self._forget(session, node_names)
         return True
 
-    def _forget(self, session: str, owners: Iterable[Owner]) -> None:
+    def _forget(self, session: str, node_names: Iterable[NodeName]) -> None:
         """Remove the metadata of a dead session that has no data any more."""
-        for owner in owners:
-            self._ledger.close_account(owner)
+        for node_name in node_names:
+            self._ledger.close_account(node_name)
         if self._overflow is None:
             self._ledger.forget_overflow(session)
         else:
             shared = SharedOverflow(self._overflow, session, self._ledger)
             self._of_overflow(lambda overflow: shared.leave(), None)
 
-    def _remove_from_valkey(self, owner: Owner) -> bool:
+    def _remove_from_valkey(self, node_name: NodeName) -> bool:
         """Remove a dead node's data in Valkey while its session is dead; return whether it is."""
-        for names in self._ledger.pending(owner):
-            if not self._is_dead(owner.session):
+        for names in self._ledger.pending(node_name):
+            if not self._is_dead(node_name.session):
                 return False
             self._tier.remove_objects(names)
-        for entries in self._ledger.stored(owner):
-            if not self._is_dead(owner.session):
+        for entries in self._ledger.stored(node_name):
+            if not self._is_dead(node_name.session):
                 return False
             self._tier.remove_objects(entry.name for entry in entries)
         return True
@@ -353,6 +359,6 @@ class CleanUp:
 
     def recount(self) -> None:
         """Correct the usage of all owners in the metadata."""
-        for owner in self._ledger.owners():
-            self._ledger.recount(owner)
+        for node_name in self._ledger.node_names():
+            self._ledger.recount(node_name)
         self._ledger.recount_totals()

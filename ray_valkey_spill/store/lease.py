@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ray_valkey_spill.format.names import Owner
+from ray_valkey_spill.format.names import NodeName
 from ray_valkey_spill.tiers.ledger import Ledger
 
 __all__ = ["NodeLease"]
@@ -18,7 +18,7 @@ class NodeLease:
         ledger: the thread's ledger.
     """
 
-    def __init__(self, node: Owner, ledger: Ledger) -> None:
+    def __init__(self, node: NodeName, ledger: Ledger) -> None:
         self._node = node
         self._ledger = ledger
         self.is_held = False

@@ -28,8 +28,8 @@ from ray_valkey_spill.format.header import Header, decode_header, key_id
 from ray_valkey_spill.format.names import (
     Entry,
     Keyspace,
+    NodeName,
     ObjectName,
-    Owner,
     Place,
     TierName,
     new_attempt,
@@ -407,9 +407,9 @@ class ObjectStore:
         )
 
 
-def node_name(session: str, node: str) -> Owner:
+def node_name(session: str, node: str) -> NodeName:
     """Return the name of a session's node in keys."""
-    return Owner(_component(session), _component(node))
+    return NodeName(_component(session), _component(node))
 
 
 def remove_from(tiers: dict[TierName, Tier], places: Sequence[Place], observer: Observer) -> None:

@@ -13,7 +13,7 @@ from ray_valkey_spill.errors import (
     SpillError,
     UnconfirmedError,
 )
-from ray_valkey_spill.format.names import Entry, ObjectName, Owner
+from ray_valkey_spill.format.names import Entry, NodeName, ObjectName
 from ray_valkey_spill.store.under_way import UNDER_WAY
 from ray_valkey_spill.tiers.budget import Budget, Payments
 from ray_valkey_spill.tiers.valkey import ValkeyTier
@@ -42,7 +42,12 @@ class Batch:
     """
 
     def __init__(
-        self, tier: ValkeyTier, budget: Budget, node: Owner, names: Sequence[ObjectName], size: int
+        self,
+        tier: ValkeyTier,
+        budget: Budget,
+        node: NodeName,
+        names: Sequence[ObjectName],
+        size: int,
     ) -> None:
         self.stored: list[Entry] = []
         self.failure: SpillError | None = None

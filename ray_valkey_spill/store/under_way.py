@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from weakref import WeakValueDictionary
 
-from ray_valkey_spill.format.names import ObjectName, Owner
+from ray_valkey_spill.format.names import NodeName, ObjectName
 from ray_valkey_spill.tiers.budget import Budget
 
 __all__ = ["UNDER_WAY", "UnderWay"]
@@ -50,7 +50,7 @@ class UnderWay:
         with self._lock:
             self._in_doubt.update(names)
 
-    def in_doubt(self, node: Owner) -> list[ObjectName]:
+    def in_doubt(self, node: NodeName) -> list[ObjectName]:
         """The attempts of a node that are in doubt."""
         with self._lock:
             return [name for name in self._in_doubt if (name.session, name.node) == node]
@@ -70,7 +70,7 @@ class UnderWay:
         with self._lock:
             return writer in self._budgets
 
-    def budgets(self, node: Owner) -> list[Budget]:
+    def budgets(self, node: NodeName) -> list[Budget]:
         """Return the budgets of a node's writers in this process."""
         with self._lock:
             return [budget for budget in self._budgets.values() if budget.node == node]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from ray_valkey_spill.errors import ServerFullError, SpillError
-from ray_valkey_spill.format.names import Entry, ObjectName, Owner
+from ray_valkey_spill.format.names import Entry, NodeName, ObjectName
 from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request
@@ -62,7 +62,7 @@ class Budget:
         self,
         link: Link,
         ledger: Ledger,
-        node: Owner,
+        node: NodeName,
         writer: str,
         max_bytes: int | None,
         advice: str,

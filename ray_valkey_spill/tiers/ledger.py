@@ -34,7 +34,7 @@ from typing import NamedTuple, TypeVar
 
 from ray_valkey_spill.config import NAMESPACE_PATTERN, Config
 from ray_valkey_spill.errors import SpillError
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName
 from ray_valkey_spill.protocol.link import USUAL_SHARING, Link, Sharing
 from ray_valkey_spill.protocol.resp import Prepared, Request, command
 from ray_valkey_spill.tiers import scripts
@@ -62,8 +62,8 @@ _MEMBERS_PER_PAGE = 500
 _RECOUNTS = 5
 
 # Names of sessions and nodes become paths in the overflow, and a clean-up removes these paths.
-_OWNER = re.compile("([A-Za-z0-9_-]+):([A-Za-z0-9_-]+)")
-_LEASE = re.compile(f"{_OWNER.pattern}:([!-~]*)")
+_NODE_NAME = re.compile("([A-Za-z0-9_-]+):([A-Za-z0-9_-]+)")
+_LEASE = re.compile(f"{_NODE_NAME.pattern}:([!-~]*)")
 _SESSION = re.compile("[A-Za-z0-9_-]+")
 _TOKEN = re.compile("[ -.0-~]+")  # part of a file's name
 _USAGE = re.compile(rb"(\d{1,16}) (\d{1,16}) (\d{1,16}) (\d{1,16})")
@@ -148,7 +148,7 @@ class Kept(NamedTuple):
 class Lease(NamedTuple):
     """A node of a session was alive at `renewed`, in ms by the server's clock."""
 
-    owner: Owner
+    node_name: NodeName
     gcs_address: str
     renewed: int
 
@@ -208,7 +208,7 @@ class Ledger:
 
     def settlements(
         self,
-        node: Owner,
+        node: NodeName,
         entries: Iterable[Entry],
         kept: Kept | None = None,
         *,
@@ -257,11 +257,11 @@ class Ledger:
 
     # --- objects and owners ---
 
-    def stored(self, owner: Owner | None = None) -> Iterator[list[Entry]]:
+    def stored(self, node_name: NodeName | None = None) -> Iterator[list[Entry]]:
         """Yield the stored objects of a node, or of all nodes, in order, by the page."""
         key = self._keys.index
         start: str | bytes
-        start, stop = ("-", "+") if owner is None else _range(str(owner))
+        start, stop = ("-", "+") if node_name is None else _range(str(node_name))
         while True:
             (members,) = self._link.execute(
                 command("ZRANGEBYLEX", key, start, stop, "LIMIT", 0, _MEMBERS_PER_PAGE)
@@ -271,10 +271,10 @@ class Ledger:
             yield list(well_formed(key, members, parse_entry))
             start = b"(" + members[-1]
 
-    def pending(self, owner: Owner) -> Iterator[list[ObjectName]]:
+    def pending(self, node_name: NodeName) -> Iterator[list[ObjectName]]:
         """Yield the objects being written, or left by killed writers, by the page."""
         start: str | bytes
-        start, stop = _range(str(owner))
+        start, stop = _range(str(node_name))
         while True:
             request = self._eval(
                 scripts.PENDING, self._accounts[:2], start, stop, _MEMBERS_PER_PAGE
@@ -285,14 +285,14 @@ class Ledger:
             yield list(well_formed(self._keys.pending, members, parse_pending))
             start = b"(" + last
 
-    def owners(self) -> set[Owner]:
+    def node_names(self) -> set[NodeName]:
         """Return every owner in the metadata, found by hopping from one to the next."""
-        leases = {lease.owner for lease in self.leases()}
+        leases = {lease.node_name for lease in self.leases()}
         stored = self._hop(self._keys.index, lambda member: parse_entry(member).name)
         pending = self._hop(self._keys.pending, parse_pending)
         return {*self.usages(), *self.grants(), *leases, *stored, *pending}
 
-    def _hop(self, key: str, parse: Callable[[bytes], ObjectName]) -> Iterator[Owner]:
+    def _hop(self, key: str, parse: Callable[[bytes], ObjectName]) -> Iterator[NodeName]:
         start: str | bytes = "-"
         while True:
             request = self._eval(scripts.NODES, [key], start, _NODES_PER_SCRIPT)
@@ -300,7 +300,7 @@ class Ledger:
             if not members:
                 return
             for name in well_formed(key, members, parse):
-                yield Owner(name.session, name.node)
+                yield NodeName(name.session, name.node)
             session, _, rest = members[-1].partition(b":")
             node, separator, _ = rest.partition(b":")
             is_node = bool(session and node and separator)
@@ -313,17 +313,17 @@ class Ledger:
         (reply,) = self._link.execute(self._eval(scripts.TOTALS, self._accounts))
         return Totals(*reply)
 
-    def usages(self) -> dict[Owner, Usage]:
+    def usages(self) -> dict[NodeName, Usage]:
         return dict(
-            self._fields(self._keys.usage, lambda field, value: (_owner(field), _usage(value)))
+            self._fields(self._keys.usage, lambda field, value: (_node_name(field), _usage(value)))
         )
 
-    def recount(self, owner: Owner) -> bool:
+    def recount(self, node_name: NodeName) -> bool:
         """Correct an owner's usage from the index; return False if it changes too fast."""
         for _ in range(_RECOUNTS):
-            (was,) = self._link.execute(command("HGET", self._keys.usage, str(owner)))
+            (was,) = self._link.execute(command("HGET", self._keys.usage, str(node_name)))
             objects = size = stored = 0
-            for page in self.stored(owner):
+            for page in self.stored(node_name):
                 objects += len(page)
                 size += sum(entry.size for entry in page)
                 stored += sum(entry.stored for entry in page)
@@ -331,21 +331,21 @@ class Ledger:
                 if not objects:
                     return True
                 # Create the field first, then count again: a missing field does not show changes.
-                self._correct(owner, b"", Usage(changes=_now()))
+                self._correct(node_name, b"", Usage(changes=_now()))
                 continue
             known = next(well_formed(self._keys.usage, [was], _usage), None)
             if objects and known is not None and known[:3] == (objects, size, stored):
                 return True
             changes = _now() if known is None else known.changes + 1
             counted = Usage(objects, size, stored, changes) if objects else None
-            if self._correct(owner, bytes(was), counted):
+            if self._correct(node_name, bytes(was), counted):
                 return True
         return False
 
-    def _correct(self, owner: Owner, was: bytes, usage: Usage | None) -> bool:
+    def _correct(self, node_name: NodeName, was: bytes, usage: Usage | None) -> bool:
         """Replace an owner's usage if it is still `was`; return whether it was."""
         text = "" if usage is None else " ".join(map(str, usage))
-        request = self._eval(scripts.CORRECT, self._accounts, str(owner), was, text)
+        request = self._eval(scripts.CORRECT, self._accounts, str(node_name), was, text)
         return self._link.execute(request) == [1]
 
     def recount_totals(self) -> bool:
@@ -372,7 +372,7 @@ class Ledger:
 
     def reservation(
         self,
-        node: Owner,
+        node: NodeName,
         writer: str,
         grant: Grant,
         least: int,
@@ -396,25 +396,27 @@ class Ledger:
         limits = _limit(budget), _limit(room)
         return self._reserve.request(str(node), writer, *grant, least, most, *limits)
 
-    def release(self, node: Owner, writers: Iterable[str]) -> None:
+    def release(self, node: NodeName, writers: Iterable[str]) -> None:
         """Release the grants of some writers of a node."""
         if names := [*writers]:
             self._link.execute(self._eval(scripts.RELEASE, self._accounts, str(node), *names))
 
-    def release_all(self, node: Owner) -> None:
+    def release_all(self, node: NodeName) -> None:
         """Release the grants of all writers of a node, and what version 0.1 has left of them."""
         self._link.execute(self._eval(scripts.RELEASE, self._accounts, str(node)))
         fields = [field for field, _ in self._pairs(self._keys.grants)]
         if left := [field for field in fields if field.startswith(f"{node}:".encode())]:
             self._link.execute(command("HDEL", self._keys.grants, *map(bytes, left)))
 
-    def grants(self) -> dict[Owner, dict[str, Grant]]:
+    def grants(self) -> dict[NodeName, dict[str, Grant]]:
         """Return the grants of all nodes, by node and writer."""
         return dict(
-            self._fields(self._keys.writers, lambda field, value: (_owner(field), _grants(value)))
+            self._fields(
+                self._keys.writers, lambda field, value: (_node_name(field), _grants(value))
+            )
         )
 
-    def grants_of(self, node: Owner) -> dict[str, Grant]:
+    def grants_of(self, node: NodeName) -> dict[str, Grant]:
         """Return the grants of a node, by writer."""
         (value,) = self._link.execute(command("HGET", self._keys.writers, str(node)))
         found = [] if value is None else [value]
@@ -422,10 +424,10 @@ class Ledger:
 
     # --- leases ---
 
-    def renew(self, owner: Owner, gcs_address: str, *, new: bool) -> bool:
-        """Renew the lease of `owner`, or create it if `new`; return False if there is none."""
+    def renew(self, node_name: NodeName, gcs_address: str, *, new: bool) -> bool:
+        """Renew the lease of `node_name`, or create it if `new`; return False if there is none."""
         request = self._eval(
-            scripts.RENEW, [self._keys.leases], f"{owner}:{gcs_address}", "1" if new else "0"
+            scripts.RENEW, [self._keys.leases], f"{node_name}:{gcs_address}", "1" if new else "0"
         )
         is_renewed: bool = self._link.execute(request) == [1]
         if new:
@@ -454,13 +456,13 @@ class Ledger:
             same = sum(other == last for _, other in pairs)
             score, seen = last, same + (seen if last == score else 0)
 
-    def close_account(self, owner: Owner) -> None:
+    def close_account(self, node_name: NodeName) -> None:
         """Remove the leases, grants and usage of an owner that has nothing stored any more."""
-        members = [f"{o}:{address}" for o, address, _ in self.leases() if o == owner]
+        members = [f"{o}:{address}" for o, address, _ in self.leases() if o == node_name]
         if members:
             self._link.execute(command("ZREM", self._keys.leases, *members))
-        self.release_all(owner)
-        self.recount(owner)
+        self.release_all(node_name)
+        self.recount(node_name)
 
     def unlist_if_empty(self) -> None:
         """Remove the namespace from the list, unless it has anything."""
@@ -524,7 +526,7 @@ class Ledger:
     def forget_overflow(self, session: str) -> bool:
         """Remove a session's token unless one of its nodes has a lease; return whether it did."""
         since = self.time()
-        if any(lease.owner.session == session for lease in self.leases()):
+        if any(lease.node_name.session == session for lease in self.leases()):
             return False
         keys = [self._keys.overflows, self._keys.leases]
         request = self._eval(scripts.FORGET_OVERFLOW, keys, session, f"{session}:", since)
@@ -581,14 +583,14 @@ def well_formed(key: str, found: Iterable[_F], parse: Callable[[_F], _T]) -> Ite
 def parse_entry(member: bytes) -> Entry:
     """Parse a member of the index. Raises ValueError if it is malformed."""
     entry = Entry.parse(member.decode())
-    _matched(_OWNER, f"{entry.name.session}:{entry.name.node}".encode())
+    _matched(_NODE_NAME, f"{entry.name.session}:{entry.name.node}".encode())
     return entry
 
 
 def parse_pending(member: bytes) -> ObjectName:
     """Parse a member of the pending set. Raises ValueError if it is malformed."""
     name = ObjectName.parse(member.decode())
-    _matched(_OWNER, f"{name.session}:{name.node}".encode())
+    _matched(_NODE_NAME, f"{name.session}:{name.node}".encode())
     return name
 
 
@@ -628,13 +630,13 @@ def _matched(pattern: re.Pattern[str], text: bytes) -> re.Match[str]:
     return match
 
 
-def _owner(field: bytes) -> Owner:
-    return Owner(*_matched(_OWNER, field).groups())
+def _node_name(field: bytes) -> NodeName:
+    return NodeName(*_matched(_NODE_NAME, field).groups())
 
 
 def _lease(member: bytes, score: bytes) -> Lease:
     session, node, gcs_address = _matched(_LEASE, member).groups()
-    return Lease(Owner(session, node), gcs_address, int(float(score)))
+    return Lease(NodeName(session, node), gcs_address, int(float(score)))
 
 
 def _usage(value: bytes) -> Usage:

@@ -39,7 +39,7 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, OverflowUnavailableError
 from ray_valkey_spill.format.codec import copy_into, scratch
 from ray_valkey_spill.format.header import TRAILER_SIZE, header_size, largest_header
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place
 from ray_valkey_spill.format.packing import INLINE_LIMIT, Receive
 from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.tiers.base import Stat
@@ -329,15 +329,15 @@ class OverflowTier:
     # --- owners ---
 
     @_reading
-    def files(self, owner: Owner) -> list[StoredFile]:
+    def files(self, node_name: NodeName) -> list[StoredFile]:
         """Return the files of a node of a session."""
-        directory = self._directory(*owner)
+        directory = self._directory(*node_name)
         found = []
         for path, size in self._list(directory):
             match = _FILE.fullmatch(path.removeprefix(f"{directory}/"))
             with contextlib.suppress(ValueError):  # not one of ours
                 if match:
-                    name = ObjectName.parse(f"{owner}:{match[1]}")
+                    name = ObjectName.parse(f"{node_name}:{match[1]}")
                     entry = Entry(name, int(match[2]), size)
                     found.append(StoredFile(entry, not match[3], path))
         return found
@@ -348,26 +348,26 @@ class OverflowTier:
         return set(self._list_directories(self._directory()))
 
     @_reading
-    def owners(self) -> set[Owner]:
+    def node_names(self) -> set[NodeName]:
         return {
-            Owner(session, node)
+            NodeName(session, node)
             for session in self.sessions()
             for node in self._list_directories(self._directory(session))
         }
 
     @_changing
-    def remove_parts(self, owner: Owner, is_alive: Callable[[int], bool]) -> int:
+    def remove_parts(self, node_name: NodeName, is_alive: Callable[[int], bool]) -> int:
         """Remove the unfinished files of a node's killed processes.
 
         Args:
-            owner: the node of a session.
+            node_name: the node of a session.
             is_alive: whether the process of the node with that id may still be writing.
 
         Returns:
             The length of all other files of the node, in bytes.
         """
         size = 0
-        for file in self.files(owner):
+        for file in self.files(node_name):
             if file.is_whole or is_alive(file.entry.name.writer):
                 size += file.entry.stored
                 continue
@@ -377,11 +377,11 @@ class OverflowTier:
         return size
 
     @_changing
-    def destroy(self, owner: Owner) -> int:
+    def destroy(self, node_name: NodeName) -> int:
         """Remove everything of a node of a session; return the number of removed objects."""
-        count = sum(file.is_whole for file in self.files(owner))
-        self._delete_directory(self._directory(*owner))
-        self._remove_if_empty(self._directory(owner.session), self._directory())
+        count = sum(file.is_whole for file in self.files(node_name))
+        self._delete_directory(self._directory(*node_name))
+        self._remove_if_empty(self._directory(node_name.session), self._directory())
         return count
 
     @_changing

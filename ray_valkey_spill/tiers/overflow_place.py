@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 from ray_valkey_spill.errors import OverflowUnavailableError
-from ray_valkey_spill.format.names import Entry, Owner, Place
+from ray_valkey_spill.format.names import Entry, NodeName, Place
 from ray_valkey_spill.format.packing import Receive
 from ray_valkey_spill.format.values import Value
 from ray_valkey_spill.tiers.base import Stat
@@ -78,7 +78,7 @@ class SharedOverflow:
         """As `Tier.mark_lost`: the file is removed."""
         self.remove([place])
 
-    def remove_parts(self, node: Owner, is_alive: Callable[[int], bool]) -> int:
+    def remove_parts(self, node: NodeName, is_alive: Callable[[int], bool]) -> int:
         """As `OverflowTier.remove_parts`."""
         return self._joined().remove_parts(node, is_alive)
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ray_valkey_spill.errors import LostObjectError, ServerError, SpillError, UnconfirmedError
 from ray_valkey_spill.format.codec import copy_into
-from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName, Owner, Place
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place
 from ray_valkey_spill.format.packing import Receive
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request, command, fetch, store
@@ -69,7 +69,7 @@ class ValkeyTier:
     # --- writing ---
 
     def write(
-        self, node: Owner, names: Sequence[ObjectName], values: Payments, budget: Budget
+        self, node: NodeName, names: Sequence[ObjectName], values: Payments, budget: Budget
     ) -> Iterator[Entry]:
         """Register, write and settle objects, and yield each once its values are written.
 
@@ -136,7 +136,7 @@ class ValkeyTier:
         if not values.is_half_way:
             _require_settled(settlements, written, budget)
 
-    def settle(self, node: Owner, entries: Sequence[Entry], budget: Budget) -> None:
+    def settle(self, node: NodeName, entries: Sequence[Entry], budget: Budget) -> None:
         """Settle objects with all their values, after a `write` that failed later.
 
         Raises:
@@ -158,7 +158,7 @@ class ValkeyTier:
         """Whether one script may use all keys, as far as is known."""
         return self._link.is_single and not self._is_sharded
 
-    def confirm(self, node: Owner, entries: Sequence[Entry], breaks: int) -> None:
+    def confirm(self, node: NodeName, entries: Sequence[Entry], breaks: int) -> None:
         """Make sure that written objects still exist, and on as many replicas as configured.
 
         A server that restarts or fails over may lose acknowledged writes.
@@ -318,7 +318,7 @@ class ValkeyTier:
         self._link.execute(command("UNLINK", self._keys.header(place.name)))
 
     def remove_half_written(
-        self, owner: Owner, is_half_written: Callable[[ObjectName], bool] = lambda name: True
+        self, node_name: NodeName, is_half_written: Callable[[ObjectName], bool] = lambda name: True
     ) -> int:
         """Remove the pending objects of a node that nobody will settle; return their number.
 
@@ -326,7 +326,7 @@ class ValkeyTier:
         through `link.Link.confirmed`, and read again if a connection broke before the removal.
 
         Args:
-            owner: the node.
+            node_name: the node.
             is_half_written: whether nobody will settle the object, because its writer is dead.
 
         Raises:
@@ -336,7 +336,7 @@ class ValkeyTier:
             # One operation: between two of them the link may replace its connections.
             with self._link.operation():
                 names = self._link.confirmed(
-                    lambda: [n for page in self.ledger.pending(owner) for n in page]
+                    lambda: [n for page in self.ledger.pending(node_name) for n in page]
                 )
                 names = [name for name in names if is_half_written(name)]
                 try:
@@ -348,10 +348,10 @@ class ValkeyTier:
                     break
         return len(names)
 
-    def remove_stored(self, owner: Owner) -> int:
+    def remove_stored(self, node_name: NodeName) -> int:
         """Remove all stored objects of a node; return their number."""
         count = 0
-        for entries in self.ledger.stored(owner):
+        for entries in self.ledger.stored(node_name):
             self.remove_objects(entry.name for entry in entries)
             count += len(entries)
         return count
