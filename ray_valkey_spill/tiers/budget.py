@@ -36,6 +36,8 @@ _IDLE = 10.0
 # Seconds after which a server without limits is looked at again: together with the values, and
 # before any value is written.
 _LOOK_AGAIN, _LOOK_FIRST = 1.0, 10.0
+# Seconds for which a look at a server holds on which others may lose keys to what is written.
+_FLEETING = 1.0
 # Share of the margin that others may use while a batch is written, without stopping it.
 _INTO_MARGIN = 1 / 2
 # Attempts to get a grant: another writer that asked at the same time may give its bytes back.
@@ -102,6 +104,10 @@ class Budget:
         self._expected = size
         self._looks, self._found = [], []
         self._look_at, self._is_look_due = self._limits.between_looks, False
+        # What is kept is only good as long as others cannot have filled the room.
+        self._is_tight = self._is_tight or (
+            self._limits.is_fleeting and self._is_older_than(_FLEETING)
+        )
 
     def end(self) -> None:
         """End the batch. All that it wrote must be settled, removed or stranded."""
@@ -177,9 +183,11 @@ class Budget:
                 self._limits.kept_by_all,
                 self._limits.max_bytes,
             )
-            self._is_look_due = not is_enough and bool(self._limits.bounded)
+            self._is_look_due = (not is_enough and bool(self._limits.bounded)) or (
+                self._limits.is_fleeting and self._is_older_than(_FLEETING / 2)
+            )
         else:
-            self._is_look_due = time.monotonic() - self._looked_at > _LOOK_AGAIN
+            self._is_look_due = self._is_older_than(_LOOK_AGAIN)
         yield from self._ledger.settlements(self.node, entries, kept, verify=verify)
 
     def settled(self, granted: int, unwritten: int) -> None:
@@ -228,9 +236,13 @@ class Budget:
         """Whether there are no limits, as far as is known; asks the servers if need be."""
         if self._limits.max_bytes is not None:
             return False
-        if time.monotonic() - self._looked_at > _LOOK_FIRST:
+        if self._is_older_than(_LOOK_FIRST):
             self._take_in(self._link.memories())
         return not self._limits.exist
+
+    def _is_older_than(self, seconds: float) -> bool:
+        """Whether the latest look at the servers is."""
+        return time.monotonic() - self._looked_at > seconds
 
     def _take_in(self, memories: Iterable[MemoryInfo]) -> None:
         self._limits = Limits(self._limits.max_bytes, [*memories])

@@ -107,6 +107,11 @@ class Limits:
         return self.max_bytes is not None or bool(self.bounded)
 
     @cached_property
+    def is_fleeting(self) -> bool:
+        """Whether others may fill the room at any time, and then lose keys to what is written."""
+        return self.max_bytes is None and any(each.evicts_others for each in self.bounded)
+
+    @cached_property
     def kept_by_all(self) -> int:
         """Bytes of all grants up to which a writer may keep some."""
         limits = [] if self.max_bytes is None else [self.max_bytes * _KEPT_SHARE]
