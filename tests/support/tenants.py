@@ -21,8 +21,8 @@ import valkey
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, SpillError
-from ray_valkey_spill.store.object_store import ObjectStore
 from support.samples import source
+from support.stores import Store
 
 KIB, MIB = 1 << 10, 1 << 20
 HOUR = 3600
@@ -207,7 +207,7 @@ class Spills(Tenant):
 
     def __init__(self, config: Config, keys: int, node: str = "ab" * 28) -> None:
         super().__init__(keys)
-        self.store = ObjectStore(config, "session_1", node)
+        self.store = Store(config, "session_1", node)
         self._urls: dict[int, str] = {}
 
     def close(self) -> None:
