@@ -62,7 +62,9 @@ class Finding:
 
 
 def run(
-    options: Mapping[str, Any], timeout: float, notify: Callable[[str], None]
+    options: Mapping[str, Any],
+    timeout: float = 5.0,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Finding]:
     """Check everything that can still be checked after what was found before.
 
