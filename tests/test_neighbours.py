@@ -321,7 +321,7 @@ def test_without_max_bytes_nobody_loses_anything_and_the_overflow_takes_the_rest
         with at_work(*others, *spills, pause=0.002):
             wait_until(lambda: all(each.tally.operations > 5 * each.keys for each in spills))
         assert shared.client.zcard(INDEX) > 0
-        assert all(each.store.in_overflow() for each in spills)
+        assert all(each.store.sweep_overflow() for each in spills)
         assert evicted(shared) == 0
         assert_nothing_lost(*others, *spills)
         for spilling in spills:
