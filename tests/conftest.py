@@ -32,6 +32,7 @@ LONGEST = [
         *("ray_cluster", "ray_away", "benchmarks", "ray_upstream", "walkthrough", "sentinel"),
         *("ray_faults", "ray_start", "cli", "roles", "cluster", "ray_values", "cleanup"),
         *("ray_disk", "ray_lost", "overflow_away", "connections", "metrics", "objects"),
+        *("exchanges", "tools", "budget", "ledger", "keeper"),
         *("neighbours", "lease", "ray_large", "secrets", "overflow", "sealing", "faults"),
         *("head_start", "wire"),
     )
