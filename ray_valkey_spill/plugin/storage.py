@@ -330,6 +330,11 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         try:
             self._store.begin_lease(gcs_address(), self._is_destroyed)
             urls, failure = self._store.put(self._sources(refs, owner_addresses))
+            if self._is_destroyed():
+                # Whoever destroyed the node's data may have been done before this was stored.
+                self._store.delete(urls)
+                self._store.give_back()
+                return []
         except SpillError as error:
             self._cannot_spill(error)
             return []

@@ -180,6 +180,10 @@ class ObjectStore:
         if not self._lease.is_held:
             self._lease.renew(gcs_address, is_destroyed)
 
+    def give_back(self) -> None:
+        """Release what this store is granted for its next objects. Errors as `link.Link.run`."""
+        self._budget.give_back(self._valkey.ledger, idle=0.0)
+
     # --- put ---
 
     def put(self, sources: Sequence[SourceObject]) -> tuple[list[str], SpillError | None]:

@@ -120,7 +120,8 @@ class Batch:
         """Remove all objects of the batch; return whether nothing is left."""
         try:
             self._remove(self._names)
-            self._tier.settle(self._node, [], self._budget)
+            # The node's data may have been destroyed, and nobody would release what is kept.
+            self._tier.settle(self._node, [], self._budget, keep=False)
         except SpillError:
             return False
         return True

@@ -167,8 +167,16 @@ class Budget:
             self._is_tight = room is not None and room < self._of_others + left
         return True
 
-    def settlements(self, entries: Iterable[Entry], *, verify: bool) -> Iterator[Request]:
-        """Yield requests that settle objects and keep a grant; see `Ledger.settlements`."""
+    def settlements(
+        self, entries: Iterable[Entry], *, verify: bool, keep: bool = True
+    ) -> Iterator[Request]:
+        """Yield requests that settle objects and keep a grant; see `Ledger.settlements`.
+
+        Args:
+            entries: the objects.
+            verify: as there.
+            keep: whether the writer keeps some of its grant.
+        """
         entries = list(entries)
         kept = None
         if self._is_granted or self._limits.exist:
@@ -179,11 +187,11 @@ class Budget:
             kept = Kept(
                 self._writer,
                 self._stranded,
-                min(most, left) if is_enough else most,
+                (min(most, left) if is_enough else most) if keep else 0,
                 self._limits.kept_by_all,
                 self._limits.max_bytes,
             )
-            self._is_look_due = (not is_enough and bool(self._limits.bounded)) or (
+            self._is_look_due = (keep and not is_enough and bool(self._limits.bounded)) or (
                 self._limits.is_fleeting and self._is_older_than(_FLEETING / 2)
             )
         else:

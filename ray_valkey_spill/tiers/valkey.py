@@ -136,7 +136,9 @@ class ValkeyTier:
         if not values.is_half_way:
             _require_settled(settlements, written, budget)
 
-    def settle(self, node: NodeName, entries: Sequence[Entry], budget: Budget) -> None:
+    def settle(
+        self, node: NodeName, entries: Sequence[Entry], budget: Budget, *, keep: bool = True
+    ) -> None:
         """Settle objects with all their values, after a `write` that failed later.
 
         Raises:
@@ -144,7 +146,7 @@ class ValkeyTier:
         """
         settlements = []
         verify = self._can_verify(entries)
-        for request in self._link.run(budget.settlements(entries, verify=verify)):
+        for request in self._link.run(budget.settlements(entries, verify=verify, keep=keep)):
             request.result()
             settlements.append(request)
         _require_settled(settlements, entries, budget)
