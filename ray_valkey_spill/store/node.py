@@ -212,7 +212,7 @@ class Node:
         self._ledger.release(self._name, grants)
         for budget, stranded in budgets:
             budget.recovered(stranded)
-        return count + len(in_doubt)
+        return count + len({*in_doubt} - left)
 
     def recover_own(self) -> int:
         """As `recover`, for this process only."""
