@@ -746,7 +746,7 @@ def test_stores_of_one_process_leave_each_others_puts_alone(
     with proxy_to(server.port) as proxy:
         backend = Backend(proxy.url, server.client)
         first, second = backend.store(), Backend(server.url, server.client).store()
-        settling = proxy.hold(b"EVAL")
+        settling = proxy.hold(b"EVAL", number=2)
         putting = pool.submit(put_all, first, [source(noise(3 * CHUNK, i), i) for i in range(20)])
         settling.wait()
         wait_until(lambda: server.client.zcard(first.keys.pending) == 20)
@@ -774,7 +774,7 @@ def test_puts_of_one_thread_are_spared_by_the_recovery_in_another(
 def test_objects_destroyed_while_they_are_written_are_not_reported(server: Server) -> None:
     store = Backend(server.url, server.client).store()
     with proxy_to(server.port) as proxy, writer(proxy.url) as writing:
-        settling = proxy.hold(b"EVAL")
+        settling = proxy.hold(b"EVAL", number=2)
         writing.begin([3 * CHUNK] * 20)
         settling.wait()
         wait_until(lambda: len(server.our_keys()) == 1 + 20 * 4)
@@ -830,7 +830,7 @@ def test_destroy_waits_for_a_living_writer_and_leaves_what_is_unfinished(
     store = Backend(server.url, server.client).store()
     done = put(store, noise(3 * CHUNK))
     with proxy_to(server.port) as proxy, writer(proxy.url) as writing:
-        settling = proxy.hold(b"EVAL")
+        settling = proxy.hold(b"EVAL", number=2)
         writing.begin([3 * CHUNK] * 10)
         settling.wait()
         wait_until(lambda: len(server.our_keys()) == BOOKS + 1 + 4 * 11)
@@ -851,7 +851,7 @@ def test_destroy_waits_for_a_living_writer_and_leaves_what_is_unfinished(
 def test_what_was_put_while_recover_looked_is_spared(server: Server) -> None:
     store = Backend(server.url, server.client).store()
     with proxy_to(server.port) as proxy, writer(proxy.url) as writing:
-        settling = proxy.hold(b"EVAL")
+        settling = proxy.hold(b"EVAL", number=2)
         writing.begin([INLINE_LIMIT + 1])
         settling.wait()
         wait_until(lambda: server.client.zcard(store.keys.pending) == 1)
