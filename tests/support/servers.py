@@ -32,8 +32,8 @@ ROOT = "ray:spill:default:"
 INDEX = f"{ROOT}{{default}}:index"
 
 # What is kept of a node while it lives, whatever it has stored: its writers keep grants, which the
-# totals count. And what metadata there are beside.
-OF_THE_LIVING = (b":leases", b":overflows", b":writers", b":totals")
+# totals count, and its namespace is listed. And what metadata there are beside.
+OF_THE_LIVING = (b":leases", b":overflows", b":writers", b":totals", b":namespaces")
 BOOKS = (*OF_THE_LIVING, b":index", b":pending", b":usage")
 
 # What the neighbours of the platform decision keep on the same server.
