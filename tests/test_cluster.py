@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import random
@@ -120,8 +121,14 @@ class Objects:
         return self.store.keys.parse_url(url).name
 
     @contextlib.contextmanager
-    def struck(self, what: str, number: int, strike: Callable[[], object]) -> Iterator[None]:
-        """Have `strike` come before chunk `number` of a "put" or of a "fill"."""
+    def struck(
+        self, what: str, when: int | Callable[[int], bool], strike: Callable[[], object]
+    ) -> Iterator[None]:
+        """Have `strike` come before the chunk `when` of a "put" or of a "fill".
+
+        That is its number, or a condition that gets the number of each chunk.
+        """
+        is_due = when if callable(when) else when.__eq__
         steps = {"put": (self.store._packer, "pack"), "fill": (self.store._valkey, "read")}
         owner, name = steps[what]
         method = getattr(owner, name)
@@ -129,7 +136,7 @@ class Objects:
 
         def struck(items: Iterator[Any]) -> Iterator[Any]:
             for i, item in enumerate(items):
-                if i == number and strikes:
+                if strikes and is_due(i):
                     strikes.pop()()
                 yield item
 
@@ -889,6 +896,16 @@ class Loss:
         self._primary.client.execute_command("CLIENT KILL TYPE replica")
         wait_until(lambda: not self._primary.client.info("replication")["connected_slaves"])
 
+    def is_acknowledged(self, link: Link, number: int) -> bool:
+        """Whether, before chunk `number` of a put, the link has the reply to a value to be lost.
+
+        The link reads replies in the order of the values, so only the latest ones have none.
+        """
+        first_without = number - 1 - link.under_way // CHUNK
+        chunks = self._primary.client.keys(f"{ROOT}{SESSION}:{NODE}:*:*")
+        # The replica may have got chunk 0.
+        return any(0 < int(chunk.rsplit(b":", 1)[1]) < first_without for chunk in chunks)
+
     def end_by_killing_it(self) -> None:
         """The primary is no more, and the replica follows."""
         self._primary.kill()
@@ -915,11 +932,13 @@ def test_what_a_failover_lost_of_a_put_is_put_again(
     with objects_at(mortal.url) as objects:
         tries = _counted(objects.store, "_put_in_valkey")
         loss = Loss(mortal, another(mortal, mortal.primary_of(INDEX)))
+        is_due = functools.partial(loss.is_acknowledged, objects.store._valkey._link)
         with (
             objects.struck("put", 1, loss.begin),
-            objects.struck("put", CHUNKS // 2, lambda: end(loss)),
+            objects.struck("put", is_due, lambda: end(loss)),
         ):
-            (url,) = objects.put(SIZE)
+            # More than is under way at once.
+            (url,) = objects.put(4 * SIZE)
         assert tries() == 2
         objects.check(url)
         objects.delete(url)

@@ -32,7 +32,7 @@ ROOT = "ray:spill:default:"
 INDEX = f"{ROOT}{{default}}:index"
 
 # What is kept of a node while it lives, whatever it has stored: its writers keep grants, which the
-# totals count. And what metadata there are beside.
+# totals count, and its namespace is listed. And what metadata there are beside.
 OF_THE_LIVING = (b":leases", b":overflows", b":writers", b":totals", b":namespaces")
 BOOKS = (*OF_THE_LIVING, b":index", b":pending", b":usage")
 
