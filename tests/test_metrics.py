@@ -277,8 +277,9 @@ def header_damaged(server: Server, watched: Watched, url: str) -> None:
 
 def found_damaged_by_another(server: Server, watched: Watched, url: str) -> None:
     """As an IO worker leaves it that has to exit."""
-    found = watched.store.find(url, object_id(0))
+    # The look reads the first chunks ahead.
     server.client.setrange(server.keys_of(object_id(0))[1], 100, b"x" * 50)
+    found = watched.store.find(url, object_id(0))
     with pytest.raises(LostObjectError, match="checksum"):
         watched.store.fill(found, memoryview(bytearray(found.header.size)))
     watched.store.mark_lost(found)
