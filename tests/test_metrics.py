@@ -398,10 +398,12 @@ def test_a_look_tells_of_the_breaks_since_the_one_before_and_of_the_last_lease(
     assert [value for value, _ in given(instruments, "connection_breaks")] == [3, 7]
     assert {value for value, _ in given(instruments, "lease_renewed_timestamp_seconds")} == {0}
     it.renewed_lease()
+    # A round can take longer than the endpoint exports a gauge.
+    (*_, at_once) = given(instruments, "lease_renewed_timestamp_seconds")
     it.looked(10)
     it.looked(10)
     *_, first, last = given(instruments, "lease_renewed_timestamp_seconds")
-    assert first == last
+    assert at_once == first == last
     assert first[0] > 0
     assert given(instruments, "connected")[-1] == (1, None)
 
