@@ -137,8 +137,8 @@ _LEASE = Definition(
     "gauge",
     "Unix time",
     (),
-    "When the IO worker last renewed its node's lease; 0 if it has not yet. One IO worker of a node "
-    "renews it.",
+    "When the IO worker last renewed its node's lease; 0 if it has not yet. One IO worker of a "
+    "node renews it.",
 )
 _BUDGET_USED = Definition(
     "valkey_spill_budget_used_bytes",
