@@ -530,8 +530,8 @@ def test_a_session_that_comes_to_life_while_its_files_are_removed_keeps_those_of
     remains = look.find()
     destroy = OverflowTier.destroy
 
-    def and_it_comes_to_life(self: OverflowTier, owner: NodeName) -> int:
-        count = destroy(self, owner)
+    def and_it_comes_to_life(self: OverflowTier, node_name: NodeName) -> int:
+        count = destroy(self, node_name)
         namespace.renew(LIVING, NODES[1])
         return count
 
@@ -894,7 +894,7 @@ def test_a_running_session_is_known_by_its_gcs_and_so_are_its_dead_nodes(
             look = CleanUp(namespace.config, running_at)
             assert look.find(namespace.told.append) == []
             look.close()
-        assert len([line for line in namespace.told if "as its GCS says" in line]) == 2
+        assert len([line for line in namespace.told if "alive according to its GCS" in line]) == 2
         assert running_at(made.address) == RunningSession(session, frozenset([head, other]))
         with monkeypatch.context() as patched:
             patched.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -137,7 +137,8 @@ _LEASE = Definition(
     "gauge",
     "Unix time",
     (),
-    "When the IO worker last renewed its node's lease; 0 if it has not yet.",
+    "When the IO worker last renewed its node's lease; 0 if it has not yet. One IO worker of a "
+    "node renews it.",
 )
 _BUDGET_USED = Definition(
     "valkey_spill_budget_used_bytes",
@@ -239,6 +240,8 @@ class Metrics(Observer):
 
     def renewed_lease(self) -> None:
         self._renewed = time.time()
+        # A round can take longer than the endpoint exports a gauge.
+        self._record(_LEASE, self._renewed)
         self._note(connected=True)
 
     def found_room(self, room: Room) -> None:
@@ -256,8 +259,8 @@ class Metrics(Observer):
         """End a round. `breaks` is the number of broken connections since the process began."""
         self._record(_BREAKS, breaks - self._breaks)
         self._breaks = breaks
-        if self._renewed:  # by this IO worker: others keep the node
-            self._record(_LEASE, self._renewed)
+        # Also 0, which tells of a node whose lease nobody could renew.
+        self._record(_LEASE, self._renewed)
         if self._connected is not None:
             self._record(_CONNECTED, int(self._connected))
 
