@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,7 +28,8 @@ class Store(ObjectStore):
         **options: Any,
     ) -> None:
         super().__init__(config, session, node, observer, sharing)
-        self.background = Node(config, session, node, observer, sharing, beside=self, **options)
+        self._whose = config, session, node, observer, sharing
+        self.background = Node(*self._whose, beside=self, **options)
 
     def close(self) -> None:
         super().close()
@@ -66,4 +68,8 @@ class Store(ObjectStore):
         self.background.give_back(idle=0.0)
 
     def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
-        return self.background.destroy(is_alive, patience)
+        # A test may end in the middle of a failover.
+        config, *_ = self._whose
+        patient = Node(*self._whose, beside=self, patience=config.retry_timeout)
+        with contextlib.closing(patient):
+            return patient.destroy(is_alive, patience)
