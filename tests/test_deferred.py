@@ -59,6 +59,11 @@ class World:
             raise RuntimeError("the raylet cannot be reached")
         return SERVER
 
+    def wait_for_attempt(self) -> None:
+        """Wait for one that begins from now on: what is under way may have failed before."""
+        attempts = self.reports
+        wait_until(lambda: self.reports > attempts + 1)
+
     @property
     def claims(self) -> list[str]:
         directory = self.directory / "restores"
@@ -162,12 +167,10 @@ def test_what_ray_asks_for_ever_more_rarely_goes_on_waiting(world: World) -> Non
     it.add(SERVER, restores("aa"))
     for seconds in (10, 20, 40):
         world.now += seconds
-        attempts = world.reports
-        wait_until(lambda attempts=attempts: world.reports > attempts + 1)
+        world.wait_for_attempt()
         it.add(SERVER, restores("aa"))
     world.now += 130
-    attempts = world.reports
-    wait_until(lambda: world.reports > attempts + 1)
+    world.wait_for_attempt()
     assert it.count(SERVER) == 1
     world.now += 100
     wait_until(lambda: not it.count(SERVER) and not world.claims)
@@ -206,8 +209,7 @@ def test_what_ray_asks_for_no_more_ends_where_nothing_can_be_shared(world: World
     world.now += 50
     it.add(SERVER, restores("aa"))
     world.now += 50
-    attempts = world.reports
-    wait_until(lambda: world.reports > attempts + 1)
+    world.wait_for_attempt()
     assert it.count(SERVER) == 1
     world.now += 100
     wait_until(lambda: not it.count(SERVER))
@@ -257,8 +259,7 @@ def test_what_a_killed_process_had_is_as_old_as_before(world: World) -> None:
     node = world.node(lambda pid: str(pid) if pid == os.getpid() else None)
     node.adopt(lambda url: SERVER)
     world.now += 1900
-    attempts = world.reports
-    wait_until(lambda: world.reports > attempts + 1)
+    world.wait_for_attempt()
     assert node.count(SERVER) == 1
     world.now += 200
     wait_until(lambda: not node.count(SERVER) and not world.claims)

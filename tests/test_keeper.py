@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.io_worker import IoWorker, io_workers
 from support.servers import Server, wait_until
+from support.stores import Lease
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace
@@ -95,30 +96,9 @@ def test_whoever_renews_the_lease_all_know_of_it(tmp_path: Path) -> None:
 # --- IO workers ---
 
 
-class Lease:
-    """The node's lease on the server."""
-
-    def __init__(self, server: Server) -> None:
-        self._client = server.client
-        self._key = Keyspace.of(Config.load({"url": server.url}, {})).leases
-
-    def renewed(self) -> float:
-        found = self._client.zrange(self._key, 0, -1, withscores=True)
-        return max((float(score) for _, score in found), default=0.0)
-
-    def age(self) -> float:
-        """Let it have been renewed a minute before; returns when that was."""
-        for member in self._client.zrange(self._key, 0, -1):
-            self._client.zincrby(self._key, -60_000, member)
-        return self.renewed()
-
-    def remove(self) -> None:
-        self._client.delete(self._key)
-
-
 @pytest.fixture
 def lease(server: Server) -> Iterator[Lease]:
-    made = Lease(server)
+    made = Lease(server, Keyspace.of(Config.load({"url": server.url}, {})))
     yield made
     made.remove()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.io_worker import io_workers
 from support.servers import Server, wait_until
-from support.stores import Store
+from support.stores import Lease, Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace, ObjectName
@@ -22,27 +22,6 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 SESSION, NODE = "session", "node"
 GCS = "127.0.0.1:1"
-
-
-class Lease:
-    """The one lease on a server, past the store."""
-
-    def __init__(self, server: Server, keys: Keyspace) -> None:
-        self._client = server.client
-        self._key = keys.leases
-
-    def renewed(self) -> float:
-        found = self._client.zrange(self._key, 0, -1, withscores=True)
-        return max((float(score) for _, score in found), default=0.0)
-
-    def age(self) -> float:
-        """Let it have been renewed a minute before; returns when that was."""
-        for member in self._client.zrange(self._key, 0, -1):
-            self._client.zincrby(self._key, -60_000, member)
-        return self.renewed()
-
-    def remove(self) -> None:
-        self._client.delete(self._key)
 
 
 def test_the_lease_can_be_renewed_while_half_written_objects_are_removed(server: Server) -> None:

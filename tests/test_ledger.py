@@ -339,48 +339,49 @@ def test_whatever_comes_first_adds_missing_totals_up(
             assert metadata.ledger.totals().objects == len(metadata.stored())
 
 
-def test_totals_that_change_while_they_are_counted_are_counted_again(
-    metadata: Metadata, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def wrong_totals(metadata: Metadata) -> Iterator[Metadata]:
+    """Of one object."""
     with room(metadata):
         metadata.store(entry(1))
         metadata.client.set(metadata.keys.totals, "9 9 9 9 9 9")
-        totals = metadata.ledger.totals
-        numbers = iter(range(2, 4))
-
-        def and_they_change() -> Totals:
-            found = totals()
-            for number in numbers:
-                metadata.store(entry(number))
-                break
-            return found
-
-        monkeypatch.setattr(metadata.ledger, "totals", and_they_change)
-        assert metadata.ledger.recount_totals()
-        monkeypatch.undo()
+        yield metadata
     metadata.expect_totals()
-    assert metadata.usage() == (3, 30, 60)
+
+
+def change_while_counted(
+    metadata: Metadata, monkeypatch: pytest.MonkeyPatch, times: int | None = None
+) -> None:
+    """Store one object more after each of the next `times` that the totals are read."""
+    totals, numbers = metadata.ledger.totals, itertools.count(2)
+
+    def and_they_change() -> Totals:
+        found = totals()
+        number = next(numbers)
+        if times is None or number < 2 + times:
+            metadata.store(entry(number))
+        return found
+
+    monkeypatch.setattr(metadata.ledger, "totals", and_they_change)
+
+
+def test_totals_that_change_while_they_are_counted_are_counted_again(
+    wrong_totals: Metadata, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_while_counted(wrong_totals, monkeypatch, times=2)
+    assert wrong_totals.ledger.recount_totals()
+    monkeypatch.undo()
+    wrong_totals.expect_totals()
+    assert wrong_totals.usage() == (3, 30, 60)
 
 
 def test_totals_that_change_all_the_time_are_left_as_they_are(
-    metadata: Metadata, monkeypatch: pytest.MonkeyPatch
+    wrong_totals: Metadata, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with room(metadata):
-        metadata.store(entry(1))
-        metadata.client.set(metadata.keys.totals, "9 9 9 9 9 9")
-        totals = metadata.ledger.totals
-        numbers = iter(range(2, 100))
-
-        def and_they_change() -> Totals:
-            found = totals()
-            metadata.store(entry(next(numbers)))
-            return found
-
-        monkeypatch.setattr(metadata.ledger, "totals", and_they_change)
-        assert not metadata.ledger.recount_totals()
-        monkeypatch.undo()
-        assert metadata.ledger.recount_totals()
-    metadata.expect_totals()
+    change_while_counted(wrong_totals, monkeypatch)
+    assert not wrong_totals.ledger.recount_totals()
+    monkeypatch.undo()
+    assert wrong_totals.ledger.recount_totals()
 
 
 def test_usage_is_never_negative(metadata: Metadata) -> None:

@@ -236,7 +236,8 @@ class Keeper:
             self._cannot_join = True
             self._outages.failed(OVERFLOW, "spills and restores", error)
             raise
-        # After the first success this step does no I/O, so it proves nothing about the overflow.
+        # After the first success this step asks only the server: it proves nothing about the
+        # overflow any more.
         if self._cannot_join:
             self._cannot_join = False
             self._outages.over(OVERFLOW, "spills and restores")
@@ -259,21 +260,20 @@ class Keeper:
             self._deferred.adopt(lambda url: [*self._needs(url), VALKEY][0])
 
     def _recover(self) -> None:
-        self._has_left_something = False
-        try:
-            self._node.recover(is_alive)
-        except SpillError:
-            self._has_left_something = True
-            raise
+        self._remove_left(lambda: self._node.recover(is_alive))
 
     def _recover_own(self) -> None:
         if self._has_left_something:
-            self._has_left_something = False
-            try:
-                self._node.recover_own()
-            except SpillError:
-                self._has_left_something = True
-                raise
+            self._remove_left(self._node.recover_own)
+
+    def _remove_left(self, recover: Callable[[], int]) -> None:
+        # Before: what fails meanwhile, in the other thread, is for the next round.
+        self._has_left_something = False
+        try:
+            recover()
+        except SpillError:
+            self._has_left_something = True
+            raise
 
     def _delete_again(self) -> None:
         """Retry deletions that failed. A failure of one tier does not hold up the other."""

@@ -139,7 +139,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         except ConfigError as error:
             if not self._in_io_worker:
                 raise
-            self._store = cast(ObjectStore, _Unusable(error))
+            unusable = _Unusable(error)
+            self._store, self._node = cast(ObjectStore, unusable), cast(Node, unusable)
             self._new_store: Callable[[], ObjectStore] = lambda: self._store
             return
         self._config = config
@@ -357,12 +358,12 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Return the objects, to be read in place from plasma, up to the first missing one."""
         sources: list[SourceObject] = []
         found = self._get_objects_from_store(refs)
-        for ref, (buffer, metadata, *_), node_name in zip(refs, found, owner_addresses):
+        for ref, (buffer, metadata, *_), owner in zip(refs, found, owner_addresses):
             if buffer is None and not metadata:
                 logger.warning("not spilled: object %s is not in plasma", ref.hex())
                 break
             data = memoryview(buffer if buffer is not None else b"").cast("B")
-            sources.append(SourceObject(ref.hex(), bytes(metadata), bytes(node_name), data))
+            sources.append(SourceObject(ref.hex(), bytes(metadata), bytes(owner), data))
         return sources
 
     # --- restore ---
@@ -526,17 +527,12 @@ class _Source:
 
 
 class _Unusable:
-    """Replaces the store if the config is wrong: every use raises that error."""
-
-    breaks = 0
+    """Replaces the store and the node if the config is wrong: every use raises that error."""
 
     def __init__(self, error: ConfigError) -> None:
         self._error = error
 
     def close(self) -> None:
-        """There is nothing to close."""
-
-    def close_idle(self) -> None:
         """There is nothing to close."""
 
     def __getattr__(self, name: str) -> Any:

@@ -111,6 +111,7 @@ class Connection:
         # When a small request was sent alone, until its reply comes; the shortest time that one
         # took since the latest look at the round trip.
         self._asked_at: float | None = None
+        self._looked_at = self.used
         self._shortest = self._round_trip = float("inf")
         self._begin_to_pace(self._least_window)
         self._replies = ReplyReader(self._stream)
@@ -292,7 +293,6 @@ class Connection:
     def _begin_to_pace(self, start: int) -> None:
         """Look for the limits from `start` bytes on."""
         self._start = start
-        self._looked_at = time.monotonic()
         self._sending = Pacer(self._least_window, _LARGEST_WINDOW, start)
         self._receiving = Pacer(self._least_window, _LARGEST_WINDOW, start)
         self._pacer = self._sending

@@ -75,8 +75,8 @@ def not_now(text: str) -> TransientError:
 
 # Commands without a key. The first argument of all others is a key, except for EVAL.
 _KEYLESS = {
-    *("ASKING", "CLIENT", "CLUSTER", "HELLO", "INFO", "PING", "ROLE", "SENTINEL", "TIME"),
-    *("WAIT", "WAITAOF"),
+    *(b"ASKING", b"CLIENT", b"CLUSTER", b"HELLO", b"INFO", b"PING", b"ROLE", b"SENTINEL"),
+    *(b"TIME", b"WAIT", b"WAITAOF"),
 }
 
 
@@ -151,28 +151,35 @@ class Prepared:
     __slots__ = ("_count", "_encoded", "_key")
 
     def __init__(self, name: str, *args: str | bytes | int, key: str | None = None) -> None:
-        encoded = [name.encode(), *(a if isinstance(a, bytes) else str(a).encode() for a in args)]
-        place = 3 if name == "EVAL" else 1
-        self._key = None if name in _KEYLESS or place >= len(encoded) else encoded[place]
-        if key is not None:
-            self._key = key.encode()
+        encoded = _encoded((name, *args))
+        self._key = _key_of(encoded) if key is None else key.encode()
         self._count = len(encoded)
         self._encoded = _bulks(encoded)
 
     def request(self, *args: str | bytes | int) -> Request:
         """Return the command with further arguments."""
-        rest = _bulks([a if isinstance(a, bytes) else str(a).encode() for a in args])
         head = b"*%d\r\n" % (self._count + len(args))
-        return Request([b"".join((head, self._encoded, rest))], self._key)
+        return Request([head + self._encoded + _bulks(_encoded(args))], self._key)
+
+
+def command(name: str, *args: str | bytes | int) -> Request:
+    """Return a small command. EVAL as for `Prepared`."""
+    encoded = _encoded((name, *args))
+    return Request([b"*%d\r\n" % len(encoded) + _bulks(encoded)], _key_of(encoded))
+
+
+def _encoded(args: Sequence[str | bytes | int]) -> list[bytes]:
+    return [a if isinstance(a, bytes) else str(a).encode() for a in args]
 
 
 def _bulks(encoded: Sequence[bytes]) -> bytes:
     return b"".join([b"$%d\r\n%b\r\n" % (len(a), a) for a in encoded])
 
 
-def command(name: str, *args: str | bytes | int) -> Request:
-    """Return a small command, encoded as by `Prepared`."""
-    return Prepared(name, *args).request()
+def _key_of(encoded: Sequence[bytes]) -> bytes | None:
+    """Return the first key of a command."""
+    name, place = encoded[0], 3 if encoded[0] == b"EVAL" else 1
+    return None if name in _KEYLESS or place >= len(encoded) else encoded[place]
 
 
 def store(key: str, value: Sequence[Buffer]) -> Request:

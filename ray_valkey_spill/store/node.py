@@ -11,18 +11,23 @@ from typing import NamedTuple
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
-from ray_valkey_spill.format.names import Keyspace, ObjectName, Place, TierName
+from ray_valkey_spill.format.names import Keyspace, ObjectName, Place
 from ray_valkey_spill.protocol.link import USUAL_SHARING, Sharing
 from ray_valkey_spill.protocol.server_info import MemoryInfo
 from ray_valkey_spill.store.lease import NodeLease
-from ray_valkey_spill.store.object_store import Failures, ObjectStore, node_name, remove_from
+from ray_valkey_spill.store.object_store import (
+    Failures,
+    ObjectStore,
+    node_name,
+    remove_from,
+    tiers_of,
+)
 from ray_valkey_spill.store.observer import Observer
 from ray_valkey_spill.store.spill import LATE_ARRIVALS
 from ray_valkey_spill.store.under_way import UNDER_WAY
-from ray_valkey_spill.tiers.base import Tier
+from ray_valkey_spill.tiers.budget import IDLE
 from ray_valkey_spill.tiers.ledger import link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
-from ray_valkey_spill.tiers.overflow_place import MissingOverflow, SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 __all__ = ["Node", "Room"]
@@ -90,13 +95,7 @@ class Node:
         self._late_valkey = ValkeyTier(lease_link, self._keys)
         self._late_lease = NodeLease(self._name, self._late_valkey.ledger)
         overflow = beside.overflow if beside is not None else OverflowTier.of(config)
-        self._overflow: SharedOverflow | None = None
-        if overflow is not None:
-            self._overflow = SharedOverflow(overflow, self._name.session, self._ledger)
-        self._tiers: dict[TierName, Tier] = {
-            "valkey": self._valkey,
-            "overflow": self._overflow or MissingOverflow(),
-        }
+        self._overflow, self._tiers = tiers_of(self._name, self._valkey, overflow)
 
     def close(self) -> None:
         """Close the connections and end the threads; the next operation opens new ones."""
@@ -218,14 +217,10 @@ class Node:
         """As `recover`, for this process only."""
         return self.recover(lambda pid: True)
 
-    def give_back(self, idle: float | None = None) -> None:
-        """Release this process's grants if it has put nothing for a while.
-
-        Args:
-            idle: seconds; the default of `Budget.give_back` if None.
-        """
+    def give_back(self, idle: float = IDLE) -> None:
+        """Release this process's grants if it has put nothing for `idle` seconds."""
         for budget in UNDER_WAY.budgets(self._name):
-            budget.give_back(self._ledger, *([] if idle is None else [idle]))
+            budget.give_back(self._ledger, idle)
 
     def _has_ended(self, writer: str, is_alive: Callable[[int], bool]) -> bool:
         """Whether the writer of a grant has ended; a malformed name counts as ended."""

@@ -43,12 +43,20 @@ from ray_valkey_spill.store.spill import Batch
 from ray_valkey_spill.store.under_way import UNDER_WAY
 from ray_valkey_spill.tiers.base import Stat, Tier
 from ray_valkey_spill.tiers.budget import Budget, Payments
-from ray_valkey_spill.tiers.ledger import Ledger, link_to
+from ray_valkey_spill.tiers.ledger import link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.overflow_place import MissingOverflow, SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
-__all__ = ["Failures", "ObjectStore", "StoredObject", "node_name", "problems", "remove_from"]
+__all__ = [
+    "Failures",
+    "ObjectStore",
+    "StoredObject",
+    "node_name",
+    "problems",
+    "remove_from",
+    "tiers_of",
+]
 
 
 class StoredObject(NamedTuple):
@@ -126,14 +134,7 @@ class ObjectStore:
         self._valkey = ValkeyTier(self._link, self.keys)
         self._lease = NodeLease(self.node, self._valkey.ledger)
         self.overflow = OverflowTier.of(config)
-        self._overflow: SharedOverflow | None = None
-        if self.overflow is not None:
-            ledger = self._valkey.ledger
-            self._overflow = SharedOverflow(self.overflow, self.node.session, ledger)
-        self._tiers: dict[TierName, Tier] = {
-            "valkey": self._valkey,
-            "overflow": self._overflow or MissingOverflow(),
-        }
+        self._overflow, self._tiers = tiers_of(self.node, self._valkey, self.overflow)
         self._writer = f"{os.getpid()}-{os.urandom(4).hex()}"
         self._budget = self._new_budget(config)
 
@@ -141,8 +142,9 @@ class ObjectStore:
         advice = "or wait until references are dropped" + (
             "" if config.overflow_uri else ", or give an overflow_uri"
         )
-        ledger = Ledger(self._link, self.keys)
-        return Budget(self._link, ledger, self.node, self._writer, config.max_bytes, advice)
+        return Budget(
+            self._link, self._valkey.ledger, self.node, self._writer, config.max_bytes, advice
+        )
 
     def close(self) -> None:
         """Close the connections and end the threads; the next operation opens new ones."""
@@ -414,6 +416,20 @@ class ObjectStore:
 def node_name(session: str, node: str) -> NodeName:
     """Return the name of a session's node in keys."""
     return NodeName(_component(session), _component(node))
+
+
+def tiers_of(
+    node: NodeName, valkey: ValkeyTier, overflow: OverflowTier | None
+) -> tuple[SharedOverflow | None, dict[TierName, Tier]]:
+    """Return what one thread of a node sees of the session's overflow, if any, and all tiers.
+
+    Args:
+        node: the node.
+        valkey: of the thread.
+        overflow: of the process; None if there is none.
+    """
+    shared = None if overflow is None else SharedOverflow(overflow, node.session, valkey.ledger)
+    return shared, {"valkey": valkey, "overflow": shared or MissingOverflow()}
 
 
 def remove_from(tiers: dict[TierName, Tier], places: Sequence[Place], observer: Observer) -> None:

@@ -6,9 +6,9 @@ other keys for it.
 
 A writer pays for each value out of a grant. When it settles its objects, it is granted bytes for
 the next ones, so that in the steady state it need not ask before it writes. All writers together
-keep at most a twentieth of `max_bytes`, and half the margin of a server with `maxmemory`, which
-therefore has room for them whatever others write there. A grant is in the metadata before any byte
-of it is written, so the budget is never exceeded, even if a process is killed.
+keep at most a twentieth of `max_bytes`, and half the margin of a server with `maxmemory`: what they
+keep fits unless others have filled the margin since the latest look. A grant is in the metadata
+before any byte of it is written, so the budget is never exceeded, even if a process is killed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ray_valkey_spill.tiers.ledger import Grant, Kept, Ledger, Reservation, Tota
 from ray_valkey_spill.tiers.room import Limits, cost, free_room, margin, member_cost
 from ray_valkey_spill.units import KIB, MIB
 
-__all__ = ["Budget", "Payments"]
+__all__ = ["IDLE", "Budget", "Payments"]
 
 # Bytes; the least that a writer asks for, because many small objects take more than their data.
 _LEAST_GRANTED = 64 * KIB
 # Seconds after which a writer that puts nothing releases its grant.
-_IDLE = 10.0
+IDLE = 10.0
 # Seconds after which a server without limits is looked at again: together with the values, and
 # before any value is written.
 _LOOK_AGAIN, _LOOK_FIRST = 1.0, 10.0
@@ -221,7 +221,7 @@ class Budget:
         with self._in_use:
             self._stranded -= size
 
-    def give_back(self, ledger: Ledger, idle: float = _IDLE) -> None:
+    def give_back(self, ledger: Ledger, idle: float = IDLE) -> None:
         """Release the grant if nothing was put for `idle` seconds, over the thread's own ledger.
 
         The node releases the grant of a killed writer: see `store.node`.
@@ -353,22 +353,17 @@ class Payments(Iterator[tuple[Value, Entry | None]]):
     Attributes:
         failure: why there is no more room, if there is none.
         are_drawn: whether there are no more of them.
+        is_half_way: whether values of an object were paid for, and not all that it has.
     """
 
     def __init__(self, budget: Budget, values: Iterator[Value]) -> None:
         self.failure: SpillError | None = None
-        self.are_drawn = False
+        self.are_drawn = self.is_half_way = False
         self._budget = budget
         self._values = values
         self._first: tuple[Value, Entry | None] | None = None
         self._name: ObjectName | None = None
         self._paid = 0
-        self._is_half_way = False
-
-    @property
-    def is_half_way(self) -> bool:
-        """Whether values of an object were paid for, and not all that it has."""
-        return self._is_half_way
 
     def begin(self) -> bool:
         """Pay for the first value; return whether there is one."""
@@ -397,9 +392,9 @@ class Payments(Iterator[tuple[Value, Entry | None]]):
             # Refuse an object that does not fit before half of it is written.
             self._budget.require(value.expected + self._paid)
             self._budget.take(self._paid)
-            self._is_half_way = True
+            self.is_half_way = True
         size = cost(len(value.key), value.length)
         self._budget.take(size)
         self._paid += size
-        self._is_half_way = not value.is_last
+        self.is_half_way = not value.is_last
         return Entry(value.name, value.size, self._paid) if value.is_last else None

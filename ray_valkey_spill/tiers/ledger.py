@@ -78,7 +78,7 @@ _T = TypeVar("_T")
 
 
 class Usage(NamedTuple):
-    """What an owner has in Valkey: objects, bytes of their data, and bytes counted for them."""
+    """What a node has in Valkey: objects, bytes of their data, and bytes counted for them."""
 
     objects: int = 0
     size: int = 0
@@ -186,11 +186,10 @@ class Ledger:
 
     def __init__(self, link: Link, keyspace: Keyspace) -> None:
         self._link = link
-        self._keys = keyspace
-        keys = keyspace
+        self._keys = keys = keyspace
         self._accounts = [keys.pending, keys.index, keys.usage, keys.writers, keys.totals]
         # Encoded once: scripts are long, and these are sent with each spill or deletion.
-        self._register = Prepared("EVAL", scripts.REGISTER, 1, keys.pending)
+        self._register = Prepared("EVAL", scripts.ADD, 1, keys.pending)
         self._settle = Prepared("EVAL", scripts.SETTLE, key=keys.pending)
         self._forget = self._script(scripts.FORGET)
         self._reserve = self._script(scripts.RESERVE)
@@ -255,7 +254,7 @@ class Ledger:
     def _eval(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Request:
         return command("EVAL", script, len(keys), *keys, *args)
 
-    # --- objects and owners ---
+    # --- objects and nodes ---
 
     def stored(self, node_name: NodeName | None = None) -> Iterator[list[Entry]]:
         """Yield the stored objects of a node, or of all nodes, in order, by the page."""
@@ -286,7 +285,7 @@ class Ledger:
             start = b"(" + last
 
     def node_names(self) -> set[NodeName]:
-        """Return every owner in the metadata, found by hopping from one to the next."""
+        """Return every node in the metadata, found by hopping from one to the next."""
         leases = {lease.node_name for lease in self.leases()}
         stored = self._hop(self._keys.index, lambda member: parse_entry(member).name)
         pending = self._hop(self._keys.pending, parse_pending)
@@ -319,7 +318,7 @@ class Ledger:
         )
 
     def recount(self, node_name: NodeName) -> bool:
-        """Correct an owner's usage from the index; return False if it changes too fast."""
+        """Correct a node's usage from the index; return False if it changes too fast."""
         for _ in range(_RECOUNTS):
             (was,) = self._link.execute(command("HGET", self._keys.usage, str(node_name)))
             objects = size = stored = 0
@@ -343,7 +342,7 @@ class Ledger:
         return False
 
     def _correct(self, node_name: NodeName, was: bytes, usage: Usage | None) -> bool:
-        """Replace an owner's usage if it is still `was`; return whether it was."""
+        """Replace a node's usage if it is still `was`; return whether it was."""
         text = "" if usage is None else " ".join(map(str, usage))
         request = self._eval(scripts.CORRECT, self._accounts, str(node_name), was, text)
         return self._link.execute(request) == [1]
@@ -457,7 +456,7 @@ class Ledger:
             score, seen = last, same + (seen if last == score else 0)
 
     def close_account(self, node_name: NodeName) -> None:
-        """Remove the leases, grants and usage of an owner that has nothing stored any more."""
+        """Remove the leases, grants and usage of a node that has nothing stored any more."""
         members = [f"{o}:{address}" for o, address, _ in self.leases() if o == node_name]
         if members:
             self._link.execute(command("ZREM", self._keys.leases, *members))
@@ -491,7 +490,7 @@ class Ledger:
         )
 
     def _list_namespace(self) -> None:
-        self._change_list(self._eval(scripts.LIST, [self._keys.namespaces], self._keys.namespace))
+        self._change_list(self._eval(scripts.ADD, [self._keys.namespaces], self._keys.namespace))
 
     def _change_list(self, request: Request) -> None:
         """Ignores a server's refusal, since only reports need the list, and users may lack it."""

@@ -218,13 +218,7 @@ class OverflowTier:
         return Stat(tail, [], payload=0 if inline else size - len(tail))
 
     def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
-        """Open an object, and return the result of `use`.
-
-        Args:
-            place: the object.
-            sizes: stored sizes of its chunks, in bytes.
-            use: gets a function that receives chunks into memoryviews and yields as each arrives,
-                in order. May be called in another thread, to avoid a hand-over for every chunk.
+        """As `tiers.base.Tier.read`.
 
         Raises:
             LostObjectError: the file is gone, or ends too soon.

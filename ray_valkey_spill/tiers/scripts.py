@@ -11,15 +11,14 @@ totals, as version 0.1 leaves it: the first script adds them up once.
 from __future__ import annotations
 
 __all__ = [
+    "ADD",
     "ADJUST",
     "AGREE",
     "CORRECT",
     "FORGET",
     "FORGET_OVERFLOW",
-    "LIST",
     "NODES",
     "PENDING",
-    "REGISTER",
     "RELEASE",
     "RENEW",
     "RESERVE",
@@ -213,11 +212,11 @@ keep_totals(t)
 """,
 )
 
-# KEYS: pending. ARGV: names. A script, because a full server refuses a ZADD, and could have taken
-# values that follow it by the time its client reads of that.
-REGISTER = _script(
+# KEYS: a sorted set. ARGV: members. A script, because a full server refuses a ZADD, and could take
+# the values that follow a registration before its client reads of that.
+ADD = _script(
     """
-for _, name in ipairs(ARGV) do redis.call('ZADD', KEYS[1], 0, name) end
+for _, member in ipairs(ARGV) do redis.call('ZADD', KEYS[1], 0, member) end
 return #ARGV
 """
 )
@@ -382,6 +381,3 @@ redis.call('HDEL', KEYS[1], ARGV[1])
 return 1
 """
 )
-
-# KEYS: namespaces. ARGV: namespace.
-LIST = _script("redis.call('ZADD', KEYS[1], 0, ARGV[1])")

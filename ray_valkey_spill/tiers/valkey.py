@@ -403,8 +403,8 @@ class ValkeyTier:
 class _Reading:
     """One object being read: its header, then its chunks, in one exchange.
 
-    It requests the first chunks before their memory is known. `receive` must set that memory before
-    their replies are read, so nothing may read replies between `stat` and `receive`.
+    It requests the first chunks before their memory is known. `receive` sets that memory. A chunk
+    whose reply another run has read before is copied there.
     """
 
     def __init__(self, link: Link, keyspace: Keyspace, place: Place, is_one_server: bool) -> None:

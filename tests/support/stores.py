@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ray_valkey_spill.config import Config
+from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.protocol.link import USUAL_SHARING, Sharing
 from ray_valkey_spill.store.node import Node, Room
 from ray_valkey_spill.store.object_store import ObjectStore
 from ray_valkey_spill.store.observer import Observer
+from support.servers import Server
 
-__all__ = ["Store"]
+__all__ = ["Lease", "Store"]
 
 
 class Store(ObjectStore):
@@ -73,3 +75,24 @@ class Store(ObjectStore):
         patient = Node(*self._whose, beside=self, patience=config.retry_timeout)
         with contextlib.closing(patient):
             return patient.destroy(is_alive, patience)
+
+
+class Lease:
+    """The one lease on a server, past the store."""
+
+    def __init__(self, server: Server, keys: Keyspace) -> None:
+        self._client = server.client
+        self._key = keys.leases
+
+    def renewed(self) -> float:
+        found = self._client.zrange(self._key, 0, -1, withscores=True)
+        return max((float(score) for _, score in found), default=0.0)
+
+    def age(self) -> float:
+        """Let it have been renewed a minute before; returns when that was."""
+        for member in self._client.zrange(self._key, 0, -1):
+            self._client.zincrby(self._key, -60_000, member)
+        return self.renewed()
+
+    def remove(self) -> None:
+        self._client.delete(self._key)
