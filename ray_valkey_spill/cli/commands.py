@@ -39,7 +39,7 @@ from ray_valkey_spill.cli.options import (
 from ray_valkey_spill.cli.waiting import reach
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, SpillError
-from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.format.names import Keyspace, TierName
 from ray_valkey_spill.plugin.gcs import running_at
 from ray_valkey_spill.store.cleanup import CleanUp, Remains
 
@@ -146,7 +146,7 @@ def config(acl: bool, as_json: bool, **options: Any) -> None:
 def ls(
     session: str | None,
     node: str | None,
-    tier: str | None,
+    tier: TierName | None,
     older_than: float | None,
     sort: str,
     limit: int | None,

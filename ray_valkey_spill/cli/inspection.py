@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ray_valkey_spill.cli.inventory import age, tier_name
+from ray_valkey_spill.cli.inventory import age
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
     ConfigError,
@@ -20,7 +20,7 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.format.codec import Codec
 from ray_valkey_spill.format.header import Header, decode_header, format_version
-from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place, TierName
 from ray_valkey_spill.format.sealing import KeyRing
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.store.object_store import problems
@@ -48,14 +48,14 @@ _OVERFLOW_PREFIX = "overflow:"
 class Target(NamedTuple):
     """What a KEY names: one attempt to spill an object, or all attempts.
 
-    `size` is the length that a URL has; `overflow` is None if either tier may be meant; `chunk` is
+    `size` is the length that a URL has; `tier` is None if either may be meant; `chunk` is
     the number of the chunk whose key was given.
     """
 
     object_id: str
     name: ObjectName | None = None
     size: int | None = None
-    overflow: bool | None = None
+    tier: TierName | None = None
     chunk: int | None = None
 
 
@@ -70,9 +70,9 @@ def parse_target(text: str, keys: Keyspace) -> Target:
     try:
         if "?" in text:
             place = keys.parse_url(text)
-            return Target(place.name.object_id, place.name, place.size, place.tier == "overflow")
-        overflow = True if text.startswith(_OVERFLOW_PREFIX) else None
-        return _parse_key(text.removeprefix(_OVERFLOW_PREFIX).removeprefix(keys.root), overflow)
+            return Target(place.name.object_id, place.name, place.size, place.tier)
+        tier: TierName | None = "overflow" if text.startswith(_OVERFLOW_PREFIX) else None
+        return _parse_key(text.removeprefix(_OVERFLOW_PREFIX).removeprefix(keys.root), tier)
     except (LostObjectError, ValueError):
         raise ConfigError(
             f"{text!r} names no spilled object of this namespace",
@@ -82,7 +82,7 @@ def parse_target(text: str, keys: Keyspace) -> Target:
         ) from None
 
 
-def _parse_key(text: str, overflow: bool | None) -> Target:
+def _parse_key(text: str, tier: TierName | None) -> Target:
     """Raises ValueError."""
     base, _, number = text.rpartition(":")
     try:
@@ -91,7 +91,7 @@ def _parse_key(text: str, overflow: bool | None) -> Target:
         name, chunk = ObjectName.parse(base), int(number)
         if not 0 <= chunk < name.chunks:
             raise
-    return Target(name.object_id, name, overflow=overflow, chunk=chunk)
+    return Target(name.object_id, name, tier=tier, chunk=chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Inspection:
     Attributes:
         name: of the attempt.
         location: the key of its header, or the path of its file.
-        overflow: whether it is in the overflow.
+        tier: where it is.
         state: `STORED`, `HALF_WRITTEN` or `UNKNOWN`.
         entry: of the ledger, or made from the file's name.
         version: of the format.
@@ -112,7 +112,7 @@ class Inspection:
 
     name: ObjectName
     location: str
-    overflow: bool
+    tier: TierName
     state: str
     entry: Entry | None
     version: int | None
@@ -138,9 +138,7 @@ class Inspection:
         key_id = None if seal is None else seal.key_id
         if self.size is None:
             return None
-        return keys.url(
-            Place(self.name, self.size, "overflow" if self.overflow else "valkey", key_id)
-        )
+        return keys.url(Place(self.name, self.size, self.tier, key_id))
 
     def codecs(self) -> dict[str, int]:
         """The number of chunks by codec."""
@@ -156,8 +154,8 @@ class Inspection:
             "session": self.name.session,
             "node": self.name.node,
             "name": str(self.name),
-            "tier": tier_name(self.overflow).lower(),
-            "path" if self.overflow else "key": self.location,
+            "tier": self.tier,
+            "path" if self.tier == "overflow" else "key": self.location,
             "url": self.url(keys),
             "state": self.state,
             "writer": self.name.writer,
@@ -225,12 +223,14 @@ class Inspector:
         Raises:
             SpillError: nothing of it is stored, or it is in an overflow that is not given.
         """
-        if target.overflow and self._overflow is None:
+        if target.tier == "overflow" and self._overflow is None:
             raise OverflowUnavailableError(
                 "the object is in the overflow, and no overflow_uri is given", "Give overflow_uri"
             )
-        found = [] if target.overflow else self._link.confirmed(lambda: [*self._in_valkey(target)])
-        if self._overflow is not None and target.overflow is not False:
+        found: list[Inspection] = []
+        if target.tier != "overflow":
+            found += self._link.confirmed(lambda: [*self._in_valkey(target)])
+        if self._overflow is not None and target.tier != "valkey":
             found += self._in_overflow(self._overflow, target)
         if not found:
             raise SpillError(
@@ -276,7 +276,7 @@ class Inspector:
         self, name: ObjectName, entry: Entry | None, state: str, size: int | None
     ) -> Inspection:
         (stat,) = self._tier.measure([(name, 0)])
-        return self._inspection(name, self.keys.header(name), False, state, entry, stat, size)
+        return self._inspection(name, self.keys.header(name), "valkey", state, entry, stat, size)
 
     def _in_overflow(self, overflow: OverflowTier, target: Target) -> Iterator[Inspection]:
         node_names = overflow.node_names()
@@ -290,13 +290,13 @@ class Inspector:
                 state = STORED if is_whole else HALF_WRITTEN
                 place = Place(name, entry.size, "overflow")
                 stat = overflow.stat(place) if is_whole else Stat(None, [])
-                yield self._inspection(name, path, True, state, entry, stat, target.size)
+                yield self._inspection(name, path, "overflow", state, entry, stat, target.size)
 
     def _inspection(
         self,
         name: ObjectName,
         location: str,
-        overflow: bool,
+        tier: TierName,
         state: str,
         entry: Entry | None,
         stat: Stat,
@@ -307,7 +307,9 @@ class Inspector:
         if state == HALF_WRITTEN:
             wrong.append("it is being written, or its writer was killed meanwhile")
         elif stat.header is None:
-            wrong.append(f"its header is gone from the {'overflow' if overflow else 'server'}")
+            wrong.append(
+                f"its header is gone from the {'overflow' if tier == 'overflow' else 'server'}"
+            )
         if stat.header is not None:
             try:
                 key = self.keys.header(name)
@@ -318,5 +320,5 @@ class Inspector:
             except (LostObjectError, ConfigError) as error:
                 wrong.append(str(error))
         return Inspection(
-            name, location, overflow, state, entry, version, header, stat.chunk_sizes, wrong
+            name, location, tier, state, entry, version, header, stat.chunk_sizes, wrong
         )

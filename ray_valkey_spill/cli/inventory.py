@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerRefusedError
-from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, Place
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, Place, TierName
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.store.cleanup import LEASE
@@ -37,13 +37,8 @@ __all__ = [
     "Statistics",
     "age",
     "percent",
-    "tier_name",
     "total",
 ]
-
-
-def tier_name(overflow: bool) -> str:
-    return "overflow" if overflow else "Valkey"
 
 
 # --- values ---
@@ -56,8 +51,8 @@ class Item(NamedTuple):
     path: str | None = None
 
     @property
-    def is_in_overflow(self) -> bool:
-        return self.path is not None
+    def tier(self) -> TierName:
+        return "valkey" if self.path is None else "overflow"
 
     def as_dict(self, keys: Keyspace, now: float) -> dict[str, Any]:
         """For JSON; sizes in bytes, age in seconds at `now`, in seconds since the epoch.
@@ -70,10 +65,10 @@ class Item(NamedTuple):
             "node": name.node,
             "object": name.object_id,
             "name": str(name),
-            "tier": tier_name(self.is_in_overflow).lower(),
+            "tier": self.tier,
             "key": keys.header(name) if self.path is None else None,
             "path": self.path,
-            "url": keys.url(Place(name, size, "overflow" if self.is_in_overflow else "valkey")),
+            "url": keys.url(Place(name, size, self.tier)),
             "chunks": name.chunks,
             "logical_bytes": size,
             "stored_bytes": stored,
@@ -105,7 +100,7 @@ class Selection:
 
     session: str = ""
     node: str = ""
-    tier: str | None = None
+    tier: TierName | None = None
     older_than: float | None = None
     sort: str = "node"
     limit: int | None = None
@@ -396,11 +391,13 @@ class Inventory:
         return sorted({*self._ledger.node_names(), *in_overflow})
 
     def items(
-        self, wanted: Callable[[NodeName], bool] = lambda node_name: True, tier: str | None = None
+        self,
+        wanted: Callable[[NodeName], bool] = lambda node_name: True,
+        tier: TierName | None = None,
     ) -> Iterator[Item]:
-        """Yield the objects of each wanted owner: in Valkey, then in the overflow.
+        """Yield the objects of each wanted node: in Valkey, then in the overflow.
 
-        Holds one page of the index at a time in memory, and the list of one owner's files.
+        Holds one page of the index at a time in memory, and the list of one node's files.
         """
         for node_name in filter(wanted, self.node_names()):
             if tier != "overflow":
@@ -469,7 +466,7 @@ class Inventory:
         )
 
     def _figures(self, node_name: NodeName, usage: Usage | None) -> Figures:
-        """What an owner has in Valkey. `usage` was read before; it differs after every change."""
+        """What a node has in Valkey. `usage` was read before; it differs after every change."""
         known = self._counted.get(node_name)
         if known is not None and known[0] == usage:
             figures = known[1]

@@ -27,10 +27,9 @@ from ray_valkey_spill.cli.inventory import (
     Statistics,
     age,
     percent,
-    tier_name,
     total,
 )
-from ray_valkey_spill.format.names import Keyspace, ObjectName
+from ray_valkey_spill.format.names import Keyspace, ObjectName, TierName
 from ray_valkey_spill.store.cleanup import Remains
 from ray_valkey_spill.tiers.ledger import Usage
 
@@ -61,6 +60,7 @@ _LABEL = 14
 _FIRST_CHUNKS, _LAST_CHUNKS = 5, 3
 _SHOWN_PROBLEMS = 5
 _NONE = "-"
+_TIERS: dict[TierName, str] = {"valkey": "Valkey", "overflow": "overflow"}
 
 
 def terminal_width() -> int:
@@ -171,16 +171,17 @@ def verdict(statuses: Sequence[str]) -> str:
 
 def listing(items: Iterable[Item], selection: Selection, now: float) -> Iterator[str]:
     """Yield a line for each of the selected items, under titles that name node and tier."""
-    group: tuple[str, str, bool] | None = None
+    group: tuple[str, str, TierName] | None = None
     count = logical = stored = 0
     for item in items:
         name, size, counted = item.entry
         if group is None:
             yield click.style(f"{'object':<56} {'data':>8} {'stored':>8} {'age':>5}", bold=True)
-        if group != (name.session, name.node, item.is_in_overflow):
-            group = (name.session, name.node, item.is_in_overflow)
-            tier = tier_name(item.is_in_overflow)
-            yield click.style(f"{name.session}, node {name.node[:_NODE]}, {tier}", fg="cyan")
+        if group != (name.session, name.node, item.tier):
+            group = (name.session, name.node, item.tier)
+            yield click.style(
+                f"{name.session}, node {name.node[:_NODE]}, {_TIERS[item.tier]}", fg="cyan"
+            )
         yield (
             f"{name.object_id:<56} {size_text(size):>8} {size_text(counted):>8} "
             f"{age_text(age(name.time, now)):>5}"
@@ -299,9 +300,9 @@ def _tier_rows(
     title: str, valkey: Figures, overflow: Figures, now: float, lease: str = ""
 ) -> Iterator[list[str]]:
     """Yield a row for each tier that has something, and one for half-written objects."""
-    shown = [(tier_name(True), overflow)] if overflow.objects else []
+    shown = [(_TIERS["overflow"], overflow)] if overflow.objects else []
     if valkey.objects or not shown:
-        shown.insert(0, (tier_name(False), valkey))
+        shown.insert(0, (_TIERS["valkey"], valkey))
     for tier, figures in shown:
         oldest = None if figures.since is None else age(figures.since, now)
         yield [
@@ -329,13 +330,13 @@ def inspection(found: Inspection, keys: Keyspace, now: float, chunk: int | None)
     yield click.style(f"object        {name.object_id}", bold=True)
     yield _field("session", name.session)
     yield _field("node", name.node)
-    yield _field("tier", tier_name(found.overflow))
-    yield f"{'file' if found.overflow else 'key':<{_LABEL}}{found.location}"
+    yield _field("tier", _TIERS[found.tier])
+    yield f"{'file' if found.tier == 'overflow' else 'key':<{_LABEL}}{found.location}"
     if (url := found.url(keys)) is not None:
         yield f"{'url':<{_LABEL}}{url}"
     yield _field("spilled", _spilled(name, now))
     counted = "" if found.entry is None else f"; {size_text(found.entry.stored)} are counted for it"
-    yield _field("in the ledger", f"{found.state}{'' if found.overflow else counted}")
+    yield _field("in the ledger", f"{found.state}{'' if found.tier == 'overflow' else counted}")
     if header is not None:
         sealed = f", sealed with key {header.seal.key_id:016x}" if header.seal else ""
         yield _field("format", f"version {found.version}{sealed}")
@@ -383,7 +384,7 @@ def _problem(text: str) -> str:
 def _chunk_table(found: Inspection, chunk: int | None) -> Iterator[str]:
     assert found.header is not None
     columns = [">chunk", ">data", ">stored", "codec", "XXH3-64"]
-    if not found.overflow:
+    if found.tier == "valkey":
         columns.append("on the server")
     rows: list[Sequence[str] | str] = []
     before = -1

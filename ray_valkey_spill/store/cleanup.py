@@ -358,7 +358,7 @@ class CleanUp:
         return self._leases()[session] == self._dead[session]
 
     def recount(self) -> None:
-        """Correct the usage of all owners in the metadata."""
+        """Correct the usage of all nodes in the metadata."""
         for node_name in self._ledger.node_names():
             self._ledger.recount(node_name)
         self._ledger.recount_totals()

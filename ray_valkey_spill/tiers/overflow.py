@@ -8,7 +8,7 @@ it is complete; in an object store, it does not exist before its upload is compl
 is killed, the upload stays incomplete, and only the store's own rule for incomplete uploads removes
 its parts: `pyarrow` can neither list nor abort them.
 
-The files are their own index: those of an owner are in one directory. The server has no metadata of
+The files are their own index: those of a node are in one directory. The server has no metadata of
 them, because it is full when they are written. Beside the nodes' directories, the session's
 directory has a signature while the session uses the overflow: `<session>/place.<token>`.
 
@@ -320,7 +320,7 @@ class OverflowTier:
             while under_way:
                 yield from received()
 
-    # --- owners ---
+    # --- nodes ---
 
     @_reading
     def files(self, node_name: NodeName) -> list[StoredFile]:
