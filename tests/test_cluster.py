@@ -192,6 +192,8 @@ def mortal(_mortal: Cluster) -> Iterator[Cluster]:
     for node in _mortal.nodes:
         if not node.alive:
             _mortal.restart(node)
+        # Of a `Loss` that a test did not end.
+        node.client.config_set("masterauth", "")
     _mortal.wait_until_whole()
     assert _mortal.our_keys() == []
 
@@ -937,8 +939,8 @@ def test_what_a_failover_lost_of_a_put_is_put_again(
             objects.struck("put", 1, loss.begin),
             objects.struck("put", is_due, lambda: end(loss)),
         ):
-            # More than is under way at once.
-            (url,) = objects.put(4 * SIZE)
+            # More than a cluster may have under way at once.
+            (url,) = objects.put(10 * SIZE)
         assert tries() == 2
         objects.check(url)
         objects.delete(url)

