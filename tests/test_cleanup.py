@@ -30,7 +30,11 @@ from support.clusters import (
 )
 from support.faults import Rig, is_restarted_and_has_its_snapshot, resets_connections
 from support.samples import source
-from support.servers import Server, free_port, wait_until
+from support.servers import (
+    Server,
+    dead_port,
+    wait_until,
+)
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
@@ -736,7 +740,7 @@ def test_a_recount_corrects_everybodys_usage(namespace: Namespace) -> None:
 
 
 def test_where_nothing_listens_nothing_runs() -> None:
-    assert running_at(f"127.0.0.1:{free_port()}") is None
+    assert running_at(f"127.0.0.1:{dead_port()}") is None
 
 
 @pytest.mark.parametrize("address", ["", "nowhere", "nowhere.invalid:6379"])

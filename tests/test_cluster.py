@@ -8,7 +8,6 @@ import itertools
 import json
 import random
 import re
-import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,7 @@ from support.servers import (
     Node,
     Server,
     acl_user,
+    dead_port,
     free_port,
     server_binary,
     wait_until,
@@ -254,12 +254,10 @@ def test_dead_and_foreign_nodes_among_several_do_not_matter(
 ) -> None:
     """Such as one that was restarted without its files: it serves nothing, and knows nobody."""
     lonely = Node(tmp_path / "lonely", free_port(), {"cluster_enabled": True})
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        dead = listener.getsockname()[1]
     with contextlib.closing(lonely):
         lonely.start()
         wait_until(lonely.serves)
-        seeds = [f"127.0.0.1:{port}" for port in (lonely.port, dead, cluster.nodes[4].port)]
+        seeds = [f"127.0.0.1:{port}" for port in (lonely.port, dead_port(), cluster.nodes[4].port)]
         for order in itertools.permutations(seeds):
             with linked(f"valkey://{','.join(order)}") as link:
                 assert link.execute(command("GET", KEY)) == [None]

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 import textwrap
@@ -30,6 +29,7 @@ from support.servers import (
     PRODUCTS,
     Server,
     acl_user,
+    dead_port,
     free_port,
     server_of,
     valkey_server,
@@ -216,9 +216,7 @@ def _no_session_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def nothing_listening() -> Iterator[str]:
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))  # and no listen()
-        yield f"valkey://127.0.0.1:{reserved.getsockname()[1]}"
+    yield f"valkey://127.0.0.1:{dead_port()}"
 
 
 def test_the_head_fails_without_a_server_in_one_message() -> None:

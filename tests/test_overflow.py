@@ -22,7 +22,12 @@ import ray
 from support.clusters import MIB, expect_no_keys, local_ray
 from support.objectstores import BUCKET, CREDENTIALS, ObjectStoreServer, s3_server, s3_uri
 from support.samples import get, noise, source
-from support.servers import Server, valkey_server, wait_until
+from support.servers import (
+    Server,
+    dead_port,
+    valkey_server,
+    wait_until,
+)
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
@@ -526,14 +531,12 @@ def missing_bucket(path: Path, port: int) -> str:
 
 
 def nobody_there(path: Path, port: int) -> str:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        return s3_uri("spilled/x", gone.getsockname()[1])
+    return s3_uri("spilled/x", dead_port())
 
 
 def nobody_there_for_gcs(path: Path, port: int) -> str:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        where = f"127.0.0.1:{gone.getsockname()[1]}"
-        return f"gs://anonymous@spilled/x?endpoint_override={where}&scheme=http"
+    where = f"127.0.0.1:{dead_port()}"
+    return f"gs://anonymous@spilled/x?endpoint_override={where}&scheme=http"
 
 
 def nonsense(path: Path, port: int) -> str:

@@ -20,7 +20,7 @@ from support.servers import (
     ROOT,
     Node,
     acl_user,
-    free_port,
+    dead_port,
     server_version,
     valkey_server,
     wait_until,
@@ -190,14 +190,14 @@ def test_the_primary_is_found(group: SentinelGroup) -> None:
 
 def test_sentinels_that_do_not_answer_are_passed_over(group: SentinelGroup) -> None:
     silent, *others = group.sentinels
-    url = url_of([free_port(), silent.port, *(sentinel.port for sentinel in others)])
+    url = url_of([dead_port(), silent.port, *(sentinel.port for sentinel in others)])
     with silent.paused():
         assert preflight.run_all(config(url)).role == "master"
 
 
 def test_sentinels_that_know_better_are_heard(group: SentinelGroup, tmp_path: Path) -> None:
     """Of the others one has never heard of the service, and one was cut off before a failover."""
-    dead = free_port()
+    dead = dead_port()
     with (
         one_sentinel(tmp_path / "1", dead) as cut_off,
         one_sentinel(tmp_path / "2", dead, service="another") as ignorant,

@@ -17,6 +17,7 @@ from support.servers import (
     PRODUCTS,
     Server,
     acl_user,
+    dead_port,
     server_of,
     unix_socket_server,
     valkey_server,
@@ -270,8 +271,7 @@ def test_a_server_that_comes_back_in_time_is_waited_for(server: Server, proxy: P
 
 
 def test_nothing_listening_names_the_address_and_the_time() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = dead_port()
     with pytest.raises(ServerUnavailableError, match=rf"127.0.0.1:{port}/0 cannot be reached"):
         link_to(config(f"valkey://127.0.0.1:{port}", retry_timeout=0.3)).execute(command("PING"))
 

@@ -324,6 +324,18 @@ def free_port() -> int:
     return port
 
 
+@functools.cache
+def _dead_socket() -> socket.socket:
+    held = socket.socket()
+    held.bind(("127.0.0.1", 0))  # and no listen()
+    return held
+
+
+def dead_port() -> int:
+    """A port where nobody listens, and nobody can begin to: this process holds it."""
+    return int(_dead_socket().getsockname()[1])
+
+
 def free_ports(number: int) -> list[int]:
     """As many, all different."""
     with contextlib.ExitStack() as held:
