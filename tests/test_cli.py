@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import psutil
@@ -20,6 +23,7 @@ from support.servers import Server, acl_user, valkey_server, wait_until
 
 from ray_valkey_spill import __version__
 from ray_valkey_spill.cli.commands import cli as in_process
+from ray_valkey_spill.cli.commands import main
 from ray_valkey_spill.cli.demo import Report
 from ray_valkey_spill.config import parameters
 from ray_valkey_spill.errors import ConfigError
@@ -30,14 +34,19 @@ ROOT = Path(__file__).parent.parent
 
 
 def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ray_valkey_spill", *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **env},
-        check=False,
-    )
+    """Run a command in this process: an interpreter takes seconds to import Ray."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, env),
+        mock.patch.object(sys, "argv", ["ray-valkey-spill", *args]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def findings(*args: str, **env: str) -> tuple[int, dict[str, dict[str, str]]]:
