@@ -37,19 +37,20 @@ OURS |= {
 }
 # From Valkey's exporter, Ray, kubelet, kube-state-metrics and Prometheus: those that are used.
 OTHERS: dict[str, set[str]] = {
-    **dict.fromkeys(
-        (
-            *("redis_up", "redis_rdb_last_bgsave_status", "redis_evicted_keys_total"),
-            *("redis_memory_used_bytes", "redis_memory_used_rss_bytes", "redis_memory_max_bytes"),
-            *("redis_net_input_bytes_total", "redis_net_output_bytes_total"),
-            *("redis_commands_processed_total", "redis_connected_clients"),
-            "redis_rdb_last_save_timestamp_seconds",
-        ),
-        set(),
-    ),
+    "redis_up": set(),
+    "redis_instance_info": {"maxmemory_policy"},
     "redis_db_keys": {"db"},
     "redis_db_keys_expiring": {"db"},
-    "redis_instance_info": {"maxmemory_policy"},
+    "redis_evicted_keys_total": set(),
+    "redis_memory_used_bytes": set(),
+    "redis_memory_used_rss_bytes": set(),
+    "redis_memory_max_bytes": set(),
+    "redis_net_input_bytes_total": set(),
+    "redis_net_output_bytes_total": set(),
+    "redis_commands_processed_total": set(),
+    "redis_connected_clients": set(),
+    "redis_rdb_last_bgsave_status": set(),
+    "redis_rdb_last_save_timestamp_seconds": set(),
     "ray_spill_manager_objects_bytes": {"State"},
     "kubelet_volume_stats_available_bytes": {"persistentvolumeclaim"},
     "kubelet_volume_stats_capacity_bytes": {"persistentvolumeclaim"},
@@ -58,7 +59,8 @@ OTHERS: dict[str, set[str]] = {
 }
 RUNBOOK = "https://github.com/ray-valkey-spill/ray-valkey-spill/blob/main/docs/runbook.md"
 # What Grafana puts in the place of its variables.
-VARIABLES = {"$__rate_interval": "1m", "$__range": "1h", "$session": ".+"}
+VARIABLES = {"$__rate_interval": "1m", "$__range": "1h"}
+VARIABLES |= dict.fromkeys(("$namespace", "$cluster", "$session"), ".*") | {"$server": ".+"}
 
 
 def alerts() -> dict[str, Any]:
@@ -484,6 +486,33 @@ if PROMTOOL:
         output = output_of_promtool(tmp_path, "check", "rules", "rules.yaml", rules=groups)
         assert f"{len(rules)} rules found" in output
 
+    def test_the_dashboard_counts_the_losses_of_its_range(tmp_path: Path) -> None:
+        """Of an hour: what was lost before, by IO workers that are still there or not, is not."""
+        (count,) = [
+            panel["targets"][0]
+            for panel in panels()
+            if (panel["title"], panel["type"]) == ("Objects lost", "stat")
+        ]
+        scraped = (
+            series("lost_objects_total", f'{WORKER},reason="missing"', "5x360 8x200")
+            | series("lost_objects_total", f'{OTHER},reason="missing"', "_x400 2x200")
+            | series("lost_objects_total", f'{SESSION},reason="damaged"', "7x200 stale")
+        )
+        test = {
+            "interval": "15s",
+            "input_series": [{"series": name, "values": each} for name, each in scraped.items()],
+            "promql_expr_test": [
+                {
+                    "expr": filled_in(count),
+                    "eval_time": f"{minute}m",
+                    "exp_samples": [{"labels": "{}", "value": lost}],
+                }
+                for minute, lost in ((30, 12), (80, 0), (110, 5))
+            ],
+        }
+        tests = {"evaluation_interval": "15s", "tests": [test]}
+        output_of_promtool(tmp_path, "test", "rules", "tests.yaml", tests=tests)
+
 
 # --- the dashboard ---
 
@@ -494,22 +523,70 @@ def test_the_dashboard_shows_every_metric() -> None:
         for expression in dashboard_expressions().values()
         for metric in metrics_in(expression)
     }
-    assert shown == {definition.exported for definition in DEFINITIONS}
+    assert shown - OTHERS.keys() == {definition.exported for definition in DEFINITIONS}
 
 
-def test_every_panel_is_of_the_data_source_and_session_that_are_chosen() -> None:
-    variables = {each["name"]: each for each in DASHBOARD["templating"]["list"]}
-    assert {name: each["type"] for name, each in variables.items()} == {
-        "datasource": "datasource",
-        "session": "query",
-    }
-    metric, label = re.findall(r"(\w+), (\w+)", variables["session"]["query"]["query"])[0]
-    assert (metric in OURS, label) == (True, "SessionName")
+def test_variables_choose_source_namespace_cluster_session_and_server() -> None:
+    kinds = {each["name"]: each["type"] for each in DASHBOARD["templating"]["list"]}
+    chosen = ("namespace", "cluster", "session", "server")
+    assert kinds == {"datasource": "datasource", **dict.fromkeys(chosen, "query")}
+    for each in DASHBOARD["templating"]["list"][1:]:
+        assert each["query"]["query"] == each["definition"]
+        metric, label = re.fullmatch(r"label_values\((.+), (\w+)\)", each["definition"]).groups()
+        assert metrics_in(filled_in({"expr": metric})) <= (OURS | OTHERS).keys()
+        assert label in LABELS_OF_ALL
+        assert f"${each['name']}" not in metric
+
+
+def chosen_by(metric: str) -> set[str]:
+    """How panels select the series of a metric."""
+    if metric in OURS:
+        return {'namespace=~"$namespace"', 'ray_io_cluster=~"$cluster"', 'SessionName=~"$session"'}
+    if metric.startswith("redis_"):
+        return {'valkey_server=~"$server"'}
+    return {'namespace=~"$namespace"'}
+
+
+def test_every_panel_shows_what_the_variables_choose() -> None:
     for panel in panels():
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         for target in panel["targets"]:
-            selectors = [p for p in parts(filled_in(target)) if isinstance(p, VectorSelector)]
-            assert target["expr"].count('SessionName=~"$session"') == len(selectors)
+            selectors = re.findall(r"(\w+)\{(.+?)\}", target["expr"])
+            found = [p for p in parts(filled_in(target)) if isinstance(p, VectorSelector)]
+            assert len(selectors) == len(found)
+            for metric, matchers in selectors:
+                assert chosen_by(metric) <= {*matchers.split(",")}
+
+
+def test_a_series_has_one_colour_in_all_panels() -> None:
+    colours: dict[str, set[str]] = {}
+    for panel in DASHBOARD["panels"]:
+        if panel["type"] != "timeseries":
+            continue
+        # By its name, not by its place among those that happen to be there.
+        assert panel["fieldConfig"]["defaults"]["color"] == {"mode": "palette-classic-by-name"}
+        names = {target["legendFormat"] for target in panel["targets"]}
+        fixed = {
+            override["matcher"]["options"]: each["value"]["fixedColor"]
+            for override in panel["fieldConfig"]["overrides"]
+            if override["matcher"]["id"] == "byName"
+            for each in override["properties"]
+        }
+        assert not fixed.keys() & names
+        assert len({*fixed.values()}) == len(fixed)
+        for name, colour in fixed.items():
+            colours.setdefault(name, set()).add(colour)
+    assert {"spill valkey", "restore overflow"} < colours.keys()
+    assert all(len(each) == 1 for each in colours.values())
+
+
+def test_the_dashboard_links_to_the_runbook() -> None:
+    assert RUNBOOK in {link["url"] for link in DASHBOARD["links"]}
+    linked = [link for panel in panels() for link in panel.get("links", [])]
+    assert linked
+    for link in linked:
+        alert = link["title"].removeprefix("Runbook: ")
+        assert link["url"] == alerts()[alert]["annotations"]["runbook_url"]
 
 
 def test_panels_have_units_and_do_not_overlap() -> None:
