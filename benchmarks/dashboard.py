@@ -1,8 +1,8 @@
 """A Ray under memory pressure, as the dashboard of deploy/ shows it.
 
-Runs a job of some minutes with faults in it beside a cache, while a Prometheus scrapes Ray's endpoint
-and an exporter of Valkey. Then it draws each panel of the dashboard from the panel's own queries. It
-needs `ray[default]`, and on the PATH the programs of Debian's packages `prometheus` and
+Runs a job of some minutes with faults in it beside a cache, while a Prometheus scrapes Ray's
+endpoint and an exporter of Valkey. Then it draws each panel of the dashboard from the panel's own
+queries. It needs `ray[default]`, and on the PATH the programs of Debian's packages `prometheus` and
 `prometheus-redis-exporter`.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=DEPLOY / "dashboard.png")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rvs-") as directory, valkey_server() as urls:
-        client = valkey.from_url(urls["tcp"])
+        client = valkey.from_url(urls["tcp"], socket_timeout=60)  # longer than it stands still
         client.config_set("maxmemory", 512 * MIB)
         with (
             _ray(urls["tcp"], f"{directory}/overflow"),
