@@ -91,7 +91,7 @@ def _press(client: valkey.Valkey, seconds: int) -> None:
     for n in itertools.count():
         if (share := (time.monotonic() - start) / seconds) >= 1:
             return
-        client.set(f"emb:{n}", bytes(MIB // 4), ex=3600)  # another tenant's cache
+        client.set(f"emb:{n}", bytes(MIB // 2), ex=3600)  # another tenant's cache
         kept.append(ray.put(generator.integers(0, 1 << 24, OBJECT // 8)))
         del kept[: -110 if 0.2 < share < 0.8 else -35]
         ray.get(random.choice(kept))
