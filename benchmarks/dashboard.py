@@ -1,14 +1,16 @@
 """A Ray under memory pressure, as the dashboard of deploy/ shows it.
 
-Runs a job of some minutes with faults in it, has a Prometheus scrape Ray's endpoint meanwhile, asks
-it what each panel of the dashboard asks, and draws that. It takes `ray[default]`, and `prometheus`
-on the PATH (`.ci/promtool` unpacks Debian's).
+Runs a job of some minutes with faults in it beside a cache, while a Prometheus scrapes Ray's
+endpoint and an exporter of Valkey. Then it draws each panel of the dashboard from the panel's own
+queries. It needs `ray[default]`, and on the PATH the programs of Debian's packages `prometheus` and
+`prometheus-redis-exporter`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -19,6 +21,7 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -35,6 +38,22 @@ from ray_valkey_spill import system_config
 DEPLOY = Path(__file__).parents[1] / "deploy"
 OBJECT = 8 * MIB
 STEP = 2  # seconds between scrapes, and points
+# As the manifests of deploy/ label what is scraped.
+SERVER = {"namespace": "ai-ml", "valkey_server": "valkey.ai-ml"}
+RAY = {**SERVER, "ray_io_cluster": "ray"}
+# Grafana's palette, by its names; and those of it that stand for a series' name.
+COLOURS = {
+    "dark-blue": "#1F60C4",
+    "light-blue": "#8AB8FF",
+    "dark-green": "#37872D",
+    "light-green": "#96D98D",
+    "dark-orange": "#FA6400",
+    "light-orange": "#FFB357",
+    "red": "#F2495C",
+    "purple": "#B877D9",
+    "orange": "#FF9830",
+}
+BY_NAME = ["#7EB26D", "#EAB839", "#6ED0E0", "#EF843C", "#1F78C1", "#BA43A9", "#705DA0", "#508642"]
 
 
 def main() -> None:
@@ -43,9 +62,13 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=DEPLOY / "dashboard.png")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rvs-") as directory, valkey_server() as urls:
-        client = valkey.from_url(urls["tcp"])
+        client = valkey.from_url(urls["tcp"], socket_timeout=60)  # longer than it stands still
         client.config_set("maxmemory", 512 * MIB)
-        with _ray(urls["tcp"], f"{directory}/overflow"), _prometheus(Path(directory)) as prometheus:
+        with (
+            _ray(urls["tcp"], f"{directory}/overflow"),
+            _exporter(urls["tcp"]) as exporter,
+            _prometheus(Path(directory), exporter) as prometheus,
+        ):
             start = time.time()
             _press(client, options.seconds)
             _draw(prometheus, start, time.time(), options.into)
@@ -65,7 +88,10 @@ def _press(client: valkey.Valkey, seconds: int) -> None:
     faults = {0.35: _break_connections, 0.5: _stand_still, 0.75: _lose_one}
     start, generator = time.monotonic(), np.random.default_rng(0)
     kept: list[Any] = []
-    while (share := (time.monotonic() - start) / seconds) < 1:
+    for n in itertools.count():
+        if (share := (time.monotonic() - start) / seconds) >= 1:
+            return
+        client.set(f"emb:{n}", bytes(MIB // 2), ex=3600)  # another tenant's cache
         kept.append(ray.put(generator.integers(0, 1 << 24, OBJECT // 8)))
         del kept[: -110 if 0.2 < share < 0.8 else -35]
         ray.get(random.choice(kept))
@@ -95,33 +121,52 @@ def _lose_one(client: valkey.Valkey, kept: list[Any]) -> None:
 
 
 @contextlib.contextmanager
-def _prometheus(directory: Path) -> Iterator[str]:
-    """The URL of one that scrapes Ray's node."""
-    (node,) = ray.nodes()
-    config = directory / "prometheus.yml"
-    targets = [{"targets": [f"127.0.0.1:{node['MetricsExportPort']}"]}]
-    scrape = {"job_name": "ray", "scrape_interval": f"{STEP}s", "static_configs": targets}
-    config.write_text(json.dumps({"scrape_configs": [scrape]}))  # which is YAML
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{chosen.getsockname()[1]}"
-    options = {"config.file": config, "storage.tsdb.path": directory / "tsdb"}
-    process = subprocess.Popen(
-        ["prometheus", f"--web.listen-address={address}", "--log.level=error"]
-        + [f"--{name}={value}" for name, value in options.items()]
-    )
+def _running(*command: str) -> Iterator[None]:
+    process = subprocess.Popen(command)
     try:
-        yield f"http://{address}"
+        yield
     finally:
         process.terminate()
         process.wait()
+
+
+def _free_address() -> str:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{chosen.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def _exporter(url: str) -> Iterator[str]:
+    """The address of an exporter of the server."""
+    address, server = _free_address(), url.replace("valkey://", "redis://")
+    command = ["prometheus-redis-exporter", "-redis.addr", server, "-web.listen-address", address]
+    with _running(*command, "-config-command", "-"):
+        yield address
+
+
+@contextlib.contextmanager
+def _prometheus(directory: Path, exporter: str) -> Iterator[str]:
+    """The URL of one that scrapes Ray's node and the exporter."""
+    (node,) = ray.nodes()
+    config = directory / "prometheus.yml"
+    scraped = {f"127.0.0.1:{node['MetricsExportPort']}": RAY, exporter: SERVER}
+    targets = [{"targets": [target], "labels": labels} for target, labels in scraped.items()]
+    scrape = {"job_name": "dashboard", "scrape_interval": f"{STEP}s", "static_configs": targets}
+    config.write_text(json.dumps({"scrape_configs": [scrape]}))  # which is YAML
+    address = _free_address()
+    options = {"config.file": config, "storage.tsdb.path": directory / "tsdb"}
+    command = ["prometheus", f"--web.listen-address={address}", "--log.level=error"]
+    with _running(*command, *(f"--{name}={value}" for name, value in options.items())):
+        yield f"http://{address}"
 
 
 # --- how it looks ---
 
 
 def _query(prometheus: str, expression: str, start: float, end: float) -> list[Any]:
-    values = {"$__rate_interval": "15s", "$__range": f"{end - start:.0f}s", "$session": ".+"}
+    values = {"$__rate_interval": "15s", "$__range": f"{end - start:.0f}s"}
+    values |= dict.fromkeys(("$namespace", "$cluster", "$session", "$server"), ".+")
     for variable, value in values.items():
         expression = expression.replace(variable, value)
     given = urllib.parse.urlencode({"query": expression, "start": start, "end": end, "step": STEP})
@@ -140,7 +185,8 @@ def _readable(value: float, unit: str) -> str:
     if unit == "bool_yes_no":
         return {0.0: "no", 1.0: "yes"}.get(value, "")
     suffix = {"ops": "/s", "cps": "/s", "percentunit": " %"}.get(unit, "")
-    return f"{100 * value if unit == 'percentunit' else value:.3g}{suffix}"
+    value = 100 * value if unit == "percentunit" else value
+    return (f"{value:.3g}" if value < 1000 else f"{value:,.0f}") + suffix
 
 
 def _draw(prometheus: str, start: float, end: float, into: Path) -> None:
@@ -160,31 +206,50 @@ def _draw(prometheus: str, start: float, end: float, into: Path) -> None:
         if panel["type"] == "row":
             axes.text(0.01, 0.3, panel["title"], fontsize=14, fontweight="bold")
             continue
-        (found,) = _query(prometheus, panel["targets"][0]["expr"], start, end)
-        value = _readable(float(found["values"][-1][1]), panel["fieldConfig"]["defaults"]["unit"])
+        shown = panel["fieldConfig"]["defaults"]
+        found = _query(prometheus, panel["targets"][0]["expr"], start, end)
+        last = [_readable(float(each["values"][-1][1]), shown["unit"]) for each in found]
         axes.text(0.5, 0.75, panel["title"], ha="center", fontsize=11)
-        axes.text(0.5, 0.3, value, ha="center", fontsize=24)
+        axes.text(0.5, 0.3, *last or [shown["noValue"]], ha="center", fontsize=22)
     figure.savefig(into, dpi=80)
+
+
+def _overridden(panel: Any, name: str, query: str, what: str) -> Any:
+    """What the panel has for one series in the place of its default, or None."""
+    for override in panel["fieldConfig"]["overrides"]:
+        if override["matcher"]["options"] in (name, query):
+            for each in override["properties"]:
+                if each["id"] == what:
+                    return each["value"]
+    return None
+
+
+def _colour(panel: Any, name: str, query: str) -> str:
+    fixed = _overridden(panel, name, query, "color")
+    return COLOURS[fixed["fixedColor"]] if fixed else BY_NAME[zlib.crc32(name.encode()) % 8]
 
 
 def _draw_lines(axes: Any, panel: Any, prometheus: str, start: float, end: float) -> None:
     from matplotlib.ticker import MaxNLocator, MultipleLocator
 
     defaults = panel["fieldConfig"]["defaults"]
-    dashed = {each["matcher"]["options"] for each in panel["fieldConfig"]["overrides"]}
     stepped = defaults["custom"]["lineInterpolation"] == "stepAfter"
     for target in panel["targets"]:
         for found in _query(prometheus, target["expr"], start, end):
             label = re.sub(r"{{(\w+)}}", r"{\1}", target["legendFormat"]).format(**found["metric"])
             values = {round((when - start) / STEP): float(value) for when, value in found["values"]}
             points = range(int((end - start) / STEP))
+            dashed = _overridden(panel, label, target["refId"], "custom.lineStyle")
             axes.plot(
                 [STEP * i for i in points],
                 [values.get(i, math.nan) for i in points],
                 label=label,
-                linestyle="--" if target["refId"] in dashed else "-",
+                color=_colour(panel, label, target["refId"]),
+                linestyle="--" if dashed else "-",
                 drawstyle="steps-post" if stepped else "default",
             )
+    if not axes.lines:
+        axes.text(0.5, 0.5, "No data", ha="center", transform=axes.transAxes, color="grey")
     if defaults["custom"]["scaleDistribution"]["type"] == "log":
         axes.set_yscale("log")
     else:

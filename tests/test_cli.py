@@ -347,7 +347,7 @@ def test_the_kuberay_form_is_that_of_deploy() -> None:
             for env in each["containers"][0]["env"]:
                 if env["name"] == "RAY_object_spilling_config":
                     env["value"] = json.loads(env["value"])
-        assert _same_volumes(ours["volumes"]) == _same_volumes(theirs["volumes"])
+        assert ours["volumes"] == theirs["volumes"]
         assert ours["securityContext"].items() <= theirs["securityContext"].items()
         (container,), (other, *_) = ours["containers"], theirs["containers"]
         for what in ("name", "env", "volumeMounts"):
@@ -356,10 +356,6 @@ def test_the_kuberay_form_is_that_of_deploy() -> None:
 
 def pod(group: Any) -> Any:
     return group["template"]["spec"]
-
-
-def _same_volumes(volumes: list[Any]) -> Any:
-    return [each for each in volumes if each["name"].startswith("spill-secrets")]
 
 
 def test_config_names_the_file_that_has_the_password() -> None:

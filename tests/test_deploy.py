@@ -82,6 +82,13 @@ def pods() -> list[Any]:
     return [group["template"]["spec"] for group in groups()]
 
 
+def mounts_of(pod: Mapping[str, Any]) -> dict[str, Any]:
+    """The volumes of Ray's container, by the directory in which it has them."""
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = pod["containers"][0]["volumeMounts"]
+    return {mount["mountPath"]: volumes[mount["name"]] for mount in mounts}
+
+
 def spilling_config() -> dict[str, Any]:
     """What the RayCluster's head has in its environment."""
     variable = pods()[0]["containers"][0]["env"][0]
@@ -104,6 +111,7 @@ class Deployed:
         files = {
             "password_file": self._file("password", self.passwords["ray"]),
             "encryption_key_file": self._file("keys", "5e" * 32),
+            "overflow_uri": str(self.directory / "overflow"),
         }
         return {**spilling_config()["params"], "url": self.node.url, **files}
 
@@ -154,6 +162,7 @@ def deployed(directory: Path, files: tuple[str, ...]) -> Iterator[Deployed]:
     with contextlib.closing(node):
         node.start()
         wait_until(node.serves)
+        (directory / "overflow").mkdir()
         yield Deployed(node, passwords, directory)
 
 
@@ -316,6 +325,8 @@ def ray_params() -> dict[str, Any]:
 
 # --- the objects of Kubernetes ---
 
+OBJECTS = ("networkpolicy.yaml", "secrets.yaml", "overflow-volume.yaml")
+
 
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_objects_fit_the_schemas_of_kubernetes(version: str) -> None:
@@ -323,12 +334,13 @@ def test_objects_fit_the_schemas_of_kubernetes(version: str) -> None:
         {"apiVersion": "v1", "kind": "PodTemplate", "template": group["template"]}
         for group in groups()
     ]
-    for document in [*documents("networkpolicy.yaml"), *documents("secrets.yaml"), *templates]:
+    objects = [each for name in (*OBJECTS, "priorityclass.yaml") for each in documents(name)]
+    for document in [*objects, *templates]:
         kubernetes_validate.validate(document, version, strict=True)
 
 
 def test_everything_is_in_the_namespace_of_the_decision() -> None:
-    for name in ("networkpolicy.yaml", "secrets.yaml", "raycluster.yaml"):
+    for name in (*OBJECTS, "raycluster.yaml", "podmonitor.yaml", "prometheus-rules.yaml"):
         assert {each["metadata"]["namespace"] for each in documents(name)} == {"ai-ml"}
 
 
@@ -379,23 +391,99 @@ def test_every_node_has_the_settings_of_ray_that_spilling_needs() -> None:
 def test_every_pod_has_the_secrets_where_the_config_looks_for_them() -> None:
     keys = {secret["metadata"]["name"]: set(secret["data"]) for secret in documents("secrets.yaml")}
     for pod in pods():
-        (mount,) = pod["containers"][0]["volumeMounts"]
-        (volume,) = pod["volumes"]
-        assert mount["name"] == volume["name"]
         found = set()
-        for source in volume["projected"]["sources"]:
+        for source in mounts_of(pod)["/etc/ray-spill"]["projected"]["sources"]:
             for item in source["secret"]["items"]:
                 assert item["key"] in keys[source["secret"]["name"]]
-                found.add(f"{mount['mountPath']}/{item['path']}")
+                found.add(f"/etc/ray-spill/{item['path']}")
         assert found == {ray_params()[name] for name in ("password_file", "encryption_key_file")}
 
 
 def test_the_secrets_are_readable_for_rays_user_alone() -> None:
     for pod in pods():
-        (volume,) = pod["volumes"]
-        assert volume["projected"]["defaultMode"] == 0o400
-        # Without a group the files are root's, and not even Ray's.
-        assert pod["securityContext"] == {"runAsUser": 1000, "runAsGroup": 100, "fsGroup": 1000}
+        assert mounts_of(pod)["/etc/ray-spill"]["projected"]["defaultMode"] == 0o400
+        # Without a group the files are root's, and Ray cannot read them.
+        ids = [pod["securityContext"][name] for name in ("runAsUser", "runAsGroup", "fsGroup")]
+        assert ids == [1000, 100, 1000]
+
+
+def test_pods_fulfil_the_restricted_profile() -> None:
+    """That of the Pod Security Standards; of Valkey's pod, what the chart does not set itself."""
+    exporter = values_of(SMALL)["metrics"]["exporter"]["securityContext"]
+    assert exporter["runAsNonRoot"] is True
+    contexts = [exporter]
+    for pod in pods():
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
+        assert kinds <= {"projected", "persistentVolumeClaim"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+        contexts += [container["securityContext"] for container in pod["containers"]]
+    for context in contexts:
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_every_pod_has_the_overflow_where_the_config_looks_for_it() -> None:
+    (claim,) = documents("overflow-volume.yaml")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    for pod in pods():
+        volume = mounts_of(pod)[ray_params()["overflow_uri"]]
+        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+def test_the_overflow_holds_more_than_all_object_stores() -> None:
+    head, workers = groups()
+    stores = int(head["rayStartParams"]["object-store-memory"])
+    stores += workers["maxReplicas"] * int(workers["rayStartParams"]["object-store-memory"])
+    (claim,) = documents("overflow-volume.yaml")
+    assert size_of(claim["spec"]["resources"]["requests"]["storage"]) > 3 * stores
+
+
+def test_ray_has_the_cores_that_its_pods_request() -> None:
+    head, workers = groups()
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    requests = workers["template"]["spec"]["containers"][0]["resources"]["requests"]
+    assert workers["rayStartParams"]["num-cpus"] == requests["cpu"]
+
+
+def test_pods_have_a_minute_to_end() -> None:
+    assert [pod["terminationGracePeriodSeconds"] for pod in pods()] == [60, 60]
+    patches = re.findall(
+        r"patch deployment valkey.*?terminationGracePeriodSeconds\": (\d+)",
+        "".join((DEPLOY / name).read_text() for name in ("README.md", "valkey-values-scaled.yaml")),
+        re.DOTALL,
+    )
+    assert patches == ["60", "300"]
+
+
+def test_valkeys_pod_has_cores_and_a_priority() -> None:
+    values = values_of(SMALL)
+    exporter = values["metrics"]["exporter"]
+    for container in (values["resources"], values["initResources"], exporter["resources"]):
+        assert container["requests"]["cpu"]
+        assert "cpu" not in container["limits"]
+    (priority,) = documents("priorityclass.yaml")
+    assert values["priorityClassName"] == priority["metadata"]["name"]
+    assert priority["value"] > 0
+
+
+def test_one_label_names_the_server_for_policy_and_metrics() -> None:
+    values = values_of(SMALL)
+    label = values["podLabels"]
+    assert list(label) == values["metrics"]["serviceMonitor"]["podTargetLabels"]
+    assert [group["template"]["metadata"]["labels"] for group in groups()] == [label, label]
+    (policy,) = documents("networkpolicy.yaml")
+    selector = policy["spec"]["podSelector"]["matchLabels"]
+    # Without the release's name, which anybody may choose.
+    assert selector == {"app.kubernetes.io/name": "valkey", **label}
+
+
+def test_prometheus_of_the_operators_chart_selects_all_that_is_for_it() -> None:
+    expected = {"release": "kube-prometheus-stack"}
+    assert values_of(SMALL)["metrics"]["serviceMonitor"]["extraLabels"] == expected
+    for name in ("podmonitor.yaml", "prometheus-rules.yaml"):
+        assert documents(name)[0]["metadata"]["labels"] == expected
 
 
 def test_an_object_store_leaves_room_for_what_runs_beside_it() -> None:

@@ -23,8 +23,9 @@ _USER = "ray"  # of an ACL, if the config names none
 # Ray 2.60 wants the token in ~/.ray/auth_token of `ray start --head`, but not of `--address`.
 _AUTH = 'export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}"'
 
-# The names of deploy/: of Secrets, and of the keys in them.
+# The names of deploy/: of Secrets, of the keys in them, and of the claim of an overflow.
 _PASSWORD_SECRET, _KEYS_SECRET, _KEYS_ITEM = "valkey-users", "ray-spill-keys", "keys"
+_OVERFLOW_CLAIM = "ray-spill-overflow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,14 @@ def acl(config: Config) -> dict[str, str]:
 # --- KubeRay, with the names of deploy/raycluster.yaml ---
 
 
+@dataclass(frozen=True, slots=True)
+class _Volume:
+    """A container's mount of a volume, and the volume: each as the lines of a mapping."""
+
+    mount: str
+    source: str
+
+
 def _kuberay(spilling: str, params: Mapping[str, Any], username: str | None) -> str:
     user = username or _USER
     env = [f'name: RAY_{name}\nvalue: "{value}"' for name, value in RAY_SETTINGS.items()]
@@ -123,46 +132,62 @@ def _kuberay(spilling: str, params: Mapping[str, Any], username: str | None) -> 
         )
     if (key_file := params.get("encryption_key_file")) is not None:
         secrets[key_file] = (_KEYS_SECRET, _KEYS_ITEM)
+    volumes = [*_secret_volumes(secrets), *_overflow_volumes(params.get("overflow_uri"))]
     of_head = [f"name: {CONFIG_VARIABLE}\nvalue: {json.dumps(spilling)}", *env]
     return (
         "# In the RayCluster's spec; the image of every group needs ray-valkey-spill installed.\n"
         "headGroupSpec:\n  template:\n    spec:\n"
-        + indent(_pod("ray-head", of_head, secrets), 6 * " ")
+        + indent(_pod("ray-head", of_head, volumes), 6 * " ")
         + "workerGroupSpecs:\n  - groupName: workers\n    template:\n      spec:\n"
-        + indent(_pod("ray-worker", env, secrets), 8 * " ")
+        + indent(_pod("ray-worker", env, volumes), 8 * " ")
     )
 
 
-def _pod(container: str, env: list[str], secrets: Mapping[str, tuple[str, str]]) -> str:
-    """Return the part of a pod's spec that spilling needs, as YAML.
-
-    Args:
-        container: its name.
-        env: variables, each as the lines of a mapping.
-        secrets: of the path of each file, the Secret and the key in it.
-    """
-    variables = "".join(_item(each) for each in env)
-    text = f"containers:\n  - name: {container}\n    env:\n{indent(variables, 6 * ' ')}"
-    if not secrets:
-        return text
+def _secret_volumes(secrets: Mapping[str, tuple[str, str]]) -> Iterator[_Volume]:
+    """Yield a volume for each directory of `secrets`: by the path of a file, Secret and key."""
     by_directory: dict[str, str] = {}
     for path, (secret, key) in secrets.items():
         where = PurePosixPath(path)
         source = f"secret:\n  name: {secret}\n  items: [{{key: {key}, path: {where.name}}}]"
         by_directory[str(where.parent)] = by_directory.get(str(where.parent), "") + _item(source)
-    mounts = volumes = ""
     for number, (directory, sources) in enumerate(by_directory.items(), 1):
         name = "spill-secrets" if number == 1 else f"spill-secrets-{number}"
         # A directory: a file that is mounted by subPath never changes.
-        mounts += _item(f"name: {name}\nmountPath: {directory}\nreadOnly: true")
-        volumes += _item(
+        yield _Volume(
+            f"name: {name}\nmountPath: {directory}\nreadOnly: true",
             f"name: {name}\nprojected:\n  defaultMode: 0400\n  sources:\n"
-            + indent(sources, 4 * " ")
+            + indent(sources, 4 * " "),
         )
+
+
+def _overflow_volumes(uri: str | None) -> Iterator[_Volume]:
+    """Yield the volume of an overflow that is a directory."""
+    if uri is not None and uri.startswith("/"):
+        yield _Volume(
+            f"name: spill-overflow\nmountPath: {uri}",
+            "name: spill-overflow\n"
+            f"persistentVolumeClaim: {{claimName: {_OVERFLOW_CLAIM}}}  # ReadWriteMany",
+        )
+
+
+def _pod(container: str, env: list[str], volumes: list[_Volume]) -> str:
+    """Return the part of a pod's spec that spilling needs, as YAML.
+
+    Args:
+        container: its name.
+        env: variables, each as the lines of a mapping.
+        volumes: those that the container mounts.
+    """
+    variables = "".join(_item(each) for each in env)
+    text = f"containers:\n  - name: {container}\n    env:\n{indent(variables, 6 * ' ')}"
+    if not volumes:
+        return text
+    mounts = "".join(_item(volume.mount) for volume in volumes)
+    sources = "".join(_item(volume.source) for volume in volumes)
     return (
         # Files of Secrets belong to root; `fsGroup` lets the image's user `ray` read them.
         "securityContext: {runAsUser: 1000, runAsGroup: 100, fsGroup: 1000}\n"
-        f"{text}    volumeMounts:\n{indent(mounts, 6 * ' ')}volumes:\n{indent(volumes, '  ')}"
+        f"{text}    volumeMounts:\n{indent(mounts, 6 * ' ')}volumes:\n{indent(sources, '  ')}"
     )
 
 
