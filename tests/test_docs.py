@@ -67,6 +67,7 @@ RUN_BY = {
     "ray start": NAMED,
     "ray stop": NAMED,
     "pip install ray": NAMED,
+    "pip install .": WALKTHROUGH,
     "pip uninstall": "tests/test_packaging.py::test_uninstalling_leaves_nothing",
     "export RAY_AUTH_MODE=": WALKTHROUGH,
     'eval "$(_RAY_VALKEY_SPILL_COMPLETE=': (
