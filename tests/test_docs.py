@@ -16,6 +16,8 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ import promql_parser
 import pytest
 import yaml
 from click.testing import CliRunner
-from support.servers import Server
+from support.pages import pattern
+from support.servers import Server, free_ports, valkey_server
 from support.stores import Store
 
 from ray_valkey_spill.cli.commands import cli
@@ -33,6 +36,9 @@ from ray_valkey_spill.format.sealing import KeyRing
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
+README = PAGES[0].read_text()
+# Where links lead that have to work outside a checkout too.
+PROJECT = "https://github.com/ray-valkey-spill/ray-valkey-spill/blob/main/"
 
 # --- what runs the commands ---
 
@@ -44,6 +50,7 @@ CLUSTER = "tests/test_docs.py::test_what_needs_a_cluster_names_files_that_are_th
 # All blocks of that page, in their order.
 WALKTHROUGH = "tests/test_walkthrough.py::test_the_walkthrough_leads_where_it_says"
 METRICS = "tests/test_docs.py::test_queries_of_the_pages_can_be_parsed"
+SERVER = "tests/test_docs.py::test_every_command_for_the_server_works"
 # In a sentence, of a command, or in passing: nothing that a reader is to type there.
 NAMED = "named"
 
@@ -60,6 +67,7 @@ RUN_BY = {
     "ray start": NAMED,
     "ray stop": NAMED,
     "pip install ray": NAMED,
+    "pip install .": WALKTHROUGH,
     "pip uninstall": "tests/test_packaging.py::test_uninstalling_leaves_nothing",
     "export RAY_AUTH_MODE=": WALKTHROUGH,
     'eval "$(_RAY_VALKEY_SPILL_COMPLETE=': (
@@ -79,6 +87,7 @@ RUN_BY = {
     "sum by ": METRICS,
     "max by ": METRICS,
     "ray-valkey-spill": TOOL,
+    "valkey-cli ": SERVER,
     'ray-valkey-spill check "$@"': WALKTHROUGH,
     "openssl rand -base64 32": OPENSSL,
     "openssl rand -base64 32 | kubectl ": CLUSTER,
@@ -95,7 +104,10 @@ RUN_BY = {
     # What is to be put into a file of values, and no command.
     "auth:": "tests/test_docs.py::test_values_of_the_deployment_page_are_yaml",
 }
-_PROGRAMS = "ray|ray-valkey-spill|python|pip|pytest|openssl|kubectl|helm|docker|perf|apt(-get)?|git"
+_PROGRAMS = (
+    "ray|ray-valkey-spill|valkey-cli|python|pip|pytest|openssl|kubectl|helm|docker|perf"
+    "|apt(-get)?|git"
+)
 
 
 def prose(page: Path) -> str:
@@ -147,7 +159,10 @@ def test_every_command_is_run_somewhere(page: Path) -> None:
     for line in lines(page):
         assert run_by(line) != NAMED, f"{line!r} is there to be typed, and run nowhere"
     fenced = set(re.findall(r"^```(\w+)$", page.read_text(), re.MULTILINE))
-    allowed = {"sh", "text"} if page.stem == "walkthrough" else {"mermaid"}
+    allowed = {
+        "walkthrough.md": {"sh", "text"},
+        "README.md": {"text"} if page.parent == ROOT else set(),
+    }.get(page.name, {"mermaid"})
     assert fenced <= allowed, "what is fenced is not looked at for commands"
 
 
@@ -179,6 +194,14 @@ def test_a_command_that_is_new_is_missed(tmp_path: Path) -> None:
 
 
 # --- what is run here ---
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without settings of Ray's or of this package's."""
+    for name in os.environ:
+        if name.startswith("RAY_"):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -216,6 +239,14 @@ def test_every_command_of_the_tool_works(server: Server, command: str) -> None:
             store.destroy(lambda pid: False)
 
 
+@pytest.mark.parametrize("command", all_run_by(SERVER))
+def test_every_command_for_the_server_works(command: str) -> None:
+    _, *arguments = shlex.split(command)
+    with valkey_server() as server:
+        server.client.execute_command("ACL", "SETUSER", "ray", "on")
+        server.client.execute_command(*arguments)  # raises what the server refuses
+
+
 def test_the_readme_gives_ray_what_the_tool_prints() -> None:
     printed = CliRunner().invoke(cli, ["config", "--url", "valkey://host:6379/0", "--json"])
     forms = json.loads(printed.output)["forms"]
@@ -224,6 +255,18 @@ def test_the_readme_gives_ray_what_the_tool_prints() -> None:
         for line in filter(None, forms[form].splitlines()):
             line = re.sub(r" +# .*", "", line)
             assert line.replace('"', "'") in found
+
+
+def test_the_readme_shows_what_check_prints(tmp_path: Path, no_ray: None) -> None:
+    (shown,) = re.findall(r"^```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    with valkey_server(maxmemory="2gb") as server:
+        found = CliRunner().invoke(cli, ["check", "--url", server.url], env={"HOME": str(tmp_path)})
+    assert found.exit_code == 0, found.output
+    assert re.search(pattern(shown), found.output, re.DOTALL), found.output
+
+
+def test_the_readme_fits_on_three_screens() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 @pytest.mark.parametrize("command", all_run_by(OPENSSL))
@@ -268,6 +311,59 @@ def test_values_of_the_deployment_page_are_yaml() -> None:
     assert "+@all" not in permissions
     for prefix in ("vllm:kv:", "emb:", "session:"):
         assert f"~{prefix}*" in permissions.split()
+
+
+# --- messages ---
+
+
+def failed_checks(home: Path) -> Iterator[str]:
+    """What `check` prints of each mistake that the page has."""
+
+    def check(*arguments: str, **environment: str) -> str:
+        given = ["check", "--timeout", "0.5", *arguments]
+        found = CliRunner().invoke(cli, given, env={"HOME": str(home), **environment})
+        assert found.exit_code == 1, found.output
+        return found.output
+
+    with valkey_server() as server:
+        url = f"--url={server.url}"
+        yield check(url, "--username=ray", RAY_VALKEY_SPILL_PASSWORD="wrong")
+        server.client.execute_command("ACL", "SETUSER", "ray", "on", ">word", "~*", "+get", "+info")
+        yield check(url, "--username=ray", RAY_VALKEY_SPILL_PASSWORD="word")
+        yield check("--url", f"valkey://127.0.0.1:{free_ports(1)[0]}/0")
+        yield check("--url", server.url.replace("valkey://", "valkeys://"))
+        yield check("--url", server.url.replace("//", "//:word@"))
+        yield check(url, "--min-replicas=1")
+        yield check(url, f"--encryption-key-file={home}/none")
+        yield check(url, "--overflow-uri=/proc/none")
+        config = {"type": "valkey", "params": {"max_byte": 1}}
+        for text in (json.dumps(config), "{", json.dumps("{}"), '{"type": "filesystem"}'):
+            yield check(RAY_object_spilling_config=text)
+        yield check(url, RAY_object_spilling_directory="/tmp")
+        yield check(url, RAY_VALKEY_SPILL_DISABLE="1")
+        server.client.config_set("maxmemory-policy", "allkeys-lru")
+        yield check(url)
+        server.client.config_set("proto-max-bulk-len", 1 << 20)
+        yield check(url, "--chunk-size=2MiB")
+        server.client.config_set("requirepass", "word")
+        yield check(url)
+
+
+@pytest.mark.slow
+def test_messages_of_check_are_those_of_the_page(tmp_path: Path, no_ray: None) -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    _, table, _ = re.split("<!-- .*messages of check -->", page)
+    messages = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+    printed = "\n".join(failed_checks(tmp_path))
+    assert [m for m in messages if not re.search(pattern(m), printed, re.DOTALL)] == []
+    assert len(messages) == table.count("\n|") - 2
+
+
+def test_the_runbook_has_an_entry_for_each_alert() -> None:
+    rules = yaml.safe_load((ROOT / "deploy/prometheus-rules.yaml").read_text())
+    alerts = [rule["alert"] for group in rules["spec"]["groups"] for rule in group["rules"]]
+    runbook = (ROOT / "docs/runbook.md").read_text()
+    assert [name for name in alerts if f"\n### {name}\n" not in runbook] == []
 
 
 # --- what needs a cluster ---
@@ -355,12 +451,23 @@ def test_every_link_leads_somewhere() -> None:
     for page in PAGES:
         text = page.read_text()
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            path, _, anchor = target.partition("#")
-            if "://" not in target:
-                linked = page.parent / path if path else page
+            path, _, anchor = target.removeprefix(PROJECT).partition("#")
+            if "://" not in path:
+                start = ROOT if target.startswith(PROJECT) else page.parent
+                linked = start / path if path else page
                 assert linked.exists(), f"{page}: {target}"
                 headings = (
                     re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
                 )
                 slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
                 assert not anchor or anchor in slugs, f"{page}: {target}"
+
+
+def test_links_of_the_readme_work_on_pypi() -> None:
+    """There is no checkout there: they are the project's addresses in pyproject.toml."""
+    urls = metadata.metadata("ray-valkey-spill").get_all("Project-URL", [])
+    repository = dict(url.split(", ") for url in urls)["Repository"]
+    assert f"{repository}/blob/main/" == PROJECT
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert targets
+    assert [target for target in targets if not target.startswith("https://")] == []
