@@ -8,6 +8,7 @@ ahead of their replies, and receives values directly into their destination.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 import sys
@@ -101,6 +102,8 @@ class Connection:
         self._client = dial(config, endpoint, timeout, sentinel)
         self._sock: Any = self._client._sock
         self._stream: Any = self._sock
+        self._readable = select.poll()
+        self._readable.register(self, select.POLLIN)
         if config.address.tls:
             self._stream = tls.TlsSocket(self._sock)
         else:
@@ -196,13 +199,14 @@ class Connection:
         if self._unsent:
             parts = [part for request in self._unsent for part in request.parts]
             is_small = self._unsent_length < _DATA and len(self.waiting) == len(self._unsent)
+            length = self._unsent_length
             self._unsent, self._unsent_length = [], 0
             self.used = time.monotonic()
             self._asked_at = self.used if is_small else None
             if self.used - self._looked_at > _BETWEEN_LOOKS:
                 self._look_at_round_trip()
             try:
-                self._send(parts)
+                self._send(parts, length)
             except TimeoutError:
                 self.close()
                 raise
@@ -321,12 +325,19 @@ class Connection:
     def fileno(self) -> int:
         return int(self._sock.fileno())
 
-    def _send(self, parts: list[Buffer]) -> None:
-        while parts:
+    def is_readable(self) -> bool:
+        """Whether the server has sent something that was not read, or closed the connection."""
+        return bool(self._readable.poll(0))
+
+    def _send(self, parts: list[Buffer], length: int) -> None:
+        while length:
             try:
                 sent = self._stream.sendmsg(parts[:_MAX_PARTS])
             except BlockingIOError:
                 raise TimeoutError("it takes no more bytes") from None
+            length -= sent
+            if not length:
+                return
             done = 0
             while done < len(parts) and sent >= len(parts[done]):
                 sent -= len(parts[done])

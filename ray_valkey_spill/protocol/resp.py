@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ __all__ = [
 _READ_SIZE = 8 << 10
 _LARGEST = 512 << 20
 _LARGEST_INTEGER = 2**63
-_MOST_DIGITS = 19
+_INTEGER = re.compile(rb"-?[0-9]{1,19}")
 
 _USE_PRIMARY = "Wait for the failover to end, or give the url of the primary"
 # Error replies that mean "not now", with a hint for those that may not pass by themselves. A server
@@ -292,10 +293,10 @@ class ReplyReader:
 
 def _number(text: bytes, most: int = _LARGEST) -> int:
     """Parse an integer reply, or a length, which is at most 512 MiB (`proto-max-bulk-len`)."""
-    digits = text.removeprefix(b"-")
-    if not digits.isdigit() or len(digits) > _MOST_DIGITS or int(digits) > most:
+    number = int(text) if _INTEGER.fullmatch(text) else None
+    if number is None or abs(number) > most:
         raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is not Valkey")
-    return int(text)
+    return number
 
 
 def reply_error(text: str) -> ServerError:

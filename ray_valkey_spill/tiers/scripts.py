@@ -149,9 +149,10 @@ SETTLE = _script(
     _GRANTS,
     """
 local node, writer, left, first = ARGV[1], ARGV[2], tonumber(ARGV[3]), 6
+local all_are_there = #KEYS == 5 or redis.call('EXISTS', unpack(KEYS, 6)) == #KEYS - 5
 local function is_there(name)
-    if #KEYS == 5 then return true end
-    local last = first + tonumber(name:match('%d+$'))
+    if all_are_there then return true end
+    local last = first + name:match('%.(%d+)$')
     local found = redis.call('EXISTS', unpack(KEYS, first, last))
     local count = last - first + 1
     first = last + 1
@@ -216,7 +217,9 @@ keep_totals(t)
 # the values that follow a registration before its client reads of that.
 ADD = _script(
     """
-for _, member in ipairs(ARGV) do redis.call('ZADD', KEYS[1], 0, member) end
+local scored = {}
+for i, member in ipairs(ARGV) do scored[2 * i - 1], scored[2 * i] = 0, member end
+redis.call('ZADD', KEYS[1], unpack(scored))
 return #ARGV
 """
 )

@@ -384,14 +384,7 @@ class ValkeyTier:
         always drained.
         """
         failed: Request | None = None
-
-        def until_failure() -> Iterator[Request]:
-            for request in requests:
-                if failed is not None:
-                    return
-                yield request
-
-        for request in self._link.run(until_failure(), since):
+        for request in self._link.run(requests, since, to_failure=True):
             if failed is None and request.error is None:
                 yield request
             elif failed is None:
