@@ -191,7 +191,8 @@ class Connection:
         self._unsent_length += request.length
         if request.weight >= _DATA:
             self._pacer = self._receiving if request.is_received else self._sending
-        if self._unsent_length >= self._batch or len(self._unsent) >= _MAX_REQUESTS // 2:
+        is_enough = self._unsent_length >= self._batch or len(self._unsent) >= _MAX_REQUESTS // 2
+        if is_enough or request.urgent:
             self.flush()
 
     def flush(self) -> None:

@@ -89,6 +89,7 @@ class Request:
         key: one of its keys, which in a cluster all have the same slot; None if it has no key.
         fenced: whether the server may execute it only after all requests before it.
         guarded: whether the link sends it only once all requests before it have succeeded.
+        urgent: whether it is sent at once, and not together with those that follow.
         target: the server to send it to, for a command without a key.
         connection: the connection that it was given to.
         redirects: number of times it was redirected to another node of a cluster.
@@ -102,8 +103,8 @@ class Request:
     """
 
     __slots__ = (
-        *("connection", "done", "error", "fenced", "guarded", "into", "key", "parts", "redirects"),
-        *("length", "reply", "target", "weight"),
+        *("connection", "done", "error", "fenced", "guarded", "into", "key", "length", "parts"),
+        *("redirects", "reply", "target", "urgent", "weight"),
     )
 
     def __init__(
@@ -116,7 +117,7 @@ class Request:
     ) -> None:
         self.parts = parts
         self.key = key
-        self.fenced = self.guarded = self.done = False
+        self.fenced = self.guarded = self.urgent = self.done = False
         self.redirects = 0
         self.target: Any = None
         self.connection: Any = None

@@ -432,8 +432,14 @@ class _Reading:
     def _new_checks(self) -> Iterator[Request]:
         """Yield requests for the sizes of all chunks; a single server sends a page per reply."""
         if self._is_one_server:
-            for page in pages(self._chunks, _KEYS_PER_CHECK):
-                yield command("EVAL", scripts.SIZES, len(page), *page)
+            checks = [
+                command("EVAL", scripts.SIZES, len(page), *page)
+                for page in pages(self._chunks, _KEYS_PER_CHECK)
+            ]
+            # Sent before the requests for chunks: the server replies only once it has executed all
+            # that it has read, and would prepare the chunks first.
+            checks[-1].urgent = True
+            yield from checks
         else:
             for key in self._chunks:
                 yield command("STRLEN", key)
