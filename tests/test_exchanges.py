@@ -426,6 +426,9 @@ def test_an_operation_is_one_exchange_of_few_commands(
     urls: list[str] = []
     spilling = cost_of(proxies, lambda: urls.extend(spilled(store, sizes)))
     assert spilling == Cost(1, counted(eval=2, set=values))
+    # No request waits for a reply, though the first ones are sent before the others are made.
+    namespace.proxy.to_client.stall()
+    namespace.proxy.before(namespace.proxy.to_client.flow, b"GET", number=1 + chunks)
     restoring = cost_of(proxies, lambda: get(store, urls[0]))
     assert restoring == Cost(1, counted(get=1 + chunks, eval=int(chunks > 0)) + Counter())
     deleting = cost_of(proxies, lambda: store.delete(urls))

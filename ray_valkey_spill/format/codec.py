@@ -13,6 +13,7 @@ from ray_valkey_spill.errors import LostObjectError
 from ray_valkey_spill.units import Buffer
 
 __all__ = [
+    "CODECS",
     "Codec",
     "checksum",
     "compress",
@@ -34,6 +35,9 @@ class Codec(IntEnum):
 
     RAW = 0
     LZ4 = 1  # LZ4 block format, without a size prefix
+
+
+CODECS = {int(codec): codec for codec in Codec}
 
 
 def checksum(data: Buffer) -> int:

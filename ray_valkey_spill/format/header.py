@@ -30,7 +30,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from ray_valkey_spill.errors import ConfigError, LostObjectError
-from ray_valkey_spill.format.codec import Codec, checksum, scratch
+from ray_valkey_spill.format.codec import CODECS, Codec, checksum, scratch
 from ray_valkey_spill.format.sealing import TAG_SIZE, KeyRing, Seal
 from ray_valkey_spill.units import Buffer
 
@@ -263,18 +263,22 @@ class _Fields(NamedTuple):
         )
 
     def header(self) -> Header:
-        """Return the header with these fields. Raises ValueError if they are not valid."""
+        """Return the header with these fields.
+
+        Raises ValueError, or KeyError for an unknown codec, if they are not valid.
+        """
         if self.inline:
             size, codec, digest = map(int, self.inline.split())
-            chunks = [Chunk(size, Codec(codec), digest)]
+            chunks = [Chunk(size, CODECS[codec], digest)]
         else:
             count = len(self.codecs)
             columns = (
                 struct.unpack(f"<{count}I", self.sizes),
-                map(Codec, self.codecs) if set(self.codecs) - {0} else repeat(Codec.RAW, count),
+                map(CODECS.__getitem__, self.codecs),
                 struct.unpack(f"<{count}Q", self.checksums),
             )
-            chunks = list(map(Chunk, *columns))
+            # As `Chunk._make`, but without a Python frame for each row.
+            chunks = list(map(tuple.__new__, repeat(Chunk), zip(*columns)))
         return Header(
             object_id=self.object_id.decode(),
             ray_metadata=self.ray_metadata,
