@@ -21,7 +21,6 @@ objects over all of them.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
@@ -191,11 +190,10 @@ class Keyspace:
     def values(self, name: ObjectName) -> list[str]:
         """Return the keys of all values of an object: its header, then its chunks."""
         header = self.header(name)
-        return [header, *(f"{header}:{i}" for i in range(name.chunks))]
+        return [header, *[f"{header}:{i}" for i in range(name.chunks)]]
 
     def chunks(self, name: ObjectName) -> list[str]:
-        base = f"{self.root}{name}:"
-        return [f"{base}{i}" for i in range(name.chunks)]
+        return self.values(name)[1:]
 
     def url(self, place: Place) -> str:
         """Return the URL that Ray keeps for the object."""
@@ -212,11 +210,10 @@ class Keyspace:
         match = self._url.fullmatch(url)
         if match is not None:
             tier, session, node, object_id, attempt, chunks, size, key_id = match.groups()
-            with contextlib.suppress(ValueError):  # a number that is far too long
-                return Place(
-                    ObjectName(session, node, object_id, attempt, int(chunks)),
-                    int(size),
-                    "overflow" if tier else "valkey",
-                    int(key_id, 16) if key_id else None,
-                )
+            try:
+                name = ObjectName(session, node, object_id, attempt, int(chunks))
+                sealed = int(key_id, 16) if key_id else None
+                return Place(name, int(size), "overflow" if tier else "valkey", sealed)
+            except ValueError:
+                pass  # a number that is far too long
         raise LostObjectError(f"{url!r} is not the URL of an object spilled below {self.root!r}")

@@ -166,16 +166,17 @@ class Connection:
         self.add(request)
         return self.read().reply
 
-    def has_room(self, depth: int = 1) -> bool:
-        """Whether the connection takes another request ahead of the replies it waits for.
+    def has_room(self, request: Request, depth: int = 1) -> bool:
+        """Whether the connection takes `request` ahead of the replies it waits for.
 
-        It takes up to `depth` times the bytes that keep the wire busy.
+        It takes up to `depth` times the bytes that keep the wire busy. Once it is full, it takes
+        the next requests only when there is room for a batch, to send them together.
         """
         requests = len(self.waiting)
-        is_batch_open = self._unsent_length > 0 and self._pacer is self._sending
-        if is_batch_open or requests < _CHUNKS_UNDER_WAY:
+        is_batch_open = self._unsent_length > 0
+        if requests < _CHUNKS_UNDER_WAY or (is_batch_open and self._pacer is self._sending):
             return True
-        weight = self.weight + self._batch
+        weight = self.weight + (request.weight if is_batch_open else self._batch)
         return weight <= depth * self._pacer.limit and requests <= _MAX_REQUESTS // 2
 
     def add(self, request: Request) -> None:
@@ -240,7 +241,8 @@ class Connection:
             ProtocolError: as `add`.
             NotValkeyError: the server sent something other than a reply.
         """
-        self.flush()
+        if self._unsent:
+            self.flush()
         request = self.waiting[0]
         try:
             self._replies.read(request)

@@ -688,11 +688,11 @@ class Link:
         if in_flight and isinstance(self._topology, Cluster):
             under_way = sum(each.weight for each in self._connections.values())
             depth = _DEPTH_IN_CLUSTER if len(self._primaries) > 1 else 1
-            if request.fenced or not connection.has_room(depth):
+            if request.fenced or not connection.has_room(request, depth):
                 return False
             if under_way + request.weight > _MOST_IN_CLUSTER:
                 return False
-        elif in_flight and (_is_lost(in_flight[0]) or not connection.has_room()):
+        elif in_flight and (_is_lost(in_flight[0]) or not connection.has_room(request)):
             # Lost requests are sent again first: a single server must execute all in order.
             return False
         request.connection = connection

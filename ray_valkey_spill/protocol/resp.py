@@ -294,8 +294,7 @@ class ReplyReader:
 
 def _number(text: bytes, most: int = _LARGEST) -> int:
     """Parse an integer reply, or a length, which is at most 512 MiB (`proto-max-bulk-len`)."""
-    number = int(text) if _INTEGER.fullmatch(text) else None
-    if number is None or abs(number) > most:
+    if not _INTEGER.fullmatch(text) or not -most <= (number := int(text)) <= most:
         raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is not Valkey")
     return number
 
