@@ -58,8 +58,8 @@ def expected_ratio(data: memoryview) -> float:
         sample: Buffer = data
     else:
         last = len(data) - _SAMPLE_PIECE_SIZE
-        starts = [last * i // (pieces - 1) for i in range(pieces)]
-        sample = b"".join(data[start : start + _SAMPLE_PIECE_SIZE] for start in starts)
+        starts = range(0, last + 1, last // (pieces - 1))
+        sample = b"".join([data[start : start + _SAMPLE_PIECE_SIZE] for start in starts])
     ratio = len(lz4.block.compress(sample, store_size=False)) / len(sample)
     return ratio if ratio <= _WORTHWHILE else 1.0
 

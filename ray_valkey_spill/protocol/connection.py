@@ -191,7 +191,9 @@ class Connection:
         self.weight += request.weight
         self._unsent_length += request.length
         if request.weight >= _DATA:
-            self._pacer = self._receiving if request.is_received else self._sending
+            pacer = self._receiving if request.is_received else self._sending
+            if pacer is not self._pacer:
+                self._pace_by(pacer)
         is_enough = self._unsent_length >= self._batch or len(self._unsent) >= _MAX_REQUESTS // 2
         if is_enough or request.urgent:
             self.flush()
@@ -273,13 +275,15 @@ class Connection:
         """Record that a request is done. Must run before its weight is subtracted."""
         if self.weight + self._batch > self._pacer.limit:
             self._pacer.deliver(request.weight, time.monotonic())
+            self._pace_by(self._pacer)
         else:
             self._pacer.interrupt()
 
-    @property
-    def _batch(self) -> int:
-        """Bytes to gather before a send."""
-        return min(_BATCH, self._pacer.limit // 2)
+    def _pace_by(self, pacer: Pacer) -> None:
+        """Use a limit, or follow its change."""
+        self._pacer = pacer
+        # Bytes to gather before a send.
+        self._batch = min(_BATCH, pacer.limit // 2)
 
     def _look_at_round_trip(self) -> None:
         """Begin anew to look for the limits if the server is much nearer or farther than before.
@@ -302,7 +306,7 @@ class Connection:
         self._start = start
         self._sending = Pacer(self._least_window, _LARGEST_WINDOW, start)
         self._receiving = Pacer(self._least_window, _LARGEST_WINDOW, start)
-        self._pacer = self._sending
+        self._pace_by(self._sending)
 
     def close(self) -> None:
         """Close the connection, and drop its waiting requests.

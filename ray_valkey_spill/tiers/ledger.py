@@ -230,11 +230,11 @@ class Ledger:
                 which has all values, and for objects that `can_verify`.
         """
         entries = list(entries)
-        unsettled = sum(entry.stored for entry in entries)
+        unsettled = 0 if kept is None else sum(entry.stored for entry in entries)
         for page in _settlement_pages(entries):
-            unsettled -= sum(entry.stored for entry in page)
             terms = _NO_TERMS
             if kept is not None:
+                unsettled -= sum(entry.stored for entry in page)
                 # Only the last page keeps more than what is written.
                 most = 0 if unsettled else kept.most
                 written = kept.written + unsettled
