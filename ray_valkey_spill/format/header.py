@@ -391,9 +391,13 @@ def _arrow_stream(fields: _Fields) -> bytes:
 
 def _parse_stream(stream: memoryview) -> Header:
     data = bytes(stream)
-    for template in _by_size.get(len(data), ()):
+    templates = _by_size.get(len(data), [])
+    for index, template in enumerate(templates):
         fields = template.fields(data)
         if fields is not None:
+            if index:
+                # Objects of a kind come together: try this one first the next time.
+                templates.insert(0, templates.pop(index))
             return fields.header()
     header = _parse_by_arrow(stream)
     # Makes parsing faster for the next stream of this shape.

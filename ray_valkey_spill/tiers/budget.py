@@ -391,10 +391,11 @@ class Payments(Iterator[tuple[Value, Entry | None]]):
         size = cost(len(value.key), value.length)
         if value.name is not self._name:
             self._name, self._paid = value.name, 0
-            size += member_cost(len(str(value.name)))
+            entry = member_cost(len(str(value.name)))
             if not value.is_last:
                 # Refuse an object that does not fit before half of it is written.
-                self._budget.require(max(size, value.expected))
+                self._budget.require(value.expected + entry)
+            size += entry
         self._budget.take(size)
         self._paid += size
         self.is_half_way = not value.is_last
