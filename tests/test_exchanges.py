@@ -437,13 +437,13 @@ def test_an_operation_is_one_exchange_of_few_commands(
     assert deleting == Cost(1, counted(unlink=values, eval=1))
 
 
-# For each object, a tenth more than were counted with Python 3.11; later versions make fewer.
+# For each object: a tenth more than Python 3.11 makes, and some for bytes that come in pieces.
 @pytest.mark.parametrize(
     ("count", "size", "most"),
     [
-        (1, 128 * KIB, {"spill": 450, "restore": 200}),
-        (1, MIB, {"spill": 740, "restore": 600}),
-        (50, 128 * KIB, {"spill": 185, "restore": 160}),
+        (1, 128 * KIB, {"spill": 500, "restore": 210}),
+        (1, MIB, {"spill": 820, "restore": 650}),
+        (50, 128 * KIB, {"spill": 200, "restore": 165}),
     ],
 )
 def test_an_operation_takes_few_calls(
