@@ -13,6 +13,7 @@ from ray_valkey_spill.errors import LostObjectError
 from ray_valkey_spill.units import Buffer
 
 __all__ = [
+    "CODECS",
     "Codec",
     "checksum",
     "compress",
@@ -36,6 +37,9 @@ class Codec(IntEnum):
     LZ4 = 1  # LZ4 block format, without a size prefix
 
 
+CODECS = {int(codec): codec for codec in Codec}
+
+
 def checksum(data: Buffer) -> int:
     """Return the XXH3-64 of `data`."""
     return xxhash.xxh3_64_intdigest(data)
@@ -54,8 +58,8 @@ def expected_ratio(data: memoryview) -> float:
         sample: Buffer = data
     else:
         last = len(data) - _SAMPLE_PIECE_SIZE
-        starts = [last * i // (pieces - 1) for i in range(pieces)]
-        sample = b"".join(data[start : start + _SAMPLE_PIECE_SIZE] for start in starts)
+        starts = range(0, last + 1, last // (pieces - 1))
+        sample = b"".join([data[start : start + _SAMPLE_PIECE_SIZE] for start in starts])
     ratio = len(lz4.block.compress(sample, store_size=False)) / len(sample)
     return ratio if ratio <= _WORTHWHILE else 1.0
 

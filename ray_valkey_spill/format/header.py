@@ -21,16 +21,18 @@ key; its other fields are authenticated with the stream.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from operator import itemgetter
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from ray_valkey_spill.errors import ConfigError, LostObjectError
-from ray_valkey_spill.format.codec import Codec, checksum, scratch
+from ray_valkey_spill.format.codec import CODECS, Codec, checksum, scratch
 from ray_valkey_spill.format.sealing import TAG_SIZE, KeyRing, Seal
 from ray_valkey_spill.units import Buffer
 
@@ -263,18 +265,22 @@ class _Fields(NamedTuple):
         )
 
     def header(self) -> Header:
-        """Return the header with these fields. Raises ValueError if they are not valid."""
+        """Return the header with these fields.
+
+        Raises ValueError, or KeyError for an unknown codec, if they are not valid.
+        """
         if self.inline:
             size, codec, digest = map(int, self.inline.split())
-            chunks = [Chunk(size, Codec(codec), digest)]
+            chunks = [Chunk(size, CODECS[codec], digest)]
         else:
             count = len(self.codecs)
             columns = (
                 struct.unpack(f"<{count}I", self.sizes),
-                map(Codec, self.codecs) if set(self.codecs) - {0} else repeat(Codec.RAW, count),
+                map(CODECS.__getitem__, self.codecs),
                 struct.unpack(f"<{count}Q", self.checksums),
             )
-            chunks = list(map(Chunk, *columns))
+            # As `Chunk._make`, but without a Python frame for each row.
+            chunks = list(map(tuple.__new__, repeat(Chunk), zip(*columns)))
         return Header(
             object_id=self.object_id.decode(),
             ray_metadata=self.ray_metadata,
@@ -302,7 +308,7 @@ class _Template:
         # After each constant but the last comes the field with the number at the same index.
         self._constants: list[bytes] = []
         self._numbers: list[int] = []
-        self._lengths = lengths
+        pattern = b""
         start = 0
         for _ in lengths:
             position = self._place(blank, marked, start)
@@ -311,8 +317,13 @@ class _Template:
             number = marked[position] - 1
             self._constants.append(blank[start:position])
             self._numbers.append(number)
+            pattern += b"%b(.{%d})" % (re.escape(blank[start:position]), lengths[number])
             start = position + lengths[number]
         self._constants.append(blank[start:])
+        self._pattern = re.compile(pattern + re.escape(blank[start:]), re.DOTALL)
+        # Empty fields take the group after the last one.
+        groups = {number: group for group, number in enumerate(self._numbers)}
+        self._groups = itemgetter(*(groups.get(number, -1) for number in range(len(lengths))))
         self.size = len(blank)
 
     @staticmethod
@@ -328,14 +339,8 @@ class _Template:
 
     def fields(self, stream: bytes) -> _Fields | None:
         """Return the fields of a stream; None if it has another shape."""
-        found = [b""] * len(self._lengths)
-        start = 0
-        for constant, number in zip(self._constants, self._numbers):
-            start += len(constant)
-            found[number] = stream[start : start + self._lengths[number]]
-            start += self._lengths[number]
-        fields = _Fields(*found)
-        return fields if self.stream(fields) == stream else None
+        match = self._pattern.fullmatch(stream)
+        return None if match is None else _Fields(*self._groups((*match.groups(), b"")))
 
 
 # Templates of the shapes seen so far, by the lengths of their fields and by that of the stream.
@@ -386,9 +391,13 @@ def _arrow_stream(fields: _Fields) -> bytes:
 
 def _parse_stream(stream: memoryview) -> Header:
     data = bytes(stream)
-    for template in _by_size.get(len(data), ()):
+    templates = _by_size.get(len(data), [])
+    for index, template in enumerate(templates):
         fields = template.fields(data)
         if fields is not None:
+            if index:
+                # Objects of a kind come together: try this one first the next time.
+                templates.insert(0, templates.pop(index))
             return fields.header()
     header = _parse_by_arrow(stream)
     # Makes parsing faster for the next stream of this shape.
@@ -435,7 +444,7 @@ def _check_consistency(header: Header, payload_size: int) -> None:
     wanted = 1 if header.inline else chunk_count(header.size, header.chunk_size)
     if len(header.chunks) != wanted:
         raise LostObjectError(f"its header has {len(header.chunks)} rows for {wanted} chunks")
-    if payload_size != (header.stored_size if header.inline else 0):
+    if payload_size != (header.chunks[0].stored_size if header.inline else 0):
         raise LostObjectError(f"its header has a payload of {payload_size} bytes")
     more = 0 if header.seal is None else TAG_SIZE
     full = header.chunk_size + more

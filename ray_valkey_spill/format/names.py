@@ -37,7 +37,8 @@ TierName = Literal["valkey", "overflow"]
 
 _NAME = re.compile(r"([^:?&#]+):([^:?&#]+):([^:.?&#]+)\.([0-9a-f]{27})\.([0-9]+)")
 _ENTRY = re.compile(r"(.+)\.([0-9]+)\.([0-9]+)")
-_URL = re.compile(r"(overflow:)?([^?]+)\?offset=0&size=([0-9]+)(?:&sealed=([0-9a-f]{16}))?")
+# What surrounds the root and the name of an object.
+_TIER, _QUERY = "(overflow:)?", r"\?offset=0&size=([0-9]+)(?:&sealed=([0-9a-f]{16}))?"
 
 
 def new_attempt() -> str:
@@ -176,15 +177,23 @@ class Keyspace:
         """Shared by all namespaces of a prefix. No root begins with it, as each ends with ":"."""
         return f"{self.root.removesuffix(f'{self.namespace}:')}namespaces"
 
+    @cached_property
+    def _url(self) -> re.Pattern[str]:
+        return re.compile(f"{_TIER}{re.escape(self.root)}{_NAME.pattern}{_QUERY}")
+
     def _metadata(self, name: str) -> str:
         return f"{self.root}{{{self.namespace}}}:{name}"
 
     def header(self, name: ObjectName) -> str:
         return f"{self.root}{name}"
 
+    def values(self, name: ObjectName) -> list[str]:
+        """Return the keys of all values of an object: its header, then its chunks."""
+        header = self.header(name)
+        return [header, *[f"{header}:{i}" for i in range(name.chunks)]]
+
     def chunks(self, name: ObjectName) -> list[str]:
-        base = f"{self.root}{name}:"
-        return [f"{base}{i}" for i in range(name.chunks)]
+        return self.values(name)[1:]
 
     def url(self, place: Place) -> str:
         """Return the URL that Ray keeps for the object."""
@@ -198,12 +207,13 @@ class Keyspace:
         Raises:
             LostObjectError: `url` is not one of this package, or is of another namespace.
         """
-        match = _URL.fullmatch(url)
-        if match and match[2].startswith(self.root):
+        match = self._url.fullmatch(url)
+        if match is not None:
+            tier, session, node, object_id, attempt, chunks, size, key_id = match.groups()
             try:
-                name = ObjectName.parse(match[2][len(self.root) :])
-                key_id = int(match[4], 16) if match[4] else None
-                return Place(name, int(match[3]), "overflow" if match[1] else "valkey", key_id)
+                name = ObjectName(session, node, object_id, attempt, int(chunks))
+                sealed = int(key_id, 16) if key_id else None
+                return Place(name, int(size), "overflow" if tier else "valkey", sealed)
             except ValueError:
-                pass
+                pass  # a number that is far too long
         raise LostObjectError(f"{url!r} is not the URL of an object spilled below {self.root!r}")

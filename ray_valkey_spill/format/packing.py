@@ -160,7 +160,7 @@ class Packer:
                     yield Value(header_key, name, size, header, expected, is_last=True)
         finally:
             # The caller may take its memory back after this.
-            wait([piece.job for piece in ahead if isinstance(piece.job, Future)])
+            _await(piece.job for piece in ahead)
 
     def _header(self, piece: _Piece, chunks: list[Chunk], stored: Buffer) -> list[Buffer]:
         """Return the value that completes the object; `piece` is its last piece."""
@@ -253,7 +253,7 @@ class Packer:
             decode(leave=0)
         finally:
             # No thread may write into `target` after this.
-            wait([job for job in decoding if isinstance(job, Future)])
+            _await(decoding)
         return sorted(damaged)
 
 
@@ -265,6 +265,12 @@ def _lookahead(items: Iterable[_T], count: int, ahead: deque[_T]) -> Iterator[_T
             yield ahead.popleft()
     while ahead:
         yield ahead.popleft()
+
+
+def _await(jobs: Iterable[_Job[Any] | None]) -> None:
+    """Wait until no thread works on any of the jobs."""
+    if futures := [job for job in jobs if isinstance(job, Future)]:
+        wait(futures)
 
 
 def _compressed(data: memoryview) -> tuple[Chunk, Buffer]:

@@ -8,6 +8,7 @@ ahead of their replies, and receives values directly into their destination.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 import sys
@@ -101,6 +102,8 @@ class Connection:
         self._client = dial(config, endpoint, timeout, sentinel)
         self._sock: Any = self._client._sock
         self._stream: Any = self._sock
+        self._readable = select.poll()
+        self._readable.register(self, select.POLLIN)
         if config.address.tls:
             self._stream = tls.TlsSocket(self._sock)
         else:
@@ -163,16 +166,17 @@ class Connection:
         self.add(request)
         return self.read().reply
 
-    def has_room(self, depth: int = 1) -> bool:
-        """Whether the connection takes another request ahead of the replies it waits for.
+    def has_room(self, request: Request, depth: int = 1) -> bool:
+        """Whether the connection takes `request` ahead of the replies it waits for.
 
-        It takes up to `depth` times the bytes that keep the wire busy.
+        It takes up to `depth` times the bytes that keep the wire busy. Once it is full, it takes
+        the next requests only when there is room for a batch, to send them together.
         """
         requests = len(self.waiting)
-        is_batch_open = self._unsent_length > 0 and self._pacer is self._sending
-        if is_batch_open or requests < _CHUNKS_UNDER_WAY:
+        is_batch_open = self._unsent_length > 0
+        if requests < _CHUNKS_UNDER_WAY or (is_batch_open and self._pacer is self._sending):
             return True
-        weight = self.weight + self._batch
+        weight = self.weight + (request.weight if is_batch_open else self._batch)
         return weight <= depth * self._pacer.limit and requests <= _MAX_REQUESTS // 2
 
     def add(self, request: Request) -> None:
@@ -187,8 +191,11 @@ class Connection:
         self.weight += request.weight
         self._unsent_length += request.length
         if request.weight >= _DATA:
-            self._pacer = self._receiving if request.is_received else self._sending
-        if self._unsent_length >= self._batch or len(self._unsent) >= _MAX_REQUESTS // 2:
+            pacer = self._receiving if request.is_received else self._sending
+            if pacer is not self._pacer:
+                self._pace_by(pacer)
+        is_enough = self._unsent_length >= self._batch or len(self._unsent) >= _MAX_REQUESTS // 2
+        if is_enough or request.urgent:
             self.flush()
 
     def flush(self) -> None:
@@ -196,13 +203,14 @@ class Connection:
         if self._unsent:
             parts = [part for request in self._unsent for part in request.parts]
             is_small = self._unsent_length < _DATA and len(self.waiting) == len(self._unsent)
+            length = self._unsent_length
             self._unsent, self._unsent_length = [], 0
             self.used = time.monotonic()
             self._asked_at = self.used if is_small else None
             if self.used - self._looked_at > _BETWEEN_LOOKS:
                 self._look_at_round_trip()
             try:
-                self._send(parts)
+                self._send(parts, length)
             except TimeoutError:
                 self.close()
                 raise
@@ -235,7 +243,8 @@ class Connection:
             ProtocolError: as `add`.
             NotValkeyError: the server sent something other than a reply.
         """
-        self.flush()
+        if self._unsent:
+            self.flush()
         request = self.waiting[0]
         try:
             self._replies.read(request)
@@ -266,13 +275,15 @@ class Connection:
         """Record that a request is done. Must run before its weight is subtracted."""
         if self.weight + self._batch > self._pacer.limit:
             self._pacer.deliver(request.weight, time.monotonic())
+            self._pace_by(self._pacer)
         else:
             self._pacer.interrupt()
 
-    @property
-    def _batch(self) -> int:
-        """Bytes to gather before a send."""
-        return min(_BATCH, self._pacer.limit // 2)
+    def _pace_by(self, pacer: Pacer) -> None:
+        """Use a limit, or follow its change."""
+        self._pacer = pacer
+        # Bytes to gather before a send.
+        self._batch = min(_BATCH, pacer.limit // 2)
 
     def _look_at_round_trip(self) -> None:
         """Begin anew to look for the limits if the server is much nearer or farther than before.
@@ -295,7 +306,7 @@ class Connection:
         self._start = start
         self._sending = Pacer(self._least_window, _LARGEST_WINDOW, start)
         self._receiving = Pacer(self._least_window, _LARGEST_WINDOW, start)
-        self._pacer = self._sending
+        self._pace_by(self._sending)
 
     def close(self) -> None:
         """Close the connection, and drop its waiting requests.
@@ -321,12 +332,19 @@ class Connection:
     def fileno(self) -> int:
         return int(self._sock.fileno())
 
-    def _send(self, parts: list[Buffer]) -> None:
-        while parts:
+    def is_readable(self) -> bool:
+        """Whether the server has sent something that was not read, or closed the connection."""
+        return bool(self._readable.poll(0))
+
+    def _send(self, parts: list[Buffer], length: int) -> None:
+        while length:
             try:
                 sent = self._stream.sendmsg(parts[:_MAX_PARTS])
             except BlockingIOError:
                 raise TimeoutError("it takes no more bytes") from None
+            length -= sent
+            if not length:
+                return
             done = 0
             while done < len(parts) and sent >= len(parts[done]):
                 sent -= len(parts[done])

@@ -14,11 +14,11 @@ concludes anything from a missing value.
 from __future__ import annotations
 
 import contextlib
-import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -141,6 +141,20 @@ class Sharing:
 USUAL_SHARING = Sharing()
 
 
+class _Operation(AbstractContextManager[None]):
+    """The context of all operations of a link, nested ones too; it has no state of its own."""
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[bool], None]) -> None:
+        self._begin = begin
+        self._end = end
+
+    def __enter__(self) -> None:
+        self._begin()
+
+    def __exit__(self, kind: object, *raised: object) -> None:
+        self._end(kind is None)
+
+
 class Link:
     """Client for the configured server, cluster or Sentinel group. It connects on first use.
 
@@ -184,6 +198,7 @@ class Link:
         # Guards `_operations`, and the closing of connections while it is 0.
         self._lock = threading.Lock()
         self._operations = 0
+        self._operation = _Operation(self._begin, self._end)
         self._unreachable_timeout = (
             config.retry_timeout if unreachable_timeout is None else unreachable_timeout
         )
@@ -234,20 +249,23 @@ class Link:
         """Bytes of the requests without a reply, and of their expected replies."""
         return sum(connection.weight for connection in self._connections.values())
 
-    @contextlib.contextmanager
-    def operation(self) -> Iterator[None]:
+    def operation(self) -> AbstractContextManager[None]:
         """Keep the connections open between the runs within, unless they break.
 
         On entry the link closes connections that were idle for too long or that the server has
         closed: a request over one of them could wait for a reply that never comes.
         """
+        return self._operation
+
+    def _begin(self) -> None:
         with self._lock:
             if not self._operations:
                 self._close_stale()
             self._operations += 1
+
+    def _end(self, is_well: bool) -> None:
         try:
-            yield
-            if self._operations == 1:
+            if is_well and self._operations == 1:
                 self._end_turn()
         finally:
             with self._lock:
@@ -308,14 +326,9 @@ class Link:
 
     def _close_stale(self) -> None:
         since = time.monotonic() - self._sharing.idle
-        ends = select.poll()
-        for connection in self._connections.values():
-            if not connection.closed:
-                ends.register(connection, select.POLLIN)
-        # No request is under way, so a readable connection is one that the server has closed.
-        ended = {number for number, _ in ends.poll(0)}
         for endpoint, connection in [*self._connections.items()]:
-            if not connection.closed and (connection.used <= since or connection.fileno() in ended):
+            # No request is under way, so a readable connection is one that the server has closed.
+            if not connection.closed and (connection.used <= since or connection.is_readable()):
                 self._connections.pop(endpoint).close()
                 self.generation += 1
                 # Other servers may have the keys by now.
@@ -555,7 +568,9 @@ class Link:
 
     # --- runs ---
 
-    def run(self, requests: Iterable[Request], since: int | None = None) -> Generator[Request]:
+    def run(
+        self, requests: Iterable[Request], since: int | None = None, *, to_failure: bool = False
+    ) -> Generator[Request]:
         """Send `requests`, and yield each in order once it has its reply.
 
         Invariant: the caller must drain a run. If it stops early, the link closes the connections
@@ -574,6 +589,7 @@ class Link:
             requests: requests to send. Each must be safe to repeat.
             since: value of `self.generation` before the read that `requests` follow from. They are
                 then sent once, and only to the servers that answered that read.
+            to_failure: whether the run ends at the first request after a failed one, fenced or not.
 
         Raises:
             UnconfirmedError: a connection was replaced since then, or broke.
@@ -581,10 +597,12 @@ class Link:
                 connection. Requests not yielded may or may not have been executed.
             ServerRefusedError, NotValkeyError, ConfigError: no connection can be opened.
         """
-        with self.operation():
-            yield from self._run(requests, since)
+        with self._operation:
+            yield from self._run(requests, since, to_failure)
 
-    def _run(self, requests: Iterable[Request], since: int | None) -> Generator[Request]:
+    def _run(
+        self, requests: Iterable[Request], since: int | None, to_failure: bool
+    ) -> Generator[Request]:
         source = iter(requests)
         in_flight: deque[Request] = deque()
         held: Request | None = None
@@ -595,7 +613,7 @@ class Link:
                 if held is None and not exhausted:
                     held = next(source, None)
                     exhausted = held is None
-                if held is not None and (held.fenced or held.guarded) and failed:
+                if failed and held is not None and (to_failure or held.fenced or held.guarded):
                     held, exhausted = None, True
                 if held is None and not in_flight:
                     # This run is finished; the next one looks up what has moved.
@@ -663,17 +681,18 @@ class Link:
     def _give(self, request: Request, in_flight: deque[Request], since: int | None) -> bool:
         """Give a request to its connection, and return True, unless it has to wait."""
         connection = self._route(request)
-        self._require_generation(since)
+        if since is not None:
+            self._require_generation(since)
         if in_flight and request.guarded:
             return False
         if in_flight and isinstance(self._topology, Cluster):
             under_way = sum(each.weight for each in self._connections.values())
             depth = _DEPTH_IN_CLUSTER if len(self._primaries) > 1 else 1
-            if request.fenced or not connection.has_room(depth):
+            if request.fenced or not connection.has_room(request, depth):
                 return False
             if under_way + request.weight > _MOST_IN_CLUSTER:
                 return False
-        elif in_flight and (_is_lost(in_flight[0]) or not connection.has_room()):
+        elif in_flight and (_is_lost(in_flight[0]) or not connection.has_room(request)):
             # Lost requests are sent again first: a single server must execute all in order.
             return False
         request.connection = connection
@@ -701,7 +720,7 @@ class Link:
         """Receive the next reply, and follow it if it redirects its request."""
         request = connection.read()
         error = request.error
-        if not isinstance(error, RedirectError) or request.key is None:
+        if error is None or not isinstance(error, RedirectError) or request.key is None:
             request.done = True
             return
         request.error = request.connection = None

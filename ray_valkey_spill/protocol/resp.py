@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ __all__ = [
 _READ_SIZE = 8 << 10
 _LARGEST = 512 << 20
 _LARGEST_INTEGER = 2**63
-_MOST_DIGITS = 19
+_INTEGER = re.compile(rb"-?[0-9]{1,19}")
 
 _USE_PRIMARY = "Wait for the failover to end, or give the url of the primary"
 # Error replies that mean "not now", with a hint for those that may not pass by themselves. A server
@@ -88,6 +89,7 @@ class Request:
         key: one of its keys, which in a cluster all have the same slot; None if it has no key.
         fenced: whether the server may execute it only after all requests before it.
         guarded: whether the link sends it only once all requests before it have succeeded.
+        urgent: whether it is sent at once, and not together with those that follow.
         target: the server to send it to, for a command without a key.
         connection: the connection that it was given to.
         redirects: number of times it was redirected to another node of a cluster.
@@ -101,8 +103,8 @@ class Request:
     """
 
     __slots__ = (
-        *("connection", "done", "error", "fenced", "guarded", "into", "key", "parts", "redirects"),
-        *("length", "reply", "target", "weight"),
+        *("connection", "done", "error", "fenced", "guarded", "into", "key", "length", "parts"),
+        *("redirects", "reply", "target", "urgent", "weight"),
     )
 
     def __init__(
@@ -115,7 +117,7 @@ class Request:
     ) -> None:
         self.parts = parts
         self.key = key
-        self.fenced = self.guarded = self.done = False
+        self.fenced = self.guarded = self.urgent = self.done = False
         self.redirects = 0
         self.target: Any = None
         self.connection: Any = None
@@ -292,10 +294,9 @@ class ReplyReader:
 
 def _number(text: bytes, most: int = _LARGEST) -> int:
     """Parse an integer reply, or a length, which is at most 512 MiB (`proto-max-bulk-len`)."""
-    digits = text.removeprefix(b"-")
-    if not digits.isdigit() or len(digits) > _MOST_DIGITS or int(digits) > most:
+    if not _INTEGER.fullmatch(text) or not -most <= (number := int(text)) <= most:
         raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is not Valkey")
-    return int(text)
+    return number
 
 
 def reply_error(text: str) -> ServerError:

@@ -59,6 +59,9 @@ __all__ = [
 ]
 
 
+_NOT_OF_A_COMPONENT = re.compile(r"[^A-Za-z0-9_-]")
+
+
 class StoredObject(NamedTuple):
     """An object that was found, and checked as far as possible without its chunks.
 
@@ -137,6 +140,7 @@ class ObjectStore:
         self._overflow, self._tiers = tiers_of(self.node, self._valkey, self.overflow)
         self._writer = f"{os.getpid()}-{os.urandom(4).hex()}"
         self._budget = self._new_budget(config)
+        UNDER_WAY.add(self._writer, self._budget)
 
     def _new_budget(self, config: Config) -> Budget:
         advice = "or wait until references are dropped" + (
@@ -220,8 +224,6 @@ class ObjectStore:
     ) -> tuple[list[Entry], SpillError | None]:
         names = self._new_names(sources)
         size = sum(len(source.data) for source in sources)
-        # Before the first grant: the grant of an unregistered writer would be released.
-        UNDER_WAY.add(self._writer, self._budget)
         with (
             contextlib.closing(self._packer.pack(zip(sources, names), key)) as values,
             Batch(self._valkey, self._budget, self.node, names, size) as batch,
@@ -290,14 +292,7 @@ class ObjectStore:
         for inline, group in groupby(located, key=_is_inline):
             together = list(group)
             for page in [together] if inline else [[each] for each in together]:
-                started = time.perf_counter()
-                for found in self._find_page(page):
-                    if isinstance(found, _Lost):
-                        self._observer.lost(found.reason, found.tier)
-                        yield found.error
-                    else:
-                        yield found._replace(seconds=time.perf_counter() - started)
-                    started = time.perf_counter()
+                yield from self._find_page(page)
 
     def _locate(self, url: str) -> Place | LostObjectError:
         try:
@@ -307,17 +302,27 @@ class ObjectStore:
 
     def _find_page(
         self, page: Sequence[tuple[Place | LostObjectError, str]]
-    ) -> Iterator[StoredObject | _Lost]:
+    ) -> Iterator[StoredObject | LostObjectError]:
         """Look up objects of one tier."""
+        started = time.perf_counter()
         places = [place for place, _ in page if isinstance(place, Place)]
         stats = self._tiers[places[0].tier].stat(places) if places else iter(())
         for place, object_id in page:
-            if isinstance(place, LostObjectError):
-                yield _Lost(place, "foreign", "valkey")
+            found = (
+                _Lost(place, "foreign", "valkey")
+                if isinstance(place, LostObjectError)
+                else self._checked(place, object_id, next(stats), started)
+            )
+            if isinstance(found, _Lost):
+                self._observer.lost(found.reason, found.tier)
+                yield found.error
             else:
-                yield self._checked(place, object_id, next(stats))
+                yield found
+            started = time.perf_counter()
 
-    def _checked(self, place: Place, object_id: str, stat: Stat) -> StoredObject | _Lost:
+    def _checked(
+        self, place: Place, object_id: str, stat: Stat, started: float
+    ) -> StoredObject | _Lost:
         try:
             if stat.header is None:
                 raise LostObjectError("its header is gone")
@@ -333,7 +338,7 @@ class ObjectStore:
         except ConfigError:
             self._tiers[place.tier].close_reading()
             raise
-        return StoredObject(place, header, payload)
+        return StoredObject(place, header, payload, time.perf_counter() - started)
 
     def fill(self, found: StoredObject, target: memoryview) -> None:
         """Receive the object's data into `target`, which has exactly its size.
@@ -485,7 +490,7 @@ def problems(
             yield f"chunk {number} of {name.chunks} is gone from the server"
         elif found != chunk.stored_size:
             yield f"chunk {number} has {found} bytes, not {chunk.stored_size}"
-    if stat.payload not in (None, 0 if header.inline else header.stored_size):
+    if stat.payload is not None and stat.payload != (0 if header.inline else header.stored_size):
         yield f"its file has {stat.payload} bytes of chunks, not {header.stored_size}"
     sealed = header.seal is not None
     if header.inline and not sealed and checksum(payload) != header.chunks[0].checksum:
@@ -519,4 +524,4 @@ def _is_inline(located: tuple[Place | LostObjectError, str]) -> bool:
 
 def _component(text: str) -> str:
     """Return `text` as a component of a key, without separators of keys and of Ray's URLs."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", text) or "_"
+    return _NOT_OF_A_COMPONENT.sub("_", text) or "_"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Self
 
 from ray_valkey_spill.errors import (
@@ -54,7 +53,7 @@ class Batch:
         self._tier = tier
         self._budget = budget
         self._node = node
-        self._names = names
+        self._names = self._all_names = names
         self._size = size
         # The tier's count at the start: values written before a connection broke may be lost, even
         # if the server had acknowledged them.
@@ -63,11 +62,10 @@ class Batch:
         self._is_settled = False
         # Whether the server may have settled objects, though that was not heard of.
         self._may_be_settled = False
-        self._under_way = ExitStack()
 
     def __enter__(self) -> Self:
         self._budget.begin(self._size)
-        self._under_way.enter_context(UNDER_WAY.attempts(self._names))
+        UNDER_WAY.begin(self._all_names)
         return self
 
     def write(self, values: Payments) -> None:
@@ -110,7 +108,7 @@ class Batch:
             # In this order: whoever finds that something is stranded finds all of it.
             if not is_undone and self._may_be_settled:
                 UNDER_WAY.doubt(self._names)
-            self._under_way.close()
+            UNDER_WAY.end(self._all_names)
             if not is_undone:
                 self._budget.strand()
             self._budget.end()

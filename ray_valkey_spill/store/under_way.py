@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from weakref import WeakValueDictionary
 
 from ray_valkey_spill.format.names import NodeName, ObjectName
@@ -28,17 +27,14 @@ class UnderWay:
         # By writer. One whose store is gone has ended, and its grant is to be released.
         self._budgets = WeakValueDictionary[str, Budget]()
 
-    @contextlib.contextmanager
-    def attempts(self, names: Iterable[ObjectName]) -> Iterator[None]:
-        """Mark attempts as under way."""
-        names = set(names)
+    def begin(self, names: Iterable[ObjectName]) -> None:
+        """Mark attempts as under way, until their `end`."""
         with self._lock:
-            self._attempts |= names
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._attempts -= names
+            self._attempts.update(names)
+
+    def end(self, names: Iterable[ObjectName]) -> None:
+        with self._lock:
+            self._attempts.difference_update(names)
 
     def __contains__(self, name: ObjectName) -> bool:
         """Whether an attempt is under way."""

@@ -139,15 +139,17 @@ class Budget:
         self._stranded += self._written
         self._granted = self._written = 0
 
-    def looks(self) -> Iterator[Request]:
-        """Yield requests that look for room, if a look is due, to send with the values."""
+    def looks(self) -> Iterable[Request]:
+        """Return requests that look for room, if a look is due, to send with the values."""
         is_due = self._is_look_due or self._written >= self._look_at
-        if is_due and not self._looks:
-            self._is_look_due = False
-            self._written_at_look, self._found = self._written, []
-            for request in self._link.memory_requests():
-                self._looks.append(request)
-                yield request
+        return self._new_looks() if is_due and not self._looks else ()
+
+    def _new_looks(self) -> Iterator[Request]:
+        self._is_look_due = False
+        self._written_at_look, self._found = self._written, []
+        for request in self._link.memory_requests():
+            self._looks.append(request)
+            yield request
 
     def hear(self, request: Request) -> bool:
         """Process the reply to a look; return False if `request` is not a look.
@@ -386,14 +388,14 @@ class Payments(Iterator[tuple[Value, Entry | None]]):
         return value, entry
 
     def _pay(self, value: Value) -> Entry | None:
-        if value.name is not self._name:
-            self._name = value.name
-            self._paid = member_cost(len(str(value.name)))
-            # Refuse an object that does not fit before half of it is written.
-            self._budget.require(value.expected + self._paid)
-            self._budget.take(self._paid)
-            self.is_half_way = True
         size = cost(len(value.key), value.length)
+        if value.name is not self._name:
+            self._name, self._paid = value.name, 0
+            entry = member_cost(len(str(value.name)))
+            if not value.is_last:
+                # Refuse an object that does not fit before half of it is written.
+                self._budget.require(value.expected + entry)
+            size += entry
         self._budget.take(size)
         self._paid += size
         self.is_half_way = not value.is_last

@@ -61,6 +61,9 @@ _NAMES_PER_SCRIPT, _KEYS_PER_SCRIPT, _NODES_PER_SCRIPT = 100, 1000, 100
 _MEMBERS_PER_PAGE = 500
 _RECOUNTS = 5
 
+# Terms of a settlement by a writer without a grant, as the script gets them.
+_NO_TERMS: tuple[str | bytes | int, ...] = (b"", b"0", b"0", b"0", b"-1")
+
 # Names of sessions and nodes become paths in the overflow, and a clean-up removes these paths.
 _NODE_NAME = re.compile("([A-Za-z0-9_-]+):([A-Za-z0-9_-]+)")
 _LEASE = re.compile(f"{_NODE_NAME.pattern}:([!-~]*)")
@@ -187,7 +190,8 @@ class Ledger:
     def __init__(self, link: Link, keyspace: Keyspace) -> None:
         self._link = link
         self._keys = keys = keyspace
-        self._accounts = [keys.pending, keys.index, keys.usage, keys.writers, keys.totals]
+        accounts = (keys.pending, keys.index, keys.usage, keys.writers, keys.totals)
+        self._accounts = [key.encode() for key in accounts]
         # Encoded once: scripts are long, and these are sent with each spill or deletion.
         self._register = Prepared("EVAL", scripts.ADD, 1, keys.pending)
         self._settle = Prepared("EVAL", scripts.SETTLE, key=keys.pending)
@@ -226,20 +230,20 @@ class Ledger:
                 which has all values, and for objects that `can_verify`.
         """
         entries = list(entries)
-        unsettled = sum(entry.stored for entry in entries)
+        unsettled = 0 if kept is None else sum(entry.stored for entry in entries)
         for page in _settlement_pages(entries):
-            unsettled -= sum(entry.stored for entry in page)
-            terms: tuple[str | int, ...] = ("", 0, 0, 0, -1)
+            terms = _NO_TERMS
             if kept is not None:
+                unsettled -= sum(entry.stored for entry in page)
                 # Only the last page keeps more than what is written.
                 most = 0 if unsettled else kept.most
                 written = kept.written + unsettled
                 terms = (kept.writer, written, most, kept.limit, _limit(kept.budget))
-            fields = [a for e in page for a in (str(e.name), f".{e.size}.{e.stored}")]
-            keys = [*self._accounts]
-            for entry in page if verify else ():
-                keys += (self._keys.header(entry.name), *self._keys.chunks(entry.name))
-            yield self._settle.request(len(keys), *keys, str(node), *terms, *fields)
+            values = [key for e in page for key in self._keys.values(e.name)] if verify else []
+            count = len(self._accounts) + len(values)
+            yield self._settle.request(
+                count, *self._accounts, *values, str(node), *terms, *map(str, page)
+            )
 
     @staticmethod
     def can_verify(name: ObjectName) -> bool:
@@ -251,7 +255,7 @@ class Ledger:
         for page in pages(names, _NAMES_PER_SCRIPT):
             yield self._forget.request(*map(str, page))
 
-    def _eval(self, script: str, keys: Sequence[str], *args: str | bytes | int) -> Request:
+    def _eval(self, script: str, keys: Sequence[str | bytes], *args: str | bytes | int) -> Request:
         return command("EVAL", script, len(keys), *keys, *args)
 
     # --- objects and nodes ---

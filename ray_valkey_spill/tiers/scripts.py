@@ -138,10 +138,10 @@ end
 """
 
 # ARGV: node, writer, or ''; how much of its grant it has written that is left, how much it may keep
-# for its next objects, how much all writers may keep together, and the budget, or -1; then for each
-# object its name and ".<size>.<stored>". What is not settled is left, too: a grant stands for it
-# until it is removed. Further KEYS are those of the objects' values, in order, if these are to be
-# looked for. They are declared, because what looks like one server may be a proxy before several.
+# for its next objects, how much all writers may keep together, and the budget, or -1; then the
+# entry of each object. What is not settled is left, too: a grant stands for it until it is removed.
+# Further KEYS are those of the objects' values, in order, if these are to be looked for. They are
+# declared, because what looks like one server may be a proxy before several.
 # Returns how many are in the index now, what the writer is granted, what all may still write.
 SETTLE = _script(
     _TOTALS,
@@ -149,9 +149,10 @@ SETTLE = _script(
     _GRANTS,
     """
 local node, writer, left, first = ARGV[1], ARGV[2], tonumber(ARGV[3]), 6
+local all_are_there = #KEYS == 5 or redis.call('EXISTS', unpack(KEYS, 6)) == #KEYS - 5
 local function is_there(name)
-    if #KEYS == 5 then return true end
-    local last = first + tonumber(name:match('%d+$'))
+    if all_are_there then return true end
+    local last = first + name:match('%.(%d+)$')
     local found = redis.call('EXISTS', unpack(KEYS, first, last))
     local count = last - first + 1
     first = last + 1
@@ -159,15 +160,14 @@ local function is_there(name)
 end
 local t = take_totals()
 local settled, objects, size, stored = 0, 0, 0, 0
-for i = 7, #ARGV, 2 do
-    local name, rest = ARGV[i], ARGV[i + 1]
-    local z, s = rest:match('^%.(%d+)%.(%d+)$')
+for i = 7, #ARGV do
+    local name, z, s = ARGV[i]:match('^(.+)%.(%d+)%.(%d+)$')
     if is_there(name) and redis.call('ZREM', KEYS[1], name) == 1 then
-        if redis.call('ZADD', KEYS[2], 0, name .. rest) == 1 then
+        if redis.call('ZADD', KEYS[2], 0, ARGV[i]) == 1 then
             objects, size, stored = objects + 1, size + z, stored + s
         end
         settled = settled + 1
-    elseif redis.call('ZSCORE', KEYS[2], name .. rest) then
+    elseif redis.call('ZSCORE', KEYS[2], ARGV[i]) then
         settled = settled + 1
     else
         left = left + s
@@ -216,7 +216,9 @@ keep_totals(t)
 # the values that follow a registration before its client reads of that.
 ADD = _script(
     """
-for _, member in ipairs(ARGV) do redis.call('ZADD', KEYS[1], 0, member) end
+local scored = {}
+for i, member in ipairs(ARGV) do scored[2 * i - 1], scored[2 * i] = 0, member end
+redis.call('ZADD', KEYS[1], unpack(scored))
 return #ARGV
 """
 )

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from ray_valkey_spill.errors import LostObjectError, ServerError, SpillError, UnconfirmedError
+from ray_valkey_spill.errors import LostObjectError, SpillError, UnconfirmedError
 from ray_valkey_spill.format.codec import copy_into
 from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place
 from ray_valkey_spill.format.packing import Receive
@@ -200,11 +200,10 @@ class ValkeyTier:
             stat = reading.stat()
             if stat.is_whole:
                 self._reading = reading
-                yield stat
-                return
+                return iter((stat,))
             reading.finish()
             self._is_sharded = self._is_sharded or reading.is_sharded
-        yield from self.measure(
+        return self.measure(
             [(place.name, 0 if place.name.chunks else place.size) for place in places]
         )
 
@@ -229,14 +228,15 @@ class ValkeyTier:
     def _stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         def requests() -> Iterator[Request]:
             for name, expected in wanted:
-                yield fetch(self._keys.header(name), expected=expected)
-                for key in self._keys.chunks(name):
+                header, *chunks = self._keys.values(name)
+                yield fetch(header, expected=expected)
+                for key in chunks:
                     yield command("STRLEN", key)
 
         replies = self._link.run(requests())
         for name, _ in wanted:
-            header, *sizes = islice(replies, 1 + name.chunks)
-            yield Stat(_value(header), [_value(size) or 0 for size in sizes])
+            header = _value(next(replies))
+            yield Stat(header, [_value(size) or 0 for size in islice(replies, name.chunks)])
 
     def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
         """As `Tier.read`. A missing value was looked for again through `link.Link.confirmed`."""
@@ -359,13 +359,11 @@ class ValkeyTier:
         return count
 
     def _removals(self, names: Sequence[ObjectName]) -> Iterator[Request]:
-        keys = (
-            key for name in names for key in (self._keys.header(name), *self._keys.chunks(name))
-        )
         # One key per command: a cluster takes no other form, and the server needs about 50 us to
         # free a large string, during which every other client waits.
-        for key in keys:
-            yield command("UNLINK", key)
+        for name in names:
+            for key in self._keys.values(name):
+                yield command("UNLINK", key)
         for number, request in enumerate(self.ledger.forget(names)):
             request.fenced = number == 0
             yield request
@@ -384,14 +382,7 @@ class ValkeyTier:
         always drained.
         """
         failed: Request | None = None
-
-        def until_failure() -> Iterator[Request]:
-            for request in requests:
-                if failed is not None:
-                    return
-                yield request
-
-        for request in self._link.run(until_failure(), since):
+        for request in self._link.run(requests, since, to_failure=True):
             if failed is None and request.error is None:
                 yield request
             elif failed is None:
@@ -439,8 +430,14 @@ class _Reading:
     def _new_checks(self) -> Iterator[Request]:
         """Yield requests for the sizes of all chunks; a single server sends a page per reply."""
         if self._is_one_server:
-            for page in pages(self._chunks, _KEYS_PER_CHECK):
-                yield command("EVAL", scripts.SIZES, len(page), *page)
+            checks = [
+                command("EVAL", scripts.SIZES, len(page), *page)
+                for page in pages(self._chunks, _KEYS_PER_CHECK)
+            ]
+            # Sent before the requests for chunks: the server replies only once it has executed all
+            # that it has read, and would prepare the chunks first.
+            checks[-1].urgent = True
+            yield from checks
         else:
             for key in self._chunks:
                 yield command("STRLEN", key)
@@ -508,6 +505,6 @@ def _is_across_shards(request: Request) -> bool:
 
 def _value(request: Request) -> Any:
     """Return the reply; None for another program's value of a different type under our key."""
-    if isinstance(request.error, ServerError) and str(request.error).startswith("WRONGTYPE"):
+    if request.error is not None and str(request.error).startswith("WRONGTYPE"):
         return None
     return request.result()

@@ -172,7 +172,7 @@ class Proxy:
         to_server, to_client: what happens to the bytes of all connections.
         refusing: while True new connections are closed at once.
         connections: how many there have been.
-        round_trips: how many times a client spoke after the server had.
+        round_trips: how many times a client spoke after it had heard of the server.
         commands: the names of those that clients have sent.
         swallowed: bytes that came over forgotten connections.
     """
@@ -311,8 +311,9 @@ class Proxy:
                 if ends in self._forgotten:
                     self.swallowed += len(data)
                     continue
-                self.round_trips += to_server and self._last_way is not way
-                self._last_way = way
+                if to_server:
+                    self.round_trips += self._last_way is not way
+                    self._last_way = way
                 for word, other in way.replaced.items():
                     data = data.replace(word, other)
                 first, *others = commands.pieces(data) if to_server else [data]
@@ -322,6 +323,8 @@ class Proxy:
                         return
                     allowed, refuse = way.pass_on(len(piece)) if piece else (0, False)
                     self.refusing |= refuse
+                    if not to_server:
+                        self._last_way = way
                     target.sendall(piece[:allowed])
                     carried += allowed
                     if allowed < len(piece) or (way.most is not None and carried > way.most):
