@@ -1033,7 +1033,8 @@ def test_memory_stays_bounded_whatever_the_size(backend: Backend, make: Any) -> 
         pa.set_memory_pool(pool)
         tracemalloc.stop()
     assert target == data
-    # Raw chunks are never copied; of compressed and of sealed ones a few are held at a time.
+    # Raw chunks are never copied. Of compressed and of sealed ones some are held at a time: those
+    # under way, at most 16 MiB in a cluster, and those that threads work on.
     raw = make is noise
-    assert peak < (1 << 20 if raw else 24 << 20)
-    assert counted.max_memory() < (1 << 20 if raw and not backend.tag_size else 24 << 20)
+    assert peak < (1 << 20 if raw else 32 << 20)
+    assert counted.max_memory() < (1 << 20 if raw and not backend.tag_size else 32 << 20)
