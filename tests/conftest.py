@@ -12,6 +12,7 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+from support.guardians import end_guardians
 from support.servers import Server, valkey_server
 
 # Ray would else make a token and leave it in the home directory.
@@ -54,6 +55,8 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_left() -> Iterator[None]:
     yield
+    # One whose server a test has ended would try again for an hour.
+    end_guardians()
     left = psutil.Process().children(recursive=True)
     names = [process.name() for process in left]
     for process in left:

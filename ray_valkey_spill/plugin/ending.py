@@ -89,7 +89,7 @@ def start_guardian(directory: Path, params: Mapping[str, Any]) -> None:
             errors = stack.enter_context(log.open("ab"))
         try:
             subprocess.run(  # noqa: S603 (our own module)
-                guardian.command(str(directory), os.getpid()),
+                guardian.command(__name__, str(directory), os.getpid()),
                 input=json.dumps(dict(params)).encode(),
                 stdout=subprocess.DEVNULL,
                 stderr=errors,

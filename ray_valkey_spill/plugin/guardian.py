@@ -1,10 +1,9 @@
 """A small process on the host of the head that outlives its session and removes its data.
 
-A head may end without telling anybody: by `ray stop`, by a signal, with its driver. The guardian
-waits for the end of the session's GCS, and then runs `ending`, again and again until nothing of
-the session is left, or for an hour. Nothing else ends with the GCS alone: if the GCS keeps its
-state in a Redis or in RocksDB, a head that is started again continues the session, and the guardian
-leaves at once.
+A head may end without a word: by `ray stop`, by a signal, with its driver. The guardian waits for
+the end of the session's GCS, and then runs the module that removes the session's data (`ending`),
+again and again until nothing is left, or for an hour. If the GCS keeps its state in a Redis or in
+RocksDB, a head that is started again continues the session, and the guardian leaves at once.
 
 It is started in a session and a process group of its own, as nobody's child, so that it is not
 killed together with Ray's processes. It cannot outlive a container or a systemd unit.
@@ -31,7 +30,7 @@ __all__ = ["GAVE_UP", "command", "is_ended", "is_over", "lock", "mark_ended", "r
 _LOCK, _MARK = "ray_valkey_spill.guardian", "ray_valkey_spill.destroyed"
 _COMPLETE = "nothing is left\n"
 
-# Exit code of `ending` if trying again would not help.
+# Exit code of the removal if trying again would not help.
 GAVE_UP = 2
 
 # Seconds for which a head that is starting may take until its GCS runs, and between two looks.
@@ -50,19 +49,20 @@ _RUN = (
 )
 
 
-def command(directory: str, starter: int) -> list[str]:
+def command(removal: str, directory: str, starter: int) -> list[str]:
     """Return the command that runs the guardian of the session in `directory`.
 
-    It reads from stdin what `ending` is to read from its own. It ends at once, and leaves behind a
-    process that is nobody's child.
+    It ends at once, and leaves behind a process that is nobody's child.
 
     Args:
+        removal: module that removes the session's data. It is run with `directory` as its argument,
+            and with stdin as the guardian had it. It exits with 0 if nothing is left.
         directory: of the session; its last component is the session's name.
         starter: process id; the guardian gives up if that process ends before there is a GCS.
     """
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     # -I and -S: nothing of what the environment or site-packages add to an interpreter's start.
-    return [sys.executable, "-I", "-S", "-c", _RUN, package, directory, str(starter)]
+    return [sys.executable, "-I", "-S", "-c", _RUN, package, removal, directory, str(starter)]
 
 
 def lock(directory: str) -> int | None:
@@ -107,7 +107,7 @@ def is_over(directory: str) -> bool:
 
 def main() -> None:
     """Leave a guardian behind: see `command`."""
-    directory, starter = sys.argv[1], int(sys.argv[2])
+    removal, directory, starter = sys.argv[1], sys.argv[2], int(sys.argv[3])
     order = sys.stdin.buffer.read()
     identity = proc.identity_of(starter)
     if os.fork():
@@ -129,7 +129,7 @@ def main() -> None:
             return
         time.sleep(_GRACE)
         gcs = proc.gcs_of(session)
-    _remove_all(directory, order)
+    _remove_all(removal, directory, order)
 
 
 def _first_gcs(session: str, starter: proc.Process) -> proc.Process | None:
@@ -158,10 +158,10 @@ def _wait_for_end(process: proc.Process) -> None:
         time.sleep(_BETWEEN_POLLS)
 
 
-def _remove_all(directory: str, order: bytes) -> None:
+def _remove_all(removal: str, directory: str, order: bytes) -> None:
     mark_ended(directory)
     deadline, pause = time.monotonic() + _LONGEST_TRY, _FIRST_PAUSE
-    while not is_over(directory) and not _remove(directory, order):
+    while not is_over(directory) and not _remove(removal, directory, order):
         if time.monotonic() > deadline:
             _log("the session's data are left: run ray-valkey-spill gc")
             return
@@ -169,14 +169,14 @@ def _remove_all(directory: str, order: bytes) -> None:
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _remove(directory: str, order: bytes) -> bool:
-    """Run `ending`; return whether it need not run again."""
+def _remove(removal: str, directory: str, order: bytes) -> bool:
+    """Run the removal; return whether it need not run again."""
     import subprocess
 
     from ray_valkey_spill.plugin.interpreter import module_command
 
     ended = subprocess.run(  # noqa: S603 (our own module)
-        module_command("ray_valkey_spill.plugin.ending", directory), input=order, check=False
+        module_command(removal, directory), input=order, check=False
     )
     return ended.returncode in (0, GAVE_UP)
 
