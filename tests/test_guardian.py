@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.guardians import end_guardians, guardians
+from support.guardians import end_guardians, guardians, left_of
 from support.proxy import proxy_to
 from support.samples import source
 from support.servers import Server, wait_until
@@ -71,19 +71,11 @@ def spill(url: str, session: str, node: str, count: int = 3, **params: Any) -> N
         store.give_back()
 
 
-def left(server: Server, session: str, namespace: str = "default") -> int:
-    """How many keys and entries of a session there are."""
-    keys = Keyspace(f"ray:spill:{namespace}:")
-    start = f"{session}:".encode()
-    members = [
-        member
-        for key in (keys.index, keys.pending, keys.leases)
-        for member in server.client.zrange(key, 0, -1)
-    ]
-    root = f"ray:spill:{namespace}:".encode()
-    return sum(member.startswith(start) for member in members) + sum(
-        key.startswith(root + start) for key in server.our_keys(root.decode())
-    )
+def destroy(server: Server, session: str, node: str, **params: Any) -> None:
+    with contextlib.closing(
+        Store(Config.load({"url": server.url, **params}, {}), session, node)
+    ) as store:
+        store.destroy(lambda pid: False)
 
 
 def watched(session: Path, params: dict[str, Any]) -> psutil.Process:
@@ -109,27 +101,20 @@ def test_once_the_gcs_has_ended_its_session_is_removed_and_no_other(
         for name, namespace in [(OVER, "default"), *others]:
             spill(server.url, name, NODE, namespace=namespace)
         watched(session, params)
-        before = [left(server, *other) for other in others]
+        before = [left_of(server, *other) for other in others]
         assert all(before)
         proxy.refusing = True
         head.send_signal(signal.SIGKILL)
         head.wait()
         log = session / "logs" / "ray_valkey_spill-guardian.log"
         wait_until(lambda: "are left on the server" in log.read_text())
-        assert left(server, OVER)
+        assert left_of(server, OVER)
         proxy.refusing = False
         wait_until(lambda: not guardians(session))
-        assert left(server, OVER) == 0
-        assert [left(server, *other) for other in others] == before
+        assert left_of(server, OVER) == 0
+        assert [left_of(server, *other) for other in others] == before
     for name, namespace in others:
         destroy(server, name, NODE, namespace=namespace)
-
-
-def destroy(server: Server, session: str, node: str, **params: Any) -> None:
-    with contextlib.closing(
-        Store(Config.load({"url": server.url, **params}, {}), session, node)
-    ) as store:
-        store.destroy(lambda pid: False)
 
 
 def test_of_a_node_on_another_host_what_it_may_still_write_stays(

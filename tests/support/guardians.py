@@ -8,7 +8,8 @@ import secrets
 
 import psutil
 
-from support.servers import wait_until
+from ray_valkey_spill.format.names import Keyspace
+from support.servers import Contents, wait_until
 
 # In the environment of everything that this test process starts.
 _RUN = "TEST_RUN"
@@ -43,3 +44,18 @@ def end_guardians(of: object = None) -> None:
                     process.kill()
     # One that nobody has waited for yet has ended all the same.
     wait_until(lambda: not guardians(of))
+
+
+def left_of(server: Contents, session: str, namespace: str = "default") -> int:
+    """How many keys, entries and leases of a session are left."""
+    keys = Keyspace(f"ray:spill:{namespace}:")
+    start = f"{session}:".encode()
+    members = [
+        member
+        for key in (keys.index, keys.pending, keys.leases)
+        for member in server.client.zrange(key, 0, -1)
+    ]
+    root = f"ray:spill:{namespace}:".encode()
+    return sum(member.startswith(start) for member in members) + sum(
+        key.startswith(root + start) for key in server.our_keys(root.decode())
+    )
