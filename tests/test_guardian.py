@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from support.clock import Clock
 from support.guardians import end_guardians, guardians, left_of
 from support.proxy import proxy_to
 from support.samples import source
@@ -22,8 +25,10 @@ from support.stores import Store
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace, ObjectName
-from ray_valkey_spill.plugin import guardian, proc
+from ray_valkey_spill.plugin import ending, guardian, proc
 from ray_valkey_spill.plugin.ending import Guard, end, start_guardian
+from ray_valkey_spill.store import cleanup
+from ray_valkey_spill.store.liveness import RunningSession
 
 NODE, OTHER = "ab" * 28, "cd" * 28
 OVER = "session_1"
@@ -65,7 +70,7 @@ def gcs(
 def spill(url: str, session: str, node: str, count: int = 3, **params: Any) -> None:
     """Store that many objects for a node of a session, which has a lease."""
     with contextlib.closing(Store(Config.load({"url": url, **params}, {}), session, node)) as store:
-        store.begin_lease("10.0.0.1:6379", lambda: False)
+        store.begin_lease("127.0.0.1:1", lambda: False)
         _, failure = store.put([source(bytes(1000)) for _ in range(count)])
         assert failure is None
         store.give_back()
@@ -138,6 +143,43 @@ def test_of_a_node_on_another_host_what_it_may_still_write_stays(
     assert end(config, session)
     assert guardian.is_over(str(session))
     assert server.our_keys() == []
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_a_node_on_another_host_is_removed_once_its_lease_has_run_out(
+    server: Server, session: Path, monkeypatch: pytest.MonkeyPatch, lives: bool
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(cleanup, "time", clock)
+    monkeypatch.setattr(sys, "argv", ["", str(session)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"url": server.url})))
+    config = Config.load({"url": server.url}, {})
+    spill(server.url, OVER, OTHER)
+    spill(server.url, f"{OVER}0", OTHER)
+    before = left_of(server, f"{OVER}0")
+    with contextlib.closing(Store(config, OVER, OTHER)) as node:
+        if lives:
+            clock.every(10, lambda: node.renew_lease("127.0.0.1:1", lambda: False))
+        assert ending.main() == (1 if lives else 0)
+        assert server.client.zrange(Keyspace.of(config).index, 0, -1) != []
+        assert left_of(server, OVER) == (1 if lives else 0)
+        assert left_of(server, f"{OVER}0") == before
+        node.destroy(lambda pid: False)
+    destroy(server, f"{OVER}0", OTHER)
+
+
+def test_a_session_whose_gcs_answers_is_kept(
+    server: Server, session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever made its guardian believe that it has ended."""
+    monkeypatch.setattr(sys, "argv", ["", str(session)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"url": server.url})))
+    monkeypatch.setattr(ending, "running_at", lambda address: RunningSession(OVER, frozenset()))
+    spill(server.url, OVER, NODE)
+    before = left_of(server, OVER)
+    assert ending.main() == guardian.GAVE_UP
+    assert left_of(server, OVER) == before
+    destroy(server, OVER, NODE)
 
 
 def test_what_is_in_the_overflow_goes_as_well(server: Server, session: Path) -> None:
