@@ -186,7 +186,9 @@ def spilling() -> Iterator[Server]:
         server.assert_foreign_untouched()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name
+)
 def test_a_signal_ends_heads_and_drivers_and_their_data_go(
     spilling: Server, short_dir: Path, number: signal.Signals
 ) -> None:
