@@ -12,6 +12,7 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+from support.guardians import end_guardians
 from support.servers import Server, valkey_server
 
 # Ray would else make a token and leave it in the home directory.
@@ -29,10 +30,11 @@ hypothesis.settings.load_profile("untimed")
 LONGEST = [
     f"test_{name}.py"
     for name in (
-        *("ray_cluster", "ray_away", "benchmarks", "ray_upstream", "walkthrough", "sentinel"),
+        *("ray_cluster", "ray_away", "ray_ends", "benchmarks", "ray_upstream"),
+        *("walkthrough", "sentinel"),
         *("ray_faults", "ray_start", "cli", "roles", "cluster", "ray_values", "cleanup"),
         *("ray_disk", "ray_lost", "overflow_away", "connections", "metrics", "objects"),
-        *("exchanges", "tools", "budget", "ledger", "keeper"),
+        *("exchanges", "tools", "budget", "ledger", "keeper", "guardian"),
         *("neighbours", "lease", "ray_large", "secrets", "overflow", "sealing", "faults"),
         *("head_start", "wire"),
     )
@@ -54,6 +56,8 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_left() -> Iterator[None]:
     yield
+    # One whose server a test has ended would try again for an hour.
+    end_guardians()
     left = psutil.Process().children(recursive=True)
     names = [process.name() for process in left]
     for process in left:

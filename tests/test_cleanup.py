@@ -29,6 +29,7 @@ from support.clusters import (
     system_config,
 )
 from support.faults import Rig, is_restarted_and_has_its_snapshot, resets_connections
+from support.guardians import end_guardians
 from support.samples import source
 from support.servers import (
     Server,
@@ -823,6 +824,7 @@ def doomed_cluster(params: dict[str, Any], directory: Path) -> Iterator[Callable
             everybody = [process, *process.children(recursive=True)]
             for each in everybody:
                 each.suspend()  # so that nobody notices the others' deaths and cleans up
+            end_guardians(driver.pid)
             for each in everybody:
                 each.kill()
             psutil.wait_procs(everybody, timeout=60)

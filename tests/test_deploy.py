@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import secrets
 import shlex
@@ -22,12 +23,16 @@ import pytest
 import valkey
 import yaml
 from click.testing import CliRunner
-from support.servers import Node, free_port, wait_until
+from support import samples
+from support.clock import Clock
+from support.servers import Node, free_port, valkey_server, wait_until
+from support.stores import Store
 from support.tenants import Embeddings, KVCache, LastingSessions, Neighbour, Sessions, Spills
 
 from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.plugin.spilling_config import RAY_SETTINGS
+from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.tiers import preflight
 
 ROOT = Path(__file__).parent.parent
@@ -325,7 +330,7 @@ def ray_params() -> dict[str, Any]:
 
 # --- the objects of Kubernetes ---
 
-OBJECTS = ("networkpolicy.yaml", "secrets.yaml", "overflow-volume.yaml")
+OBJECTS = ("networkpolicy.yaml", "secrets.yaml", "overflow-volume.yaml", "gc-cronjob.yaml")
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
@@ -490,6 +495,74 @@ def test_an_object_store_leaves_room_for_what_runs_beside_it() -> None:
     for group in groups():
         memory = group["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"]
         assert int(group["rayStartParams"]["object-store-memory"]) <= size_of(memory) // 3
+
+
+# --- the clean-up of ended clusters ---
+
+
+def gc_pod() -> Any:
+    (job,) = documents("gc-cronjob.yaml")
+    return job["spec"]["jobTemplate"]["spec"]["template"]
+
+
+def gc_permissions() -> str:
+    """Those of the user that the page has the operator add."""
+    lines = r"^    auth:\n      aclUsers:\n        ray-gc:\n(?:     .*\n)+"
+    (text,) = re.findall(lines, (DEPLOY / "README.md").read_text(), re.MULTILINE)
+    (entry,) = yaml.safe_load(text)["auth"]["aclUsers"].values()
+    permissions: str = entry["permissions"]
+    return permissions
+
+
+def test_the_clean_up_needs_no_permission_in_kubernetes_and_reaches_the_server() -> None:
+    template = gc_pod()
+    (container,) = template["spec"]["containers"]
+    assert template["spec"]["automountServiceAccountToken"] is False
+    assert container["image"] == pods()[0]["containers"][0]["image"]
+    (policy,) = documents("networkpolicy.yaml")
+    selectors = [
+        each["podSelector"]["matchLabels"] for each in policy["spec"]["ingress"][0]["from"]
+    ]
+    assert template["metadata"]["labels"] in selectors
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    config = Config.load({}, environment)
+    assert config.url == ray_params()["url"]
+    (volume,) = template["spec"]["volumes"]
+    (source,) = volume["projected"]["sources"]
+    assert source["secret"]["name"] == documents("secrets.yaml")[0]["metadata"]["name"]
+    (item,) = source["secret"]["items"]
+    assert item["key"] == config.username
+    (mount,) = container["volumeMounts"]
+    assert f"{mount['mountPath']}/{item['path']}" == config.password_file
+
+
+def test_the_user_of_the_clean_up_removes_and_can_neither_read_nor_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acl = tmp_path / "users.acl"
+    acl.write_text(f"user default on nopass ~* +@all\nuser ray-gc on >secret {gc_permissions()}\n")
+    monkeypatch.setattr(cleanup, "time", Clock())
+    with valkey_server(aclfile=acl) as server:
+        config = Config.load({"url": server.url}, {})
+        with contextlib.closing(Store(config, "session_1", "ab" * 28)) as store:
+            store.begin_lease("127.0.0.1:1", lambda: False)
+            (url, _), failure = store.put(
+                [samples.source(bytes(1000)), samples.source(os.urandom(3_000_000))]
+            )
+            assert failure is None
+        with valkey.Valkey(port=server.port, username="ray-gc", password="secret") as client:
+            key = url.partition("?")[0]
+            assert server.client.exists(key)
+            for command in (f"GET {key}", f"SET {key} x", "KEYS *", "UNLINK vllm:kv:x"):
+                with pytest.raises(valkey.exceptions.NoPermissionError):
+                    client.execute_command(*command.split())
+        monkeypatch.setenv("RAY_VALKEY_SPILL_PASSWORD", "secret")
+        _, *arguments = gc_pod()["spec"]["containers"][0]["command"]
+        given = [f"--url={server.url}", "--username=ray-gc"]
+        result = CliRunner().invoke(cli, [*arguments, *given])
+        assert result.exit_code == 0, result.output
+        assert "2 objects" in result.output
+        assert server.our_keys() == []
 
 
 # --- the image, and the page ---

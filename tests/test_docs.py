@@ -306,11 +306,14 @@ def test_queries_of_the_pages_can_be_parsed() -> None:
 
 
 def test_values_of_the_deployment_page_are_yaml() -> None:
-    (block,) = [b for b in blocks(ROOT / "deploy/README.md") if b.startswith("auth:")]
-    permissions = yaml.safe_load(block)["auth"]["aclUsers"]["default"]["permissions"]
-    assert "+@all" not in permissions
+    texts = [b for b in blocks(ROOT / "deploy/README.md") if b.startswith("auth:")]
+    users = [yaml.safe_load(text)["auth"]["aclUsers"] for text in texts]
+    permissions = {name: each["permissions"] for one in users for name, each in one.items()}
+    assert set(permissions) == {"default", "ray-gc"}
+    assert "+@all" not in " ".join(permissions.values())
     for prefix in ("vllm:kv:", "emb:", "session:"):
-        assert f"~{prefix}*" in permissions.split()
+        assert f"~{prefix}*" in permissions["default"].split()
+        assert prefix not in permissions["ray-gc"]
 
 
 # --- messages ---

@@ -148,7 +148,7 @@ def test_the_walkthrough_leads_where_it_says(shell: Shell) -> None:
                 assert re.search(pattern(said), told, re.DOTALL), said
         shell.run(commands, shown)
     assert "30 of 30 objects are right" in shell.output
-    assert "Removed the metadata of 2 dead nodes, which had nothing stored." in shell.output
+    assert shell.output.count("Nothing to remove.") == 1
     assert re.search(r"^ +2 nodes +Valkey +(2\d|30) ", shell.output, re.MULTILINE)
 
 
@@ -156,7 +156,6 @@ def test_the_walkthrough_shows_what_follows_from_its_commands() -> None:
     shown = "".join(shown for _, shown in steps(PAGE))
     for essential in (
         *("30 of 30 objects are right", "sealed with key", "valkeys://", "2 nodes"),
-        "Removed the metadata of 2 dead nodes",
         *("Nothing is stored.", "Nothing to remove."),
     ):
         assert essential in shown

@@ -20,14 +20,11 @@ from ray_valkey_spill.errors import OverflowUnavailableError, SpillError
 from ray_valkey_spill.plugin.background import Background
 from ray_valkey_spill.plugin.deferred import DeferredRestores
 from ray_valkey_spill.plugin.deletions import DeletionJournal
+from ray_valkey_spill.plugin.ending import Guard
 from ray_valkey_spill.plugin.metrics import Metrics
 from ray_valkey_spill.plugin.outage import OVERFLOW, VALKEY, Outages
-from ray_valkey_spill.plugin.process import (
-    gcs_address,
-    in_spill_worker,
-    is_alive,
-    is_connected,
-)
+from ray_valkey_spill.plugin.proc import is_alive
+from ray_valkey_spill.plugin.process import gcs_address, in_spill_worker, is_connected
 from ray_valkey_spill.store.cleanup import RENEWAL
 from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import ObjectStore
@@ -119,6 +116,7 @@ class Keeper:
         node: the node.
         store: this process's object store.
         lock: see `NodeLock`.
+        guard: of the session.
         journal: pending deletions.
         deferred: deferred restores.
         outages: gets failures and successes.
@@ -132,6 +130,7 @@ class Keeper:
         node: Node,
         store: ObjectStore,
         lock: NodeLock,
+        guard: Guard,
         journal: DeletionJournal,
         deferred: DeferredRestores,
         outages: Outages,
@@ -142,6 +141,7 @@ class Keeper:
         self._node = node
         self._store = store
         self._lock = lock
+        self._guard = guard
         self._journal = journal
         self._deferred = deferred
         self._outages = outages
@@ -206,6 +206,7 @@ class Keeper:
         if self._lock.take():
             return [
                 self._renew_lease,
+                self._guard.ensure,
                 self._join_overflow,
                 self._measure_room,
                 self._adopt_deletions,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -14,10 +13,8 @@ from ray._private.utils import push_error_to_driver
 __all__ = [
     "Drivers",
     "gcs_address",
-    "identity_of",
     "in_io_worker",
     "in_spill_worker",
-    "is_alive",
     "is_connected",
     "session_dir",
 ]
@@ -33,8 +30,8 @@ def session_dir(session: str, calling_node: Path | None) -> Path | None:
 
     Args:
         session: name of the session.
-        calling_node: result of `_calling_node_dir`. A driver that has shut down may still destroy
-            nodes, and then knows only the node that is being destroyed.
+        calling_node: directory of the node that creates the storage, if any. A driver that has shut
+            down may still destroy nodes, and then knows only the node that is being destroyed.
     """
     if calling_node is not None:
         return calling_node
@@ -65,35 +62,6 @@ def in_spill_worker() -> bool:
 
 def _is_of(*kinds: str) -> bool:
     return any(argument.removeprefix("--worker-type=") in kinds for argument in sys.argv)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether the process with that id runs. A zombie does not.
-
-    Invariant: all Ray processes of a node share one PID namespace. Otherwise an IO worker would
-    take a live one for dead, and remove the objects that it is writing.
-    """
-    try:
-        # "pid (command) state …", where the command may contain parentheses.
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-        return state not in (b"Z", b"X")
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-
-
-def identity_of(pid: int) -> str | None:
-    """Return what distinguishes a process from others with the same id; None if it is dead.
-
-    It is the start time, field 22 of `/proc/<pid>/stat`, in clock ticks since boot
-    (proc_pid_stat(5)).
-    """
-    if not is_alive(pid):
-        return None
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return None
 
 
 class Drivers:

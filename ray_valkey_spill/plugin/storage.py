@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -38,17 +39,18 @@ from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.plugin import logs
 from ray_valkey_spill.plugin.deferred import DeferredRestores, Restore
 from ray_valkey_spill.plugin.deletions import DeletionJournal
+from ray_valkey_spill.plugin.ending import Guard, end, end_at_exit, start_guardian
 from ray_valkey_spill.plugin.gcs import running_at
+from ray_valkey_spill.plugin.guardian import is_ended
 from ray_valkey_spill.plugin.interpreter import module_command
 from ray_valkey_spill.plugin.keeper import Keeper, NodeLock
 from ray_valkey_spill.plugin.metrics import Metrics
 from ray_valkey_spill.plugin.outage import OVERFLOW, ROOM, VALKEY, Losses, Outages, resource_of
+from ray_valkey_spill.plugin.proc import ends_with_gcs, gcs_of, identity_of, is_alive
 from ray_valkey_spill.plugin.process import (
     Drivers,
     gcs_address,
-    identity_of,
     in_io_worker,
-    is_alive,
     is_connected,
     session_dir,
 )
@@ -80,7 +82,7 @@ _HOLD_DEFERRED = 1.0
 _WHOLE_READS = "uninterrupted reads"
 
 # The methods of Ray's node that create a storage.
-_OF_NODES = ("validate_external_storage", "destroy_external_storage")
+_VALIDATING, _DESTROYING = "validate_external_storage", "destroy_external_storage"
 
 # Sessions and configs that this process has checked: see `ValkeyStorage.__init__`.
 _checked: set[tuple[str, Config]] = set()
@@ -113,10 +115,11 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._in_io_worker = in_io_worker()
         if self._in_io_worker:
             logs.set_default_format()
+        self._node_id = node_id
         self._shared = f"ray_valkey_spill-{node_id}"
-        self._session_dir = functools.partial(
-            session_dir, session_name, _calling_node_dir(session_name)
-        )
+        self._caller = _calling_node(session_name)
+        calling_node = None if self._caller is None else self._caller.directory
+        self._session_dir = functools.partial(session_dir, session_name, calling_node)
         self._outages = Outages(self._session_dir, f"{self._shared}.outages", Drivers())
         self._losses = Losses(
             self._session_dir, f"{self._shared}.losses", Drivers(), self._place_of
@@ -150,7 +153,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._store = self._new_store()
         if self._in_io_worker:
             self._node = Node(config, session_name, node_id, self._metrics, beside=self._store)
-            self._keeper = self._new_keeper()
+            self._keeper = self._new_keeper(Guard(session_name, self._session_dir, params))
             self._keeper.start()
             return
         self._node = Node(config, session_name, node_id, patience=_DESTROY_PATIENCE)
@@ -162,12 +165,16 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                 raise error from None  # Ray would print the cause too; one message is enough
             _checked.add((session_name, config))
             _clean_up(config, params, session_name)
+        if self._caller is not None and self._caller.is_validating:
+            start_guardian(self._caller.directory, params)
+            end_at_exit(config, self._caller.directory)
 
-    def _new_keeper(self) -> Keeper:
+    def _new_keeper(self, guard: Guard) -> Keeper:
         return Keeper(
             self._node,
             self._store,
             NodeLock(self._session_dir, f"{self._shared}.keeper"),
+            guard,
             self._journal,
             self._deferred,
             self._outages,
@@ -252,11 +259,18 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._outages.over(resource, "deletions")
 
     def destroy_external_storage(self) -> None:
-        """Delete this node's objects, and no others. Raises no SpillError: Ray is shutting down."""
+        """Delete the objects that end with the calling node of Ray's, and no others.
+
+        With a head, those of its session end, unless its GCS keeps its state elsewhere. With
+        another node none do: its objects are restored by others. If it is no node that calls this,
+        the objects of this storage's node are deleted. Raises no SpillError: Ray is shutting down.
+        """
         try:
-            # Also safe after a validation: no objects have the node id used there.
-            self._note_destruction()
-            self._node.destroy(is_alive)
+            if self._caller is None:
+                self._node.destroy(is_alive)
+            elif self._caller.ends_session:
+                assert self._config is not None  # or this storage had raised
+                end(self._config, self._caller.directory, self._node_id)
         except SpillError as error:
             logger.warning("spilled objects of this node may be left on the server: %s", error)
         finally:
@@ -310,25 +324,17 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             return f"Valkey at {self._config.address}"
         return f"the overflow at {OverflowTier.of(self._config)}"
 
-    def _note_destruction(self) -> None:
-        """Stop the node's IO workers from taking its lease again."""
-        if (path := self._destruction) is not None:
-            with contextlib.suppress(OSError):
-                path.touch()
-
     def _is_destroyed(self) -> bool:
-        return (path := self._destruction) is not None and path.exists()
-
-    @property
-    def _destruction(self) -> Path | None:
-        directory = self._session_dir()
-        return directory and directory / f"{self._shared}.destroyed"
+        """Whether the session's data are being removed, or were."""
+        return (directory := self._session_dir()) is not None and is_ended(str(directory))
 
     # --- spill ---
 
     def _spill(self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]) -> list[str]:
         """Spill objects; return the URLs of those spilled. Holds no plasma buffer afterwards."""
         try:
+            if self._is_destroyed():
+                return []
             self._store.begin_lease(gcs_address(), self._is_destroyed)
             urls, failure = self._store.put(self._sources(refs, owner_addresses))
             if self._is_destroyed():
@@ -539,8 +545,31 @@ class _Unusable:
         raise self._error
 
 
-def _calling_node_dir(session: str) -> Path | None:
-    """Return the session directory of the Ray node that is creating a storage now, if any.
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """The Ray node that creates a storage.
+
+    Attributes:
+        directory: the session's directory.
+        is_validating: whether it validates the config, or destroys what was spilled.
+        is_head: whether it is the head.
+    """
+
+    directory: Path
+    is_validating: bool
+    is_head: bool
+
+    @property
+    def ends_session(self) -> bool:
+        """Whether the session is destroyed: its GCS still runs then, and Ray ends it afterwards."""
+        if self.is_validating or not self.is_head:
+            return False
+        gcs = gcs_of(self.directory.name)
+        return gcs is not None and ends_with_gcs(gcs)
+
+
+def _calling_node(session: str) -> _Caller | None:
+    """Return the Ray node that is creating a storage now, if any.
 
     Ray passes a storage neither the directory nor the node. The methods `validate_external_storage`
     and `destroy_external_storage` of the node create it (`python/ray/_private/node.py`), so this
@@ -549,10 +578,11 @@ def _calling_node_dir(session: str) -> Path | None:
     frame = inspect.currentframe()
     while frame is not None:
         # Only these frames: reading a frame's local variables can keep their values alive.
-        if frame.f_code.co_name in _OF_NODES:
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, ray._private.node.Node) and caller.session_name == session:
-                return Path(caller.get_session_dir_path())
+        if (name := frame.f_code.co_name) in (_VALIDATING, _DESTROYING):
+            node = frame.f_locals.get("self")
+            if isinstance(node, ray._private.node.Node) and node.session_name == session:
+                directory = Path(node.get_session_dir_path())
+                return _Caller(directory, name == _VALIDATING, node.is_head())
         frame = frame.f_back
     return None
 

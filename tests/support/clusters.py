@@ -20,6 +20,7 @@ from ray.cluster_utils import Cluster
 
 import ray_valkey_spill
 from ray_valkey_spill.cli.demo import shut_down
+from support.guardians import end_guardians
 from support.servers import Server, wait_until
 
 MIB = 1 << 20
@@ -89,6 +90,7 @@ def ray_with(
     finally:
         shut_down()
         _end_clean_ups()
+        end_guardians(os.getpid())
 
 
 @contextlib.contextmanager
@@ -122,6 +124,7 @@ def cluster_with(system_config: dict[str, Any], nodes: int, **options: Any) -> I
         for process in started:
             process.wait()
         _end_clean_ups()
+        end_guardians(os.getpid())
 
 
 def add_node(cluster: Cluster, number: int, **options: Any) -> None:
@@ -168,6 +171,7 @@ def ray_start(
             process.wait(timeout=60)
             for child in psutil.wait_procs(started, timeout=10)[1]:
                 kill(child.pid)
+        end_guardians(process.pid)
 
 
 def on(node: int) -> dict[str, Any]:

@@ -1,0 +1,182 @@
+"""The end of a Ray session: who watches for it, and who removes the session's data then.
+
+- A driver that started its own Ray: in `ray.shutdown()`.
+- A head that was started by `ray start --block` and is ended by SIGTERM: as its process exits.
+- Otherwise the guardian, which runs this module: see `guardian`.
+
+None of them does so if the GCS keeps its state elsewhere (see `proc.ends_with_gcs`): the session
+then continues with the next head.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import ConfigError, SpillError
+from ray_valkey_spill.plugin import guardian, proc
+from ray_valkey_spill.plugin.gcs import running_at
+from ray_valkey_spill.store.cleanup import CleanUp
+from ray_valkey_spill.store.session import EndingSession
+
+__all__ = ["Guard", "end", "end_at_exit", "start_guardian"]
+
+logger = logging.getLogger("ray_valkey_spill")
+
+# Seconds for which the end of a process may wait for a server that does not answer, and for which
+# the guardian's attempt does.
+_PATIENCE, _PATIENCE_OF_GUARDIAN = 3.0, 30.0
+# Seconds until the guardian has taken over and its starter can go on.
+_LONGEST_START = 10.0
+_LEFT = 1
+
+
+class Guard:
+    """Keeps a guardian running for the session of an IO worker, if its GCS runs on this host.
+
+    Args:
+        session: name of the session.
+        directory: returns the session's directory, or None if there is none.
+        params: as in the spilling config.
+    """
+
+    def __init__(
+        self, session: str, directory: Callable[[], Path | None], params: Mapping[str, Any]
+    ) -> None:
+        self._session = session
+        self._directory = directory
+        self._params = params
+        self._is_needed = True
+
+    def ensure(self) -> None:
+        """Start a guardian unless there is one."""
+        directory = self._directory()
+        if not self._is_needed or directory is None or guardian.is_ended(str(directory)):
+            return
+        file = guardian.lock(str(directory))
+        if file is None:
+            return
+        os.close(file)
+        gcs = proc.gcs_of(self._session)
+        # Neither changes while the node runs.
+        self._is_needed = gcs is not None and proc.ends_with_gcs(gcs)
+        if self._is_needed:
+            start_guardian(directory, self._params)
+
+
+def start_guardian(directory: Path, params: Mapping[str, Any]) -> None:
+    """Start the guardian of the session in `directory`, unless there is one.
+
+    A failure is logged.
+
+    Args:
+        directory: the session's; its name is that of the session.
+        params: as in the spilling config. They reach the guardian through a pipe.
+    """
+    with contextlib.ExitStack() as stack:
+        errors: Any = subprocess.DEVNULL
+        with contextlib.suppress(OSError):
+            log = directory / "logs" / "ray_valkey_spill-guardian.log"
+            errors = stack.enter_context(log.open("ab"))
+        try:
+            subprocess.run(  # noqa: S603 (our own module)
+                guardian.command(__name__, str(directory), os.getpid()),
+                input=json.dumps(dict(params)).encode(),
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+                timeout=_LONGEST_START,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            logger.warning("nobody watches for the end of this session: %s", error)
+
+
+def end(config: Config, directory: Path, node: str = "", patience: float = _PATIENCE) -> bool:
+    """Remove the data of the session in `directory`; return whether nothing of it is left.
+
+    Args:
+        config: server, namespace and overflow.
+        directory: the session's; its name is that of the session.
+        node: id of this process's node, if it has one.
+        patience: seconds for which to retry an unavailable server.
+
+    Raises:
+        SpillError: something is left.
+    """
+    guardian.mark_ended(str(directory))
+    # Each IO worker that keeps a node makes such a file.
+    here = {path.stem.removeprefix("ray_valkey_spill-") for path in directory.glob("*.keeper")}
+    session = EndingSession(config, directory.name, patience)
+    with contextlib.closing(session):
+        is_complete = session.remove(lambda each: each in here | {node}, proc.is_alive)
+    if is_complete:
+        guardian.mark_ended(str(directory), complete=True)
+    return is_complete
+
+
+def end_at_exit(config: Config, directory: Path) -> None:
+    """Have this process remove the session's data as it exits, if the session has ended by then.
+
+    So it is for `ray start --head --block`, whose handler of SIGTERM first ends the node.
+    """
+    atexit.register(_end_if_over, config, directory)
+
+
+def _end_if_over(config: Config, directory: Path) -> None:
+    gcs = guardian.recorded_gcs(str(directory))
+    if gcs is None or gcs.is_alive or guardian.is_over(str(directory)):
+        return
+    try:
+        end(config, directory)
+    except SpillError as error:
+        logger.warning("spilled objects of this session may be left on the server: %s", error)
+
+
+def _lives(session: EndingSession, name: str) -> bool:
+    found = [running_at(address) for address in sorted(session.gcs_addresses())]
+    return any(running is not None and running.name == name for running in found)
+
+
+def _end_patiently(config: Config, directory: Path) -> int:
+    """Remove the data of a session whose GCS has ended; return the exit code."""
+    name = directory.name
+    with contextlib.closing(EndingSession(config, name, _PATIENCE_OF_GUARDIAN)) as session:
+        if _lives(session, name):
+            logger.warning("%s is kept: its GCS answers", name)
+            return guardian.GAVE_UP
+    if end(config, directory, patience=_PATIENCE_OF_GUARDIAN):
+        return 0
+    # Nodes on other hosts live for a minute or so without their GCS.
+    with contextlib.closing(CleanUp(config, running_at)) as look:
+        look.remove(look.find(logger.warning, wanted=lambda session: session == name))
+        return _LEFT if name in look.sessions() else 0
+
+
+def main() -> int:
+    """Remove the data of the session in the directory that is the argument.
+
+    Reads the parameters, as JSON, from stdin. Exits with 0 if nothing is left.
+    """
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    try:
+        return _end_patiently(Config.load(json.load(sys.stdin)), Path(sys.argv[1]))
+    except ConfigError as error:
+        logger.error("spilled objects are left on the server: %s", error)
+        return guardian.GAVE_UP
+    except SpillError as error:
+        logger.warning("spilled objects are left on the server: %s", error)
+        return _LEFT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""A small process on the host of the head that outlives its session and removes its data.
+
+A head may end without a word: by `ray stop`, by a signal, with its driver. The guardian waits for
+the end of the session's GCS, and then runs the module that removes the session's data (`ending`),
+again and again until nothing is left, or for an hour. If the GCS keeps its state in a Redis or in
+RocksDB, a head that is started again continues the session, and the guardian leaves at once.
+
+It is started in a session and a process group of its own, as nobody's child, so that it is not
+killed together with Ray's processes. It cannot outlive a container or a systemd unit.
+
+While it waits it opens no connection and, to stay small, has loaded next to nothing: standard
+library only, and no more of it at the top of this module than is needed to wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import sys
+import time
+
+from ray_valkey_spill.plugin import proc
+
+__all__ = ["GAVE_UP", "command", "is_ended", "is_over", "lock", "mark_ended", "recorded_gcs"]
+
+# In the session's directory. The lock file has the id and identity of the GCS that is watched. The
+# mark says that the session is being destroyed, and whether that is complete.
+_LOCK, _MARK = "ray_valkey_spill.guardian", "ray_valkey_spill.destroyed"
+_COMPLETE = "nothing is left\n"
+
+# Exit code of the removal if trying again would not help.
+GAVE_UP = 2
+
+# Seconds for which a head that is starting may take until its GCS runs, and between two looks.
+_LONGEST_START, _BETWEEN_LOOKS = 120.0, 0.5
+# Seconds between two looks at the GCS where the kernel does not report its end.
+_BETWEEN_POLLS = 2.0
+# Seconds from the end of the GCS until the session is over, unless it has another GCS by then.
+_GRACE = 5.0
+# Seconds between two attempts to remove the data, and for which they are repeated.
+_FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_TRY = 5.0, 60.0, 3600.0
+
+# The path of the package comes last, so that it hides no module of Python's.
+_RUN = (
+    "import sys; sys.path.append(sys.argv.pop(1)); "
+    "from ray_valkey_spill.plugin.guardian import main; main()"
+)
+
+
+def command(removal: str, directory: str, starter: int) -> list[str]:
+    """Return the command that runs the guardian of the session in `directory`.
+
+    It ends at once, and leaves behind a process that is nobody's child.
+
+    Args:
+        removal: module that removes the session's data. It is run with `directory` as its argument,
+            and with stdin as the guardian had it. It exits with 0 if nothing is left.
+        directory: of the session; its last component is the session's name.
+        starter: process id; the guardian gives up if that process ends before there is a GCS.
+    """
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    # -I and -S: nothing of what the environment or site-packages add to an interpreter's start.
+    return [sys.executable, "-I", "-S", "-c", _RUN, package, removal, directory, str(starter)]
+
+
+def lock(directory: str) -> int | None:
+    """Take the lock of the session's guardian; None if there is one, or no file can be locked."""
+    try:
+        file = os.open(os.path.join(directory, _LOCK), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file
+
+
+def recorded_gcs(directory: str) -> proc.Process | None:
+    """Return the GCS with which the session ends, which a guardian has found; None if none has."""
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(directory, _LOCK)) as file:
+        pid, identity = file.read().split()
+        return proc.Process(int(pid), identity)
+    return None
+
+
+def mark_ended(directory: str, *, complete: bool = False) -> None:
+    """Stop the session's IO workers on this host from storing more; report what is done."""
+    with contextlib.suppress(OSError), open(os.path.join(directory, _MARK), "a") as file:
+        file.write(_COMPLETE if complete else "")
+
+
+def is_ended(directory: str) -> bool:
+    """Whether the session's data are being removed, or were."""
+    return os.path.exists(os.path.join(directory, _MARK))
+
+
+def is_over(directory: str) -> bool:
+    """Whether nothing is left to do for the session."""
+    with contextlib.suppress(OSError), open(os.path.join(directory, _MARK)) as file:
+        return file.read() != ""
+    return False
+
+
+def main() -> None:
+    """Leave a guardian behind: see `command`."""
+    removal, directory, starter = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    order = sys.stdin.buffer.read()
+    identity = proc.identity_of(starter)
+    if os.fork():
+        os._exit(0)
+    file = lock(directory)
+    if file is None or identity is None:
+        return
+    session = os.path.basename(directory)
+    gcs = _first_gcs(session, proc.Process(starter, identity))
+    if gcs is None:
+        return
+    while gcs is not None:
+        if not proc.ends_with_gcs(gcs):
+            return
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{gcs.pid} {gcs.identity}\n".encode(), 0)
+        _wait_for_end(gcs)
+        if is_over(directory):
+            return
+        time.sleep(_GRACE)
+        gcs = proc.gcs_of(session)
+    _remove_all(removal, directory, order)
+
+
+def _first_gcs(session: str, starter: proc.Process) -> proc.Process | None:
+    deadline = time.monotonic() + _LONGEST_START
+    while True:
+        is_starting = starter.is_alive and time.monotonic() < deadline
+        gcs = proc.gcs_of(session)
+        if gcs is not None or not is_starting:
+            return gcs
+        time.sleep(_BETWEEN_LOOKS)
+
+
+def _wait_for_end(process: proc.Process) -> None:
+    try:
+        file = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):  # an old kernel, or the process has just ended
+        file = None
+    if file is not None:
+        # Its id may have been another process's by the time it was opened.
+        if process.is_alive:
+            poll = select.poll()
+            poll.register(file, select.POLLIN)
+            poll.poll()
+        os.close(file)
+    while process.is_alive:
+        time.sleep(_BETWEEN_POLLS)
+
+
+def _remove_all(removal: str, directory: str, order: bytes) -> None:
+    mark_ended(directory)
+    deadline, pause = time.monotonic() + _LONGEST_TRY, _FIRST_PAUSE
+    while not is_over(directory) and not _remove(removal, directory, order):
+        if time.monotonic() > deadline:
+            _log("the session's data are left: run ray-valkey-spill gc")
+            return
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _remove(removal: str, directory: str, order: bytes) -> bool:
+    """Run the removal; return whether it need not run again."""
+    import subprocess
+
+    from ray_valkey_spill.plugin.interpreter import module_command
+
+    ended = subprocess.run(  # noqa: S603 (our own module)
+        module_command(removal, directory), input=order, check=False
+    )
+    return ended.returncode in (0, GAVE_UP)
+
+
+def _log(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,92 @@
+"""The end of a session: all its data are removed, by whoever knows that it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.format.names import Keyspace, NodeName
+from ray_valkey_spill.store.node import Node
+from ray_valkey_spill.store.object_store import Failures, node_name
+from ray_valkey_spill.tiers.ledger import link_to
+from ray_valkey_spill.tiers.overflow import OverflowTier
+from ray_valkey_spill.tiers.overflow_place import SharedOverflow
+from ray_valkey_spill.tiers.valkey import ValkeyTier
+
+__all__ = ["EndingSession"]
+
+
+class EndingSession:
+    """A session whose data nobody needs any more. Not thread-safe.
+
+    Errors are those of `link.Link.run`, and OverflowUnavailableError.
+
+    Args:
+        config: server, namespace and overflow.
+        session: name of the session.
+        patience: seconds for which to retry an unavailable server.
+    """
+
+    def __init__(self, config: Config, session: str, patience: float) -> None:
+        self._config = config
+        self._patience = patience
+        # As in keys. Sessions are compared as a whole: one name may begin as another does.
+        self._session = node_name(session, "").session
+        self._link = link_to(replace(config, retry_timeout=min(config.retry_timeout, patience)))
+        self._valkey = ValkeyTier(self._link, Keyspace.of(config))
+        self._ledger = self._valkey.ledger
+        self._overflow = OverflowTier.of(config)
+
+    def close(self) -> None:
+        self._valkey.close()
+        if self._overflow is not None:
+            self._overflow.close()
+
+    def gcs_addresses(self) -> set[str]:
+        """Return the addresses at which the session's nodes have reached its GCS."""
+        leases = self._ledger.leases()
+        found = {each.gcs_address for each in leases if each.node_name.session == self._session}
+        return found - {""}
+
+    def remove(self, is_here: Callable[[str], bool], is_alive: Callable[[int], bool]) -> bool:
+        """Remove the session's data; return whether nothing of it is left.
+
+        What a node is writing may be removed too early, and so be left behind, unless its writers
+        can be seen from here. So of nodes that ran elsewhere this keeps what is half-written, with
+        their leases: `CleanUp` removes both once the leases have run out.
+
+        A failure with one node does not hold up the others.
+
+        Args:
+            is_here: whether the node with that id runs, or ran, on this host.
+            is_alive: as for `Node.recover`, for those nodes.
+        """
+        with Failures() as failures:
+            for each in sorted(self._nodes()):
+                with failures.kept():
+                    if is_here(each.node):
+                        self._destroy(each, is_alive)
+                    else:
+                        self._remove_stored(each)
+        if self._nodes():
+            return False
+        if self._overflow is not None:
+            self._overflow.destroy_session(self._session)
+            SharedOverflow(self._overflow, self._session, self._ledger).leave()
+        self._ledger.unlist_if_empty()
+        return self._session not in self._ledger.overflows()
+
+    def _nodes(self) -> set[NodeName]:
+        return {each for each in self._ledger.node_names() if each.session == self._session}
+
+    def _destroy(self, each: NodeName, is_alive: Callable[[int], bool]) -> None:
+        node = Node(self._config, each.session, each.node, patience=self._patience)
+        with contextlib.closing(node):
+            node.destroy(is_alive)
+
+    def _remove_stored(self, each: NodeName) -> None:
+        self._valkey.remove_stored(each)
+        if self._overflow is not None:
+            self._overflow.destroy(each)

@@ -1,0 +1,302 @@
+"""The guardian alone, with stand-ins for Ray's processes: what it removes, and when it leaves."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.clock import Clock
+from support.guardians import end_guardians, guardians, left_of
+from support.proxy import proxy_to
+from support.samples import source
+from support.servers import Server, wait_until
+from support.stores import Store
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.format.names import Keyspace, ObjectName
+from ray_valkey_spill.plugin import ending, guardian, proc
+from ray_valkey_spill.plugin.ending import Guard, end, start_guardian
+from ray_valkey_spill.store import cleanup
+from ray_valkey_spill.store.liveness import RunningSession
+
+NODE, OTHER = "ab" * 28, "cd" * 28
+OVER = "session_1"
+NOBODY = (1 << 22) + 1  # above every process id
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Path]:
+    """The directory of a session."""
+    directory = tmp_path / OVER
+    (directory / "logs").mkdir(parents=True)
+    yield directory
+    end_guardians(directory)
+
+
+@contextlib.contextmanager
+def gcs(
+    directory: Path, *arguments: str, config: Any = None, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """What has the name and the arguments of a session's GCS."""
+    coded = base64.b64encode(json.dumps(config or {}).encode()).decode()
+    process = subprocess.Popen(
+        [
+            *("gcs_server", "-c", "read end", f"--config_list={coded}"),
+            *(f"--session-name={directory.name}", *arguments),
+        ],
+        executable="/bin/sh",
+        stdin=subprocess.PIPE,
+        env={**os.environ, **environment},
+    )
+    try:
+        wait_until(lambda: proc.gcs_of(directory.name))
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def spill(url: str, session: str, node: str, count: int = 3, **params: Any) -> None:
+    """Store that many objects for a node of a session, which has a lease."""
+    with contextlib.closing(Store(Config.load({"url": url, **params}, {}), session, node)) as store:
+        store.begin_lease("127.0.0.1:1", lambda: False)
+        _, failure = store.put([source(bytes(1000)) for _ in range(count)])
+        assert failure is None
+        store.give_back()
+
+
+def destroy(server: Server, session: str, node: str, **params: Any) -> None:
+    with contextlib.closing(
+        Store(Config.load({"url": server.url, **params}, {}), session, node)
+    ) as store:
+        store.destroy(lambda pid: False)
+
+
+def watched(session: Path, params: dict[str, Any]) -> psutil.Process:
+    """Its guardian, once it has found the GCS."""
+    start_guardian(session, params)
+    wait_until(lambda: guardian.recorded_gcs(str(session)))
+    (found,) = guardians(session)
+    return found
+
+
+# --- what it removes ---
+
+
+@pytest.mark.slow
+def test_once_the_gcs_has_ended_its_session_is_removed_and_no_other(
+    server: Server, session: Path
+) -> None:
+    """The server is away at first. Other sessions' names begin as this one's does."""
+    with proxy_to(server.port) as proxy, gcs(session) as head:
+        params = {"url": proxy.url, "retry_timeout": 0.2}
+        (session / f"ray_valkey_spill-{NODE}.keeper").touch()
+        others = [(f"{OVER}0", "default"), ("session_", "default"), (OVER, "elsewhere")]
+        for name, namespace in [(OVER, "default"), *others]:
+            spill(server.url, name, NODE, namespace=namespace)
+        watched(session, params)
+        before = [left_of(server, *other) for other in others]
+        assert all(before)
+        proxy.refusing = True
+        head.send_signal(signal.SIGKILL)
+        head.wait()
+        log = session / "logs" / "ray_valkey_spill-guardian.log"
+        wait_until(lambda: "are left on the server" in log.read_text())
+        assert left_of(server, OVER)
+        proxy.refusing = False
+        wait_until(lambda: not guardians(session))
+        assert left_of(server, OVER) == 0
+        assert [left_of(server, *other) for other in others] == before
+    for name, namespace in others:
+        destroy(server, name, NODE, namespace=namespace)
+
+
+def test_of_a_node_on_another_host_what_it_may_still_write_stays(
+    server: Server, session: Path
+) -> None:
+    """With its lease, by which a clean-up finds it once the node no longer renews that."""
+    (session / f"ray_valkey_spill-{NODE}.keeper").touch()
+    config = Config.load({"url": server.url}, {})
+    keys = Keyspace.of(config)
+    for node in (NODE, OTHER):
+        spill(server.url, OVER, node)
+        name = ObjectName(OVER, node, "0a" * 28, f"{0:011x}{NOBODY:08x}{0:08x}", 0)
+        server.client.zadd(keys.pending, {str(name): 0})
+    assert not end(config, session)
+    assert guardian.is_ended(str(session)) and not guardian.is_over(str(session))
+    (pending,) = server.client.zrange(keys.pending, 0, -1)
+    (lease,) = server.client.zrange(keys.leases, 0, -1)
+    assert OTHER.encode() in pending and OTHER.encode() in lease
+    assert server.client.zrange(keys.index, 0, -1) == []
+    (session / f"ray_valkey_spill-{OTHER}.keeper").touch()
+    assert end(config, session)
+    assert guardian.is_over(str(session))
+    assert server.our_keys() == []
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_a_node_on_another_host_is_removed_once_its_lease_has_run_out(
+    server: Server, session: Path, monkeypatch: pytest.MonkeyPatch, lives: bool
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(cleanup, "time", clock)
+    monkeypatch.setattr(sys, "argv", ["", str(session)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"url": server.url})))
+    config = Config.load({"url": server.url}, {})
+    spill(server.url, OVER, OTHER)
+    spill(server.url, f"{OVER}0", OTHER)
+    before = left_of(server, f"{OVER}0")
+    with contextlib.closing(Store(config, OVER, OTHER)) as node:
+        if lives:
+            clock.every(10, lambda: node.renew_lease("127.0.0.1:1", lambda: False))
+        assert ending.main() == (1 if lives else 0)
+        assert server.client.zrange(Keyspace.of(config).index, 0, -1) != []
+        assert left_of(server, OVER) == (1 if lives else 0)
+        assert left_of(server, f"{OVER}0") == before
+        node.destroy(lambda pid: False)
+    destroy(server, f"{OVER}0", OTHER)
+
+
+def test_a_session_whose_gcs_answers_is_kept(
+    server: Server, session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever made its guardian believe that it has ended."""
+    monkeypatch.setattr(sys, "argv", ["", str(session)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"url": server.url})))
+    monkeypatch.setattr(ending, "running_at", lambda address: RunningSession(OVER, frozenset()))
+    spill(server.url, OVER, NODE)
+    before = left_of(server, OVER)
+    assert ending.main() == guardian.GAVE_UP
+    assert left_of(server, OVER) == before
+    destroy(server, OVER, NODE)
+
+
+def test_what_is_in_the_overflow_goes_as_well(server: Server, session: Path) -> None:
+    overflow = session.parent / "overflow"
+    overflow.mkdir()
+    params = {"overflow_uri": overflow.as_uri(), "max_bytes": 0}
+    spill(server.url, OVER, NODE, **params)
+    spill(server.url, f"{OVER}0", NODE, **params)
+    config = Config.load({"url": server.url, **params}, {})
+    kept = {path for path in overflow.rglob("*") if path.is_file() and f"{OVER}0" in str(path)}
+    assert kept
+    assert end(config, session, NODE)
+    assert {path for path in overflow.rglob("*") if path.is_file()} == kept
+    destroy(server, f"{OVER}0", NODE, **params)
+
+
+# --- when it leaves ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "environment"),
+    [
+        (["--redis_address=10.0.0.9"], {}, {}),
+        ([], {}, {"RAY_REDIS_ADDRESS": "10.0.0.9:6379"}),
+        ([], {"gcs_storage": "rocksdb"}, {}),
+        ([], {"gcs_storage": "redis"}, {"RAY_gcs_storage": "memory"}),
+        ([], {}, {"RAY_gcs_storage": "rocksdb"}),
+    ],
+)
+def test_a_session_that_continues_with_the_next_head_has_no_guardian(
+    session: Path,
+    arguments: list[str],
+    config: dict[str, str],
+    environment: dict[str, str],
+) -> None:
+    with gcs(session, *arguments, config=config, **environment):
+        found = proc.gcs_of(session.name)
+        assert found is not None and not proc.ends_with_gcs(found)
+        start_guardian(session, {})
+        wait_until(lambda: not guardians(session))
+        assert guardian.recorded_gcs(str(session)) is None
+        Guard(session.name, lambda: session, {}).ensure()
+        assert guardians(session) == []
+
+
+def test_a_gcs_in_memory_or_of_nobody_of_ours() -> None:
+    with gcs(Path("/session_2"), config={"gcs_storage": "memory"}, RAY_gcs_storage="memory") as one:
+        found = proc.gcs_of("session_2")
+        assert found is not None and found.pid == one.pid
+        assert proc.ends_with_gcs(found)
+        assert not proc.ends_with_gcs(proc.Process(found.pid, "1"))
+        assert proc.gcs_of("session_") is None and proc.gcs_of("session_22") is None
+    # It has ended, and nothing can be found out any more.
+    assert not proc.ends_with_gcs(found)
+
+
+def test_a_head_that_does_not_come_up_has_no_guardian(session: Path) -> None:
+    starter = subprocess.Popen(["sleep", "1000"])
+    try:
+        command = guardian.command("none", str(session), starter.pid)
+        subprocess.run(command, input=b"{}", check=True)
+        assert guardians(session)
+    finally:
+        starter.kill()
+        starter.wait()
+    wait_until(lambda: not guardians(session))
+
+
+def test_after_an_end_in_order_it_has_nothing_to_do(server: Server, session: Path) -> None:
+    with gcs(session) as head:
+        # A server that it could not reach: it does not try.
+        watched(session, {"url": "valkey://127.0.0.1:1/0"})
+        assert end(Config.load({"url": server.url}, {}), session)
+        head.kill()
+        head.wait()
+        wait_until(lambda: not guardians(session))
+        assert (session / "logs" / "ray_valkey_spill-guardian.log").read_text() == ""
+
+
+# --- how it waits ---
+
+
+def test_there_is_one_however_often_it_is_started_and_another_when_it_is_killed(
+    session: Path,
+) -> None:
+    with gcs(session):
+        guard = Guard(session.name, lambda: session, {})
+        guard.ensure()
+        wait_until(lambda: guardian.recorded_gcs(str(session)))
+        (first,) = guardians(session)
+        guard.ensure()
+        start_guardian(session, {})
+        wait_until(lambda: guardians(session) == [first])
+        first.kill()
+        wait_until(lambda: not guardians(session))
+        guard.ensure()
+        (second,) = guardians(session)
+        assert second != first
+
+
+def test_a_node_without_the_gcs_starts_none(session: Path) -> None:
+    Guard(session.name, lambda: session, {}).ensure()
+    assert guardians(session) == []
+
+
+def test_it_is_small_and_belongs_to_nobody_and_shows_no_secret(session: Path) -> None:
+    with gcs(session):
+        found = watched(session, {"url": "valkey://:hidden-word@127.0.0.1:1/0"})
+        assert "hidden-word" not in " ".join(found.cmdline())
+        assert found.parent() != psutil.Process()
+        assert os.getsid(found.pid) != os.getsid(0)
+        assert found.memory_full_info().uss < 12 << 20
+        assert found.net_connections() == []
+        maps = {Path(each.path).name for each in found.memory_maps()}
+        assert not any("_raylet" in name or "arrow" in name for name in maps)
+        # What runs Ray's processes down by name must not find it (`ray stop`).
+        from ray.autoscaler._private.constants import RAY_PROCESSES
+
+        name, line = found.name(), " ".join(found.cmdline())
+        assert not any(word in (name if by_name else line) for word, by_name in RAY_PROCESSES)

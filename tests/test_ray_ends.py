@@ -1,0 +1,278 @@
+"""However a Ray session ends, its data go, and nobody else's: see `plugin/ending.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from support.clusters import MIB, kill, local_ray, run_driver, system_config
+from support.guardians import end_guardians, guardians, left_of
+from support.servers import Node, Server, free_port, valkey_server, wait_until
+
+pytestmark = pytest.mark.slow
+
+# As at a terminal, also where the tests run in the background of a shell.
+_INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+_RAY = _INTERRUPTIBLE + "from ray.scripts.scripts import main; main()"
+
+# Spills, and goes; an actor keeps what it spilled.
+_SPILLING = """
+import sys, numpy as np, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR", namespace="ends")
+
+@ray.remote(num_cpus=0, name="holder", lifetime="detached")
+class Holder:
+    def put(self, resource):
+        full = ray.remote(np.full).options(num_cpus=0, resources={resource: 1}, max_retries=0)
+        self.refs = [full.remote(1 << 20, i) for i in range(30)]
+        ray.wait(self.refs, num_returns=30, fetch_local=False)
+
+    def check(self):
+        return [int(ray.get(ref, timeout=60)[0]) for ref in self.refs] == list(range(30))
+
+holder = Holder.options(resources={sys.argv[2]: 1}).remote()
+ray.get(holder.put.remote(sys.argv[3]))
+"""
+
+_CHECKING = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR", namespace="ends")
+print("right:", ray.get(ray.get_actor("holder").check.remote(), timeout=240))
+"""
+
+_DRIVER = (
+    _INTERRUPTIBLE
+    + """
+import json, sys, time, numpy as np, ray
+ray.init(**json.loads(sys.argv[1]))
+refs = [ray.put(np.full(1 << 20, i)) for i in range(30)]
+print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
+if sys.argv[2] == "stay":
+    time.sleep(1000)
+"""
+)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A session, by the process that ends it."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    directory: Path
+
+    def is_gone_from(self, server: Server) -> bool:
+        return left_of(server, self.directory.name) == 0 and not guardians(self.directory)
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """In the end the process has ended, with all that it had started."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid).children(recursive=True)
+            for each in started:
+                kill(each.pid)
+        kill(process.pid)
+        process.wait()
+        end_guardians(process.pid)
+
+
+def started(command: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", **environment},
+        )
+
+
+@contextlib.contextmanager
+def driver(
+    url: str, directory: Path, of_environment: bool, then: str = "stay", **system: Any
+) -> Iterator[Session]:
+    """A driver that starts a Ray and spills."""
+    settings = {**system_config(url), **system}
+    environment = {}
+    if of_environment:
+        environment["RAY_object_spilling_config"] = settings.pop("object_spilling_config")
+    options = {
+        "address": "local",
+        "num_cpus": 1,
+        "object_store_memory": 100 * MIB,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "_system_config": settings,
+    }
+    log = directory / "driver.log"
+    process = started([_DRIVER, json.dumps(options), then], log, **environment)
+    with ended(process):
+        wait_until(lambda: "session_" in log.read_text() or process.poll() is not None)
+        assert "session_" in log.read_text(), log.read_text()
+        yield Session(process, log, Path(log.read_text().split()[-1]))
+
+
+def _head_options(port: int, directory: Path, settings: dict[str, Any]) -> list[str]:
+    return [
+        *("--head", f"--port={port}", f"--temp-dir={directory}"),
+        *(f"--system-config={json.dumps(settings)}", "--no-monitor"),
+        *("--include-dashboard=false", '--resources={"first": 100}'),
+    ]
+
+
+def start_node(
+    stack: contextlib.ExitStack, arguments: Sequence[str], log: Path, **environment: str
+) -> subprocess.Popen[bytes]:
+    """`ray start --block`, with all of which it is over when the stack is closed."""
+    process = started(
+        [
+            *(_RAY, "start", "--block", "--num-cpus=1", "--object-store-memory=100000000"),
+            *("--node-ip-address=127.0.0.1", *arguments),
+        ],
+        log,
+        **environment,
+    )
+    stack.enter_context(ended(process))
+    wait_until(lambda: "--block" in log.read_text() or process.poll() is not None)
+    assert process.poll() is None, log.read_text()
+    return process
+
+
+@contextlib.contextmanager
+def head(url: str, directory: Path, of_environment: bool) -> Iterator[Session]:
+    """A head by `ray start --block`, with an actor that has spilled."""
+    settings = system_config(url)
+    environment = {}
+    if of_environment:
+        environment["RAY_object_spilling_config"] = settings.pop("object_spilling_config")
+    port, log = free_port(), directory / "head.log"
+    with contextlib.ExitStack() as stack:
+        options = _head_options(port, directory, settings)
+        process = start_node(stack, options, log, **environment)
+        run_driver(_SPILLING, f"127.0.0.1:{port}", "first", "first")
+        yield Session(process, log, (directory / "session_latest").resolve())
+
+
+@pytest.fixture(scope="module")
+def spilling() -> Iterator[Server]:
+    """A server on which a session of the same namespace lives all the time, and keeps its data."""
+    with valkey_server() as server:
+        server.settle_foreign()
+        with local_ray(server.url):
+            living = Path(ray._private.worker._global_node.get_session_dir_path())
+            refs = [ray.put(np.full(MIB, i)) for i in range(30)]
+            yield server
+            assert len(guardians(living)) == 1
+            assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(30))
+            del refs
+        assert server.our_keys() == []
+        server.assert_foreign_untouched()
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name
+)
+def test_a_signal_ends_heads_and_drivers_and_their_data_go(
+    spilling: Server, short_dir: Path, number: signal.Signals
+) -> None:
+    is_head_from_environment = number == signal.SIGINT
+    with contextlib.ExitStack() as stack:
+        (short_dir / "d").mkdir()
+        one = stack.enter_context(
+            driver(
+                spilling.url,
+                short_dir / "d",
+                number != signal.SIGTERM,
+                # Ray then neither validates nor destroys, and spills all the same.
+                **(
+                    {"automatic_object_spilling_enabled": False} if number == signal.SIGKILL else {}
+                ),
+            )
+        )
+        two = stack.enter_context(head(spilling.url, short_dir, is_head_from_environment))
+        for session in (one, two):
+            assert left_of(spilling, session.directory.name)
+            wait_until(lambda: len(guardians(session.directory)) == 1)  # noqa: B023
+        for session, other in ((one, two), (two, None)):
+            session.process.send_signal(number)
+            session.process.wait(timeout=60)
+            # Those that end in order have done it by themselves.
+            if number == signal.SIGTERM or (number == signal.SIGINT and session is one):
+                assert left_of(spilling, session.directory.name) == 0, session.log.read_text()
+            wait_until(lambda: session.is_gone_from(spilling))  # noqa: B023
+            if other is not None:
+                assert left_of(spilling, other.directory.name)
+
+
+def test_a_driver_whose_ray_destroys_nothing_leaves_nothing(
+    spilling: Server, short_dir: Path
+) -> None:
+    with driver(
+        spilling.url, short_dir, True, "leave", automatic_object_spilling_enabled=False
+    ) as session:
+        session.process.wait(timeout=60)
+        wait_until(lambda: session.is_gone_from(spilling))
+
+
+def test_processes_of_a_head_that_end_one_by_one(spilling: Server, short_dir: Path) -> None:
+    """As `ray stop` ends those of all Rays of the machine: the raylet first, the GCS last."""
+    with head(spilling.url, short_dir, False) as session:
+        processes = psutil.Process(session.process.pid).children()
+        for name in ("raylet", "gcs_server"):
+            (process,) = (each for each in processes if each.name() == name)
+            process.terminate()
+            wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE)  # noqa: B023
+        wait_until(lambda: session.is_gone_from(spilling))
+
+
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="there is no redis-server here")
+def test_a_head_that_comes_back_with_its_session_finds_all_that_was_spilled(
+    short_dir: Path,
+) -> None:
+    """The GCS keeps its state in a Redis. Heads are ended by SIGTERM, then by SIGKILL."""
+    binary = Path(str(shutil.which("redis-server")))
+    redis = Node(short_dir / "redis", free_port(), {}, binary=binary)
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    with valkey_server() as server, contextlib.closing(redis), contextlib.ExitStack() as stack:
+        redis.start()
+        wait_until(redis.serves)
+        options = _head_options(port, short_dir, {**system_config(server.url), "max_io_workers": 1})
+
+        def start(name: str, *arguments: str) -> subprocess.Popen[bytes]:
+            return start_node(stack, arguments, short_dir / name, RAY_REDIS_ADDRESS=redis.url[9:-2])
+
+        first = start("1.log", *options)
+        start("node.log", f"--address={address}", '--resources={"second": 100}')
+        # The actor is on the other node. What it keeps was made, and spilled, on the head.
+        run_driver(_SPILLING, address, "second", "first")
+        spilled = server.spilled_ids()
+        assert len(spilled) > 5
+        session = (short_dir / "session_latest").resolve()
+        for name, number in (("2.log", signal.SIGTERM), ("3.log", signal.SIGKILL)):
+            assert guardians(session) == []
+            first.send_signal(number)
+            first.wait(timeout=60)
+            # Or Ray takes the other node, which is on the same host here, for a head that runs.
+            (short_dir / "ray_current_cluster").unlink()
+            first = start(name, *options)
+            assert (short_dir / "session_latest").resolve() == session
+            assert "right: True" in run_driver(_CHECKING, address)
+            assert server.spilled_ids() >= spilled
