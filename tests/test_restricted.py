@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from support.cli import cli_runner
 from support.proxy import proxy_to
 from support.samples import get, noise, source
 from support.servers import Server, acl_user, free_port, valkey_server
@@ -62,7 +62,7 @@ def found_by_check(url: str, **params: Any) -> dict[str, dict[str, str]]:
     environ = {"RAY_VALKEY_SPILL_PASSWORD": params.pop("password", "")} if params else {}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in params.items()]
     options += [f"--url={url}", f"--chunk-size={CHUNK}", "--json"]
-    result = CliRunner(env=environ).invoke(cli, ["check", *options])
+    result = cli_runner(env=environ).invoke(cli, ["check", *options])
     findings = json.loads(result.stdout)["findings"]
     return {each["subject"]: each for each in findings if each["status"] == "failed"}
 
