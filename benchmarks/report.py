@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def _run(name: str, quick: bool) -> dict[str, Any]:
     note(f"--- {name} ---")
     command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *(["--quick"] * quick)]
     result = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", **json.loads(result.stdout)}
+    return {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", **json.loads(result.stdout)}
 
 
 def _document(results: dict[str, Any], directory: Path) -> str:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 __all__ = ["Process", "serve"]
 
@@ -49,7 +49,7 @@ class Process(contextlib.AbstractContextManager["Process"]):
             text=True,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Process:
         return self
 
     def __exit__(self, *raised: object) -> None:

@@ -485,7 +485,7 @@ def _parse_url(url: Any, called: str, *, from_config: bool, port: int) -> Addres
         shown = "an empty one" if url == "" else json_kind(url)
         raise ConfigError(f"{called} must be {_URL.expected}, not {shown}")
     try:
-        parts = urlsplit(url)
+        parts, hosts = _split(url)
         has_password = parts.password is not None
     except ValueError:
         # The error quotes the url, which may hold a password.
@@ -517,7 +517,7 @@ def _parse_url(url: Any, called: str, *, from_config: bool, port: int) -> Addres
         )
     return Address(
         endpoints=(
-            (_socket(parts, called),) if scheme == "unix" else _endpoints(parts, called, port)
+            (_socket(parts, called),) if scheme == "unix" else _endpoints(hosts, called, port)
         ),
         tls=scheme in _TLS_SCHEMES,
         db=_database(
@@ -526,6 +526,22 @@ def _parse_url(url: Any, called: str, *, from_config: bool, port: int) -> Addres
         username=unquote(parts.username) if parts.username else None,
         password=unquote(parts.password) if parts.password else None,
     )
+
+
+def _split(url: str) -> tuple[SplitResult, list[str]]:
+    """Return the parts of `url` with its first host alone, and all its hosts with their ports.
+
+    `urlsplit` would refuse the others from Python 3.14 on, if they have brackets.
+
+    Raises:
+        ValueError: it cannot be parsed.
+    """
+    scheme, slashes, rest = url.partition("//")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    user, at, hosts = authority.rpartition("@")
+    first, *others = hosts.split(",")
+    behind = rest[len(authority) :]
+    return urlsplit(f"{scheme}{slashes}{user}{at}{first}{behind}"), [first, *others]
 
 
 def _socket(parts: SplitResult, called: str) -> Endpoint:
@@ -537,9 +553,9 @@ def _socket(parts: SplitResult, called: str) -> Endpoint:
     return Endpoint(path=unquote(parts.path))
 
 
-def _endpoints(parts: SplitResult, called: str, default_port: int) -> tuple[Endpoint, ...]:
+def _endpoints(hosts: list[str], called: str, default_port: int) -> tuple[Endpoint, ...]:
     endpoints = []
-    for text in parts.netloc.rpartition("@")[2].split(","):
+    for text in hosts:
         try:
             one = urlsplit(f"//{text}")
             host, port = one.hostname, one.port

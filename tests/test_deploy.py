@@ -12,7 +12,6 @@ import secrets
 import shlex
 import subprocess
 import sysconfig
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 import valkey
 import yaml
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 from support import samples
 from support.clock import Clock
 from support.servers import Node, free_port, valkey_server, wait_until
@@ -574,12 +574,35 @@ def test_the_image_has_the_clusters_ray_and_a_python_that_will_do() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     tag = re.search(rf"^ARG RAY_TAG={re.escape(version)}-py3(\d+)$", text, re.MULTILINE)
     assert tag is not None
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert int(tag[1]) >= int(project["requires-python"].removeprefix(">=3."))
+    project = (ROOT / "pyproject.toml").read_text()
+    oldest = re.search(r'^requires-python = ">=3\.(\d+)"$', project, re.MULTILINE)
+    assert oldest is not None
+    assert int(tag[1]) >= int(oldest[1])
     for pod in pods():
         image = pod["containers"][0]["image"]
         assert f"--tag {image} " in text
         assert image.endswith(f":{version}")
+
+
+# What the locks of rayproject/ray have of our dependencies (python/deplocks/base_extra and
+# python/requirements_compiled.txt in Ray's repository, Ray 2.60). valkey and xxhash are not there.
+OF_RAYS_IMAGE = {
+    "click": ["8.1.7"],
+    "cryptography": ["43.0.3", "44.0.3"],
+    "lz4": ["4.4.5"],
+    "numpy": ["1.26.4"],
+    "pyarrow": ["19.0.1"],
+    "ray": ["2.60.0"],
+}
+
+
+def test_the_package_replaces_nothing_in_the_image() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    (listed,) = re.findall(r"^dependencies = \[$(.*?)^\]$", text, re.MULTILINE | re.DOTALL)
+    needed = {each.name: each for each in map(Requirement, re.findall('"(.*)"', listed))}
+    assert needed.keys() - OF_RAYS_IMAGE.keys() == {"valkey", "xxhash"}
+    for name, versions in OF_RAYS_IMAGE.items():
+        assert all(needed[name].specifier.contains(version) for version in versions), name
 
 
 def test_the_image_recipe_has_no_findings() -> None:

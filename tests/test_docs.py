@@ -92,6 +92,7 @@ RUN_BY = {
     "openssl rand -base64 32": OPENSSL,
     "openssl rand -base64 32 | kubectl ": CLUSTER,
     "python -m benchmarks.": BENCHMARK,
+    ".ci/lowest": ".ci/lowest",
     ".ci/ray-versions": ".ci/ray-versions",
     ".ci/release": ".ci/release",
     ".ci/server-versions": ".ci/server-versions",

@@ -230,7 +230,7 @@ if sys.argv[2] == "die":
 """
 
 
-# Ray 2.50 deletes nothing of a driver's once that has left, not even its own files of the
+# Ray before 2.51 deletes nothing of a driver's once that has left, not even its own files of the
 # filesystem storage: there it goes with the node.
 DELETES_AFTER_DRIVERS = Version(ray.__version__) >= Version("2.51")
 

@@ -105,7 +105,7 @@ def figures() -> tuple[int, int]:
 
 deletes_after_owners = pytest.mark.skipif(
     Version(ray.__version__) < Version("2.51"),
-    reason="Ray 2.50 deletes nothing of an owner that has ended",
+    reason="Ray before 2.51 deletes nothing of an owner that has ended",
 )
 
 

@@ -111,7 +111,7 @@ def test_arrow_and_pandas(spilling: Server) -> None:
 
 def test_python_objects(spilling: Server) -> None:
     value = {
-        "deep": [[{"when": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)}]] * 5000,
+        "deep": [[{"when": datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc)}]] * 5000,
         "set": set(range(20_000)),
         "text": "ünïcödé" * 50_000,
     }

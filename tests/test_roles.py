@@ -248,7 +248,7 @@ def test_what_a_primary_lacks_is_lost_at_once(pair: Pair, data: bytes) -> None:
 
 HELLO, INFO, ROLE = (
     (b"\r\nHELLO\r\n", b"\r\nHELL_\r\n"),
-    (b"\r\nreplication\r\n", b"\r\nnothing____\r\n"),
+    (b"*1\r\n$4\r\nINFO\r\n", b"*1\r\n$4\r\nINF_\r\n"),
     (b"\r\nROLE\r\n", b"\r\nROL_\r\n"),
 )
 

@@ -24,7 +24,8 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from support.cli import cli_runner
 from support.servers import FOREIGN, INDEX, ROOT, Server, valkey_server, wait_until
 from support.stores import Store
 
@@ -66,7 +67,7 @@ KIB, MIB = 1 << 10, 1 << 20
 
 def tool(*args: str, color: bool = False, **env: str) -> Result:
     """Run a command in this process. Raises what it raises."""
-    runner = CliRunner(env={"COLUMNS": "80", **env})
+    runner = cli_runner(env={"COLUMNS": "80", **env})
     result = runner.invoke(commands.cli, args, color=color)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -829,7 +830,7 @@ def test_inspect_is_readable_at_eighty_columns(full: Stock) -> None:
 
 def damaged(stock: Stock, name: str) -> dict[str, Any]:
     """The report of `inspect` on an object that is not whole, after its text said so too."""
-    runner = CliRunner(env={"COLUMNS": "80"})
+    runner = cli_runner(env={"COLUMNS": "80"})
     result = runner.invoke(commands.cli, ["inspect", *stock.options, name, "--json"])
     assert isinstance(result.exception, SpillError)
     (report,) = json.loads(result.stdout)

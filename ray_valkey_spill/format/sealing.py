@@ -36,6 +36,9 @@ _KEY_SIZE = 32
 # Domain separation of the two uses of a key from the file.
 _FOR_ID, _FOR_OBJECT = b"ray-valkey-spill 1 key id", b"ray-valkey-spill 1 object "
 _HEADER_NONCE = b"head" + bytes(8)
+# Whether AES-GCM writes to memory of the caller's: since cryptography 47. Ray's images have older
+# ones, which other packages there need, and pay with two copies of each value.
+_IS_IN_PLACE = hasattr(AESGCM, "encrypt_into")
 _HEX = re.compile(rb"[0-9A-Fa-f]{64}")
 _HOW_TO_MAKE_ONE = (
     "Put one key on each line, 32 bytes as 64 hex digits or base64, as `openssl rand -hex 32` or "
@@ -55,7 +58,7 @@ class Seal:
 
     def seal_chunk(self, number: int, data: _Buffer, target: memoryview) -> None:
         """Seal a chunk into `target`, which is `TAG_SIZE` bytes longer. Releases the GIL."""
-        self._cipher.encrypt_into(_chunk_nonce(number), data, None, target)
+        self._seal(_chunk_nonce(number), data, b"", target)
 
     def open_chunk(self, number: int, stored: _Buffer, target: memoryview) -> None:
         """Open a chunk into `target`, which is `TAG_SIZE` bytes shorter. Releases the GIL.
@@ -71,7 +74,7 @@ class Seal:
     def seal_header(self, data: _Buffer, bound: _Buffer) -> bytearray:
         """Seal a header's stream, and authenticate `bound` with it (the associated data)."""
         sealed = bytearray(len(data) + TAG_SIZE)
-        self._cipher.encrypt_into(_HEADER_NONCE, data, bound, sealed)
+        self._seal(_HEADER_NONCE, data, bound, sealed)
         return sealed
 
     def open_header(self, stored: _Buffer, bound: _Buffer) -> bytearray:
@@ -84,11 +87,22 @@ class Seal:
         self._open(_HEADER_NONCE, stored, bound, data)
         return data
 
+    def _seal(
+        self, nonce: bytes, data: _Buffer, bound: _Buffer, target: bytearray | memoryview
+    ) -> None:
+        if _IS_IN_PLACE:
+            self._cipher.encrypt_into(nonce, data, bound, target)
+        else:
+            target[:] = self._cipher.encrypt(nonce, bytes(data), bytes(bound))
+
     def _open(
         self, nonce: bytes, stored: _Buffer, bound: _Buffer, target: bytearray | memoryview
     ) -> None:
         try:
-            self._cipher.decrypt_into(nonce, stored, bound, target)
+            if _IS_IN_PLACE:
+                self._cipher.decrypt_into(nonce, stored, bound, target)
+            else:
+                target[:] = self._cipher.decrypt(nonce, bytes(stored), bytes(bound))
         except InvalidTag:
             raise LostObjectError("its seal is broken: these bytes were not stored here") from None
 

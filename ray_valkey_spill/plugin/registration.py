@@ -81,5 +81,5 @@ def require_compatible(module: ModuleType, original: Callable[..., Any] | None) 
         raise IncompatibleRayError(
             f"ray-valkey-spill {__version__} does not fit Ray {ray_version}: {RAY_MODULE} has "
             f"no {', no '.join(missing)}. Upgrade ray-valkey-spill, or install a Ray it supports "
-            "(2.50 or newer)"
+            "(2.35 or newer)"
         )

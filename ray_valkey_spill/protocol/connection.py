@@ -29,7 +29,16 @@ from ray_valkey_spill.protocol.addresses import DIALER
 from ray_valkey_spill.protocol.dial import dial, does_not_answer, not_valkey
 from ray_valkey_spill.protocol.pacing import Pacer
 from ray_valkey_spill.protocol.resp import ReplyReader, Request, command
-from ray_valkey_spill.protocol.roles import HELLO, QUESTIONS, Question, Role, hello_fields
+from ray_valkey_spill.protocol.roles import (
+    HELLO,
+    INFO,
+    ROLE,
+    Question,
+    Role,
+    hello_fields,
+    info_fields,
+)
+from ray_valkey_spill.protocol.server_info import mode_of
 from ray_valkey_spill.units import KIB, MIB, Buffer
 
 __all__ = ["Connection"]
@@ -79,8 +88,9 @@ class Connection:
         turn_began: time since which its user has kept it from other clients, by the same clock.
         weight: bytes that the waiting requests have under way.
         mode: "standalone", "cluster" or "sentinel".
-        role: role of the server when the connection was opened. It costs one more exchange behind a
-            proxy that does not know HELLO. A Sentinel has none.
+        knows_hello: whether HELLO is answered. Some proxies and services do not know it.
+        role: role of the server when the connection was opened. It costs one more exchange where
+            HELLO is not known. A Sentinel has none.
 
     Raises:
         OSError, TransientError: another attempt may succeed.
@@ -140,12 +150,17 @@ class Connection:
             self.add(command("CLIENT", "SETINFO", "LIB-VER", __version__))
         while self.waiting:
             self.read()
-        # A proxy may not know HELLO; a server behind such a proxy counts as standalone.
-        mode = hello_fields(hello.reply).get("mode", "standalone")
+        replies = {HELLO: hello.reply}
+        mode = hello_fields(hello.reply).get("mode")
+        self.knows_hello = mode is not None
+        if mode is None:
+            replies[INFO] = self._ask(INFO)
+            mode = mode_of(info_fields(replies[INFO]))
         if mode == "sentinel":
             return mode, Role.UNKNOWN
-        for question in QUESTIONS:
-            role = question.role(hello.reply if question is HELLO else self._ask(question))
+        for question in (HELLO, INFO, ROLE):
+            reply = replies[question] if question in replies else self._ask(question)
+            role = question.role(reply)
             if role is not Role.UNKNOWN:
                 self._question = question
                 return mode, role

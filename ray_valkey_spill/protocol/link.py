@@ -63,6 +63,9 @@ _WAIT = 500
 # Seconds for a server that is only asked for the primaries: a majority does not need each of them.
 _WITNESS_PATIENCE = 1.0
 
+# Bytes of the request for all of INFO.
+_WHOLE_INFO = command("INFO").length
+
 _T = TypeVar("_T")
 
 
@@ -212,6 +215,8 @@ class Link:
         self._connections: dict[Endpoint, Connection] = {}
         self.breaks = self.generation = 0
         self._is_confirming = False
+        # Whether INFO takes several sections. Some proxies and services know one at most.
+        self._takes_sections = True
         # Whether a server refused a connection lately; how many each server has refused; until when
         # this link opens none.
         self._is_crowded = False
@@ -304,7 +309,7 @@ class Link:
 
     def _has_refused(self, connection: Connection) -> bool:
         """Whether the server has refused connections since the last call. Errors as `read`."""
-        request = command("INFO", "clients", "stats")
+        request = self._sections("clients", "stats")
         connection.add(request)
         connection.read()
         if not isinstance(request.reply, bytearray):
@@ -368,11 +373,20 @@ class Link:
 
     def memory_requests(self) -> Iterator[Request]:
         """Yield a request for the memory of each server, to send together with others."""
-        yield from self._to_all(lambda: command("INFO", "memory", "keyspace", "replication"))
+        yield from self._to_all(lambda: self._sections("memory", "keyspace", "replication"))
 
     def memory_of(self, request: Request) -> MemoryInfo:
         """Parse the reply to one of `memory_requests`. Errors as `run`, and of the command."""
+        if request.error is not None and request.length > _WHOLE_INFO:
+            self._takes_sections = False
+            (request,) = self.run([self._sections(at=request.connection.endpoint)])
         return MemoryInfo.parse(fields_of(self._text(request.result())))
+
+    def _sections(self, *names: str, at: Endpoint | None = None) -> Request:
+        """Return a request for sections of INFO; for all of it if the server takes no such list."""
+        request = command("INFO", *(names if self._takes_sections else ()))
+        request.target = at
+        return request
 
     def _text(self, info: Any) -> str:
         if not isinstance(info, bytearray):
@@ -863,7 +877,18 @@ class Link:
     def _topology_at(self, node: Connection) -> Topology:
         if node.mode != "cluster":
             return Single(node.endpoint)
-        cluster = cluster_at(node)
+        try:
+            cluster = cluster_at(node)
+        except ServerRefusedError:
+            raise
+        except ServerError as error:
+            if not node.knows_hello:
+                # A proxy that makes one server of a cluster, and passes INFO on.
+                return Single(node.endpoint)
+            raise ServerRefusedError(
+                f"{node.endpoint} is a node of a cluster, and fails CLUSTER SLOTS: {error.message}",
+                "Let it run CLUSTER SLOTS under this name",
+            ) from error
         self._nodes = cluster.nodes
         return cluster
 

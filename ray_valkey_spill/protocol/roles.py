@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from ray_valkey_spill.protocol.resp import Request, command
 from ray_valkey_spill.protocol.server_info import fields_of
 
-__all__ = ["HELLO", "QUESTIONS", "Question", "Role", "hello_fields"]
+__all__ = ["HELLO", "INFO", "ROLE", "Question", "Role", "hello_fields", "info_fields"]
 
 
 class Role(Enum):
-    """UNKNOWN: the server, or a proxy in front of it, answers none of `QUESTIONS`."""
+    """UNKNOWN: the server, or a proxy in front of it, answers none of the questions."""
 
     PRIMARY = "primary"
     REPLICA = "replica"
@@ -47,9 +47,13 @@ def _hello(reply: Any) -> str:
     return hello_fields(reply).get("role", "")
 
 
+def info_fields(reply: Any) -> dict[str, str]:
+    """Return the fields of a reply to INFO; none if it was an error."""
+    return fields_of(_text(reply)) if isinstance(reply, bytes | bytearray) else {}
+
+
 def _info(reply: Any) -> str:
-    is_text = isinstance(reply, bytes | bytearray)
-    return fields_of(_text(reply)).get("role", "") if is_text else ""
+    return info_fields(reply).get("role", "")
 
 
 def _role(reply: Any) -> str:
@@ -66,7 +70,10 @@ _ROLES = {
     **dict.fromkeys(("replica", "slave"), Role.REPLICA),
 }
 
+# The first answer that names a role counts. HELLO needs no permission, but a proxy or a service may
+# not know it.
 HELLO = Question("HELLO", "2", _hello)
-# The first answer that names a role counts. HELLO needs no permission, and the documented user may
-# call INFO. It may not call ROLE, which serves proxies that answer INFO about themselves.
-QUESTIONS = (HELLO, Question("INFO", "replication", _info), Question("ROLE", None, _role))
+# Without a section, which not every proxy passes on. The documented user may call it.
+INFO = Question("INFO", None, _info)
+# For proxies that answer INFO about themselves. The documented user may not call it.
+ROLE = Question("ROLE", None, _role)

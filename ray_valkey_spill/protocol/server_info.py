@@ -10,7 +10,7 @@ from functools import reduce
 
 from ray_valkey_spill.errors import NotValkeyError
 
-__all__ = ["MemoryInfo", "ServerInfo", "fields_of"]
+__all__ = ["MemoryInfo", "ServerInfo", "fields_of", "mode_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class ServerInfo:
         return cls(
             product="Valkey" if is_valkey else "Redis",
             version=values["valkey_version" if is_valkey else "redis_version"],
-            mode=values.get("server_mode", values.get("redis_mode", "standalone")),
+            mode=mode_of(values),
             role=values.get("role", "master"),
             replicas=sum(
                 "state=online" in text
@@ -128,6 +128,11 @@ def _backlog_left(values: Mapping[str, str]) -> int:
         return 0
     size, filled = (int(values.get(f"repl_backlog_{name}", 0)) for name in ("size", "histlen"))
     return max(0, size - filled)
+
+
+def mode_of(values: Mapping[str, str]) -> str:
+    """Return "standalone", "cluster" or "sentinel", from the fields of `INFO`."""
+    return values.get("server_mode", values.get("redis_mode", "standalone"))
 
 
 def fields_of(text: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import (
@@ -92,7 +92,7 @@ class Failures:
     def __init__(self) -> None:
         self._first: SpillError | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Failures:
         return self
 
     def __exit__(self, *raised: object) -> None:

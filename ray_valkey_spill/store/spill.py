@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Self
 
 from ray_valkey_spill.errors import (
     LostObjectError,
@@ -63,7 +62,7 @@ class Batch:
         # Whether the server may have settled objects, though that was not heard of.
         self._may_be_settled = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Batch:
         self._budget.begin(self._size)
         UNDER_WAY.begin(self._all_names)
         return self

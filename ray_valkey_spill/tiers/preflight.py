@@ -148,9 +148,7 @@ def check_reachable(link: Link, config: Config) -> dict[Endpoint, ServerInfo]:
     except ServerError as error:
         if isinstance(error, NotValkeyError):
             raise
-        raise ServerError(
-            f"Valkey at {config.address} fails INFO: {error}", "Let it run INFO"
-        ) from None
+        raise _failing(config, ["INFO"], error) from None
 
 
 def check_serving(link: Link, config: Config) -> None:
@@ -261,12 +259,12 @@ def check_permissions(link: Link, config: Config, infos: Mapping[Endpoint, Serve
         ServerRefusedError: a server refuses a command.
         ServerUnavailableError: a server cannot run it now, for example without enough replicas.
     """
-    for endpoint, info in infos.items():
+    for endpoint in infos:
         base = _base_at(link, config, endpoint)
         if base is None:
             continue
         try:
-            _try_commands(link, config, endpoint, base, is_cluster=info.mode == "cluster")
+            _try_commands(link, config, endpoint, base, is_cluster=not link.is_single)
         except ServerUnavailableError as error:
             raise _unavailable(error) from None
 
@@ -326,12 +324,16 @@ def _try_commands(
     ]
     if refused:
         raise _not_permitted(config, refused, endpoint if is_cluster else None)
-    for name, trial in trials.items():
-        if trial.error is not None and not isinstance(trial.error, ServerFullError):
-            raise ServerRefusedError(
-                f"Valkey at {config.address} fails {name}: {trial.error.message}",
-                trial.error.hint or f"Let it run {', '.join(COMMANDS)} under these names",
-            )
+    failed = {
+        name: trial.error
+        for name, trial in trials.items()
+        if trial.error is not None and not isinstance(trial.error, ServerFullError)
+    }
+    if failed:
+        # An error with a hint has nothing to do with the command.
+        first, error = next(iter(failed.items()))
+        names = [first] if error.hint else [*failed]
+        raise _failing(config, names, error, endpoint if is_cluster else None)
 
 
 def check_chunk_size(link: Link, config: Config, infos: Mapping[Endpoint, ServerInfo]) -> None:
@@ -423,7 +425,7 @@ class _Trial:
         return None
 
     def _stats(self) -> dict[str, str]:
-        request = command("INFO", "stats")
+        request = command("INFO")
         request.target = self._endpoint
         (text,) = self._link.execute(request)
         return fields_of(text.decode(errors="replace"))
@@ -455,6 +457,18 @@ def _not_permitted(
         f"Valkey at {shard or config.address} does not let {user} run {', '.join(refused)} on keys "
         f"below {Keyspace.of(config).root}",
         f"Grant it {acl_rules(config)}",
+    )
+
+
+def _failing(
+    config: Config, names: list[str], error: ServerError, shard: Endpoint | None = None
+) -> ServerRefusedError:
+    """Return the error for a server that does not know commands, or on which they fail."""
+    return ServerRefusedError(
+        f"Valkey at {shard or config.address} fails {', '.join(names)}: {error.message}",
+        error.hint
+        or f"Spilling needs {', '.join(names)}: look for rename-command, for a proxy that does not "
+        "pass it on, or for a managed service that has it switched off",
     )
 
 

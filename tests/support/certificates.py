@@ -15,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 NAMES = ("127.0.0.1", "localhost")
 _DAY = datetime.timedelta(days=1)
-_NOW = datetime.datetime.now(datetime.UTC)
+_NOW = datetime.datetime.now(datetime.timezone.utc)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.store.object_store import ObjectStore
@@ -44,7 +44,7 @@ class Writer:
             text=True,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Writer:
         return self
 
     def __exit__(
