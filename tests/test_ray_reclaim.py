@@ -26,7 +26,7 @@ from support.servers import INDEX, ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill.format.names import Entry, Keyspace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LEASES = Keyspace(ROOT).leases
 # Seconds from the death of a node or the end of the last reference until nothing is left.
@@ -57,7 +57,7 @@ def stream(count: int, gate: str = "") -> Iterator[np.ndarray]:
         time.sleep(0.1)
 
 
-@ray.remote
+@ray.remote(num_cpus=0)
 def total(gate: str, arrays: Refs, direct: np.ndarray) -> list[int]:
     """Waits for a file before it looks at its arguments."""
     while not os.path.exists(gate):
@@ -65,7 +65,7 @@ def total(gate: str, arrays: Refs, direct: np.ndarray) -> list[int]:
     return [int(direct[0]), *(int(array[0]) for array in ray.get(arrays))]
 
 
-@ray.remote
+@ray.remote(num_cpus=0)
 class Holder:
     """Owns and borrows objects."""
 
@@ -205,9 +205,7 @@ def _objects_of_node_1(
         kind: [produce.options(**on(1)).remote(i) for i in range(EACH)]
         for kind in ("kept", "dropped", "nested", "borrowed", "arguments")
     }
-    borrower, paused, killed, dying = (
-        Holder.options(**on(node)).remote() for node in (2, 2, 2, 1)
-    )
+    borrower, paused, killed, dying = (Holder.options(**on(node)).remote() for node in (2, 2, 2, 1))
     for refs in made.values():
         ray.wait(refs, num_returns=EACH, fetch_local=False)
     ids = {kind: hexes(refs) for kind, refs in made.items()}

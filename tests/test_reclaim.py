@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.clock import Clock
-from support.samples import METADATA, get, noise, object_id
+from support.samples import METADATA, noise, object_id
 from support.servers import Server
 from support.stores import Store
 from support.topologies import cluster_servers
@@ -167,9 +167,7 @@ def keys_file(directory: Path) -> str:
 
 
 @pytest.fixture(params=["plain", "sealed", "overflow", "cluster"])
-def any_session(
-    request: pytest.FixtureRequest, clock: Clock, tmp_path: Path
-) -> Iterator[Session]:
+def any_session(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> Iterator[Session]:
     with contextlib.ExitStack() as stack:
         if request.param == "cluster":
             contents = stack.enter_context(cluster_servers(tmp_path))

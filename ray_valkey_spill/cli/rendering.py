@@ -497,6 +497,13 @@ def outcome(
             yield wrapped(f"Kept {kept}: their sessions have renewed leases meanwhile.", first="")
 
 
+def reclaimed(objects: int, stored: int) -> Iterator[str]:
+    """Say how much of dead nodes of running sessions nobody needed any more, if any."""
+    if objects:
+        what = f"{amount(objects, 'object')} ({size_text(stored)})"
+        yield wrapped(f"Removed {what} of dead nodes that nobody needed any more.", first="")
+
+
 def _has_data(remains: Remains) -> bool:
     return bool(_objects(remains) or remains.pending or remains.files)
 

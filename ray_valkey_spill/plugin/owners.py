@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 import ray
 from ray.core.generated import common_pb2, gcs_pb2
 
+from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.store.reclaim import Owned, Verdict
 
-__all__ = ["RayOwners"]
+__all__ = ["RayOwners", "joined"]
 
 logger = logging.getLogger("ray_valkey_spill")
 
@@ -141,6 +142,28 @@ class RayOwners:
         except Exception as error:  # a time-out, or an RPC that failed
             logger.debug("no answer from Ray: %s", error)
         return otherwise
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[tuple[str, RayOwners]]:
+    """Join the Ray cluster at `address` as a driver; yields its session and its owners.
+
+    Raises:
+        SpillError: that is not possible from here.
+    """
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # of several kinds, by the reason
+        raise SpillError(f"cannot join the Ray cluster at {address}: {error}") from error
+    try:
+        yield ray._private.worker._global_node.session_name, RayOwners()
+    finally:
+        ray.shutdown()
 
 
 def _address(owner: bytes) -> Any | None:

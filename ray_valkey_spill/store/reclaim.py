@@ -19,25 +19,39 @@ asked for, because Ray does not know of it yet.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
 
+from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError
 from ray_valkey_spill.format.header import decode_header, decode_without_payload
 from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place, TierName
 from ray_valkey_spill.format.sealing import KeyRing
 from ray_valkey_spill.store.cleanup import LEASE
-from ray_valkey_spill.store.object_store import Failures, remove_from
+from ray_valkey_spill.store.object_store import Failures, remove_from, tiers_of
 from ray_valkey_spill.store.observer import Observer, Reason
 from ray_valkey_spill.tiers.base import Tier
+from ray_valkey_spill.tiers.ledger import link_to
+from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
-__all__ = ["USUAL_PACE", "DeadNodes", "Owned", "Owners", "Pace", "Reclaim", "Reclaimer", "Verdict"]
+__all__ = [
+    "USUAL_PACE",
+    "DeadNodes",
+    "Owned",
+    "Owners",
+    "Pace",
+    "Reclaim",
+    "Reclaimer",
+    "Verdict",
+    "reclaim_of_dead_nodes",
+]
 
 
 class Verdict(enum.Enum):
@@ -420,3 +434,56 @@ class Reclaimer:
                 and lease.renewed >= since
             }
         )
+
+
+def reclaim_of_dead_nodes(
+    config: Config,
+    session: str,
+    owners: Owners,
+    observer: Observer,
+    pace: Pace = USUAL_PACE,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Remove once what the dead nodes of a running session have left and nobody needs.
+
+    Args:
+        config: server, namespace and overflow.
+        session: name of the session.
+        owners: of the session.
+        observer: is notified of what was removed.
+        pace: how long to wait for the second answers.
+        sleep: waits for so many seconds.
+
+    Returns:
+        Whether the session could be asked at all.
+
+    Raises:
+        ServerError, OverflowUnavailableError: something may be left.
+    """
+    nodes = owners.nodes()
+    if nodes is None:
+        return False
+    keys = Keyspace.of(config)
+    overflow = OverflowTier.of(config)
+    with contextlib.ExitStack() as stack:
+        valkey = ValkeyTier(link_to(config), keys)
+        stack.callback(valkey.close)
+        if overflow is not None:
+            stack.callback(overflow.close)
+        shared, tiers = tiers_of(NodeName(session, ""), valkey, overflow)
+        # Whoever calls this has watched leases, so that processes of dead nodes have had time.
+        settled = replace(pace, settling=0.0, listing_of_dead=0.0)
+        ring = KeyRing.of(config)
+        reclaim = Reclaim(
+            valkey, shared, tiers, keys, ring, owners, observer, settled, time.monotonic
+        )
+        dead = DeadNodes(reclaim, session)
+        # The second pass removes the nodes that are empty by then.
+        for _ in range(2):
+            dead.begin(nodes)
+            while dead.go_on(pace.of_dead):
+                pass
+            if reclaim.has_suspects():
+                sleep(pace.confirmation)
+                reclaim.confirm()
+    return True
