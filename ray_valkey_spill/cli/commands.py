@@ -192,11 +192,14 @@ def stats(
 ) -> None:
     """Show how much is stored: by session, node and tier.
 
-    Also how much of the budget is used (with --max-bytes, of how much), and when each node has last
-    renewed its lease. With --json and --watch, each look is one line.
+    Also how much of the budget is used (with --max-bytes, of how much), and for each node whether
+    it is alive, silent (its lease is not renewed) or dead (according to its GCS, where that can be
+    asked from here), and since when. With --json and --watch, each look is one line.
     """
     config = _reached(options, timeout)
-    with contextlib.closing(Overview(config) if all_namespaces else Inventory(config)) as source:
+    with contextlib.closing(
+        Overview(config) if all_namespaces else Inventory(config, running_at)
+    ) as source:
         if watch is None:
             found = source.statistics()
             if as_json:
@@ -256,6 +259,7 @@ def inspect(key: str, timeout: float, as_json: bool, **options: Any) -> None:
 @click.option("--yes", is_flag=True, help="Remove without asking. Only a terminal is asked.")
 @click.option(
     "--address",
+    type=TEXT,
     envvar="RAY_ADDRESS",
     metavar="ADDRESS",
     help="Join this Ray cluster, or that of RAY_ADDRESS, to ask who needs what its dead nodes have "
