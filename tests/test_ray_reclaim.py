@@ -8,20 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
-from ray.cluster_utils import Cluster
-from support.clusters import (
-    MIB,
-    OBJECT_STORE,
-    cluster,
-    kill_node,
-    on,
-)
+from support.clusters import MIB, OBJECT_STORE, cluster, kill_node, on
 from support.servers import INDEX, ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill.format.names import Entry, Keyspace
@@ -32,6 +26,7 @@ LEASES = Keyspace(ROOT).leases
 # Seconds from the death of a node or the end of the last reference until nothing is left.
 TARGET = 120
 EACH = 4
+MANY = OBJECT_STORE // (8 * MIB)
 
 Refs = list[Any]
 
@@ -50,19 +45,37 @@ def produce(i: int) -> np.ndarray:
 
 
 @ray.remote(max_retries=0, num_returns="streaming")
-def stream(count: int, gate: str = "") -> Iterator[np.ndarray]:
+def stream(count: int) -> Iterator[np.ndarray]:
     for i in range(count):
         yield np.full(MIB, i)
-    while gate and not os.path.exists(gate):
+
+
+@ray.remote(max_retries=0, num_cpus=0)
+def go_on_for_long(count: int, gate: str) -> Iterator[np.ndarray]:
+    """A generator that has not ended: of what it has made, its owner may not know everything."""
+    for i in range(count):
+        yield np.full(MIB, i)
+    while not os.path.exists(gate):
         time.sleep(0.1)
 
 
 @ray.remote(num_cpus=0)
-def total(gate: str, arrays: Refs, direct: np.ndarray) -> list[int]:
+def total(gate: str, refs: Refs, direct: np.ndarray) -> dict[str, int]:
     """Waits for a file before it looks at its arguments."""
     while not os.path.exists(gate):
         time.sleep(0.1)
-    return [int(direct[0]), *(int(array[0]) for array in ray.get(arrays))]
+    return {"direct": int(direct[0]), **values(refs)}
+
+
+def values(refs: Refs) -> dict[str, int]:
+    """The numbers in objects, by id, without those that were lost."""
+    found = {}
+    for ref in refs:
+        try:
+            found[ref.hex()] = int(ray.get(ref, timeout=100)[0])
+        except ray.exceptions.ObjectLostError:
+            continue
+    return found
 
 
 @ray.remote(num_cpus=0)
@@ -76,20 +89,20 @@ class Holder:
         self.refs += refs
         return os.getpid()
 
-    def put(self, count: int) -> Refs:
-        return self.hold_and_return([ray.put(np.full(MIB, i)) for i in range(count)])
+    def put(self, count: int) -> list[str]:
+        return self._add([ray.put(np.full(MIB, i)) for i in range(count)])
 
-    def have_made(self, count: int) -> Refs:
+    def have_made(self, count: int) -> list[str]:
         refs = [produce.options(resources={"node1": 1}).remote(i) for i in range(count)]
         ray.wait(refs, num_returns=count, fetch_local=False)
-        return self.hold_and_return(refs)
+        return self._add(refs)
 
-    def hold_and_return(self, refs: Refs) -> Refs:
+    def _add(self, refs: Refs) -> list[str]:
         self.refs += refs
         return [ref.hex() for ref in refs]
 
-    def read(self) -> list[int]:
-        return [int(ray.get(ref)[0]) for ref in self.refs]
+    def read(self) -> dict[str, int]:
+        return values(self.refs)
 
     def drop(self) -> None:
         self.refs.clear()
@@ -122,8 +135,8 @@ def another_driver(address: str, count: int) -> Iterator[tuple[subprocess.Popen[
             driver.kill()
 
 
-def hexes(refs: Refs) -> set[str]:
-    return {ref.hex() for ref in refs}
+def numbered(ids: Iterable[str]) -> dict[str, int]:
+    return {each: number for number, each in enumerate(ids)}
 
 
 def entries_of(server: Server, node: str) -> dict[str, Entry]:
@@ -133,21 +146,33 @@ def entries_of(server: Server, node: str) -> dict[str, Entry]:
     return {e.name.object_id: e for e in found if e.name.node == node}
 
 
-def spill_all(server: Server, node: str, wanted: set[str]) -> None:
-    """Fill the object store of node 1 until it has spilled the wanted objects."""
+def spill_some(server: Server, node: str, kinds: Iterable[Iterable[str]]) -> set[str]:
+    """Fill the object store of node 1 until it has spilled some of each kind; returns all ids."""
     filler: Refs = []
-    for i in range(3 * OBJECT_STORE // (8 * MIB)):
+    wanted = [{*kind} for kind in kinds]
+
+    def is_enough() -> bool:
+        spilled = entries_of(server, node).keys()
+        return all(kind & spilled for kind in wanted)
+
+    for i in range(10 * OBJECT_STORE // (8 * MIB)):
         filler.append(produce.options(**on(1)).remote(i))
-        if i > OBJECT_STORE // (8 * MIB) and wanted <= entries_of(server, node).keys():
+        ray.wait(filler, num_returns=len(filler), fetch_local=False)
+        if i > OBJECT_STORE // (8 * MIB) and is_enough():
             break
-    ray.wait(filler, num_returns=len(filler), fetch_local=False)
-    wait_until(lambda: wanted <= entries_of(server, node).keys())
+    wait_until(is_enough)
+    ids = {ref.hex() for ref in filler}
+    filler.clear()
+    # What Ray asks to be deleted now is none of the test's.
+    wait_until(lambda: not ids & entries_of(server, node).keys())
+    return {*entries_of(server, node)}
 
 
-def expect_left(server: Server, node: str, wanted: set[str], timeout: float = TARGET) -> float:
+def expect_left(server: Server, node: str, wanted: set[str]) -> float:
     """Wait until exactly the wanted objects of a node are left; returns how long that took."""
     started = time.monotonic()
-    wait_until(lambda: entries_of(server, node).keys() <= wanted, timeout=timeout)
+    # Ten seconds are for Ray to notice what has happened.
+    wait_until(lambda: entries_of(server, node).keys() <= wanted, timeout=TARGET + 10)
     assert entries_of(server, node).keys() == wanted
     return time.monotonic() - started
 
@@ -157,49 +182,64 @@ def has_lease(server: Server, node: str) -> bool:
 
 
 def test_of_a_dead_node_there_is_left_what_is_referenced_and_nothing_else(
-    spilling: Server, tmp_path: Any
+    spilling: Server, tmp_path: Path
 ) -> None:
-    gate = str(tmp_path / "gate")
+    gate = tmp_path / "gate"
     with cluster(spilling.url, nodes=3) as nodes:
         dead = nodes.list_all_nodes()[1].node_id
-        everything, kept, names = _objects_of_node_1(spilling, nodes, gate)
-        with another_driver(nodes.address, EACH) as (driver, drivers_ids):
-            spill_all(spilling, dead, set().union(*everything.values(), drivers_ids))
+        # More than node 2 has room for.
+        generators = [
+            go_on_for_long.options(num_returns=kind, **on(2)).remote(MANY, str(gate))
+            for kind in ("dynamic", "streaming")
+        ]
+        kinds, held = _objects_of_node_1()
+        with another_driver(nodes.address, EACH) as (driver, ids):
+            kinds["of a driver"] = numbered(ids)
+            spilled = spill_some(spilling, dead, kinds.values())
+            arguments = held.pop("arguments")
+            direct = next(ref for ref in arguments if ref.hex() in spilled)
+            result = total.options(**on(2)).remote(str(gate), arguments, direct)
+            number = kinds["arguments"][direct.hex()]
+            del arguments, direct
             kill_node(nodes, 1)
-            names["dropped"].clear()
-            ray.kill(names["killed"])
-            os.kill(names["pid of the paused"], signal.SIGSTOP)
-            # A driver that goes on keeps its own.
-            needed = kept | {*drivers_ids}
-            print("first", expect_left(spilling, dead, needed))
+            held["dropped"].clear()
+            ray.kill(held["killed"])
+            os.kill(held["pid of the paused"], signal.SIGSTOP)
+            gone = {*kinds["dropped"], *kinds["of the killed"], *kinds["of the dying"]}
+            needed = spilled - gone
+            print("dropped:", expect_left(spilling, dead, needed))
             assert driver.stdin is not None
             driver.stdin.close()
             driver.wait()
-            print("driver", expect_left(spilling, dead, kept))
-            os.kill(names["pid of the paused"], signal.SIGCONT)
-        numbers = list(range(EACH))
-        assert [int(ray.get(ref)[0]) for ref in names["kept"]] == numbers
-        assert [int(ray.get(ref)[0]) for ref in ray.get(names["outer"])] == numbers
-        assert [int(ray.get(ref)[0]) for ref in names["stream"]] == numbers
-        assert ray.get(names["borrower"].read.remote()) == numbers
-        assert ray.get(names["paused"].read.remote()) == numbers
-        tmp_path.joinpath("gate").touch()
-        assert ray.get(names["result"]) == [0, *numbers[1:]]
-        ray.get([names[each].drop.remote() for each in ("borrower", "paused")])
-        for each in ("kept", "outer", "stream", "borrower", "paused", "result"):
-            del names[each]
-        print("all", expect_left(spilling, dead, set()))
-        wait_until(lambda: not has_lease(spilling, dead), timeout=60)
+            needed -= {*ids}
+            print("of a driver that ended:", expect_left(spilling, dead, needed))
+            os.kill(held["pid of the paused"], signal.SIGCONT)
+        gate.touch()
+        found = {
+            "kept": values(held["kept"]),
+            "nested": values(ray.get(held["outer"])),
+            "stream": values(held["stream"]),
+            "borrowed": ray.get(held["borrower"].read.remote()),
+            "of the paused": ray.get(held["paused"].read.remote()),
+            "arguments": ray.get(result),
+        }
+        for items in (ray.get(generators[0]), generators[1]):
+            assert [int(ray.get(item)[0]) for item in items] == [*range(MANY)]
+        assert found["arguments"].pop("direct") == number
+        for kind, read in found.items():
+            assert read == {i: n for i, n in kinds[kind].items() if i in spilled}, kind
+        ray.get([held[each].drop.remote() for each in ("borrower", "paused")])
+        held.clear()
+        del result
+        print("all:", expect_left(spilling, dead, set()))
+        wait_until(lambda: not has_lease(spilling, dead))
 
 
-def _objects_of_node_1(
-    server: Server, nodes: Cluster, gate: str
-) -> tuple[dict[str, set[str]], set[str], dict[str, Any]]:
+def _objects_of_node_1() -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
     """Make objects on node 1 in all ways in which they can be referenced.
 
     Returns:
-        Their ids, by kind; the ids of those that are still needed when the node is dead; and what
-        holds them.
+        Their ids and numbers, by kind; and what holds them.
     """
     made = {
         kind: [produce.options(**on(1)).remote(i) for i in range(EACH)]
@@ -208,27 +248,21 @@ def _objects_of_node_1(
     borrower, paused, killed, dying = (Holder.options(**on(node)).remote() for node in (2, 2, 2, 1))
     for refs in made.values():
         ray.wait(refs, num_returns=EACH, fetch_local=False)
-    ids = {kind: hexes(refs) for kind, refs in made.items()}
-    ids["of the paused"] = {*ray.get(paused.have_made.remote(EACH))}
-    ids["of the killed"] = {*ray.get(killed.have_made.remote(EACH))}
-    ids["of the dying"] = {*ray.get(dying.put.remote(EACH))}
-    generator = stream.options(**on(1)).remote(EACH)
-    items = list(generator)
-    ids["stream"] = hexes(items)
+    kinds = {kind: numbered(ref.hex() for ref in refs) for kind, refs in made.items()}
+    kinds["of the paused"] = numbered(ray.get(paused.have_made.remote(EACH)))
+    kinds["of the killed"] = numbered(ray.get(killed.have_made.remote(EACH)))
+    kinds["of the dying"] = numbered(ray.get(dying.put.remote(EACH)))
+    made["stream"] = list(stream.options(**on(1)).remote(EACH))
+    kinds["stream"] = numbered(ref.hex() for ref in made["stream"])
+    pid = ray.get(paused.hold.remote([]))
     ray.get(borrower.hold.remote(made.pop("borrowed")))
-    arguments = made.pop("arguments")
-    names = {
-        "kept": made.pop("kept"),
-        "dropped": made.pop("dropped"),
+    held = {
+        **made,
         "outer": ray.put(made.pop("nested")),
-        "stream": items,
         "borrower": borrower,
         "paused": paused,
         "killed": killed,
         "dying": dying,
-        "result": total.options(**on(2)).remote(gate, arguments[1:], arguments[0]),
-        "pid of the paused": ray.get(paused.hold.remote([])),
+        "pid of the paused": pid,
     }
-    gone = {"dropped", "of the killed", "of the dying"}
-    needed = set().union(*(found for kind, found in ids.items() if kind not in gone))
-    return ids, needed, names
+    return kinds, {name: each for name, each in held.items() if name != "nested"}

@@ -21,6 +21,7 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerError
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.plugin.owners import RayOwners
 from ray_valkey_spill.store.observer import Observer, Reason
 from ray_valkey_spill.store.reclaim import Owned, Pace, Reclaimer, Verdict
 
@@ -377,3 +378,12 @@ def test_many_objects_of_a_dead_node_go_within_two_minutes(session: Session) -> 
         assert session.clock.now - began < 120
     assert session.left == {*kept}
     print(f"{(time.thread_time() - worked) / count * 1e6:.0f} us an object")
+
+
+def test_where_ray_cannot_be_asked_the_log_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    # This process is not connected, so what is asked for is not there.
+    owners = RayOwners()
+    assert (owners.nodes(), owners.nodes()) == (None, None)
+    assert owners.verdicts([Owned(object_id(1), b"owner")]) == [Verdict.UNKNOWN]
+    (record,) = caplog.records
+    assert "cannot be asked who needs an object" in record.getMessage()
