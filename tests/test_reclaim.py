@@ -24,7 +24,7 @@ from ray_valkey_spill.errors import ServerError
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.store.observer import Observer, Reason
-from ray_valkey_spill.store.reclaim import Owned, Pace, Reclaimer, Verdict
+from ray_valkey_spill.store.reclaim import Owned, Pace, Reclaimer, Verdict, reclaim_of_dead_nodes
 
 SESSION = "session_1"
 FIRST, SECOND, THIRD = ("aa" * 28, "bb" * 28, "cc" * 28)
@@ -352,6 +352,26 @@ def test_a_server_that_is_away_is_asked_again(session: Session) -> None:
     session.clock.now += 100
     session.steps(reclaimer)
     assert session.left == set()
+
+
+def test_whoever_joins_the_cluster_reclaims_once(any_session: Session) -> None:
+    """As `gc` does."""
+    session = any_session
+    session.put(FIRST, range(6))
+    session.put(SECOND, range(6, 8))
+    session.kill(FIRST)
+    session.answer(UNREFERENCED, [0, 1, 6])
+    session.answer(Verdict.OWNER_DEAD, [2])
+    counts, waited = Counts(), list[float]()
+    pace = dataclasses.replace(PACE, confirmation=0.0)
+    assert reclaim_of_dead_nodes(
+        session.config, SESSION, session.oracle, counts, pace, waited.append
+    )
+    assert session.left == {*range(3, 8)}
+    assert (counts.objects, waited) == ({"unreferenced": 2, "owner_dead": 1}, [0.0])
+    session.oracle.alive = None
+    assert not reclaim_of_dead_nodes(session.config, SESSION, session.oracle, counts, pace)
+    session.expect_readable(range(3, 8))
 
 
 @pytest.mark.slow
