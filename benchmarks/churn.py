@@ -38,6 +38,8 @@ BETWEEN_SAMPLES = 3.0
 # Seconds for which an object may stay after its last reference went, and those by which a driver's
 # list of its references and a sample may be late.
 MOST_EXCESS, LATE = 120.0, 10.0
+# Seconds within which Ray hears of a spill, from its beginning.
+REPORTED_WITHIN = 5.0
 
 
 class _Driver:
@@ -113,7 +115,9 @@ class Run:
         self._next_node = NODES
         # By id: when an object on the server was first seen to be referenced by nobody.
         self._since: dict[str, float] = {}
-        self._ever_stored: set[str] = set()
+        self._spilled: dict[str, Entry] = {}
+        # By node: when it was killed, in seconds since the epoch.
+        self._killed: dict[str, float] = {}
         self.longest = 0.0
 
     def go(self, minutes: float, between: float) -> None:
@@ -149,7 +153,9 @@ class Run:
         note(f"{time.monotonic() - self._began:.0f} s: {kind}")
         self.events[kind] = self.events.get(kind, 0) + 1
         if kind == "node":
-            kill_node(self.nodes, self._random.randrange(1, NODES))
+            number = self._random.randrange(1, NODES)
+            self._killed[self.nodes.list_all_nodes()[number].node_id] = time.time()
+            kill_node(self.nodes, number)
             add_node(self.nodes, self._next_node)
             self._next_node += 1
             return
@@ -166,7 +172,7 @@ class Run:
         referenced = set[str]().union(*(driver.referenced() for driver in self._drivers))
         now = time.monotonic()
         stored = {entry.name.object_id for entry in entries}
-        self._ever_stored |= stored
+        self._spilled |= {entry.name.object_id: entry for entry in entries}
         self._since = {each: self._since.get(each, now) for each in stored - referenced}
         excess = max((now - since for since in self._since.values()), default=0.0)
         self.longest = max(self.longest, excess)
@@ -187,10 +193,21 @@ class Run:
         )
         return len(entries)
 
+    def _was_reported(self, object_id: str) -> bool:
+        """Whether an object was spilled so long before its node was killed that Ray knew of it.
+
+        Of others that were in a killed node's memory Ray loses the only copy that it knows.
+        """
+        entry = self._spilled.get(object_id)
+        if entry is None:
+            return False
+        killed = self._killed.get(entry.name.node, float("inf"))
+        return entry.name.time + REPORTED_WITHIN < killed
+
     def results(self) -> dict[str, Any]:
         drivers = [*self._ended, *self._drivers]
         missing = [m for d in drivers for m in d.latest.get("missing", [])]
-        lost = [object_id for object_id, _ in missing if object_id in self._ever_stored]
+        lost = [m for m in missing if self._was_reported(m[0])]
         half = self.samples[len(self.samples) // 2 :]
         return {
             "seconds": self.samples[-1].seconds,
@@ -199,7 +216,10 @@ class Run:
             "wrong": sum(len(driver.latest.get("wrong", [])) for driver in drivers),
             "hung": sum(len(driver.latest.get("hung", [])) for driver in drivers),
             "lost": len(lost),
-            "lost_in_memory": len(missing) - len(lost),
+            "lost_details": [
+                f"{self._spilled[object_id].name}: {error}" for object_id, error in lost
+            ],
+            "lost_by_ray": len(missing) - len(lost),
             "longest_excess_seconds": self.longest,
             "most_excess_mib": max(sample.excess for sample in self.samples),
             "most_stored_mib": max(sample.stored for sample in self.samples),

@@ -119,7 +119,8 @@ class Driver:
         except ray.exceptions.OwnerDiedError:
             self._forget_owner()
         except ray.exceptions.RayError as error:
-            self._missing.append((ref.hex(), type(error).__name__))
+            what = f"{type(error).__name__} at {time.strftime('%H:%M:%S')}: {str(error)[:300]}"
+            self._missing.append((ref.hex(), what))
             self._live.pop(number, None)
         else:
             self._reads += 1

@@ -22,6 +22,9 @@ from ray_valkey_spill.format.names import Entry, Keyspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+# Workers cannot import it, and what its tasks and actors use comes with them.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
 LEASES = Keyspace(ROOT).leases
 # Seconds from the death of a node or the end of the last reference until nothing is left.
 TARGET = 120
