@@ -172,7 +172,8 @@ class Run:
         referenced = set[str]().union(*(driver.referenced() for driver in self._drivers))
         now = time.monotonic()
         stored = {entry.name.object_id for entry in entries}
-        self._spilled |= {entry.name.object_id: entry for entry in entries}
+        # Of a task whose node was killed Ray stores an error, and spills that too.
+        self._spilled |= {entry.name.object_id: entry for entry in entries if entry.size >= MIB}
         self._since = {each: self._since.get(each, now) for each in stored - referenced}
         excess = max((now - since for since in self._since.values()), default=0.0)
         self.longest = max(self.longest, excess)
