@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,21 +149,22 @@ def entries_of(server: Server, node: str) -> dict[str, Entry]:
     return {e.name.object_id: e for e in found if e.name.node == node}
 
 
-def spill_some(server: Server, node: str, kinds: Iterable[Iterable[str]]) -> set[str]:
+def spill_some(server: Server, node: str, kinds: Mapping[str, Mapping[str, int]]) -> set[str]:
     """Fill the object store of node 1 until it has spilled some of each kind; returns all ids."""
     filler: Refs = []
-    wanted = [{*kind} for kind in kinds]
 
-    def is_enough() -> bool:
+    def unspilled() -> list[str]:
         spilled = entries_of(server, node).keys()
-        return all(kind & spilled for kind in wanted)
+        return [kind for kind, ids in kinds.items() if not ids.keys() & spilled]
 
     for i in range(10 * OBJECT_STORE // (8 * MIB)):
         filler.append(produce.options(**on(1)).remote(i))
         ray.wait(filler, num_returns=len(filler), fetch_local=False)
-        if i > OBJECT_STORE // (8 * MIB) and is_enough():
+        if i > OBJECT_STORE // (8 * MIB) and not unspilled():
             break
-    wait_until(is_enough)
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not unspilled(), timeout=30)
+    assert unspilled() == []
     ids = {ref.hex() for ref in filler}
     filler.clear()
     # What Ray asks to be deleted now is none of the test's.
@@ -171,13 +172,23 @@ def spill_some(server: Server, node: str, kinds: Iterable[Iterable[str]]) -> set
     return {*entries_of(server, node)}
 
 
-def expect_left(server: Server, node: str, wanted: set[str]) -> float:
+def expect_left(
+    server: Server, node: str, kinds: Mapping[str, Mapping[str, int]], wanted: set[str]
+) -> float:
     """Wait until exactly the wanted objects of a node are left; returns how long that took."""
     started = time.monotonic()
-    # Ten seconds are for Ray to notice what has happened.
-    wait_until(lambda: entries_of(server, node).keys() <= wanted, timeout=TARGET + 10)
-    assert entries_of(server, node).keys() == wanted
+    left = wait_for_less(server, node, wanted)
+    assert {kind for kind, ids in kinds.items() if (left - wanted) & ids.keys()} == set()
+    assert left == wanted
     return time.monotonic() - started
+
+
+def wait_for_less(server: Server, node: str, wanted: set[str]) -> set[str]:
+    """Wait until none but the wanted objects are left, if that comes; returns what is left."""
+    with contextlib.suppress(AssertionError):
+        # Ten seconds are for Ray to notice what has happened.
+        wait_until(lambda: entries_of(server, node).keys() <= wanted, timeout=TARGET + 10)
+    return {*entries_of(server, node)}
 
 
 def has_lease(server: Server, node: str) -> bool:
@@ -189,7 +200,7 @@ def test_of_a_dead_node_there_is_left_what_is_referenced_and_nothing_else(
 ) -> None:
     gate = tmp_path / "gate"
     with cluster(spilling.url, nodes=3) as nodes:
-        dead = nodes.list_all_nodes()[1].node_id
+        (dead,) = [node["NodeID"] for node in ray.nodes() if "node1" in node["Resources"]]
         # More than node 2 has room for.
         generators = [
             go_on_for_long.options(num_returns=kind, **on(2)).remote(MANY, str(gate))
@@ -197,25 +208,27 @@ def test_of_a_dead_node_there_is_left_what_is_referenced_and_nothing_else(
         ]
         kinds, held = _objects_of_node_1()
         with another_driver(nodes.address, EACH) as (driver, ids):
+            assert len(ids) == EACH
             kinds["of a driver"] = numbered(ids)
-            spilled = spill_some(spilling, dead, kinds.values())
+            spilled = spill_some(spilling, dead, kinds)
             arguments = held.pop("arguments")
             direct = next(ref for ref in arguments if ref.hex() in spilled)
             result = total.options(**on(2)).remote(str(gate), arguments, direct)
             number = kinds["arguments"][direct.hex()]
             del arguments, direct
-            kill_node(nodes, 1)
+            # Ray's cluster keeps its workers in no order.
+            kill_node(nodes, [node.node_id for node in nodes.list_all_nodes()].index(dead))
             held["dropped"].clear()
             ray.kill(held["killed"])
             os.kill(held["pid of the paused"], signal.SIGSTOP)
             gone = {*kinds["dropped"], *kinds["of the killed"], *kinds["of the dying"]}
             needed = spilled - gone
-            print("dropped:", expect_left(spilling, dead, needed))
+            print("dropped:", expect_left(spilling, dead, kinds, needed))
             assert driver.stdin is not None
             driver.stdin.close()
             driver.wait()
             needed -= {*ids}
-            print("of a driver that ended:", expect_left(spilling, dead, needed))
+            print("of a driver that ended:", expect_left(spilling, dead, kinds, needed))
             os.kill(held["pid of the paused"], signal.SIGCONT)
         gate.touch()
         found = {
@@ -234,7 +247,7 @@ def test_of_a_dead_node_there_is_left_what_is_referenced_and_nothing_else(
         ray.get([held[each].drop.remote() for each in ("borrower", "paused")])
         held.clear()
         del result
-        print("all:", expect_left(spilling, dead, set()))
+        print("all:", expect_left(spilling, dead, kinds, set()))
         wait_until(lambda: not has_lease(spilling, dead))
 
 

@@ -30,8 +30,8 @@ logger = logging.getLogger("ray_valkey_spill")
 # Seconds that an owner has to answer, and that all who do not answer may take together in a call.
 _ANSWER_TIMEOUT, _SILENT_TIMEOUT = 2.0, 5.0
 _NODES_TIMEOUT = 5.0
-# Seconds for which an owner that did not answer is not asked again; doubled each time.
-_REST, _LONGEST_REST = 30.0, 600.0
+# Seconds for which an owner that did not answer is not asked again.
+_REST = 30.0
 # Objects to ask an owner for at once. Ray splits more than ten thousand into several requests, and
 # counts the replies to several without a lock (`CoreWorker::GetLocationFromOwner`): for the same
 # reason each call is for one owner only. A small number also frees the GIL for others.
@@ -56,8 +56,8 @@ class RayOwners:
         self._is_off = False
         # Workers and nodes that are dead by the GCS's word, which is final.
         self._dead: set[bytes] = set()
-        # By worker id: when it may be asked again, and how long it then rests.
-        self._silent: dict[bytes, tuple[float, float]] = {}
+        # By worker id: when it may be asked again.
+        self._silent: dict[bytes, float] = {}
 
     def nodes(self) -> Mapping[str, bool] | None:
         """As `Owners.nodes`; None also where Ray has another shape."""
@@ -93,8 +93,7 @@ class RayOwners:
         node = bytes(getattr(address, _NODE_ID))
         if {worker, node} & self._dead:
             return dead
-        again, rest = self._silent.get(worker, (0.0, _REST))
-        if time.monotonic() < again or time.monotonic() > deadline:
+        if time.monotonic() < self._silent.get(worker, 0.0) or time.monotonic() > deadline:
             return unknown
         verdicts = self._tried(lambda: _ask(owner, object_ids), None)
         if verdicts is not None:
@@ -105,7 +104,7 @@ class RayOwners:
             return dead
         if len(self._silent) >= _MOST_REMEMBERED:
             self._silent.clear()
-        self._silent[worker] = time.monotonic() + rest, min(2 * rest, _LONGEST_REST)
+        self._silent[worker] = time.monotonic() + _REST
         return unknown
 
     def _is_dead(self, worker: bytes, node: bytes) -> bool:
