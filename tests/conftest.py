@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("untimed")
 LONGEST = [
     f"test_{name}.py"
     for name in (
-        *("ray_cluster", "ray_away", "ray_ends", "benchmarks", "ray_upstream"),
+        *("ray_reclaim", "ray_cluster", "ray_away", "ray_ends", "benchmarks", "ray_upstream"),
         *("walkthrough", "sentinel"),
         *("ray_faults", "ray_start", "cli", "roles", "cluster", "ray_values", "cleanup"),
         *("ray_disk", "ray_lost", "overflow_away", "connections", "metrics", "objects"),

@@ -400,6 +400,18 @@ SCENARIOS = {
     "caches that are evicted now and then": Scenario(
         series("redis_evicted_keys_total", SERVER, "0x20 3000x40 3100x60"), {10: "", 22: ""}
     ),
+    # Dead nodes.
+    "dead nodes whose objects are referenced for long": Scenario(
+        series("dead_nodes_bytes", WORKER, "60x200")
+        | series("budget_used_bytes", WORKER, "80x200"),
+        {29: "", 32: "DeadNodesHoldMuch"},
+    ),
+    "dead nodes whose objects go": Scenario(
+        series("dead_nodes_bytes", WORKER, "60x100 0x100")
+        | series("budget_used_bytes", WORKER, "80x200"),
+        {20: "", 24: "", 32: ""},
+    ),
+    # Snapshots.
     "a snapshot that failed": Scenario(
         series("redis_rdb_last_bgsave_status", SERVER, "1x20 0x60 1x40"),
         {4: "", 7: "", 15: "ValkeySnapshotFails", 25: ""},

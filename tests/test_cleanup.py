@@ -420,6 +420,8 @@ def test_of_a_dead_node_of_a_running_session_only_what_is_half_written_goes(
     assert remains.node_name == NodeName(LIVING, dead)
     assert not remains.session_is_dead
     assert (remains.pending, remains.files) == (1, 1)
+    assert remains.kept == len(urls) // 2
+    assert remains.kept_bytes > remains.usage.stored
     assert namespace.half_written(LIVING, dead) == (0, 0)
     assert namespace.half_written(LIVING, living) == (1, 1)
     assert [*namespace.ledger.grants()] == [NodeName(LIVING, living)]

@@ -615,7 +615,32 @@ def test_stats_shows_grants_half_written_objects_and_leases_that_ran_out(full: S
     assert found["budget"]["used_bytes"] == found["valkey"]["stored_bytes"] + 5000
     assert "4.88 KiB to 1 writer, of which 2.93 KiB are written" in text
     assert re.search("half-written +2\n", text)
-    assert re.search(r"abababababab +Valkey .* out 1[0-9][0-9]s\n", text)
+    assert re.search(r"abababababab +Valkey .* silent 1[0-9][0-9]s\n", text)
+
+
+def test_stats_says_which_nodes_are_dead_and_what_they_have(full: Stock) -> None:
+    """By the word of the GCS whose address a lease has; it is asked once in a while."""
+    dead, living = NodeName(SESSIONS[0], NODES[0]), NodeName(SESSIONS[0], NODES[1])
+    asked = []
+
+    def ask(address: str) -> RunningSession:
+        asked.append(address)
+        return RunningSession(SESSIONS[0], frozenset({NODES[1]}))
+
+    with full.ledger() as (ledger, _), contextlib.closing(Inventory(full.config(), ask)) as found:
+        full.server.client.delete(KEYS.leases)
+        for name in (dead, living):
+            full.server.client.zadd(KEYS.leases, {f"{name}:10.0.0.1:6379": ledger.time() - 100_000})
+        statistics = [found.statistics() for _ in range(2)][-1]
+    assert asked == ["10.0.0.1:6379"]
+    states = {node.node_name: node.state for node in statistics.nodes}
+    assert (states.pop(dead), {*states.values()}) == ("dead", {"silent"})
+    (node,) = statistics.dead_nodes
+    assert statistics.as_dict()["dead_nodes"] == {"nodes": 1, "stored_bytes": node.stored}
+    text = "\n".join(map(click.unstyle, rendering.statistics(statistics)))
+    assert re.search(r"\ndead nodes +1 node, [0-9.]+ KiB stored \([0-9]+ %\)\n", text)
+    assert re.search(r"abababababab +Valkey .* dead 1[0-9][0-9]s\n", text)
+    assert_fits(text)
 
 
 def test_stats_is_readable_at_eighty_columns(full: Stock) -> None:
@@ -1004,7 +1029,13 @@ def test_gc_lists_first_and_then_removes_what_the_dead_have_left(full: Stock) ->
     assert printed("gc", *full.options) == NOTHING
 
 
-NOTHING = {"dry_run": False, "removed": False, "remains": [], "notes": []}
+NOTHING = {
+    "dry_run": False,
+    "removed": False,
+    "remains": [],
+    "reclaimed": {"objects": 0, "stored_bytes": 0},
+    "notes": [],
+}
 
 
 @pytest.mark.usefixtures("quick")

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -42,6 +42,8 @@ from ray_valkey_spill.errors import ConfigError, SpillError
 from ray_valkey_spill.format.names import Keyspace, TierName
 from ray_valkey_spill.plugin.gcs import running_at
 from ray_valkey_spill.store.cleanup import CleanUp, Remains
+from ray_valkey_spill.store.observer import Observer, Reason
+from ray_valkey_spill.store.reclaim import reclaim_of_dead_nodes
 
 __all__ = ["main"]
 
@@ -190,11 +192,14 @@ def stats(
 ) -> None:
     """Show how much is stored: by session, node and tier.
 
-    Also how much of the budget is used (with --max-bytes, of how much), and when each node has last
-    renewed its lease. With --json and --watch, each look is one line.
+    Also how much of the budget is used (with --max-bytes, of how much), and for each node whether
+    it is alive, silent (its lease is not renewed) or dead (according to its GCS, where that can be
+    asked from here), and since when. With --json and --watch, each look is one line.
     """
     config = _reached(options, timeout)
-    with contextlib.closing(Overview(config) if all_namespaces else Inventory(config)) as source:
+    with contextlib.closing(
+        Overview(config) if all_namespaces else Inventory(config, running_at)
+    ) as source:
         if watch is None:
             found = source.statistics()
             if as_json:
@@ -252,16 +257,33 @@ def inspect(key: str, timeout: float, as_json: bool, **options: Any) -> None:
 @click.option("--session", type=TEXT, metavar="PREFIX", help="Only sessions that begin so.")
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @click.option("--yes", is_flag=True, help="Remove without asking. Only a terminal is asked.")
+@click.option(
+    "--address",
+    type=TEXT,
+    envvar="RAY_ADDRESS",
+    metavar="ADDRESS",
+    help="Join this Ray cluster, or that of RAY_ADDRESS, to ask who needs what its dead nodes have "
+    "stored. Needs a Ray node of the cluster on this host.",
+)
 @timeout_option
 @_json_option
 def gc(
-    session: str | None, dry_run: bool, yes: bool, timeout: float, as_json: bool, **options: Any
+    session: str | None,
+    dry_run: bool,
+    yes: bool,
+    address: str | None,
+    timeout: float,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Remove what dead sessions, and dead nodes of running sessions, have left.
 
     Watches for about a minute which nodes renew their leases, and asks the GCS of each session that
     does not; a session whose GCS cannot be asked is watched for ten minutes. So run it where the
     GCS addresses of all clusters of the namespace can be reached.
+
+    What a dead node of a running session has stored may still be needed. The nodes of the session
+    remove what is not; so does this, where it can join the cluster (--address).
 
     Exits with 0 if nothing is left to remove, or with --dry-run; with 1 if you answer no, or if
     the overflow could not be cleaned up.
@@ -273,7 +295,8 @@ def gc(
         if not as_json:
             click.echo(rendering.note(text))
 
-    look = CleanUp(_reached(options, timeout), running_at)
+    config = _reached(options, timeout)
+    look = CleanUp(config, running_at)
     with contextlib.closing(look):
         with _countdown() as watching:
             found = look.find(
@@ -286,19 +309,79 @@ def gc(
         removed = []
         if not (dry_run or is_refused):
             removed = [each for each in look.remove(found) if not each.is_empty]
+        reclaimed = _reclaim(config, found, address, note, only_look=bool(dry_run or is_refused))
+        if not (dry_run or is_refused):
             look.recount()
     if as_json:
         shown = remains if dry_run or is_refused else removed
         listed = [_remains_dict(each) for each in shown]
         _print_json(
-            {"dry_run": dry_run, "removed": bool(removed), "remains": listed, "notes": notes}
+            {
+                "dry_run": dry_run,
+                "removed": bool(removed),
+                "remains": listed,
+                "reclaimed": {"objects": reclaimed.objects, "stored_bytes": reclaimed.stored},
+                "notes": notes,
+            }
         )
     else:
         _print_lines(rendering.outcome(remains, removed, dry_run=dry_run))
+        _print_lines(rendering.reclaimed(reclaimed.objects, reclaimed.stored))
     if look.unavailable is not None:
         raise look.unavailable
     if is_refused:
         sys.exit(1)
+
+
+class _Reclaimed(Observer):
+    """Counts the objects that were reclaimed, and their stored bytes."""
+
+    def __init__(self) -> None:
+        self.objects = self.stored = 0
+
+    def reclaimed(self, reason: Reason, objects: int, stored: int) -> None:
+        self.objects += objects
+        self.stored += stored
+
+
+def _reclaim(
+    config: Config,
+    found: Sequence[Remains],
+    address: str | None,
+    note: Callable[[str], None],
+    *,
+    only_look: bool,
+) -> _Reclaimed:
+    """Reclaim what dead nodes of running sessions have stored, if their owners can be asked.
+
+    Notes what could not be asked for, and why.
+    """
+    from ray_valkey_spill.plugin.owners import joined  # imports ray, which takes a second
+
+    counts = _Reclaimed()
+    left: dict[str, list[Remains]] = {}
+    for each in found:
+        if each.kept:
+            left.setdefault(each.node_name.session, []).append(each)
+    reason = "give --address where this can join their cluster"
+    if left and address and not only_look:
+        try:
+            with joined(address) as (session, owners):
+                if session in left and reclaim_of_dead_nodes(config, session, owners, counts):
+                    del left[session]
+            reason = f"they are not of the cluster at {address}"
+        except SpillError as error:
+            reason = error.message
+    elif left and only_look:
+        reason = "nothing is removed now"
+    for session, nodes in left.items():
+        objects = rendering.amount(sum(each.kept for each in nodes), "object")
+        size = rendering.size_text(sum(each.kept_bytes for each in nodes))
+        note(
+            f"Kept: {objects} ({size}) of dead nodes of {session}, which runs. Their owners were "
+            f"not asked who needs them: {reason}"
+        )
+    return counts
 
 
 # --- what the commands share ---

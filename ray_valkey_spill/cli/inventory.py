@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerRefusedError
@@ -19,7 +20,8 @@ from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, Place, Tier
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.store.cleanup import LEASE
-from ray_valkey_spill.tiers.ledger import Grant, Ledger, Usage, link_to
+from ray_valkey_spill.store.liveness import RunningSession
+from ray_valkey_spill.tiers.ledger import Grant, Lease, Ledger, Usage, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
@@ -39,6 +41,12 @@ __all__ = [
     "percent",
     "total",
 ]
+
+
+# Of a node: it renews its lease; it does not; or its session's GCS says that it is dead.
+State = Literal["alive", "silent", "dead"]
+# Seconds between two questions to the same GCS.
+_BETWEEN_QUESTIONS = 30.0
 
 
 # --- values ---
@@ -174,14 +182,29 @@ def age(since: float, now: float) -> float:
 class NodeFigures:
     """What a node of a session has in each tier.
 
-    `lease_age` is for how many seconds it has not renewed its lease, by the server's clock; None
-    without a lease.
+    Attributes:
+        node_name: the node.
+        valkey, overflow: what it has there.
+        lease_age: seconds since it has renewed its lease, by the server's clock; None without one.
+        is_dead: whether the GCS of its session says so.
     """
 
     node_name: NodeName
     valkey: Figures = Figures()
     overflow: Figures = Figures()
     lease_age: float | None = None
+    is_dead: bool = False
+
+    @property
+    def state(self) -> State:
+        if self.has_fresh_lease:
+            return "alive"
+        return "dead" if self.is_dead else "silent"
+
+    @property
+    def stored(self) -> int:
+        """Bytes counted for its objects in both tiers."""
+        return self.valkey.stored + self.overflow.stored
 
     @property
     def has_fresh_lease(self) -> bool:
@@ -267,6 +290,11 @@ class Statistics:
         return [(session, list(nodes)) for session, nodes in grouped]
 
     @property
+    def dead_nodes(self) -> list[NodeFigures]:
+        """Those that their sessions' GCS calls dead."""
+        return [node for node in self.nodes if node.state == "dead"]
+
+    @property
     def granted(self) -> int:
         return sum(grant.granted for grant in self.grants)
 
@@ -290,6 +318,10 @@ class Statistics:
                 "granted_bytes": self.granted,
                 "written_bytes": self.written,
             },
+            "dead_nodes": {
+                "nodes": len(self.dead_nodes),
+                "stored_bytes": sum(node.stored for node in self.dead_nodes),
+            },
             "sessions": [
                 {
                     "session": session,
@@ -297,6 +329,7 @@ class Statistics:
                     "nodes": [
                         {
                             "node": node.node_name.node,
+                            "state": node.state,
                             "lease_age_seconds": node.lease_age,
                             "has_fresh_lease": node.has_fresh_lease,
                             **self._tiers([node]),
@@ -365,9 +398,20 @@ class Inventory:
     """Reads what a namespace has stored.
 
     Errors are those of `link.Link.run`, and OverflowUnavailableError.
+
+    Args:
+        config: server, namespace and overflow.
+        ask_gcs: see `gcs.running_at`. Without it, no node is known to be dead.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ask_gcs: Callable[[str], RunningSession | None] = lambda address: None,
+    ) -> None:
+        self._ask_gcs = ask_gcs
+        # By address of a GCS: when it was asked, and its answer.
+        self._asked: dict[str, tuple[float, RunningSession | None]] = {}
         self.keys = Keyspace.of(config)
         self._config = config
         self._link = link_to(config)
@@ -438,7 +482,8 @@ class Inventory:
         grants = [grant for of_node in by_node for grant in of_node.values()]
         now = self._ledger.time()
         renewed: dict[NodeName, int] = {}
-        for lease in self._ledger.leases():
+        leases = self._ledger.leases()
+        for lease in leases:
             renewed[lease.node_name] = max(lease.renewed, renewed.get(lease.node_name, 0))
         nodes = []
         for node_name in self.node_names():
@@ -454,6 +499,7 @@ class Inventory:
                     age(renewed[node_name] / 1000, now / 1000) if node_name in renewed else None,
                 )
             )
+        nodes = self._with_deaths(nodes, leases)
         return Statistics(
             now=now / 1000,
             servers=Servers.of(self._config, self._link),
@@ -464,6 +510,32 @@ class Inventory:
             + sum(grant.granted for grant in grants),
             grants=grants,
         )
+
+    def _with_deaths(
+        self, nodes: Sequence[NodeFigures], leases: Sequence[Lease]
+    ) -> list[NodeFigures]:
+        """Ask the GCS of each session with a silent node which of its nodes are dead."""
+        silent = {node.node_name.session for node in nodes if not node.has_fresh_lease}
+        dead: set[NodeName] = set()
+        for session in silent:
+            of_session = [lease for lease in leases if lease.node_name.session == session]
+            # Whoever has renewed last knows the address of a GCS that has moved.
+            of_session.sort(key=lambda lease: -lease.renewed)
+            for address in dict.fromkeys(lease.gcs_address for lease in of_session):
+                running = self._running_at(address) if address else None
+                if running is not None and running.name == session:
+                    names = {node.node_name for node in nodes if node.node_name.session == session}
+                    dead |= {name for name in names if name.node not in running.nodes}
+                    break
+        return [replace(node, is_dead=node.node_name in dead) for node in nodes]
+
+    def _running_at(self, address: str) -> RunningSession | None:
+        """Ask a GCS, at most once in a while: that takes a process and a second."""
+        asked, answer = self._asked.get(address, (float("-inf"), None))
+        if time.monotonic() - asked >= _BETWEEN_QUESTIONS:
+            answer = self._ask_gcs(address)
+            self._asked[address] = time.monotonic(), answer
+        return answer
 
     def _figures(self, node_name: NodeName, usage: Usage | None) -> Figures:
         """What a node has in Valkey. `usage` was read before; it differs after every change."""

@@ -218,6 +218,10 @@ def statistics(found: Statistics) -> Iterator[str]:
             f"{size_text(found.granted)} to {amount(len(found.grants), 'writer')}, of which "
             f"{size_text(found.written)} are written",
         )
+    if dead := found.dead_nodes:
+        size = sum(node.stored for node in dead)
+        share = _share(size, sum(node.stored for node in found.nodes))
+        yield _field("dead nodes", f"{amount(len(dead), 'node')}, {size_text(size)} stored{share}")
     yield ""
     if not found.nodes:
         yield "Nothing is stored, and no node has a lease."
@@ -231,7 +235,7 @@ def statistics(found: Statistics) -> Iterator[str]:
                 node.valkey,
                 node.overflow,
                 found.now,
-                _lease(node),
+                _state(node),
             )
         if len(nodes) > 1:
             rows += _tier_rows(f"  {amount(len(nodes), 'node')}", *total(nodes), found.now)
@@ -288,12 +292,10 @@ def _share(part: int, whole: int | None) -> str:
     return "" if share is None else f" ({share:.0f} %)"
 
 
-def _lease(node: NodeFigures) -> str:
-    if node.lease_age is None:
-        return click.style("none", fg="yellow")
-    if node.has_fresh_lease:
-        return click.style(age_text(node.lease_age), fg="green")
-    return click.style(f"out {age_text(node.lease_age)}", fg="red")
+def _state(node: NodeFigures) -> str:
+    colour = {"alive": "green", "silent": "yellow", "dead": "red"}[node.state]
+    since = "" if node.lease_age is None else f" {age_text(node.lease_age)}"
+    return click.style(f"{node.state}{since}", fg=colour)
 
 
 def _tier_rows(
@@ -495,6 +497,13 @@ def outcome(
         if len(removed) < len(remains):
             kept = amount(len(remains) - len(removed), "node")
             yield wrapped(f"Kept {kept}: their sessions have renewed leases meanwhile.", first="")
+
+
+def reclaimed(objects: int, stored: int) -> Iterator[str]:
+    """Say how much of dead nodes of running sessions nobody needed any more, if any."""
+    if objects:
+        what = f"{amount(objects, 'object')} ({size_text(stored)})"
+        yield wrapped(f"Removed {what} of dead nodes that nobody needed any more.", first="")
 
 
 def _has_data(remains: Remains) -> bool:

@@ -43,6 +43,7 @@ __all__ = [
     "Header",
     "chunk_count",
     "decode_header",
+    "decode_without_payload",
     "encode_header",
     "format_version",
     "header_size",
@@ -155,15 +156,47 @@ def decode_header(
     if len(view) < _TRAILER.size:
         raise LostObjectError(f"its header is cut off ({len(view)} bytes)")
     trailer = view[-_TRAILER.size :]
-    magic, version, flags, stream_size, last = _TRAILER.unpack(trailer)
+    payload_end = len(view) - _TRAILER.size
+    stream_size = _stream_size(trailer, payload_end)
+    stream, payload = view[:stream_size], view[stream_size:payload_end]
+    header = _decode_stream(stream, trailer, name, keys)
+    seal = header.seal
+    _check_consistency(header, len(payload))
+    if seal is not None and header.inline:
+        payload, sealed = scratch(len(payload) - TAG_SIZE), payload
+        seal.open_chunk(0, sealed, payload)
+    return header, payload
+
+
+def decode_without_payload(value: Buffer, name: str, keys: KeyRing | None = None) -> Header:
+    """As `decode_header`, for a value without its payload: a stream and its trailer.
+
+    The header is not checked for consistency with its payload.
+    """
+    view = memoryview(value)
+    stream, trailer = view[: -_TRAILER.size], view[-_TRAILER.size :]
+    if len(view) < _TRAILER.size or _stream_size(trailer, len(stream)) != len(stream):
+        raise LostObjectError("its header is damaged (wrong length)")
+    return _decode_stream(stream, trailer, name, keys)
+
+
+def _stream_size(trailer: memoryview, most: int) -> int:
+    """Return the length of the stream before `trailer`; raises LostObjectError if it is wrong."""
+    magic, version, flags, stream_size, _ = _TRAILER.unpack(trailer)
     if magic != _MAGIC:
         raise LostObjectError("its header is damaged (no trailer)")
     if version > FORMAT_VERSION:
         raise LostObjectError(_too_new(version))
-    payload_end = len(view) - _TRAILER.size
-    if stream_size > payload_end or flags not in (0, _SEALED):
+    if stream_size > most or flags not in (0, _SEALED):
         raise LostObjectError("its header is damaged (wrong trailer)")
-    stream, payload = view[:stream_size], view[stream_size:payload_end]
+    return int(stream_size)
+
+
+def _decode_stream(
+    stream: memoryview, trailer: memoryview, name: str, keys: KeyRing | None
+) -> Header:
+    """Check, open and parse the stream of a header. Arguments and errors as `decode_header`."""
+    _, _, flags, _, last = _TRAILER.unpack(trailer)
     is_plain = checksum(stream) == last
     seal = None
     if flags == _SEALED and keys is not None:
@@ -185,11 +218,7 @@ def decode_header(
     except (pa.ArrowException, KeyError, ValueError, StopIteration) as error:
         raise LostObjectError(f"its header is damaged ({error})") from error
     header.seal = seal
-    _check_consistency(header, len(payload))
-    if seal is not None and header.inline:
-        payload, sealed = scratch(len(payload) - TAG_SIZE), payload
-        seal.open_chunk(0, sealed, payload)
-    return header, payload
+    return header
 
 
 def key_id(value: Buffer) -> int | None:

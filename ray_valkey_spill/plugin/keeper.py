@@ -28,6 +28,7 @@ from ray_valkey_spill.plugin.process import gcs_address, in_spill_worker, is_con
 from ray_valkey_spill.store.cleanup import RENEWAL
 from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.store.reclaim import Owners
 
 __all__ = ["Keeper", "NodeLock"]
 
@@ -123,6 +124,7 @@ class Keeper:
         metrics: gets failures and measurements.
         is_destroyed: whether the node's data were destroyed.
         needs: returns the resources needed to read the object of a URL, its tier first.
+        owners: see `reclaim`.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Keeper:
         metrics: Metrics,
         is_destroyed: Callable[[], bool],
         needs: Callable[[str], Sequence[str]],
+        owners: Owners,
     ) -> None:
         self._node = node
         self._store = store
@@ -148,6 +151,7 @@ class Keeper:
         self._metrics = metrics
         self._is_destroyed = is_destroyed
         self._needs = needs
+        self._reclaimer = node.reclaimer(owners)
         self._rounds = Background(self._do_round)
         self._lease = Background(self._keep_lease, "lease")
         self._failed_rounds = 0
@@ -213,6 +217,7 @@ class Keeper:
                 self._recover,
                 *self._steps_of_each(),
                 self._sweep_overflow,
+                self._reclaim,
             ]
         return [self._recover_own, *self._steps_of_each()]
 
@@ -303,6 +308,12 @@ class Keeper:
             self._swept = time.monotonic()
         if self._in_overflow is not None:
             self._metrics.found_in_overflow(self._in_overflow)
+
+    def _reclaim(self) -> None:
+        """Remove objects that nobody can need any more: see `reclaim`."""
+        self._reclaimer.step()
+        if self._reclaimer.of_dead_nodes is not None:
+            self._metrics.found_of_dead_nodes(self._reclaimer.of_dead_nodes)
 
     # --- the lease, however long a round takes ---
 

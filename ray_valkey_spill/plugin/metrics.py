@@ -29,7 +29,7 @@ from ray_valkey_spill.errors import (
 )
 from ray_valkey_spill.format.names import TierName
 from ray_valkey_spill.store.node import Room
-from ray_valkey_spill.store.observer import Loss, Observer, Operation
+from ray_valkey_spill.store.observer import Loss, Observer, Operation, Reason
 
 __all__ = ["DEFINITIONS", "Definition", "Metrics", "markdown_table"]
 
@@ -117,6 +117,17 @@ _LOST = Definition(
     "Restores that ended in `ObjectLostError`, counted once for each node that asked. Reasons: "
     "`missing`, `damaged`, `foreign` (the URL is not from this package and namespace).",
 )
+_RECLAIMED = Definition(
+    "valkey_spill_reclaimed_objects",
+    "counter",
+    "objects",
+    ("reason",),
+    "Objects that were removed though Ray had not asked for it, since nobody could need them. They "
+    "also count as deleted. Reasons: `unreferenced` (their owner says so), `owner_dead`.",
+)
+_RECLAIMED_BYTES = Definition(
+    "valkey_spill_reclaimed_bytes", "counter", "bytes", ("reason",), "Bytes counted for them."
+)
 _BREAKS = Definition(
     "valkey_spill_connection_breaks",
     "counter",
@@ -172,6 +183,14 @@ _SERVER_LIMIT = Definition(
     "Its `maxmemory`; 0 if it has no limit.",
 )
 
+_OF_DEAD_NODES = Definition(
+    "valkey_spill_dead_nodes_bytes",
+    "gauge",
+    "bytes",
+    (),
+    "Bytes stored by nodes of the session that are dead. One node of the session reports it.",
+)
+
 DEFINITIONS = (
     _OBJECTS,
     _LOGICAL,
@@ -179,6 +198,8 @@ DEFINITIONS = (
     _DURATION,
     _FAILURES,
     _LOST,
+    _RECLAIMED,
+    _RECLAIMED_BYTES,
     _BREAKS,
     _CONNECTED,
     _LEASE,
@@ -187,6 +208,7 @@ DEFINITIONS = (
     _OVERFLOW_USED,
     _SERVER_USED,
     _SERVER_LIMIT,
+    _OF_DEAD_NODES,
 )
 
 
@@ -229,6 +251,10 @@ class Metrics(Observer):
     def lost(self, reason: Loss, tier: TierName) -> None:
         self._record(_LOST, 1, {"reason": reason})
 
+    def reclaimed(self, reason: Reason, objects: int, stored: int) -> None:
+        self._record(_RECLAIMED, objects, {"reason": reason})
+        self._record(_RECLAIMED_BYTES, stored, {"reason": reason})
+
     def failed(self, operation: Operation | Literal["recover"], error: SpillError) -> None:
         """Count an attempt that failed or was cut short."""
         reason = next(_REASONS[kind] for kind in type(error).__mro__ if kind in _REASONS)
@@ -254,6 +280,10 @@ class Metrics(Observer):
     def found_in_overflow(self, size: int) -> None:
         """Record that the node has `size` bytes in the overflow."""
         self._record(_OVERFLOW_USED, size)
+
+    def found_of_dead_nodes(self, size: int) -> None:
+        """Record that dead nodes of the session have stored `size` bytes."""
+        self._record(_OF_DEAD_NODES, size)
 
     def looked(self, breaks: int) -> None:
         """End a round. `breaks` is the number of broken connections since the process began."""

@@ -46,6 +46,7 @@ from ray_valkey_spill.plugin.interpreter import module_command
 from ray_valkey_spill.plugin.keeper import Keeper, NodeLock
 from ray_valkey_spill.plugin.metrics import Metrics
 from ray_valkey_spill.plugin.outage import OVERFLOW, ROOM, VALKEY, Losses, Outages, resource_of
+from ray_valkey_spill.plugin.owners import RayOwners
 from ray_valkey_spill.plugin.proc import ends_with_gcs, gcs_of, identity_of, is_alive
 from ray_valkey_spill.plugin.process import (
     Drivers,
@@ -181,6 +182,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._metrics,
             self._is_destroyed,
             self._needs,
+            RayOwners(),
         )
 
     # --- Ray's interface ---

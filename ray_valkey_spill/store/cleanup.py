@@ -70,6 +70,8 @@ class Remains:
         pending: number of half-written objects in Valkey.
         files: number of files in the overflow.
         file_bytes: length of these files, in bytes.
+        kept, kept_bytes: objects of a running session that may be needed, and the bytes counted for
+            them: see `reclaim`.
     """
 
     node_name: NodeName
@@ -78,6 +80,8 @@ class Remains:
     pending: int
     files: int
     file_bytes: int
+    kept: int = 0
+    kept_bytes: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -278,6 +282,8 @@ class CleanUp:
         nothing: list[StoredFile] = []
         files = self._of_overflow(lambda overflow: overflow.files(node_name), nothing)
         nobodys = [file for file in files if session_is_dead or not file.is_whole]
+        kept = [] if session_is_dead else [file.entry for file in files if file.is_whole]
+        in_valkey = Usage() if session_is_dead else usage
         return Remains(
             node_name,
             session_is_dead,
@@ -285,6 +291,8 @@ class CleanUp:
             pending=sum(map(len, self._ledger.pending(node_name))),
             files=len(nobodys),
             file_bytes=sum(file.entry.stored for file in nobodys),
+            kept=in_valkey.objects + len(kept),
+            kept_bytes=in_valkey.stored + sum(entry.stored for entry in kept),
         )
 
     def remove(self, remains: Iterable[Remains]) -> list[Remains]:

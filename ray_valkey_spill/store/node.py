@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError
 from ray_valkey_spill.format.names import Keyspace, ObjectName, Place
+from ray_valkey_spill.format.sealing import KeyRing
 from ray_valkey_spill.protocol.link import USUAL_SHARING, Sharing
 from ray_valkey_spill.protocol.server_info import MemoryInfo
 from ray_valkey_spill.store.lease import NodeLease
@@ -23,6 +24,7 @@ from ray_valkey_spill.store.object_store import (
     tiers_of,
 )
 from ray_valkey_spill.store.observer import Observer
+from ray_valkey_spill.store.reclaim import USUAL_PACE, Owners, Pace, Reclaim, Reclaimer
 from ray_valkey_spill.store.spill import LATE_ARRIVALS
 from ray_valkey_spill.store.under_way import UNDER_WAY
 from ray_valkey_spill.tiers.budget import IDLE
@@ -84,6 +86,7 @@ class Node:
         self._name = node_name(session, node)
         self._observer = observer or Observer()
         self._max_bytes = config.max_bytes
+        self._key_ring = KeyRing.of(config)
         impatient = replace(config, retry_timeout=min(config.retry_timeout, patience))
         spare = beside.close_unused if beside is not None else lambda: None
         self._link = link_to(impatient, sharing=sharing, spare=spare)
@@ -246,6 +249,29 @@ class Node:
         if any(place.tier == "valkey" for place in places):
             time.sleep(LATE_ARRIVALS)
         remove_from(self._tiers, places, self._observer)
+
+    def reclaimer(
+        self, owners: Owners, pace: Pace = USUAL_PACE, clock: Callable[[], float] = time.monotonic
+    ) -> Reclaimer:
+        """Return what removes the objects that nobody can need; for the thread of this node.
+
+        Args:
+            owners: is asked who is alive and who needs what.
+            pace: how often and how much.
+            clock: returns a time in seconds.
+        """
+        reclaim = Reclaim(
+            self._valkey,
+            self._overflow,
+            self._tiers,
+            self._keys,
+            self._key_ring,
+            owners,
+            self._observer,
+            pace,
+            clock,
+        )
+        return Reclaimer(reclaim, self._name)
 
     # --- room ---
 

@@ -7,12 +7,14 @@ from typing import Literal
 from ray_valkey_spill.errors import SpillError
 from ray_valkey_spill.format.names import TierName
 
-__all__ = ["Loss", "Observer", "Operation"]
+__all__ = ["Loss", "Observer", "Operation", "Reason"]
 
 Operation = Literal["spill", "restore", "delete"]
 # A missing object has no header or lacks a chunk. A damaged one does not read back as it was put. A
 # foreign one has a URL that this package and namespace did not make.
 Loss = Literal["missing", "damaged", "foreign"]
+# Why nobody can need a stored object any more: see `reclaim`.
+Reason = Literal["unreferenced", "owner_dead"]
 
 
 class Observer:
@@ -43,6 +45,15 @@ class Observer:
 
     def lost(self, reason: Loss, tier: TierName) -> None:
         """Called when an object that was looked for in `tier` is lost."""
+
+    def reclaimed(self, reason: Reason, objects: int, stored: int) -> None:
+        """Called after objects that nobody can need were removed, besides `done`.
+
+        Args:
+            reason: the reason.
+            objects: number of objects.
+            stored: bytes counted for them.
+        """
 
     def waiting(self, error: SpillError) -> None:
         """Called before each pause between two attempts, unless these are hurried.

@@ -262,17 +262,39 @@ class Ledger:
 
     def stored(self, node_name: NodeName | None = None) -> Iterator[list[Entry]]:
         """Yield the stored objects of a node, or of all nodes, in order, by the page."""
-        key = self._keys.index
         start: str | bytes
         start, stop = ("-", "+") if node_name is None else _range(str(node_name))
         while True:
-            (members,) = self._link.execute(
-                command("ZRANGEBYLEX", key, start, stop, "LIMIT", 0, _MEMBERS_PER_PAGE)
-            )
-            if not members:
+            entries, last = self._stored_page(start, stop, _MEMBERS_PER_PAGE)
+            if not last:
                 return
-            yield list(well_formed(key, members, parse_entry))
-            start = b"(" + members[-1]
+            yield entries
+            start = b"(" + last
+
+    def stored_after(
+        self, node_name: NodeName, after: bytes, count: int
+    ) -> tuple[list[Entry], bytes]:
+        """Return up to `count` stored objects of a node, and where to continue.
+
+        Args:
+            node_name: the node.
+            after: empty to begin, then what the previous call returned.
+            count: number of members to read, at most 500. Malformed ones are skipped.
+
+        Returns:
+            The entries in order; and the value for `after`, empty after the last object.
+        """
+        start: str | bytes
+        start, stop = _range(str(node_name))
+        count = min(count, _MEMBERS_PER_PAGE)
+        return self._stored_page(b"(" + after if after else start, stop, count)
+
+    def _stored_page(self, start: str | bytes, stop: str, count: int) -> tuple[list[Entry], bytes]:
+        """Return the entries of a range of the index, and the last member; empty if none."""
+        key = self._keys.index
+        (members,) = self._link.execute(command("ZRANGEBYLEX", key, start, stop, "LIMIT", 0, count))
+        last = bytes(members[-1]) if members else b""
+        return list(well_formed(key, members, parse_entry)), last
 
     def pending(self, node_name: NodeName) -> Iterator[list[ObjectName]]:
         """Yield the objects being written, or left by killed writers, by the page."""

@@ -379,6 +379,11 @@ class OverflowTier:
         return count
 
     @_changing
+    def remove_if_empty(self, node_name: NodeName) -> None:
+        """Remove the directory of a node that has no files."""
+        self._remove_if_empty(self._directory(*node_name))
+
+    @_changing
     def destroy_session(self, session: str) -> None:
         """Remove everything of a session."""
         self._delete_directory(self._directory(session))

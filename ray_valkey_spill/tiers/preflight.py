@@ -52,7 +52,7 @@ HEAD_START_PATIENCE = 1.5
 
 # Every command that this package sends to any server, except those that any user may run.
 COMMANDS = (
-    *("EXISTS", "GET", "INFO", "SET", "STRLEN", "UNLINK", "EVAL", "TIME"),
+    *("EXISTS", "GET", "GETRANGE", "INFO", "SET", "STRLEN", "UNLINK", "EVAL", "TIME"),
     *("ZADD", "ZRANGE", "ZRANGEBYLEX", "ZREM", "ZSCORE"),
     *("HDEL", "HGET", "HSCAN", "HSET", "HSETNX", "HVALS"),
 )
@@ -297,6 +297,7 @@ def _try_commands(
         "HVALS": command("HVALS", table),
         "EXISTS": command("EXISTS", value),
         "GET": command("GET", value),
+        "GETRANGE": command("GETRANGE", value, 0, 0),
         "STRLEN": command("STRLEN", value),
         "TIME": command("TIME"),
         "EVAL": command("EVAL", "return 1", 1, value),

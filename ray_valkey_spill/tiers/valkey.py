@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ray_valkey_spill.errors import LostObjectError, SpillError, UnconfirmedError
 from ray_valkey_spill.format.codec import copy_into
+from ray_valkey_spill.format.header import TRAILER_SIZE, header_size, largest_header
 from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place
 from ray_valkey_spill.format.packing import Receive
 from ray_valkey_spill.protocol.link import Link
@@ -33,6 +34,8 @@ _KEYS_PER_CHECK = 500
 # Objects to look up again together once something was missing.
 _OBJECTS_LOOKED_AT_AGAIN = 16
 _READINGS = 5
+# Bytes that hold the header of all but the largest objects.
+_START_OF_HEADER = 2048
 
 _Wanted = Iterable[tuple[int, memoryview]]
 _T = TypeVar("_T")
@@ -237,6 +240,30 @@ class ValkeyTier:
         for name, _ in wanted:
             header = _value(next(replies))
             yield Stat(header, [_value(size) or 0 for size in islice(replies, name.chunks)])
+
+    def headers(self, names: Iterable[ObjectName]) -> Iterator[bytes | None]:
+        """Yield the header of each object without an inline payload; None if it is missing.
+
+        A value that is not a header may be yielded as it is. Nothing is looked for again.
+        """
+        self.close_reading()
+        for page in pages(names, _NAMES_PER_PAGE):
+            replies = iter(list(self._link.run(self._parts_of_headers(page))))
+            for name in page:
+                trailer, start = (bytes(_value(reply) or b"") for reply in islice(replies, 2))
+                size = header_size(trailer) - len(trailer)
+                if size > len(start) and size <= largest_header(name.chunks):
+                    # Only Ray's own metadata can make one so long, or thousands of chunks.
+                    key = self._keys.header(name)
+                    (found,) = self._link.execute(command("GETRANGE", key, 0, size - 1))
+                    start = bytes(found)
+                yield start[:size] + trailer if size > 0 else None
+
+    def _parts_of_headers(self, names: Iterable[ObjectName]) -> Iterator[Request]:
+        for name in names:
+            key = self._keys.header(name)
+            yield command("GETRANGE", key, -TRAILER_SIZE, -1)
+            yield command("GETRANGE", key, 0, _START_OF_HEADER - 1)
 
     def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
         """As `Tier.read`. A missing value was looked for again through `link.Link.confirmed`."""

@@ -1,0 +1,311 @@
+"""Nodes, drivers and actors that come and go all the time; nothing may be lost, or stay.
+
+Drivers keep several times what the object stores hold. Every minute or so a node other than the
+head is killed and another one started; now and then a driver is killed, or ends. What is on the
+server is compared with what is referenced, every few seconds.
+
+`python -m benchmarks.churn --minutes 120 --into DIRECTORY` draws both over time, and fails if an
+object that was on the server was lost or wrong, if a read hung, or if an object stayed for longer
+than two minutes after its last reference went. `--quick` takes four minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+from support.clusters import add_node, cluster, io_workers, kill_node
+from support.servers import INDEX, Server, valkey_server
+
+from benchmarks.common import MIB, lines, machine, note, results_only, table
+from ray_valkey_spill.format.names import Entry
+
+NODES, DRIVERS = 3, 2
+BETWEEN_SAMPLES = 3.0
+# Seconds for which an object may stay after its last reference went, and those by which a driver's
+# list of its references and a sample may be late.
+MOST_EXCESS, LATE = 120.0, 10.0
+# Seconds within which Ray hears of a spill, from its beginning.
+REPORTED_WITHIN = 5.0
+
+
+class _Driver:
+    """A process of `churn_driver`."""
+
+    def __init__(self, address: str, directory: Path, limit: int, seed: int) -> None:
+        self._state = directory / f"driver-{seed}.json"
+        self.latest: dict[str, Any] = {}
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "benchmarks.churn_driver"),
+                *(address, str(self._state), str(limit), str(seed)),
+            ],
+            stdin=subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+        )
+
+    def referenced(self) -> set[str]:
+        """The ids of what it references; nothing once it has ended."""
+        with contextlib.suppress(FileNotFoundError):
+            self.latest = json.loads(self._state.read_text())
+        if self.process.poll() is not None:
+            return set()
+        return set(self.latest.get("referenced", []))
+
+    def end(self, *, kill: bool) -> None:
+        self.referenced()
+        if kill:
+            self.process.kill()
+        self.process.communicate()
+        self._state.unlink(missing_ok=True)
+
+
+@dataclass
+class _Sample:
+    seconds: float
+    stored: float
+    referenced: float
+    excess: float
+    server: float
+    workers: float
+    threads: int
+    files: int
+    session_files: int
+
+
+@dataclass
+class Run:
+    """A cluster under churn.
+
+    Args:
+        server: where it spills to.
+        nodes: the cluster.
+        directory: for the drivers' states.
+        limit: MiB that each driver references at most.
+        seed: of what happens when.
+    """
+
+    server: Server
+    nodes: Cluster
+    directory: Path
+    limit: int
+    seed: int
+    samples: list[_Sample] = field(default_factory=list)
+    events: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+        self._drivers: list[_Driver] = []
+        self._ended: list[_Driver] = []
+        self._seeds = iter(range(self.seed * 1000 + 1, (self.seed + 1) * 1000))
+        self._began = time.monotonic()
+        self._next_node = NODES
+        # By id: when an object on the server was first seen to be referenced by nobody.
+        self._since: dict[str, float] = {}
+        self._spilled: dict[str, Entry] = {}
+        # By node: when it was killed, in seconds since the epoch.
+        self._killed: dict[str, float] = {}
+        self.longest = 0.0
+
+    def go(self, minutes: float, between: float) -> None:
+        """Let nodes and drivers come and go for some minutes, then let all drivers end."""
+        end = self._began + 60 * minutes
+        due = time.monotonic() + between
+        for _ in range(DRIVERS):
+            self._start_driver()
+        while time.monotonic() < end:
+            self._sample()
+            if time.monotonic() > due:
+                self._strike()
+                due = time.monotonic() + between * self._random.uniform(0.7, 1.3)
+            time.sleep(BETWEEN_SAMPLES)
+        for driver in self._drivers:
+            driver.end(kill=False)
+        self._ended += self._drivers
+        self._drivers = []
+        deadline = time.monotonic() + MOST_EXCESS + LATE
+        while time.monotonic() < deadline and self._sample():
+            time.sleep(BETWEEN_SAMPLES)
+
+    def stop(self) -> None:
+        for driver in self._drivers:
+            driver.end(kill=True)
+
+    def _start_driver(self) -> None:
+        address = self.nodes.address
+        self._drivers.append(_Driver(address, self.directory, self.limit, next(self._seeds)))
+
+    def _strike(self) -> None:
+        kind = self._random.choices(["node", "driver killed", "driver ended"], [6, 1, 1])[0]
+        note(f"{time.monotonic() - self._began:.0f} s: {kind}")
+        self.events[kind] = self.events.get(kind, 0) + 1
+        if kind == "node":
+            number = self._random.randrange(1, NODES)
+            self._killed[self.nodes.list_all_nodes()[number].node_id] = time.time()
+            kill_node(self.nodes, number)
+            add_node(self.nodes, self._next_node)
+            self._next_node += 1
+            return
+        driver = self._drivers.pop(self._random.randrange(len(self._drivers)))
+        driver.end(kill=kind == "driver killed")
+        self._ended.append(driver)
+        self._start_driver()
+
+    def _sample(self) -> int:
+        """Look at everything; returns the number of objects on the server."""
+        # What is referenced comes last: an object that appears in between is not excess.
+        members = self.server.client.zrange(INDEX, 0, -1)
+        entries = [Entry.parse(member.decode()) for member in members]
+        referenced = set[str]().union(*(driver.referenced() for driver in self._drivers))
+        now = time.monotonic()
+        stored = {entry.name.object_id for entry in entries}
+        # Of a task whose node was killed Ray stores an error, and spills that too.
+        self._spilled |= {entry.name.object_id: entry for entry in entries if entry.size >= MIB}
+        self._since = {each: self._since.get(each, now) for each in stored - referenced}
+        excess = max((now - since for since in self._since.values()), default=0.0)
+        self.longest = max(self.longest, excess)
+        in_excess = sum(e.size for e in entries if e.name.object_id in self._since)
+        workers = list(_looks())
+        self.samples.append(
+            _Sample(
+                now - self._began,
+                sum(entry.size for entry in entries) / MIB,
+                sum(e.size for e in entries if e.name.object_id in referenced) / MIB,
+                in_excess / MIB,
+                self.server.client.info("memory")["used_memory"] / MIB,
+                max((memory for memory, _, _ in workers), default=0) / MIB,
+                max((threads for _, threads, _ in workers), default=0),
+                max((files for _, _, files in workers), default=0),
+                _session_files(),
+            )
+        )
+        return len(entries)
+
+    def _was_reported(self, object_id: str) -> bool:
+        """Whether an object was spilled so long before its node was killed that Ray knew of it.
+
+        Of others that were in a killed node's memory Ray loses the only copy that it knows.
+        """
+        entry = self._spilled.get(object_id)
+        if entry is None:
+            return False
+        killed = self._killed.get(entry.name.node, float("inf"))
+        return entry.name.time + REPORTED_WITHIN < killed
+
+    def results(self) -> dict[str, Any]:
+        drivers = [*self._ended, *self._drivers]
+        missing = [m for d in drivers for m in d.latest.get("missing", [])]
+        lost = [m for m in missing if self._was_reported(m[0])]
+        half = self.samples[len(self.samples) // 2 :]
+        return {
+            "seconds": self.samples[-1].seconds,
+            "events": self.events,
+            "reads": sum(driver.latest.get("reads", 0) for driver in drivers),
+            "wrong": sum(len(driver.latest.get("wrong", [])) for driver in drivers),
+            "hung": sum(len(driver.latest.get("hung", [])) for driver in drivers),
+            "lost": len(lost),
+            "lost_details": [
+                f"{self._spilled[object_id].name}: {error}" for object_id, error in lost
+            ],
+            "lost_by_ray": len(missing) - len(lost),
+            "longest_excess_seconds": self.longest,
+            "most_excess_mib": max(sample.excess for sample in self.samples),
+            "most_stored_mib": max(sample.stored for sample in self.samples),
+            "left_objects": len(self._since),
+            "growth": {
+                name: [max(getattr(s, name) for s in part) for part in (self.samples, half)]
+                for name in ("server", "workers", "threads", "files", "session_files")
+            },
+            "metadata_left": [
+                key.decode() for key in self.server.our_keys() if b"{default}" in key
+            ],
+        }
+
+
+def _looks() -> Iterator[tuple[int, int, int]]:
+    """Yield the memory, threads and open files of each IO worker."""
+    for worker in io_workers():
+        with contextlib.suppress(psutil.Error):
+            yield worker.memory_full_info().uss, worker.num_threads(), worker.num_fds()
+
+
+def _session_files() -> int:
+    """The number of this package's files in the session's directory."""
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    return sum(1 for _ in session.glob("ray_valkey_spill-*"))
+
+
+def churn(minutes: float, between: float, limit: int, seed: int, into: Path) -> dict[str, Any]:
+    """Run once, and draw what was stored and referenced to `into`."""
+    with (
+        tempfile.TemporaryDirectory(prefix="rvs-churn-") as directory,
+        valkey_server() as server,
+        cluster(server.url, nodes=NODES) as nodes,
+    ):
+        run = Run(server, nodes, Path(directory), limit, seed)
+        try:
+            run.go(minutes, between)
+        finally:
+            run.stop()
+        found = run.results()
+    lines(
+        into / "churn.png",
+        "On the server, and referenced, while nodes come and go",
+        ("minutes", "MiB of data"),
+        {
+            name: {sample.seconds / 60: getattr(sample, name) for sample in run.samples}
+            for name in ("stored", "referenced", "excess")
+        },
+        logarithmic=False,
+    )
+    failures = [f"{name}: {found[name]}" for name in ("lost", "wrong", "hung") if found[name]]
+    if found["longest_excess_seconds"] > MOST_EXCESS + LATE:
+        failures.append(f"an object stayed for {found['longest_excess_seconds']:.0f} s")
+    if found["left_objects"]:
+        failures.append(f"objects left: {found['left_objects']}")
+    return {"seed": seed, **found, "failures": failures}
+
+
+def _report(found: dict[str, Any]) -> str:
+    names = [name for name, value in found.items() if isinstance(value, int | float)]
+    rows = [["what", "value"], *([name, f"{found[name]:,.0f}"] for name in names)]
+    rows += [[f"events: {name}", str(count)] for name, count in found["events"].items()]
+    growth = [["most", "in the whole run", "in its second half"]]
+    growth += [[n, *(f"{value:,.0f}" for value in pair)] for n, pair in found["growth"].items()]
+    return "\n\n".join([table(rows), table(growth), "Failures: " + str(found["failures"])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--between", type=float, default=60, help="seconds between two events")
+    parser.add_argument("--limit", type=int, default=300, help="MiB that a driver references")
+    parser.add_argument("--seed", type=int, default=random.getrandbits(16))
+    parser.add_argument("--into", type=Path, default=Path(__file__).parent, help="for the picture")
+    parser.add_argument("--quick", action="store_true", help="two minutes and the end")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args()
+    if options.quick:
+        options.minutes, options.between, options.limit = 2, 20, 150
+    with results_only() as output:
+        found = churn(options.minutes, options.between, options.limit, options.seed, options.into)
+        results = {"machine": machine(), "runs": [found]}
+        print(json.dumps(results, indent=2) if options.json else _report(found), file=output)
+    sys.exit(bool(found["failures"]))
+
+
+if __name__ == "__main__":
+    main()

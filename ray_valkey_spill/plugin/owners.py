@@ -1,0 +1,221 @@
+"""Asks the owners of objects, and the GCS, whether anybody still needs the objects.
+
+The owner of an object is the process that created its reference. It answers any process that is
+connected to the cluster (Ray 2.60, `ReferenceCounter::FillObjectInformation`). An object that it
+does not know any more has no size, no location and no spilled copy in its answer.
+
+All this is internal to Ray. Where it has another shape, nothing is ever reclaimed, and one line in
+the log says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.core.generated import common_pb2, gcs_pb2
+
+from ray_valkey_spill.errors import SpillError
+from ray_valkey_spill.store.reclaim import Owned, Verdict
+
+__all__ = ["RayOwners", "joined"]
+
+logger = logging.getLogger("ray_valkey_spill")
+
+# Seconds that an owner has to answer, and that all who do not answer may take together in a call.
+_ANSWER_TIMEOUT, _SILENT_TIMEOUT = 2.0, 5.0
+_NODES_TIMEOUT = 5.0
+# Seconds for which an owner that did not answer is not asked again.
+_REST = 30.0
+# Objects to ask an owner for at once. Ray splits more than ten thousand into several requests, and
+# counts the replies to several without a lock (`CoreWorker::GetLocationFromOwner`): for the same
+# reason each call is for one owner only. A small number also frees the GIL for others.
+_ASKED_TOGETHER = 500
+_ID_SIZE = 28
+_OBJECT_ID = re.compile(f"[0-9a-f]{{{2 * _ID_SIZE}}}")
+# The field has had another name in earlier versions of Ray.
+_NODE_ID = "node_id" if "node_id" in common_pb2.Address.DESCRIPTOR.fields_by_name else "raylet_id"
+# Owners to remember; the next ones begin anew.
+_MOST_REMEMBERED = 10_000
+
+# What a Ray of another shape raises.
+_OTHER_SHAPE = (AttributeError, TypeError, ImportError, LookupError)
+
+_T = TypeVar("_T")
+
+
+class RayOwners:
+    """The owners of the connected Ray session: see `reclaim.Owners`. For one thread."""
+
+    def __init__(self) -> None:
+        self._is_off = False
+        # Workers and nodes that are dead by the GCS's word, which is final.
+        self._dead: set[bytes] = set()
+        # By worker id: when it may be asked again.
+        self._silent: dict[bytes, float] = {}
+
+    def nodes(self) -> Mapping[str, bool] | None:
+        """As `Owners.nodes`; None also where Ray has another shape."""
+        return self._tried(_nodes, None)
+
+    def verdicts(self, wanted: Sequence[Owned]) -> list[Verdict]:
+        """As `Owners.verdicts`."""
+        found = [Verdict.UNKNOWN] * len(wanted)
+        by_owner: dict[bytes, list[int]] = {}
+        for number, (object_id, owner) in enumerate(wanted):
+            if _OBJECT_ID.fullmatch(object_id):
+                by_owner.setdefault(owner, []).append(number)
+        deadline = time.monotonic() + _SILENT_TIMEOUT
+        for owner, numbers in by_owner.items():
+            address = _address(owner)
+            if address is None or self._is_off:
+                continue
+            for start in range(0, len(numbers), _ASKED_TOGETHER):
+                some = numbers[start : start + _ASKED_TOGETHER]
+                ids = [wanted[number].object_id for number in some]
+                verdicts = self._of_owner(address, owner, ids, deadline)
+                for number, verdict in zip(some, verdicts):
+                    found[number] = verdict
+        return found
+
+    def _of_owner(
+        self, address: Any, owner: bytes, object_ids: Sequence[str], deadline: float
+    ) -> list[Verdict]:
+        """Return the verdicts of one owner."""
+        unknown = [Verdict.UNKNOWN] * len(object_ids)
+        dead = [Verdict.OWNER_DEAD] * len(object_ids)
+        worker = bytes(address.worker_id)
+        node = bytes(getattr(address, _NODE_ID))
+        if {worker, node} & self._dead:
+            return dead
+        if time.monotonic() < self._silent.get(worker, 0.0) or time.monotonic() > deadline:
+            return unknown
+        verdicts = self._tried(lambda: _ask(owner, object_ids), None)
+        if verdicts is not None:
+            self._silent.pop(worker, None)
+            return verdicts
+        if self._is_dead(worker, node):
+            self._silent.pop(worker, None)
+            return dead
+        if len(self._silent) >= _MOST_REMEMBERED:
+            self._silent.clear()
+        self._silent[worker] = time.monotonic() + _REST
+        return unknown
+
+    def _is_dead(self, worker: bytes, node: bytes) -> bool:
+        """Whether an owner that has not answered is dead by the GCS's word, itself or its node."""
+        if len(self._dead) >= _MOST_REMEMBERED:
+            self._dead.clear()
+        # The nodes first: that question has a time-out, so the GCS answers.
+        nodes = self.nodes()
+        if nodes is None:
+            return False
+        if nodes.get(node.hex()) is False:
+            self._dead.add(node)
+            return True
+        if self._tried(lambda: _has_ended(worker), False):
+            self._dead.add(worker)
+            return True
+        return False
+
+    def _tried(self, ask: Callable[[], _T], otherwise: _T) -> _T:
+        """Return the result of `ask`; `otherwise` if it failed."""
+        if self._is_off:
+            return otherwise
+        try:
+            return ask()
+        except _OTHER_SHAPE as error:
+            self._is_off = True
+            logger.warning(
+                "this Ray (%s) cannot be asked who needs an object (%s: %s): what dead nodes have "
+                "spilled stays until their session ends",
+                ray.__version__,
+                type(error).__name__,
+                error,
+            )
+        except Exception as error:  # a time-out, or an RPC that failed
+            logger.debug("no answer from Ray: %s", error)
+        return otherwise
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[tuple[str, RayOwners]]:
+    """Join the Ray cluster at `address` as a driver; yields its session and its owners.
+
+    Raises:
+        SpillError: that is not possible from here.
+    """
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # of several kinds, by the reason
+        raise SpillError(f"cannot join the Ray cluster at {address}: {error}") from error
+    try:
+        yield ray._private.worker._global_node.session_name, RayOwners()
+    finally:
+        ray.shutdown()
+
+
+def _address(owner: bytes) -> Any | None:
+    """Return an owner's address; None if it is not one, which would end the process in Ray."""
+    try:
+        address = common_pb2.Address.FromString(owner)
+    except Exception:
+        return None
+    ids = (address.worker_id, getattr(address, _NODE_ID))
+    has_ids = all(len(each) == _ID_SIZE and any(each) for each in ids)
+    return address if has_ids and address.ip_address and 0 < address.port < 1 << 16 else None
+
+
+def _ask(owner: bytes, object_ids: Sequence[str]) -> list[Verdict] | None:
+    """Ask an owner that lives; returns None if it did not answer for all objects."""
+    with _borrowed(owner, object_ids) as refs:
+        worker = ray._private.worker.global_worker.core_worker
+        answers = worker.get_object_locations(refs, int(1000 * _ANSWER_TIMEOUT))
+        if any(ref not in answers for ref in refs):
+            return None
+        return [_verdict(answers[ref]) for ref in refs]
+
+
+@contextlib.contextmanager
+def _borrowed(owner: bytes, object_ids: Sequence[str]) -> Iterator[list[ray.ObjectRef]]:
+    """Yield references to objects, which are only this process's own: no owner counts them."""
+    worker = ray._private.worker.global_worker.core_worker
+    refs: list[ray.ObjectRef] = []
+    try:
+        for object_id in object_ids:
+            refs.append(ray.ObjectRef(bytes.fromhex(object_id), owner, ""))
+            worker.deserialize_and_register_object_ref(
+                bytes.fromhex(object_id), ray.ObjectRef.nil(), owner, b""
+            )
+        yield refs
+    finally:
+        refs.clear()
+
+
+def _verdict(answer: Mapping[str, Any]) -> Verdict:
+    is_known = answer["did_spill"] or answer["node_ids"] or answer["object_size"] is not None
+    return Verdict.REFERENCED if is_known else Verdict.UNREFERENCED
+
+
+def _nodes() -> Mapping[str, bool]:
+    client: Any = ray._private.worker.global_worker.gcs_client
+    nodes = client.get_all_node_info(timeout=_NODES_TIMEOUT)
+    alive = gcs_pb2.GcsNodeInfo.GcsNodeState.Value("ALIVE")
+    return {node.hex(): info.state == alive for node, info in nodes.items()}
+
+
+def _has_ended(worker_id: bytes) -> bool:
+    """Whether the GCS lists a worker or driver as dead; not if it does not know it."""
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    found = accessor.get_worker_info(ray.WorkerID(worker_id))
+    return found is not None and not gcs_pb2.WorkerTableData.FromString(found).is_alive

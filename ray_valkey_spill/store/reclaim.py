@@ -1,0 +1,489 @@
+"""Removes stored objects that nobody can need any more, on the word of their owners.
+
+Ray asks only the node that has spilled an object to delete it, and only once. So objects stay
+behind when that node dies, when an IO worker is killed between the end of a spill and Ray's hearing
+of it, and when a deletion is lost. The owner of an object, the process that created its reference,
+knows whether anybody still has one, and the header has the owner's address.
+
+Each node asks for its own objects, and one node of the session asks for those of its dead nodes,
+both a slice at a time. An object is removed
+
+- if its owner is dead according to the GCS: Ray itself then refuses to read it;
+- if its owner says twice, some time apart, that nobody references it. Once is not enough, because
+  an owner may not know yet of an object that a task has just created.
+
+Everything else is no verdict, and keeps the object. Only the copy that was asked for is removed, by
+its whole name: a later attempt to spill the same object has another one. What is pending is not
+asked for, because Ray does not know of it yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import ConfigError, LostObjectError
+from ray_valkey_spill.format.header import decode_header, decode_without_payload
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place, TierName
+from ray_valkey_spill.format.sealing import KeyRing
+from ray_valkey_spill.store.cleanup import LEASE
+from ray_valkey_spill.store.object_store import Failures, remove_from, tiers_of
+from ray_valkey_spill.store.observer import Observer, Reason
+from ray_valkey_spill.tiers.base import Tier
+from ray_valkey_spill.tiers.ledger import link_to
+from ray_valkey_spill.tiers.overflow import OverflowTier
+from ray_valkey_spill.tiers.overflow_place import SharedOverflow
+from ray_valkey_spill.tiers.valkey import ValkeyTier
+
+__all__ = [
+    "USUAL_PACE",
+    "DeadNodes",
+    "Owned",
+    "Owners",
+    "Pace",
+    "Reclaim",
+    "Reclaimer",
+    "Verdict",
+    "reclaim_of_dead_nodes",
+]
+
+
+class Verdict(enum.Enum):
+    """The answer to whether an object is still needed."""
+
+    REFERENCED = enum.auto()
+    UNREFERENCED = enum.auto()
+    OWNER_DEAD = enum.auto()
+    UNKNOWN = enum.auto()
+
+
+class Owned(NamedTuple):
+    """An object's id, in hex, and the address of its owner, as Ray serializes it."""
+
+    object_id: str
+    owner_address: bytes
+
+
+class Owners(Protocol):
+    """Asks a Ray session who is alive and who needs what. Raises nothing."""
+
+    def nodes(self) -> Mapping[str, bool] | None:
+        """Return the ids of the nodes, in hex, and whether each is alive; None if unknown."""
+
+    def verdicts(self, wanted: Sequence[Owned]) -> list[Verdict]:
+        """Return a verdict for each object, in order. Takes a bounded time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often and how much is asked. Times are in seconds.
+
+    Attributes:
+        age: own objects are asked for from this age on: their owners know of younger ones by Ray's
+            own messages.
+        confirmation: between two answers that nobody references an object.
+        pause: between two passes over the same objects.
+        share: a pass over the objects of dead nodes may use one part in so many of a core. So
+            passes over very many are rarer.
+        settling: from when a node was first seen dead until what its processes were writing is
+            removed, and its lease: time for them to end.
+        own, of_dead: objects in a slice. One of the node's own takes less than 1 % of a core if
+            there is a slice every ten seconds.
+        listing, listing_of_dead: between two listings of a node's files in the overflow.
+    """
+
+    age: float = 30.0
+    confirmation: float = 15.0
+    pause: float = 15.0
+    share: float = 10.0
+    settling: float = 20.0
+    own: int = 200
+    of_dead: int = 5000
+    listing: float = 600.0
+    listing_of_dead: float = 60.0
+
+
+USUAL_PACE = Pace()
+# Suspects to remember; more are found again later.
+_MOST_SUSPECTS = 50_000
+# Seconds between two checks by a node whether it has to ask for the objects of dead nodes, at most.
+_LONGEST_REST = 600.0
+
+
+class _Item(NamedTuple):
+    """A stored object, and the bytes counted for it."""
+
+    place: Place
+    stored: int
+
+    @classmethod
+    def of(cls, entry: Entry, tier: TierName) -> _Item:
+        return cls(Place(entry.name, entry.size, tier), entry.stored)
+
+
+class Reclaim:
+    """Asks for objects, and removes those that nobody can need. For one thread.
+
+    Errors are those of the tiers. What could not be asked for or removed is found again.
+
+    Args:
+        valkey, overflow: the tiers of the thread; `overflow` is None if the session has none.
+        tiers: the same by name.
+        keys, key_ring: to read headers.
+        owners: who is asked.
+        observer: is notified of what was removed.
+        pace: see `Pace`.
+        clock: returns a time in seconds.
+    """
+
+    def __init__(
+        self,
+        valkey: ValkeyTier,
+        overflow: SharedOverflow | None,
+        tiers: dict[TierName, Tier],
+        keys: Keyspace,
+        key_ring: KeyRing | None,
+        owners: Owners,
+        observer: Observer,
+        pace: Pace,
+        clock: Callable[[], float],
+    ) -> None:
+        self.valkey = valkey
+        self.overflow = overflow
+        self.owners = owners
+        self.pace = pace
+        self.clock = clock
+        self._tiers = tiers
+        self._keys = keys
+        self._key_ring = key_ring
+        self._observer = observer
+        # Objects that nobody references according to one answer, and when that came.
+        self._suspects: dict[ObjectName, tuple[_Item, float]] = {}
+
+    def ask(self, items: Sequence[_Item]) -> None:
+        """Ask for objects, and remove those of dead owners; remember the unreferenced ones."""
+        now = self.clock()
+        dead = []
+        for item, verdict in self._judged(items):
+            if verdict is Verdict.OWNER_DEAD:
+                dead.append(item)
+            elif verdict is Verdict.UNREFERENCED and len(self._suspects) < _MOST_SUSPECTS:
+                self._suspects.setdefault(item.place.name, (item, now))
+        self._remove("owner_dead", dead)
+
+    def confirm(self) -> None:
+        """Ask again for the suspects that are due, and remove those that nobody references."""
+        latest = self.clock() - self.pace.confirmation
+        # In the order of their first answers.
+        due = (item for item, since in self._suspects.values() if since <= latest)
+        items = list(islice(due, self.pace.of_dead))
+        for item in items:
+            del self._suspects[item.place.name]
+        found = list(self._judged(items))
+        self._remove("owner_dead", [i for i, verdict in found if verdict is Verdict.OWNER_DEAD])
+        self._remove("unreferenced", [i for i, verdict in found if verdict is Verdict.UNREFERENCED])
+
+    def has_suspects(self) -> bool:
+        """Whether an object waits for its second answer."""
+        return bool(self._suspects)
+
+    def _judged(self, items: Sequence[_Item]) -> Iterator[tuple[_Item, Verdict]]:
+        known = [(item, owned) for item, owned in zip(items, self._owned(items)) if owned]
+        if known:
+            verdicts = self.owners.verdicts([owned for _, owned in known])
+            yield from ((item, verdict) for (item, _), verdict in zip(known, verdicts))
+
+    def _owned(self, items: Sequence[_Item]) -> Iterator[Owned | None]:
+        """Yield the owner of each object; None if its header cannot be read."""
+        names = [item.place.name for item in items if item.place.tier == "valkey"]
+        in_valkey = self.valkey.headers(names)
+        for place, _ in items:
+            key = self._keys.header(place.name)
+            try:
+                if place.tier == "valkey":
+                    value = next(in_valkey)
+                    header = decode_without_payload(value or b"", key, self._key_ring)
+                else:
+                    (stat,) = self._tiers[place.tier].stat([place])
+                    header, _ = decode_header(stat.header or b"", key, self._key_ring)
+            except (LostObjectError, ConfigError):
+                yield None
+                continue
+            is_its = header.object_id == place.name.object_id
+            yield Owned(header.object_id, header.owner_address) if is_its else None
+
+    def _remove(self, reason: Reason, items: Sequence[_Item]) -> None:
+        if items:
+            remove_from(self._tiers, [item.place for item in items], self._observer)
+            self._observer.reclaimed(reason, len(items), sum(item.stored for item in items))
+
+
+class _Walk:
+    """A walk over the stored objects of a node, a slice at a time: in Valkey, then its files."""
+
+    def __init__(self, reclaim: Reclaim, node: NodeName, *, lists_files: bool) -> None:
+        self.node = node
+        self.found = self.file_bytes = 0
+        self.lists_files = lists_files and reclaim.overflow is not None
+        self._reclaim = reclaim
+        self._after = b""
+        self._files: Iterator[_Item] | None = None
+
+    def take(self, count: int) -> list[_Item]:
+        """Return up to `count` objects; none at the end."""
+        while self._files is None:
+            entries, self._after = self._reclaim.valkey.ledger.stored_after(
+                self.node, self._after, count
+            )
+            if entries:
+                self.found += len(entries)
+                return [_Item.of(entry, "valkey") for entry in entries]
+            if not self._after:
+                self._files = iter(self._list())
+        items = list(islice(self._files, count))
+        self.found += len(items)
+        return items
+
+    def _list(self) -> list[_Item]:
+        shared = self._reclaim.overflow
+        if not self.lists_files or shared is None:
+            return []
+        # If this fails, the next slice goes on without files, of which then nothing is known.
+        self.lists_files, self._files = False, iter(())
+        files = [file for file in shared.overflow.files(self.node) if file.is_whole]
+        self.lists_files = True
+        self.file_bytes = sum(file.entry.stored for file in files)
+        return [_Item.of(file.entry, "overflow") for file in files]
+
+
+class DeadNodes:
+    """Passes over the objects of a session's dead nodes.
+
+    Args:
+        reclaim: asks and removes.
+        session: name of the session.
+
+    Attributes:
+        stored: bytes that dead nodes had stored when they were last looked at.
+    """
+
+    def __init__(self, reclaim: Reclaim, session: str) -> None:
+        self.stored = 0
+        self._reclaim = reclaim
+        self._session = session
+        self._walks: list[_Walk] = []
+        self._file_bytes: dict[NodeName, int] = {}
+        self._listed = float("-inf")
+        # By dead node: since when it is known to be dead.
+        self._since: dict[NodeName, float] = {}
+        self._tidied: set[NodeName] = set()
+
+    def begin(self, nodes: Mapping[str, bool]) -> None:
+        """Begin a pass; `nodes` as from `Owners.nodes`."""
+        now = self._reclaim.clock()
+        lists_files = now - self._listed >= self._reclaim.pace.listing_of_dead
+        self._listed = now if lists_files else self._listed
+        dead = self._find(nodes, lists_files=lists_files)
+        self._since = {node: self._since.get(node, now) for node in dead}
+        self._tidied &= dead
+        self._file_bytes = {n: size for n, size in self._file_bytes.items() if n in dead}
+        usages = self._reclaim.valkey.ledger.usages()
+        self.stored = sum(usages[node].stored for node in dead if node in usages)
+        self.stored += sum(self._file_bytes.values())
+        self._walks = [_Walk(self._reclaim, node, lists_files=lists_files) for node in sorted(dead)]
+
+    def _find(self, nodes: Mapping[str, bool], *, lists_files: bool) -> set[NodeName]:
+        names = self._reclaim.valkey.ledger.node_names()
+        overflow = self._reclaim.overflow
+        if overflow is not None:
+            names |= overflow.overflow.node_names() if lists_files else {*self._file_bytes}
+        return {
+            name for name in names if name.session == self._session and not nodes.get(name.node)
+        }
+
+    def go_on(self, count: int) -> bool:
+        """Ask for up to about `count` objects; return whether the pass goes on."""
+        while self._walks and count > 0:
+            items = self._walks[0].take(count)
+            if items:
+                self._reclaim.ask(items)
+                count -= len(items)
+            else:
+                self._end(self._walks.pop(0))
+        return bool(self._walks)
+
+    def _end(self, walk: _Walk) -> None:
+        """Remove what the processes of a dead node were writing; and the node, if it is empty."""
+        node = walk.node
+        if walk.lists_files:
+            self._file_bytes[node] = walk.file_bytes
+        since = self._since.get(node, self._reclaim.clock())
+        if self._reclaim.clock() - since < self._reclaim.pace.settling:
+            return
+        is_empty = walk.found == 0 and not self._file_bytes.get(node)
+        if is_empty or node not in self._tidied:
+            self._tidy(node)
+        if is_empty:
+            self._reclaim.valkey.ledger.close_account(node)
+            if walk.lists_files and self._reclaim.overflow is not None:
+                self._reclaim.overflow.overflow.remove_if_empty(node)
+                self._file_bytes.pop(node, None)
+
+    def _tidy(self, node: NodeName) -> None:
+        self._reclaim.valkey.remove_half_written(node)
+        self._reclaim.valkey.ledger.release_all(node)
+        if self._reclaim.overflow is not None:
+            self._reclaim.overflow.remove_parts(node, lambda pid: False)
+        self._tidied.add(node)
+
+
+class Reclaimer:
+    """The part of a node in reclaiming what its session has left. For one thread.
+
+    Which node asks for the objects of dead nodes needs neither a lock nor a clock that others
+    share: it is the one with the lowest id of those that are alive according to the GCS and have
+    renewed their leases. While two nodes disagree, both ask, and removals are safe to repeat. The
+    higher a node is in that order, the more rarely it checks, so that all nodes of a large session
+    together check about as often as a few.
+
+    Args:
+        reclaim: asks and removes.
+        node: this node.
+
+    Attributes:
+        of_dead_nodes: bytes that dead nodes have stored, if this node asks for them, else None.
+    """
+
+    def __init__(self, reclaim: Reclaim, node: NodeName) -> None:
+        self.of_dead_nodes: int | None = None
+        self._reclaim = reclaim
+        self._node = node
+        self._dead = DeadNodes(reclaim, node.session)
+        self._own: _Walk | None = None
+        self._own_next = self._dead_next = self._listed = float("-inf")
+        self._is_in_pass = False
+        self._seconds = 0.0  # of this pass over the objects of dead nodes, of a core
+
+    def step(self) -> None:
+        """Ask for a slice. A failure in one part does not hold up the others.
+
+        Raises:
+            ServerError, OverflowUnavailableError: the next step continues.
+        """
+        with Failures() as failures:
+            for part in (self._reclaim.confirm, self._ask_own, self._ask_of_dead):
+                with failures.kept():
+                    part()
+
+    def _ask_own(self) -> None:
+        now, pace = self._reclaim.clock(), self._reclaim.pace
+        if self._own is None:
+            if now < self._own_next:
+                return
+            lists_files = now - self._listed >= pace.listing
+            self._listed = now if lists_files else self._listed
+            self._own = _Walk(self._reclaim, self._node, lists_files=lists_files)
+        items = self._own.take(pace.own)
+        if not items:
+            self._own, self._own_next = None, now + pace.pause
+        # By the clock with which this node has named them.
+        latest = time.time() - pace.age
+        self._reclaim.ask([item for item in items if item.place.name.time <= latest])
+
+    def _ask_of_dead(self) -> None:
+        now, pace = self._reclaim.clock(), self._reclaim.pace
+        if not self._is_in_pass:
+            if now < self._dead_next:
+                return
+            self._dead_next = now + pace.pause
+            nodes = self._reclaim.owners.nodes()
+            before = self._before(nodes or {})
+            if nodes is None or before is None or before:
+                self.of_dead_nodes = None
+                self._dead_next = now + min(pace.pause * (1 + (before or 0)), _LONGEST_REST)
+                return
+            self._seconds = 0.0
+            self._dead.begin(nodes)
+            self._is_in_pass = True
+        started = time.thread_time()
+        self._is_in_pass = self._dead.go_on(pace.of_dead)
+        self._seconds += time.thread_time() - started
+        self.of_dead_nodes = self._dead.stored
+        if not self._is_in_pass:
+            self._dead_next = now + max(pace.pause, pace.share * self._seconds)
+
+    def _before(self, nodes: Mapping[str, bool]) -> int | None:
+        """Return how many nodes come before this one; None if it is not alive itself."""
+        if not nodes.get(self._node.node):
+            return None
+        ledger = self._reclaim.valkey.ledger
+        since = ledger.time() - 1000 * LEASE
+        return len(
+            {
+                lease.node_name.node
+                for lease in ledger.leases()
+                if lease.node_name.session == self._node.session
+                and lease.node_name.node < self._node.node
+                and nodes.get(lease.node_name.node)
+                and lease.renewed >= since
+            }
+        )
+
+
+def reclaim_of_dead_nodes(
+    config: Config,
+    session: str,
+    owners: Owners,
+    observer: Observer,
+    pace: Pace = USUAL_PACE,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Remove once what the dead nodes of a running session have left and nobody needs.
+
+    Args:
+        config: server, namespace and overflow.
+        session: name of the session.
+        owners: of the session.
+        observer: is notified of what was removed.
+        pace: how long to wait for the second answers.
+        sleep: waits for so many seconds.
+
+    Returns:
+        Whether the session could be asked at all.
+
+    Raises:
+        ServerError, OverflowUnavailableError: something may be left.
+    """
+    nodes = owners.nodes()
+    if nodes is None:
+        return False
+    keys = Keyspace.of(config)
+    overflow = OverflowTier.of(config)
+    with contextlib.ExitStack() as stack:
+        valkey = ValkeyTier(link_to(config), keys)
+        stack.callback(valkey.close)
+        if overflow is not None:
+            stack.callback(overflow.close)
+        shared, tiers = tiers_of(NodeName(session, ""), valkey, overflow)
+        # Whoever calls this has watched leases, so that processes of dead nodes have had time.
+        settled = replace(pace, settling=0.0, listing_of_dead=0.0)
+        ring = KeyRing.of(config)
+        reclaim = Reclaim(
+            valkey, shared, tiers, keys, ring, owners, observer, settled, time.monotonic
+        )
+        dead = DeadNodes(reclaim, session)
+        # The second pass removes the nodes that are empty by then.
+        for _ in range(2):
+            dead.begin(nodes)
+            while dead.go_on(pace.of_dead):
+                pass
+            if reclaim.has_suspects():
+                sleep(pace.confirmation)
+                reclaim.confirm()
+    return True

@@ -1,0 +1,132 @@
+"""What the owners of objects, and the GCS, say of them; on one real cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from ray.core.generated.common_pb2 import Address
+from support.clusters import ray_with, title
+from support.servers import wait_until
+
+from ray_valkey_spill.plugin.owners import RayOwners
+from ray_valkey_spill.store.reclaim import Owned, Verdict
+
+pytestmark = pytest.mark.slow
+
+COUNT = 3
+
+
+@ray.remote(num_cpus=0)
+class Owner:
+    def __init__(self) -> None:
+        self.refs: list[Any] = []
+
+    def put(self) -> tuple[int, list[tuple[str, bytes]]]:
+        """Make objects; returns the process's id, and the objects' ids and owner's address."""
+        self.refs = [ray.put(np.full(1000, i)) for i in range(COUNT)]
+        return os.getpid(), [(ref.hex(), ref.owner_address()) for ref in self.refs]
+
+    def drop(self) -> None:
+        self.refs.clear()
+
+
+@pytest.fixture(scope="module")
+def _cluster() -> Iterator[None]:
+    # So that small values too are in plasma.
+    with ray_with({"max_direct_call_object_size": 0}):
+        yield
+
+
+@pytest.fixture
+def owner(_cluster: None) -> Any:
+    return Owner.remote()
+
+
+def made_by(owner: Any) -> tuple[int, list[Owned]]:
+    pid, pairs = ray.get(owner.put.remote())
+    return pid, [Owned(*pair) for pair in pairs]
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_an_owner_says_whether_its_objects_are_referenced(owner: Any) -> None:
+    _, wanted = made_by(owner)
+    owners = RayOwners()
+    assert owners.verdicts(wanted) == [Verdict.REFERENCED] * COUNT
+    ray.get(owner.drop.remote())
+    # Having asked keeps nothing alive.
+    wait_until(lambda: owners.verdicts(wanted) == [Verdict.UNREFERENCED] * COUNT)
+
+
+def test_having_asked_is_no_reference(owner: Any) -> None:
+    before = ray._private.worker.global_worker.core_worker.get_all_reference_counts()
+    _, wanted = made_by(owner)
+    RayOwners().verdicts(wanted)
+    after = ray._private.worker.global_worker.core_worker.get_all_reference_counts()
+    assert not {owned.object_id.encode() for owned in wanted} & ({*after} - {*before})
+
+
+def test_an_owner_that_does_not_answer_gives_no_verdict_and_holds_up_no_other(owner: Any) -> None:
+    pid, of_stopped = made_by(owner)
+    other = Owner.remote()
+    _, of_other = made_by(other)
+    owners = RayOwners()
+    with stopped(pid):
+        verdicts = owners.verdicts([*of_stopped, *of_other])
+        assert verdicts == [Verdict.UNKNOWN] * COUNT + [Verdict.REFERENCED] * COUNT
+    # It is left in peace for a while.
+    assert owners.verdicts(of_stopped) == [Verdict.UNKNOWN] * COUNT
+    assert RayOwners().verdicts(of_stopped) == [Verdict.REFERENCED] * COUNT
+
+
+def test_an_owner_is_dead_by_the_word_of_the_gcs_alone(owner: Any) -> None:
+    pid, wanted = made_by(owner)
+    (gcs,) = [p for p in psutil.Process().children() if "gcs_server" in title(p)]
+    with stopped(gcs.pid):
+        os.kill(pid, signal.SIGKILL)
+        owners = RayOwners()
+        assert owners.nodes() is None
+        assert owners.verdicts(wanted) == [Verdict.UNKNOWN] * COUNT
+    wait_until(lambda: RayOwners().verdicts(wanted) == [Verdict.OWNER_DEAD] * COUNT)
+
+
+def test_whoever_has_taken_over_an_address_does_not_speak_for_its_predecessor(owner: Any) -> None:
+    _, wanted = made_by(owner)
+    address = Address.FromString(wanted[0].owner_address)
+    address.worker_id = secrets.token_bytes(28)
+    predecessor = [Owned(each.object_id, address.SerializeToString()) for each in wanted]
+    assert RayOwners().verdicts(predecessor) == [Verdict.UNKNOWN] * COUNT
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_what_is_no_address_and_no_object_gives_no_verdict() -> None:
+    mine = ray.put(1)
+    wanted = [
+        Owned(mine.hex(), b""),
+        Owned(mine.hex(), b"\x00owner"),
+        Owned(mine.hex(), Address(ip_address="127.0.0.1", port=1).SerializeToString()),
+        Owned("ab", mine.owner_address()),
+        Owned(mine.hex(), mine.owner_address()),
+    ]
+    assert RayOwners().verdicts(wanted) == [Verdict.UNKNOWN] * 4 + [Verdict.REFERENCED]
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_nodes_are_listed_with_whether_they_are_alive() -> None:
+    assert RayOwners().nodes() == {ray.get_runtime_context().get_node_id(): True}

@@ -1,0 +1,284 @@
+"""What a dead node of a running session has spilled goes once nobody needs it, and not before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from support.clusters import MIB, OBJECT_STORE, cluster, kill_node, on
+from support.servers import INDEX, ROOT, Server, valkey_server, wait_until
+
+from ray_valkey_spill.format.names import Entry, Keyspace
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# Workers cannot import it, and what its tasks and actors use comes with them.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+LEASES = Keyspace(ROOT).leases
+# Seconds from the death of a node or the end of the last reference until nothing is left.
+TARGET = 120
+EACH = 4
+MANY = OBJECT_STORE // (8 * MIB)
+
+Refs = list[Any]
+
+
+@pytest.fixture
+def spilling() -> Iterator[Server]:
+    with valkey_server() as server:
+        server.settle_foreign()
+        yield server
+        server.assert_foreign_untouched()
+
+
+@ray.remote(max_retries=0)
+def produce(i: int) -> np.ndarray:
+    return np.full(MIB, i)
+
+
+@ray.remote(max_retries=0, num_returns="streaming")
+def stream(count: int) -> Iterator[np.ndarray]:
+    for i in range(count):
+        yield np.full(MIB, i)
+
+
+@ray.remote(max_retries=0, num_cpus=0)
+def go_on_for_long(count: int, gate: str) -> Iterator[np.ndarray]:
+    """A generator that has not ended: of what it has made, its owner may not know everything."""
+    for i in range(count):
+        yield np.full(MIB, i)
+    while not os.path.exists(gate):
+        time.sleep(0.1)
+
+
+@ray.remote(num_cpus=0)
+def total(gate: str, refs: Refs, direct: np.ndarray) -> dict[str, int]:
+    """Waits for a file before it looks at its arguments."""
+    while not os.path.exists(gate):
+        time.sleep(0.1)
+    return {"direct": int(direct[0]), **values(refs)}
+
+
+def values(refs: Refs) -> dict[str, int]:
+    """The numbers in objects, by id, without those that were lost."""
+    found = {}
+    for ref in refs:
+        try:
+            found[ref.hex()] = int(ray.get(ref, timeout=100)[0])
+        except ray.exceptions.ObjectLostError:
+            continue
+    return found
+
+
+@ray.remote(num_cpus=0)
+class Holder:
+    """Owns and borrows objects."""
+
+    def __init__(self) -> None:
+        self.refs: Refs = []
+
+    def hold(self, refs: Refs) -> int:
+        self.refs += refs
+        return os.getpid()
+
+    def put(self, count: int) -> list[str]:
+        return self._add([ray.put(np.full(MIB, i)) for i in range(count)])
+
+    def have_made(self, count: int) -> list[str]:
+        refs = [produce.options(resources={"node1": 1}).remote(i) for i in range(count)]
+        ray.wait(refs, num_returns=count, fetch_local=False)
+        return self._add(refs)
+
+    def _add(self, refs: Refs) -> list[str]:
+        self.refs += refs
+        return [ref.hex() for ref in refs]
+
+    def read(self) -> dict[str, int]:
+        return values(self.refs)
+
+    def drop(self) -> None:
+        self.refs.clear()
+
+
+DRIVER = """
+import sys, numpy as np, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+@ray.remote(max_retries=0, resources={"node1": 1})
+def produce(i):
+    return np.full(1 << 20, i)
+refs = [produce.remote(i) for i in range(int(sys.argv[2]))]
+ray.wait(refs, num_returns=len(refs), fetch_local=False)
+print(*[ref.hex() for ref in refs], flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def another_driver(address: str, count: int) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A driver that has made objects on node 1, and their ids; it ends when its stdin does."""
+    command = [sys.executable, "-c", DRIVER, address, str(count)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout is not None
+        try:
+            yield driver, driver.stdout.readline().split()
+        finally:
+            driver.kill()
+
+
+def numbered(ids: Iterable[str]) -> dict[str, int]:
+    return {each: number for number, each in enumerate(ids)}
+
+
+def entries_of(server: Server, node: str) -> dict[str, Entry]:
+    """What the index has of a node, by the ids of the objects."""
+    members = server.client.zrange(INDEX, 0, -1)
+    found = [Entry.parse(member.decode()) for member in members]
+    return {e.name.object_id: e for e in found if e.name.node == node}
+
+
+def spill_some(server: Server, node: str, kinds: Mapping[str, Mapping[str, int]]) -> set[str]:
+    """Fill the object store of node 1 until it has spilled some of each kind; returns all ids."""
+    filler: Refs = []
+
+    def unspilled() -> list[str]:
+        spilled = entries_of(server, node).keys()
+        return [kind for kind, ids in kinds.items() if not ids.keys() & spilled]
+
+    for i in range(10 * OBJECT_STORE // (8 * MIB)):
+        filler.append(produce.options(**on(1)).remote(i))
+        ray.wait(filler, num_returns=len(filler), fetch_local=False)
+        if i > OBJECT_STORE // (8 * MIB) and not unspilled():
+            break
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not unspilled(), timeout=30)
+    assert unspilled() == []
+    ids = {ref.hex() for ref in filler}
+    filler.clear()
+    # What Ray asks to be deleted now is none of the test's.
+    wait_until(lambda: not ids & entries_of(server, node).keys())
+    return {*entries_of(server, node)}
+
+
+def expect_left(
+    server: Server, node: str, kinds: Mapping[str, Mapping[str, int]], wanted: set[str]
+) -> float:
+    """Wait until exactly the wanted objects of a node are left; returns how long that took."""
+    started = time.monotonic()
+    left = wait_for_less(server, node, wanted)
+    assert {kind for kind, ids in kinds.items() if (left - wanted) & ids.keys()} == set()
+    assert left == wanted
+    return time.monotonic() - started
+
+
+def wait_for_less(server: Server, node: str, wanted: set[str]) -> set[str]:
+    """Wait until none but the wanted objects are left, if that comes; returns what is left."""
+    with contextlib.suppress(AssertionError):
+        # Ten seconds are for Ray to notice what has happened.
+        wait_until(lambda: entries_of(server, node).keys() <= wanted, timeout=TARGET + 10)
+    return {*entries_of(server, node)}
+
+
+def has_lease(server: Server, node: str) -> bool:
+    return any(node.encode() in member for member in server.client.zrange(LEASES, 0, -1))
+
+
+def test_of_a_dead_node_there_is_left_what_is_referenced_and_nothing_else(
+    spilling: Server, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    with cluster(spilling.url, nodes=3) as nodes:
+        (dead,) = [node["NodeID"] for node in ray.nodes() if "node1" in node["Resources"]]
+        # More than node 2 has room for.
+        generators = [
+            go_on_for_long.options(num_returns=kind, **on(2)).remote(MANY, str(gate))
+            for kind in ("dynamic", "streaming")
+        ]
+        kinds, held = _objects_of_node_1()
+        with another_driver(nodes.address, EACH) as (driver, ids):
+            assert len(ids) == EACH
+            kinds["of a driver"] = numbered(ids)
+            spilled = spill_some(spilling, dead, kinds)
+            arguments = held.pop("arguments")
+            direct = next(ref for ref in arguments if ref.hex() in spilled)
+            result = total.options(**on(2)).remote(str(gate), arguments, direct)
+            number = kinds["arguments"][direct.hex()]
+            del arguments, direct
+            # Ray's cluster keeps its workers in no order.
+            kill_node(nodes, [node.node_id for node in nodes.list_all_nodes()].index(dead))
+            held["dropped"].clear()
+            ray.kill(held["killed"])
+            os.kill(held["pid of the paused"], signal.SIGSTOP)
+            gone = {*kinds["dropped"], *kinds["of the killed"], *kinds["of the dying"]}
+            needed = spilled - gone
+            print("dropped:", expect_left(spilling, dead, kinds, needed))
+            assert driver.stdin is not None
+            driver.stdin.close()
+            driver.wait()
+            needed -= {*ids}
+            print("of a driver that ended:", expect_left(spilling, dead, kinds, needed))
+            os.kill(held["pid of the paused"], signal.SIGCONT)
+        gate.touch()
+        found = {
+            "kept": values(held["kept"]),
+            "nested": values(ray.get(held["outer"])),
+            "stream": values(held["stream"]),
+            "borrowed": ray.get(held["borrower"].read.remote()),
+            "of the paused": ray.get(held["paused"].read.remote()),
+            "arguments": ray.get(result),
+        }
+        for items in (ray.get(generators[0]), generators[1]):
+            assert [int(ray.get(item)[0]) for item in items] == [*range(MANY)]
+        assert found["arguments"].pop("direct") == number
+        for kind, read in found.items():
+            assert read == {i: n for i, n in kinds[kind].items() if i in spilled}, kind
+        ray.get([held[each].drop.remote() for each in ("borrower", "paused")])
+        held.clear()
+        del result
+        print("all:", expect_left(spilling, dead, kinds, set()))
+        wait_until(lambda: not has_lease(spilling, dead))
+
+
+def _objects_of_node_1() -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
+    """Make objects on node 1 in all ways in which they can be referenced.
+
+    Returns:
+        Their ids and numbers, by kind; and what holds them.
+    """
+    made = {
+        kind: [produce.options(**on(1)).remote(i) for i in range(EACH)]
+        for kind in ("kept", "dropped", "nested", "borrowed", "arguments")
+    }
+    borrower, paused, killed, dying = (Holder.options(**on(node)).remote() for node in (2, 2, 2, 1))
+    for refs in made.values():
+        ray.wait(refs, num_returns=EACH, fetch_local=False)
+    kinds = {kind: numbered(ref.hex() for ref in refs) for kind, refs in made.items()}
+    kinds["of the paused"] = numbered(ray.get(paused.have_made.remote(EACH)))
+    kinds["of the killed"] = numbered(ray.get(killed.have_made.remote(EACH)))
+    kinds["of the dying"] = numbered(ray.get(dying.put.remote(EACH)))
+    made["stream"] = list(stream.options(**on(1)).remote(EACH))
+    kinds["stream"] = numbered(ref.hex() for ref in made["stream"])
+    pid = ray.get(paused.hold.remote([]))
+    ray.get(borrower.hold.remote(made.pop("borrowed")))
+    held = {
+        **made,
+        "outer": ray.put(made.pop("nested")),
+        "borrower": borrower,
+        "paused": paused,
+        "killed": killed,
+        "dying": dying,
+        "pid of the paused": pid,
+    }
+    return kinds, {name: each for name, each in held.items() if name != "nested"}

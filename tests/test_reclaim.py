@@ -1,0 +1,419 @@
+"""What nobody can need goes, on the word of owners; what is in doubt stays. Over real servers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.clock import Clock
+from support.samples import METADATA, noise, object_id
+from support.servers import Server
+from support.stores import Store
+from support.topologies import cluster_servers
+
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import ServerError
+from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.store.observer import Observer, Reason
+from ray_valkey_spill.store.reclaim import Owned, Pace, Reclaimer, Verdict, reclaim_of_dead_nodes
+
+SESSION = "session_1"
+FIRST, SECOND, THIRD = ("aa" * 28, "bb" * 28, "cc" * 28)
+SIZES = [100, 30_000]  # inline, and in chunks
+# No age, since the objects of a test are new.
+PACE = Pace(age=0.0)
+REFERENCED, UNREFERENCED = Verdict.REFERENCED, Verdict.UNREFERENCED
+
+
+class Oracle:
+    """Owners that say what a test wants.
+
+    Attributes:
+        alive: the ids of nodes, and whether each is alive; None if the GCS does not answer.
+        answers: by object id; for others `usual`.
+        asked: all that was asked for.
+    """
+
+    def __init__(self, *alive: str) -> None:
+        self.alive: dict[str, bool] | None = dict.fromkeys(alive, True)
+        self.answers: dict[str, Verdict] = {}
+        self.usual = REFERENCED
+        self.asked: list[Owned] = []
+
+    def nodes(self) -> Mapping[str, bool] | None:
+        return self.alive
+
+    def verdicts(self, wanted: Sequence[Owned]) -> list[Verdict]:
+        self.asked += wanted
+        return [self.answers.get(owned.object_id, self.usual) for owned in wanted]
+
+
+class Counts(Observer):
+    def __init__(self) -> None:
+        self.objects: dict[Reason, int] = {}
+        self.stored = 0
+
+    def reclaimed(self, reason: Reason, objects: int, stored: int) -> None:
+        self.objects[reason] = self.objects.get(reason, 0) + objects
+        self.stored += stored
+
+
+class Session:
+    """Nodes of a session, with objects of which each has its number as its id."""
+
+    def __init__(self, contents: Any, params: Mapping[str, Any], clock: Clock) -> None:
+        self.contents = contents
+        self.clock = clock
+        self.config = Config.load({"chunk_size": 10_000, "retry_timeout": 5, **params}, {})
+        self.keys = Keyspace.of(self.config)
+        self.counts = Counts()
+        self.oracle = Oracle(FIRST, SECOND, THIRD)
+        self.nodes = {
+            node: Store(self.config, SESSION, node, self.counts) for node in (FIRST, SECOND, THIRD)
+        }
+        self.urls: dict[int, str] = {}
+
+    def put(self, node: str, numbers: Sequence[int]) -> None:
+        store = self.nodes[node]
+        store.renew_lease("", lambda: False)
+        if self.config.overflow_uri:
+            store.join_overflow()
+        sources = [
+            SourceObject(
+                object_id(n), METADATA, b"owner", memoryview(noise(SIZES[n % len(SIZES)], n))
+            )
+            for n in numbers
+        ]
+        urls, failure = store.put(sources)
+        assert failure is None
+        self.urls |= dict(zip(numbers, urls))
+        store.give_back()
+
+    def reclaimer(self, node: str = SECOND, pace: Pace = PACE) -> Reclaimer:
+        return self.nodes[node].background.reclaimer(self.oracle, pace, lambda: self.clock.now)
+
+    def steps(self, reclaimer: Reclaimer, count: int = 12) -> None:
+        """Steps as a keeper does them, ten seconds apart."""
+        for _ in range(count):
+            reclaimer.step()
+            self.clock.now += 10.0
+
+    def answer(self, verdict: Verdict, numbers: Sequence[int]) -> None:
+        self.oracle.answers |= {object_id(n): verdict for n in numbers}
+
+    def kill(self, *nodes: str) -> None:
+        assert self.oracle.alive is not None
+        self.oracle.alive |= dict.fromkeys(nodes, False)
+
+    @property
+    def left(self) -> set[int]:
+        """The numbers of the objects of which there is anything, in either tier."""
+        keys = [key.decode() for key in self.contents.our_keys(self.keys.root)]
+        found = {key.split(":")[5].split(".")[0] for key in keys if key.count(":") > 4}
+        if self.config.overflow_uri:
+            directory = Path(self.config.overflow_uri.removeprefix("file://"))
+            found |= {
+                path.name.split(".")[0]
+                for path in directory.rglob("*")
+                if path.is_file() and not path.name.startswith("place.")
+            }
+        return {int(each, 16) for each in found}
+
+    def expect_readable(self, numbers: Sequence[int]) -> None:
+        for n in numbers:
+            found = self.nodes[THIRD].find(self.urls[n], object_id(n))
+            target = bytearray(found.header.size)
+            self.nodes[THIRD].fill(found, memoryview(target))
+            assert target == noise(SIZES[n % len(SIZES)], n)
+
+    def close(self) -> None:
+        for store in self.nodes.values():
+            store.destroy(lambda pid: False)
+            store.close()
+
+
+@contextlib.contextmanager
+def a_session(contents: Any, params: Mapping[str, Any], clock: Clock) -> Iterator[Session]:
+    session = Session(contents, params, clock)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def session(server: Server, clock: Clock) -> Iterator[Session]:
+    with a_session(server, {"url": server.url}, clock) as made:
+        yield made
+
+
+def keys_file(directory: Path) -> str:
+    path = directory / "keys"
+    path.write_text(os.urandom(32).hex() + "\n")
+    path.chmod(0o600)
+    return str(path)
+
+
+@pytest.fixture(params=["plain", "sealed", "overflow", "cluster"])
+def any_session(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> Iterator[Session]:
+    with contextlib.ExitStack() as stack:
+        if request.param == "cluster":
+            contents = stack.enter_context(cluster_servers(tmp_path))
+        else:
+            contents = request.getfixturevalue("server")
+        params = {"url": contents.url}
+        if request.param == "sealed":
+            params["encryption_key_file"] = keys_file(tmp_path)
+        if request.param == "overflow":
+            params |= {"overflow_uri": (tmp_path / "overflow").as_uri(), "max_bytes": 0}
+        yield stack.enter_context(a_session(contents, params, clock))
+
+
+def test_of_a_dead_node_all_goes_that_nobody_can_need(any_session: Session) -> None:
+    session = any_session
+    session.put(FIRST, range(12))
+    session.put(SECOND, range(12, 20))
+    session.kill(FIRST)
+    session.answer(UNREFERENCED, range(4))
+    session.answer(Verdict.OWNER_DEAD, range(4, 8))
+    session.answer(Verdict.UNKNOWN, range(8, 10))
+    reclaimer = session.reclaimer()
+    session.steps(reclaimer)
+    assert session.left == {*range(8, 20)}
+    session.expect_readable(range(8, 20))
+    assert {owned.owner_address for owned in session.oracle.asked} == {b"owner"}
+    assert session.counts.objects == {"unreferenced": 4, "owner_dead": 4}
+    assert session.counts.stored > 4 * 30_000
+    assert reclaimer.of_dead_nodes
+    session.answer(UNREFERENCED, range(12))
+    session.steps(reclaimer, 20)
+    assert session.left == {*range(12, 20)}
+    assert reclaimer.of_dead_nodes == 0
+
+
+def test_one_answer_alone_is_not_believed(session: Session) -> None:
+    session.put(FIRST, range(4))
+    session.kill(FIRST)
+    session.answer(UNREFERENCED, range(4))
+    reclaimer = session.reclaimer()
+    reclaimer.step()
+    assert session.left == {*range(4)}
+    # The owner has learnt of two of them meanwhile, and the second answer counts.
+    session.answer(REFERENCED, range(2))
+    session.steps(reclaimer)
+    assert session.left == {0, 1}
+
+
+def test_without_a_gcs_that_answers_nothing_of_other_nodes_goes(session: Session) -> None:
+    session.put(FIRST, range(4))
+    session.oracle.usual = Verdict.OWNER_DEAD
+    session.oracle.alive = None
+    session.steps(session.reclaimer())
+    assert session.left == {*range(4)}
+
+
+def test_a_node_asks_for_its_own_objects_which_are_older_than_a_while(session: Session) -> None:
+    session.put(SECOND, range(10))
+    session.put(FIRST, range(10, 14))
+    session.answer(UNREFERENCED, [3, 4, 11])
+    session.answer(Verdict.OWNER_DEAD, [5])
+    session.steps(session.reclaimer(pace=dataclasses.replace(PACE, age=3600)))
+    assert session.left == {*range(14)}
+    # A slice of three at a time; those of the living node FIRST are not asked for.
+    session.steps(session.reclaimer(pace=dataclasses.replace(PACE, own=3)), 30)
+    assert session.left == {*range(14)} - {3, 4, 5}
+
+
+def test_only_the_copy_that_was_asked_for_goes(session: Session) -> None:
+    """The same object, spilled again, has another name; and what is pending is not asked for."""
+    session.put(FIRST, [1])
+    session.kill(FIRST)
+    session.answer(UNREFERENCED, [1])
+    reclaimer = session.reclaimer()
+    reclaimer.step()
+    old = session.urls[1]
+    session.put(THIRD, [1])
+    session.steps(reclaimer)
+    names = [key.decode() for key in session.contents.our_keys() if object_id(1) in key.decode()]
+    assert names and all(THIRD in name for name in names)
+    assert old != session.urls[1]
+    session.expect_readable([1])
+
+
+def test_one_node_asks_for_the_dead_and_another_once_that_is_dead_too(session: Session) -> None:
+    session.put(FIRST, range(4))
+    session.put(SECOND, range(4, 6))
+    session.put(THIRD, range(6, 8))
+    session.kill(FIRST)
+    second, third = session.reclaimer(SECOND), session.reclaimer(THIRD)
+    session.steps(third, 3)
+    session.steps(second, 3)
+    assert (second.of_dead_nodes is None, third.of_dead_nodes is None) == (False, True)
+    session.kill(SECOND)
+    session.answer(Verdict.OWNER_DEAD, range(4))
+    session.steps(second, 6)
+    assert session.left == {*range(8)}, "a dead node asks only for its own"
+    session.answer(Verdict.OWNER_DEAD, range(4, 8))
+    session.steps(third, 20)
+    assert session.left == set()
+
+
+def test_a_node_id_that_comes_back_is_as_good_as_new(session: Session) -> None:
+    session.put(FIRST, range(4))
+    session.kill(FIRST)
+    reclaimer = session.reclaimer()
+    session.steps(reclaimer, 2)
+    assert session.oracle.alive is not None
+    session.oracle.alive[FIRST] = True
+    session.put(FIRST, range(4, 8))
+    session.steps(reclaimer)
+    session.expect_readable(range(8))
+    # Of the dead it has been the first to ask for; now it is asked for nothing any more.
+    session.steps(session.reclaimer(FIRST))
+    session.expect_readable(range(8))
+
+
+def test_what_a_dead_node_was_writing_goes_with_its_lease(session: Session) -> None:
+    session.put(FIRST, [1])
+    ledger = session.nodes[SECOND].background
+    client = session.contents.client
+    name = next(key for key in session.contents.our_keys() if object_id(1).encode() in key)
+    pending = name.decode().removeprefix(session.keys.root).replace(object_id(1), object_id(2))
+    client.zadd(session.keys.pending, {pending: 0})
+    client.set(session.keys.root + pending, b"half")
+    session.kill(FIRST)
+    session.answer(Verdict.OWNER_DEAD, [1])
+    session.put(SECOND, [3])
+    session.steps(session.reclaimer())
+    assert session.left == {3}
+    assert client.zrange(session.keys.pending, 0, -1) == []
+    leases = client.zrange(session.keys.leases, 0, -1)
+    assert not [lease for lease in leases if FIRST.encode() in lease]
+    assert ledger.room().used > 0
+
+
+def test_another_session_of_the_namespace_is_left_alone(session: Session) -> None:
+    other = Store(session.config, "session_2", FIRST, session.counts)
+    source = SourceObject(object_id(9), METADATA, b"owner", memoryview(b"data"))
+    urls, _ = other.put([source])
+    session.put(FIRST, range(4))
+    session.kill(FIRST)
+    session.oracle.usual = Verdict.OWNER_DEAD
+    session.oracle.answers = {object_id(9): Verdict.OWNER_DEAD}
+    session.put(SECOND, [])
+    session.steps(session.reclaimer())
+    assert session.left == {9}
+    found = other.find(urls[0], object_id(9))
+    assert found.header.size == 4
+    other.destroy(lambda pid: False)
+    other.close()
+
+
+def test_objects_without_a_header_that_can_be_read_stay(session: Session) -> None:
+    session.put(FIRST, range(6))
+    client = session.contents.client
+    for n in (0, 1):
+        client.delete(session.urls[n].partition("?")[0])
+    for n in (2, 3):
+        client.setrange(session.urls[n].partition("?")[0], 50, b"damage")
+    session.kill(FIRST)
+    session.oracle.usual = Verdict.OWNER_DEAD
+    session.steps(session.reclaimer())
+    assert {owned.object_id for owned in session.oracle.asked} == {object_id(4), object_id(5)}
+    assert session.left >= {1, 2, 3} and not session.left & {4, 5}
+
+
+def test_a_server_that_is_away_is_asked_again(session: Session) -> None:
+    session.put(FIRST, range(4))
+    session.kill(FIRST)
+    session.answer(Verdict.OWNER_DEAD, range(4))
+    reclaimer = session.reclaimer()
+    client = session.contents.client
+    client.config_set("maxclients", 1)
+    for store in session.nodes.values():
+        store.close()
+    with pytest.raises(ServerError):
+        reclaimer.step()
+    client.config_set("maxclients", 1000)
+    session.clock.now += 100
+    session.steps(reclaimer)
+    assert session.left == set()
+
+
+def test_whoever_joins_the_cluster_reclaims_once(any_session: Session) -> None:
+    """As `gc` does."""
+    session = any_session
+    session.put(FIRST, range(6))
+    session.put(SECOND, range(6, 8))
+    session.kill(FIRST)
+    session.answer(UNREFERENCED, [0, 1, 6])
+    session.answer(Verdict.OWNER_DEAD, [2])
+    counts, waited = Counts(), list[float]()
+    pace = dataclasses.replace(PACE, confirmation=0.0)
+    assert reclaim_of_dead_nodes(
+        session.config, SESSION, session.oracle, counts, pace, waited.append
+    )
+    assert session.left == {*range(3, 8)}
+    assert (counts.objects, waited) == ({"unreferenced": 2, "owner_dead": 1}, [0.0])
+    session.oracle.alive = None
+    assert not reclaim_of_dead_nodes(session.config, SESSION, session.oracle, counts, pace)
+    session.expect_readable(range(3, 8))
+
+
+@pytest.mark.slow
+def test_many_objects_of_a_dead_node_go_within_two_minutes(session: Session) -> None:
+    count = 20_000
+    for start in range(0, count, 1000):
+        sources = [
+            SourceObject(object_id(n), METADATA, b"owner", memoryview(b"x" * 100))
+            for n in range(start, start + 1000)
+        ]
+        urls, failure = session.nodes[FIRST].put(sources)
+        assert failure is None and len(urls) == 1000
+    session.nodes[FIRST].give_back()
+    session.put(SECOND, [])
+    session.kill(FIRST)
+    session.oracle.usual = UNREFERENCED
+    kept = range(0, count, 100)
+    session.answer(REFERENCED, kept)
+    reclaimer = session.reclaimer()
+    began, worked = session.clock.now, time.thread_time()
+    while len(session.left) > len(kept):
+        session.steps(reclaimer, 1)
+        # A keeper's rounds are up to 13 s apart.
+        session.clock.now += 3.0
+        assert session.clock.now - began < 120
+    assert session.left == {*kept}
+    print(f"{(time.thread_time() - worked) / count * 1e6:.0f} us an object")
+
+
+_NOT_CONNECTED = """
+import logging
+from ray_valkey_spill.plugin.owners import RayOwners
+from ray_valkey_spill.store.reclaim import Owned
+logging.basicConfig()
+owners = RayOwners()
+print(owners.nodes(), owners.nodes(), owners.verdicts([Owned("ab" * 28, b"owner")])[0].name)
+"""
+
+
+def test_where_ray_cannot_be_asked_the_log_says_so_once() -> None:
+    # A process that is not connected lacks what is asked for, as a Ray of another shape does.
+    command = [sys.executable, "-c", _NOT_CONNECTED]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "None None UNKNOWN\n"
+    assert result.stderr.count("cannot be asked who needs an object") == 1
