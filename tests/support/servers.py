@@ -59,7 +59,9 @@ class Contents:
         return sorted(self.client.keys(pattern))
 
     def flush(self) -> None:
+        """Remove everything, and wait until its memory is free."""
         self.client.flushall()
+        wait_until(lambda: not self.client.info("memory").get("lazyfree_pending_objects"))
 
     def our_keys(self, root: str = ROOT) -> list[bytes]:
         return self.keys(f"{root}*")
