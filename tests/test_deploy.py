@@ -527,13 +527,24 @@ def test_the_clean_up_needs_no_permission_in_kubernetes_and_reaches_the_server()
     environment = {each["name"]: each["value"] for each in container["env"]}
     config = Config.load({}, environment)
     assert config.url == ray_params()["url"]
-    (volume,) = template["spec"]["volumes"]
-    (source,) = volume["projected"]["sources"]
+    assert config.overflow_uri == ray_params()["overflow_uri"]
+    secrets_, overflow = template["spec"]["volumes"]
+    assert overflow in pods()[0]["volumes"]
+    (source,) = secrets_["projected"]["sources"]
     assert source["secret"]["name"] == documents("secrets.yaml")[0]["metadata"]["name"]
     (item,) = source["secret"]["items"]
     assert item["key"] == config.username
-    (mount,) = container["volumeMounts"]
+    mount, mount_of_overflow = container["volumeMounts"]
     assert f"{mount['mountPath']}/{item['path']}" == config.password_file
+    assert mount_of_overflow["mountPath"] == config.overflow_uri
+    assert mount_of_overflow["name"] == overflow["name"]
+
+
+def test_the_clean_up_fulfils_the_restricted_profile() -> None:
+    spec = gc_pod()["spec"]
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["containers"][0]["securityContext"] == pods()[0]["containers"][0]["securityContext"]
 
 
 def test_the_user_of_the_clean_up_removes_and_can_neither_read_nor_write(
