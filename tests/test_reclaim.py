@@ -50,7 +50,7 @@ class Oracle:
         self.asked: list[Owned] = []
 
     def nodes(self) -> Mapping[str, bool] | None:
-        return self.alive
+        return None if self.alive is None else dict(self.alive)
 
     def verdicts(self, wanted: Sequence[Owned]) -> list[Verdict]:
         self.asked += wanted
@@ -372,6 +372,28 @@ def test_whoever_joins_the_cluster_reclaims_once(any_session: Session) -> None:
     session.oracle.alive = None
     assert not reclaim_of_dead_nodes(session.config, SESSION, session.oracle, counts, pace)
     session.expect_readable(range(3, 8))
+
+
+def test_a_node_that_joins_meanwhile_is_not_taken_for_a_dead_one(session: Session) -> None:
+    """Nor its objects that are half written, between the first answers and the second ones."""
+    session.put(FIRST, [1])
+    session.kill(FIRST)
+    session.answer(UNREFERENCED, [1])
+    assert session.oracle.alive is not None
+    alive, client = session.oracle.alive, session.contents.client
+    del alive[THIRD]
+
+    def join(seconds: float) -> None:
+        alive[THIRD] = True
+        session.put(THIRD, [2])
+        (name,) = [key for key in session.contents.our_keys() if object_id(2).encode() in key]
+        pending = name.decode().removeprefix(session.keys.root).replace(object_id(2), object_id(4))
+        client.zadd(session.keys.pending, {pending: 0})
+        client.set(session.keys.root + pending, b"half")
+
+    pace = dataclasses.replace(PACE, confirmation=0.0)
+    assert reclaim_of_dead_nodes(session.config, SESSION, session.oracle, Counts(), pace, join)
+    assert session.left == {2, 4}
 
 
 @pytest.mark.slow

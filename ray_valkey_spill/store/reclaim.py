@@ -284,12 +284,18 @@ class DeadNodes:
         self._since: dict[NodeName, float] = {}
         self._tidied: set[NodeName] = set()
 
-    def begin(self, nodes: Mapping[str, bool]) -> None:
-        """Begin a pass; `nodes` as from `Owners.nodes`."""
+    def begin(self) -> bool:
+        """Begin a pass. Return False if it is not known which nodes are dead."""
         now = self._reclaim.clock()
         lists_files = now - self._listed >= self._reclaim.pace.listing_of_dead
+        names = self._names(lists_files=lists_files)
+        # After the names: a node is known to the GCS before it stores anything. So one that has
+        # just joined is not taken for one that the GCS has forgotten.
+        nodes = self._reclaim.owners.nodes()
+        if nodes is None:
+            return False
         self._listed = now if lists_files else self._listed
-        dead = self._find(nodes, lists_files=lists_files)
+        dead = {name for name in names if not nodes.get(name.node)}
         self._since = {node: self._since.get(node, now) for node in dead}
         self._tidied &= dead
         self._file_bytes = {n: size for n, size in self._file_bytes.items() if n in dead}
@@ -297,15 +303,15 @@ class DeadNodes:
         self.stored = sum(usages[node].stored for node in dead if node in usages)
         self.stored += sum(self._file_bytes.values())
         self._walks = [_Walk(self._reclaim, node, lists_files=lists_files) for node in sorted(dead)]
+        return True
 
-    def _find(self, nodes: Mapping[str, bool], *, lists_files: bool) -> set[NodeName]:
+    def _names(self, *, lists_files: bool) -> set[NodeName]:
+        """Return the session's nodes that have, or may have, stored something."""
         names = self._reclaim.valkey.ledger.node_names()
         overflow = self._reclaim.overflow
         if overflow is not None:
             names |= overflow.overflow.node_names() if lists_files else {*self._file_bytes}
-        return {
-            name for name in names if name.session == self._session and not nodes.get(name.node)
-        }
+        return {name for name in names if name.session == self._session}
 
     def go_on(self, count: int) -> bool:
         """Ask for up to about `count` objects; return whether the pass goes on."""
@@ -408,8 +414,9 @@ class Reclaimer:
                 self.of_dead_nodes = None
                 self._dead_next = now + min(pace.pause * (1 + (before or 0)), _LONGEST_REST)
                 return
+            if not self._dead.begin():
+                return
             self._seconds = 0.0
-            self._dead.begin(nodes)
             self._is_in_pass = True
         started = time.thread_time()
         self._is_in_pass = self._dead.go_on(pace.of_dead)
@@ -460,9 +467,6 @@ def reclaim_of_dead_nodes(
     Raises:
         ServerError, OverflowUnavailableError: something may be left.
     """
-    nodes = owners.nodes()
-    if nodes is None:
-        return False
     keys = Keyspace.of(config)
     overflow = OverflowTier.of(config)
     with contextlib.ExitStack() as stack:
@@ -480,7 +484,8 @@ def reclaim_of_dead_nodes(
         dead = DeadNodes(reclaim, session)
         # The second pass removes the nodes that are empty by then.
         for _ in range(2):
-            dead.begin(nodes)
+            if not dead.begin():
+                return False
             while dead.go_on(pace.of_dead):
                 pass
             if reclaim.has_suspects():

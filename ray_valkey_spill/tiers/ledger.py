@@ -81,7 +81,10 @@ _T = TypeVar("_T")
 
 
 class Usage(NamedTuple):
-    """What a node has in Valkey: objects, bytes of their data, and bytes counted for them."""
+    """What a node has in Valkey: objects, bytes of their data, and bytes counted for them.
+
+    `changes` differs after every change of the others.
+    """
 
     objects: int = 0
     size: int = 0
