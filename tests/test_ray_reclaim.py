@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -78,6 +79,8 @@ def values(refs: Refs) -> dict[str, int]:
             found[ref.hex()] = int(ray.get(ref, timeout=100)[0])
         except ray.exceptions.ObjectLostError:
             continue
+    # An exception refers to the frames it came through, and so to `refs`, until this.
+    gc.collect()
     return found
 
 
