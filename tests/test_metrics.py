@@ -618,10 +618,24 @@ def test_a_nodes_endpoint_tells_what_the_server_and_the_overflow_hold(short_dir:
         stop.set()
         killer.join()
 
-        # Deleted.
+        # Deleted, all but one.
         spilled = {tier: endpoint.moved("spill", tier)[0] for tier in ("valkey", "overflow")}
+        last = next(ref for ref in refs if ref != lost and ref.hex() in server.spilled_ids())
         del refs, ref, lost, away, reader
-        for tier, objects in spilled.items():
+        wait_until(lambda: on_server()[0] == 1 and not files(overflow))
+
+        # Reclaimed: its deletion is lost, as in a failover.
+        of_last = [key for key in server.our_keys() if last.hex().encode() in key]
+        names = Keyspace(ROOT)
+        metadata = [names.index, names.usage, names.totals]
+        before = {key: server.client.dump(key) for key in (*of_last, *metadata)}
+        del last
+        wait_until(lambda: on_server() == (0, 0, 0))
+        for key, value in before.items():
+            server.client.restore(key, 0, value, replace=True)
+        wait_until(lambda: endpoint.total("reclaimed_objects_total", reason="unreferenced") == 1)
+        assert endpoint.total("reclaimed_bytes_total", reason="unreferenced") > of_one
+        for tier, objects in (("valkey", spilled["valkey"] + 1), ("overflow", spilled["overflow"])):
             wait_until(
                 lambda tier=tier, objects=objects: (
                     endpoint.moved("delete", tier)[:2] == (objects, objects * of_one)
