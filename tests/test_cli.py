@@ -255,8 +255,12 @@ def test_a_command_says_what_it_waits_for_and_gives_up_in_time() -> None:
             os.kill(pid, signal.SIGCONT)
 
 
-def test_a_command_gives_up_on_a_replica_in_time(server: Server) -> None:
-    with valkey_server(replicaof=f"127.0.0.1 {server.port}") as replica:
+def test_a_command_gives_up_on_a_replica_in_time() -> None:
+    # Not of the server that tests share: it would keep 10 MiB for its replicas.
+    with (
+        valkey_server() as primary,
+        valkey_server(replicaof=f"127.0.0.1 {primary.port}") as replica,
+    ):
         result = cli("ls", "--url", replica.url, "--timeout", "0.5")
         assert result.returncode == 1
         assert "is a replica, which takes no writes" in result.stderr
