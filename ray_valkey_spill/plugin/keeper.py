@@ -122,7 +122,7 @@ class Keeper:
         deferred: deferred restores.
         outages: gets failures and successes.
         metrics: gets failures and measurements.
-        is_destroyed: whether the node's data were destroyed.
+        is_destroyed: whether the session's data are being removed, or were.
         needs: returns the resources needed to read the object of a URL, its tier first.
         owners: see `reclaim`.
     """
