@@ -33,7 +33,7 @@ def is_alive(pid: int) -> bool:
         # "pid (command) state …", where the command may contain parentheses.
         state = _read(pid, "stat").rpartition(b")")[2].split()[0]
         return state not in (b"Z", b"X")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # also one that is gone between open and read
         return False
     except OSError:
         return True
