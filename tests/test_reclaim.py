@@ -323,6 +323,21 @@ def test_another_session_of_the_namespace_is_left_alone(session: Session) -> Non
     other.close()
 
 
+def test_the_budget_follows_what_version_0_1_stores_and_removes_beside(session: Session) -> None:
+    session.put(FIRST, range(3))
+    store, reclaimer = session.nodes[FIRST], session.reclaimer(FIRST)
+    before = store.room().used
+    # Version 0.1 changes the usage of its nodes, and no totals.
+    client, usage = session.contents.client, session.keys.usage
+    client.hset(usage, "session_0_1:aa", "2 2000 3000 1")
+    assert store.room().used == before
+    session.steps(reclaimer)
+    assert store.room().used == before + 3000
+    client.hdel(usage, "session_0_1:aa")
+    session.steps(reclaimer)
+    assert store.room().used == before
+
+
 def test_objects_without_a_header_that_can_be_read_stay(session: Session) -> None:
     session.put(FIRST, range(6))
     client = session.contents.client

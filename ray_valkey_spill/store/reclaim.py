@@ -95,7 +95,8 @@ class Pace:
             removed, and its lease: time for them to end.
         own, of_dead: objects in a slice. One of the node's own takes less than 1 % of a core if
             there is a slice every ten seconds.
-        listing, listing_of_dead: between two listings of a node's files in the overflow.
+        listing, listing_of_dead: between two listings of a node's files in the overflow. The
+            totals are added up again as often as the files of dead nodes are listed.
     """
 
     age: float = 30.0
@@ -294,7 +295,10 @@ class DeadNodes:
         nodes = self._reclaim.owners.nodes()
         if nodes is None:
             return False
-        self._listed = now if lists_files else self._listed
+        if lists_files:
+            self._listed = now
+            # Nodes of version 0.1 in the namespace store and remove objects without the totals.
+            self._reclaim.valkey.ledger.recount_totals()
         dead = {name for name in names if not nodes.get(name.node)}
         self._since = {node: self._since.get(node, now) for node in dead}
         self._tidied &= dead
