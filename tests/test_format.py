@@ -297,7 +297,7 @@ def forged(stream: bytes) -> bytes:
 @pytest.mark.parametrize("inline", [True, False])
 @pytest.mark.parametrize("mask", [0x80, None])
 def test_a_forged_header_is_damaged_and_does_nothing_else(inline: bool, mask: int | None) -> None:
-    """Anything but LostObjectError would be tried again for hours, and a crash ends an IO worker."""
+    """Any other error would be tried again for hours, and a crash would end an IO worker."""
     chunks = [Chunk(0, Codec.RAW, 1)] if inline else [Chunk(1000, Codec.RAW, 1)] * 3
     stream, _ = encode_header(header(0 if inline else 3000, chunks=chunks, inline=inline))
     good = bytes(stream)

@@ -35,6 +35,8 @@ __all__ = ["Entry", "Keyspace", "NodeName", "ObjectName", "Place", "TierName", "
 
 TierName = Literal["valkey", "overflow"]
 
+# The header of more chunks, with 13 bytes for each, would exceed the largest value of a server.
+_MOST_CHUNKS = 1 << 26
 _NAME = re.compile(r"([^:?&#]+):([^:?&#]+):([^:.?&#]+)\.([0-9a-f]{27})\.([0-9]+)")
 _ENTRY = re.compile(r"(.+)\.([0-9]+)\.([0-9]+)")
 # What surrounds the root and the name of an object.
@@ -85,6 +87,8 @@ class ObjectName(NamedTuple):
         if match is None:
             raise ValueError(f"not the name of a spilled object: {text!r}")
         session, node, object_id, attempt, chunks = match.groups()
+        if int(chunks) > _MOST_CHUNKS:
+            raise ValueError(f"not the name of a spilled object: {text!r}")
         return cls(session, node, object_id, attempt, int(chunks))
 
 
