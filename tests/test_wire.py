@@ -537,6 +537,13 @@ def test_garbage_in_the_middle_is_said_to_be_no_valkey(server: Server, reply: by
             ReplyReader(ours).read(command("GET", KEY))
 
 
+@pytest.mark.parametrize("reply", [b"$abc\r\n", b":x\r\n", b"*1\r\n" * 5000])
+def test_garbage_in_the_handshake_is_said_to_be_no_valkey(reply: bytes) -> None:
+    with answering(reply) as url, pytest.raises(NotValkeyError, match="Valkey protocol") as caught:
+        link_to(Config.load({"url": url}, {"RAY_VALKEY_SPILL_PASSWORD": "secret"})).info()
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "slots",
     [
@@ -670,3 +677,6 @@ def test_server_info_of_valkey_and_redis() -> None:
     assert (redis.memory.evicts_all, redis.memory.evicts_volatile) == (False, True)
     with pytest.raises(NotValkeyError):
         ServerInfo.parse("hello")
+    for number in ("²", "9" * 5000, "-1", ""):
+        with pytest.raises(NotValkeyError, match="sizes that are not numbers"):
+            ServerInfo.parse(f"redis_version:7.0.15\r\nmaxmemory:{number}\r\n")
