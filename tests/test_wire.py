@@ -114,6 +114,12 @@ def test_an_error_reply_fails_its_command_alone(link: Link) -> None:
     assert second.result() == 0
 
 
+def test_a_key_of_another_type_is_said_to_be_another_programs(server: Server, link: Link) -> None:
+    server.client.set(KEY, "x")
+    with pytest.raises(ServerError, match=r"WRONGTYPE.*Another program writes below"):
+        link.execute(command("ZREM", KEY, "x"))
+
+
 def test_requests_are_pipelined(proxy: Proxy) -> None:
     link = link_to(config(proxy.url))
     link.execute(command("STRLEN", KEY))

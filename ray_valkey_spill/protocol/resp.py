@@ -324,6 +324,12 @@ def reply_error(text: str) -> ServerError:
         return RedirectError(text)
     if code == "OOM":
         return ServerFullError(text, "Raise the server's maxmemory, or remove other data from it")
+    if code == "WRONGTYPE":
+        return ServerError(
+            text,
+            "Another program writes below this key_prefix: give each its own, and delete the keys "
+            "of another type (`TYPE` shows it)",
+        )
     if code == "MISCONF":
         return ServerError(text, "Fix its disk: the server's log has the reason")
     if code in ("NOAUTH", "WRONGPASS") or "Protocol error" in text:
