@@ -489,7 +489,6 @@ def _unknown(name: str, known: list[str]) -> str:
 
 def _ill_typed(called: str, kind: _Kind, value: Any) -> str:
     shown = json.dumps(value, ensure_ascii=False, default=str)
-    shown = shown.encode(errors="backslashreplace").decode()
     if len(shown) > 60:
         shown = shown[:57] + "..."
     return f"{called} must be {kind.expected}, not {shown}"

@@ -114,6 +114,12 @@ def test_an_error_reply_fails_its_command_alone(link: Link) -> None:
     assert second.result() == 0
 
 
+def test_what_a_server_says_does_not_control_a_terminal(link: Link) -> None:
+    with pytest.raises(ServerError, match=r"unknown command '\\x1b\[2J'") as caught:
+        link.execute(command("\x1b[2J"))
+    assert str(caught.value).isprintable()
+
+
 def test_a_key_of_another_type_is_said_to_be_another_programs(server: Server, link: Link) -> None:
     server.client.set(KEY, "x")
     with pytest.raises(ServerError, match=r"WRONGTYPE.*Another program writes below"):
