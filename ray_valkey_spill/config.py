@@ -78,9 +78,15 @@ class _Kind:
 
 
 def _string(value: Any) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError
     return value
+
+
+def _utf8(value: Any) -> str:
+    """As `_string`, for text that is sent to a server; raises a ValueError for other bytes."""
+    _string(value).encode()
+    return str(value)
 
 
 def _integer(low: int, high: float) -> Callable[[Any], int]:
@@ -142,7 +148,7 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
 
 _CODECS = ("auto", "lz4", "none")
 
-_STRING = _Kind("a non-empty string", _string, "NAME")
+_STRING = _Kind("a non-empty string", _utf8, "NAME")
 _URL = _Kind("a non-empty string", _string, "URL")
 _FILE = _Kind("a non-empty string", _string, "FILE")
 _BOOLEAN = _Kind(
@@ -340,7 +346,7 @@ class Config:
         _refuse_contradictions(address, checked, names)
         _require_partners(checked, names)
         username = checked.get("username")
-        password = environ.get(f"{ENV_PREFIX}PASSWORD") or address.password
+        password = _password_in(environ) or address.password
         address = replace(address, username=username or address.username, password=password)
         return cls(**{**checked, "url": str(address), "address": address})
 
@@ -440,6 +446,15 @@ def _collect(
     return values, names
 
 
+def _password_in(environ: Mapping[str, str]) -> str | None:
+    password = environ.get(f"{ENV_PREFIX}PASSWORD")
+    try:
+        return password and _utf8(password)
+    except ValueError:
+        # The error quotes the password.
+        raise ConfigError(f"{ENV_PREFIX}PASSWORD is not valid UTF-8") from None
+
+
 def _password_refused(what: str) -> ConfigError:
     return ConfigError(
         f"{what} is refused, because Ray puts the spilling config on the command lines of its "
@@ -485,7 +500,7 @@ def _parse_url(url: Any, called: str, *, from_config: bool, port: int) -> Addres
         shown = "an empty one" if url == "" else json_kind(url)
         raise ConfigError(f"{called} must be {_URL.expected}, not {shown}")
     try:
-        parts, hosts = _split(url)
+        parts, hosts = _split(_utf8(url))
         has_password = parts.password is not None
     except ValueError:
         # The error quotes the url, which may hold a password.

@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import re
 
+from ray_valkey_spill.units import escaped
+
 __all__ = [
     "ConfigError",
     "IncompatibleRayError",
@@ -46,12 +48,16 @@ __all__ = [
 class SpillError(Exception):
     """Base of every error of this package.
 
+    Messages go to terminals and logs, and may quote a server, a path or a parameter. So control
+    characters in them are escaped, except for line breaks.
+
     Args:
         message: names the thing and what is wrong with it.
         hint: the fix, if it is known.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message = escaped(message)
         super().__init__(f"{message.rstrip('.')}. {hint}" if hint else message)
         self.message = message
         self.hint = hint

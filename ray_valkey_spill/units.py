@@ -1,11 +1,11 @@
-"""Sizes and durations as people write them, and the type of a buffer."""
+"""Sizes and durations as people write them, text as terminals show it, and buffers' type."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-__all__ = ["KIB", "MIB", "Buffer", "parse_duration", "parse_size"]
+__all__ = ["KIB", "MIB", "Buffer", "escaped", "parse_duration", "parse_size"]
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -49,3 +49,10 @@ def parse_duration(text: str) -> float:
         raise ValueError(text)
     number, unit = match.groups()
     return float(number) * _SECONDS[unit]
+
+
+def escaped(text: str) -> str:
+    """Return `text` with control characters escaped, except for line breaks."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

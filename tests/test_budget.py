@@ -410,6 +410,17 @@ def test_drift_is_corrected_by_a_recount(tenant: Any, drift: str) -> None:
     assert ours.ledger.usages()[HERE].objects == len(urls)
 
 
+@pytest.mark.parametrize("pid", ["", "x", "²", "9" * 5000])
+def test_a_grant_of_no_process_is_released(tenant: Any, pid: str) -> None:
+    ours = tenant(max_bytes=MIB)
+    forged = ours.budget(f"{pid}-x", MIB)
+    with begun(forged):
+        forged.take(900_000)
+    assert ours.ledger.grants_of(HERE) != {}
+    ours.store().recover(lambda pid: True)
+    assert ours.ledger.grants_of(HERE) == {}
+
+
 def test_what_a_killed_writer_may_have_written_counts_until_it_is_removed(tenant: Any) -> None:
     ours = tenant(max_bytes=MIB)
     killed = ours.budget("4711-x", MIB)

@@ -424,6 +424,23 @@ def test_a_password_that_breaks_the_url_is_not_repeated_either(odd: str) -> None
         assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_text_that_no_server_or_file_system_takes_is_refused(text: str) -> None:
+    for name in ("url", "username", "sentinel_service"):
+        with pytest.raises(ConfigError, match=name) as caught:
+            load(**{name: f"valkey://{text}"})
+        str(caught.value).encode()
+    if "\0" in text:
+        with pytest.raises(ConfigError, match="password_file"):
+            load(password_file=text)
+    with pytest.raises(ConfigError, match=r"RAY_VALKEY_SPILL_PASSWORD is not") as caught:
+        load({"RAY_VALKEY_SPILL_PASSWORD": f"{SECRET}{text}"})
+    assert SECRET not in repr(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load({"RAY_VALKEY_SPILL_URL": f"valkey://u:{SECRET}{text}@host"})
+    assert SECRET not in repr(caught.value)
+
+
 def test_a_password_as_a_parameter_is_refused() -> None:
     with pytest.raises(ConfigError, match="RAY_VALKEY_SPILL_PASSWORD") as caught:
         load(password=SECRET)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -283,7 +284,26 @@ def test_a_header_that_lacks_what_its_schema_says_must_be_there_is_damaged(colum
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays(values, schema=schema))
-    forged = sink.getvalue().to_pybytes()
-    trailer = struct.pack("<4sHHIQ", b"RVSP", FORMAT_VERSION, 0, len(forged), checksum(forged))
     with pytest.raises(LostObjectError, match="damaged"):
-        decode_header(forged + trailer)
+        decode_header(forged(sink.getvalue().to_pybytes()))
+
+
+def forged(stream: bytes) -> bytes:
+    """A header's value by somebody who knows the format: its checksum is right."""
+    trailer = struct.pack("<4sHHIQ", b"RVSP", FORMAT_VERSION, 0, len(stream), checksum(stream))
+    return stream + trailer
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize("mask", [0x80, None])
+def test_a_forged_header_is_damaged_and_does_nothing_else(inline: bool, mask: int | None) -> None:
+    """Any other error would be tried again for hours, and a crash would end an IO worker."""
+    chunks = [Chunk(0, Codec.RAW, 1)] if inline else [Chunk(1000, Codec.RAW, 1)] * 3
+    stream, _ = encode_header(header(0 if inline else 3000, chunks=chunks, inline=inline))
+    good = bytes(stream)
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] = 0 if mask is None else bad[place] ^ mask
+        for value in (bytes(bad), bytes(bad[: place + 1])):
+            with contextlib.suppress(LostObjectError):
+                decode_header(forged(value))

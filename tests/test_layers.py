@@ -20,7 +20,8 @@ FLOORS = [
     {"tiers"},
     {"format", "protocol"},
     {"config"},
-    {"units", "errors", "backoff"},
+    {"errors", "backoff"},
+    {"units"},
 ]
 # What users, Python and Ray import. Every layer may import these too, for the version and the names
 # of Ray's functions: they import nothing else at that time.

@@ -735,6 +735,8 @@ MALFORMED_NAMES = [
     f"..:aa:0000.{0:027x}.1.10.20".encode(),  # a path that leads elsewhere
     f"../../victim:aa:0000.{0:027x}.1".encode(),
     f"session_1:..:0000.{0:027x}.1.10.20".encode(),
+    f"session_1:aa:0001.{0:027x}.{10**12}.10.20".encode(),  # more chunks than there can be
+    f"session_1:aa:\x1b[2J.{0:027x}.1.10.20".encode(),  # clears the terminal that it is shown on
 ]
 MALFORMED_NUMBERS = [b"", b"\xff", b"x", b"1 x", b"a b c d", b"1 2 3 -4", b"nan nan nan nan"]
 

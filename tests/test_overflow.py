@@ -330,6 +330,27 @@ def test_a_node_is_destroyed_while_its_processes_write_and_remove(tmp_path: Path
     assert tier.node_names() == set()
 
 
+@pytest.mark.parametrize("depth", range(3))
+def test_no_link_in_the_overflow_has_anything_elsewhere_removed(tmp_path: Path, depth: int) -> None:
+    """Others may write to the directory: a session, a node, or what is below it may be a link."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").touch()
+    tier = tier_at(str(tmp_path / "overflow"))
+    tier.sign(SESSION, "signed")
+    write(tier, new_name())
+    (file,) = tier.files(OWNER)
+    node = Path(file.path).parent
+    linked = [node.parent, node, node / "more"][depth]
+    if depth < 2:
+        linked.rename(tmp_path / "moved")
+    linked.symlink_to(victim)
+    tier.destroy(OWNER)
+    tier.destroy_session(SESSION)
+    assert [path.name for path in victim.iterdir()] == ["file"]
+    assert not linked.is_symlink()
+
+
 def test_foreign_files_are_told_from_ours_and_stay(tmp_path: Path) -> None:
     place = Directory(tmp_path)
     (tmp_path / "others").mkdir()

@@ -1276,6 +1276,8 @@ def test_colour_is_for_terminals_and_not_for_those_who_want_none(full: Stock) ->
         (("inspect", "abcd"), 1, "nothing of object abcd is stored below ray:spill:default:"),
         (("stats", "--max-bytes", "many"), 2, "--max-bytes must be"),
         (("ls", "--limit", "0"), 2, "--limit must be a whole number above 0"),
+        (("ls", "--limit", "9" * 5000), 2, "--limit must be a whole number above 0"),
+        (("ls", "--timeout", "1e300"), 2, "--timeout must be a number of seconds above 0"),
         (("ls", "--older-than", "soon"), 2, "--older-than must be a duration such as 90s"),
         (("ls", "--timeout", "never"), 2, "--timeout must be a number of seconds above 0"),
         (("ls", "--url", "valkey://127.0.0.1:1", "--timeout", "0.1"), 1, "cannot be reached"),

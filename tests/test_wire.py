@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -24,7 +25,7 @@ from support.servers import (
     wait_until,
 )
 
-from ray_valkey_spill.config import Config
+from ray_valkey_spill.config import Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
     NotValkeyError,
@@ -39,6 +40,7 @@ from ray_valkey_spill.protocol.connection import Connection
 from ray_valkey_spill.protocol.link import Link, Sharing
 from ray_valkey_spill.protocol.resp import ReplyReader, Request, command, fetch, store
 from ray_valkey_spill.protocol.server_info import ServerInfo
+from ray_valkey_spill.protocol.topology import Cluster
 from ray_valkey_spill.tiers.ledger import link_to
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -110,6 +112,18 @@ def test_an_error_reply_fails_its_command_alone(link: Link) -> None:
     with pytest.raises(ServerError, match="wrong number of arguments"):
         first.result()
     assert second.result() == 0
+
+
+def test_what_a_server_says_does_not_control_a_terminal(link: Link) -> None:
+    with pytest.raises(ServerError, match=r"unknown command '\\x1b\[2J'") as caught:
+        link.execute(command("\x1b[2J"))
+    assert str(caught.value).isprintable()
+
+
+def test_a_key_of_another_type_is_said_to_be_another_programs(server: Server, link: Link) -> None:
+    server.client.set(KEY, "x")
+    with pytest.raises(ServerError, match=r"WRONGTYPE.*Another program writes below"):
+        link.execute(command("ZREM", KEY, "x"))
 
 
 def test_requests_are_pipelined(proxy: Proxy) -> None:
@@ -374,6 +388,33 @@ def test_of_several_addresses_the_dead_one_is_tried_once(
     assert attempts == ["127.0.0.2", *["127.0.0.1"] * 3]
 
 
+def test_an_address_that_this_host_has_no_sockets_for_is_passed_over(
+    server: Server, several: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with IPv6 switched off in the kernel, where a name has IPv6 addresses nevertheless."""
+
+    class OnlyIPv4(socket.socket):
+        def __init__(self, family: int = -1, *args: Any, **options: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+            super().__init__(family, *args, **options)
+
+    monkeypatch.setattr(socket, "socket", OnlyIPv4)
+    several.addresses += ["::1", "127.0.0.1"]
+    link = link_to(config(f"valkey://{several.name}:{server.port}", retry_timeout=0))
+    assert link.execute(command("STRLEN", KEY)) == [0]
+    link.close()
+    several.addresses.remove("127.0.0.1")
+    with pytest.raises(ServerUnavailableError, match="not supported"):
+        link.execute(command("STRLEN", KEY))
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_what_can_be_no_host_name_is_an_unknown_one(host: str) -> None:
+    with pytest.raises(ServerUnavailableError, match="not a host name"):
+        link_to(config(f"valkey://{host}:1", retry_timeout=0)).info()
+
+
 def test_an_address_that_refuses_is_passed_over(
     server: Server, several: Host, attempts: list[str]
 ) -> None:
@@ -495,7 +536,10 @@ def test_what_is_not_a_valkey_is_said_to_be_none(web_server: str) -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    [b"$abc\r\n", b"*x\r\n", b":\r\n", b"$9999999999999999\r\n", b"*99999999999\r\n", b"?\r\n"],
+    [
+        *(b"$abc\r\n", b"*x\r\n", b":\r\n", b"$9999999999999999\r\n", b"*99999999999\r\n"),
+        *(b"?\r\n", b"$-7\r\n", b"*-5\r\n", b"*1\r\n" * 2000),
+    ],
 )
 def test_garbage_in_the_middle_is_said_to_be_no_valkey(server: Server, reply: bytes) -> None:
     ours, theirs = socket.socketpair()
@@ -503,6 +547,43 @@ def test_garbage_in_the_middle_is_said_to_be_no_valkey(server: Server, reply: by
         theirs.sendall(reply)
         with pytest.raises(NotValkeyError):
             ReplyReader(ours).read(command("GET", KEY))
+
+
+@pytest.mark.parametrize("reply", [b"$abc\r\n", b":x\r\n", b"*1\r\n" * 5000])
+def test_garbage_in_the_handshake_is_said_to_be_no_valkey(reply: bytes) -> None:
+    with answering(reply) as url, pytest.raises(NotValkeyError, match="Valkey protocol") as caught:
+        link_to(Config.load({"url": url}, {"RAY_VALKEY_SPILL_PASSWORD": "secret"})).info()
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        *(None, 5, b"OK", [5], [[]], [[0, 5]], [[0, 5, 7]], [[0, 5, []]], [[0, 5, [b"a", b"x"]]]),
+        *(
+            [[0, 10**12, [b"a", 1]]],
+            [[-1, 5, [b"a", 1]]],
+            [[5, 0, [b"a", 1]]],
+            [[b"0", 5, [b"a", 1]]],
+        ),
+        *([[0, 5, [b"\xff", 1]]], [[0, 5, [b"a", 70000]]], [ServerError("x")]),
+    ],
+)
+def test_slots_that_are_none_come_from_no_valkey(slots: Any) -> None:
+    with pytest.raises(NotValkeyError, match=r"a:1 answers CLUSTER SLOTS, but not as Valkey does"):
+        Cluster(slots, Endpoint("a", 1))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [b"*0\r\n", b"*1\r\n$1\r\na\r\n", b"*2\r\n:1\r\n:1\r\n", b"*2\r\n$1\r\na\r\n$1\r\nx\r\n"],
+)
+def test_a_sentinel_that_names_no_address_is_none(reply: bytes) -> None:
+    hello = b"*2\r\n$4\r\nmode\r\n$8\r\nsentinel\r\n"
+    with answering(hello + b"+OK\r\n" * 2 + reply) as url:
+        link = link_to(config(url, sentinel_service="service"))
+        with pytest.raises(ServerRefusedError, match="is not a Sentinel"):
+            link.info()
 
 
 REDIRECTIONS = [
@@ -608,3 +689,6 @@ def test_server_info_of_valkey_and_redis() -> None:
     assert (redis.memory.evicts_all, redis.memory.evicts_volatile) == (False, True)
     with pytest.raises(NotValkeyError):
         ServerInfo.parse("hello")
+    for number in ("²", "9" * 5000, "-1", ""):
+        with pytest.raises(NotValkeyError, match="sizes that are not numbers"):
+            ServerInfo.parse(f"redis_version:7.0.15\r\nmaxmemory:{number}\r\n")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,6 +27,9 @@ __all__ = [
     "parameter_options",
     "timeout_option",
 ]
+
+# Seconds, about a year. Functions of Python that wait take no number that is far larger.
+_LONGEST = 30e6
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -77,13 +80,13 @@ def _seconds(text: str, option: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0
-    if not 0 < seconds < math.inf:
+    if not 0 < seconds <= _LONGEST:
         raise ConfigError(f"{option} must be a number of seconds above 0")
     return seconds
 
 
 def _number(text: str, option: str) -> int:
-    if not text.strip().isdecimal() or int(text) == 0:
+    if not re.fullmatch("[0-9]{1,18}", text.strip()) or int(text) == 0:
         raise ConfigError(f"{option} must be a whole number above 0")
     return int(text)
 

@@ -32,6 +32,7 @@ from ray_valkey_spill.cli.inventory import (
 from ray_valkey_spill.format.names import Keyspace, ObjectName, TierName
 from ray_valkey_spill.store.cleanup import Remains
 from ray_valkey_spill.tiers.ledger import Usage
+from ray_valkey_spill.units import escaped
 
 __all__ = [
     "age_text",
@@ -342,7 +343,9 @@ def inspection(found: Inspection, keys: Keyspace, now: float, chunk: int | None)
     if header is not None:
         sealed = f", sealed with key {header.seal.key_id:016x}" if header.seal else ""
         yield _field("format", f"version {found.version}{sealed}")
-        yield _field("Ray metadata", header.ray_metadata.decode(errors="backslashreplace") or _NONE)
+        yield _field(
+            "Ray metadata", escaped(header.ray_metadata.decode(errors="backslashreplace")) or _NONE
+        )
         # It is longer than a line, and nobody copies it.
         pieces = textwrap.wrap(header.owner_address.hex(), 64)
         yield _field("owner address", " ".join(pieces) or _NONE)
@@ -354,7 +357,7 @@ def inspection(found: Inspection, keys: Keyspace, now: float, chunk: int | None)
         )
         yield _field("chunks", _chunks(found))
     for problem in found.problems[:_SHOWN_PROBLEMS]:
-        yield _problem(problem)
+        yield _problem(escaped(problem))
     if len(found.problems) > _SHOWN_PROBLEMS:
         yield _problem(f"and {len(found.problems) - _SHOWN_PROBLEMS:,} more of the kind")
     if header is not None and header.chunks and not header.inline:

@@ -215,7 +215,7 @@ def _decode_stream(
         )
     try:
         header = _parse_stream(stream)
-    except (pa.ArrowException, KeyError, ValueError, StopIteration) as error:
+    except (pa.ArrowException, OSError, EOFError, KeyError, ValueError, StopIteration) as error:
         raise LostObjectError(f"its header is damaged ({error})") from error
     header.seal = seal
     return header
@@ -435,25 +435,20 @@ def _parse_stream(stream: memoryview) -> Header:
 
 
 def _parse_by_arrow(stream: memoryview) -> Header:
-    schema = pa.ipc.read_schema(pa.ipc.read_message(stream))
-    metadata = schema.metadata or {}
-    version = int(metadata[b"version"])
-    if version > FORMAT_VERSION:
-        raise LostObjectError(_too_new(version))
-    inline = metadata.get(b"inline")
-    if not schema.equals(_CHUNKS if inline is None else _NO_COLUMNS):
-        raise ValueError("unexpected columns")
-    if inline is None:
-        with pa.ipc.open_stream(stream) as reader:
-            batch = reader.read_next_batch()
-        # Arrow does not hold a stream to what its schema says of them.
-        if any(column.null_count for column in batch.columns):
-            raise ValueError("missing values")
-        columns = [column.to_pylist() for column in batch.columns]
-        chunks = [Chunk(size, Codec(codec), digest) for size, codec, digest in zip(*columns)]
-    else:
-        size, codec, digest = map(int, inline.split())
-        chunks = [Chunk(size, Codec(codec), digest)]
+    # Not `read_schema`: it ends the process if the first message is no schema.
+    with pa.ipc.open_stream(stream) as reader:
+        metadata = reader.schema.metadata or {}
+        version = int(metadata[b"version"])
+        if version > FORMAT_VERSION:
+            raise LostObjectError(_too_new(version))
+        inline = metadata.get(b"inline")
+        if not reader.schema.equals(_CHUNKS if inline is None else _NO_COLUMNS):
+            raise ValueError("unexpected columns")
+        if inline is None:
+            chunks = _rows(reader.read_next_batch())
+        else:
+            size, codec, digest = map(int, inline.split())
+            chunks = [Chunk(size, Codec(codec), digest)]
     return Header(
         object_id=metadata[b"object_id"].decode(),
         ray_metadata=metadata[b"ray_metadata"],
@@ -463,6 +458,15 @@ def _parse_by_arrow(stream: memoryview) -> Header:
         chunks=chunks,
         inline=inline is not None,
     )
+
+
+def _rows(batch: pa.RecordBatch) -> list[Chunk]:
+    # Arrow has not compared the buffers with the number of rows, nor the rows with the schema.
+    batch.validate(full=True)
+    if any(column.null_count for column in batch.columns):
+        raise ValueError("missing values")
+    columns = [column.to_pylist() for column in batch.columns]
+    return [Chunk(size, Codec(codec), digest) for size, codec, digest in zip(*columns)]
 
 
 def _check_consistency(header: Header, payload_size: int) -> None:

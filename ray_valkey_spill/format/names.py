@@ -35,7 +35,11 @@ __all__ = ["Entry", "Keyspace", "NodeName", "ObjectName", "Place", "TierName", "
 
 TierName = Literal["valkey", "overflow"]
 
-_NAME = re.compile(r"([^:?&#]+):([^:?&#]+):([^:.?&#]+)\.([0-9a-f]{27})\.([0-9]+)")
+# The header of more chunks, with 13 bytes for each, would exceed the largest value of a server.
+_MOST_CHUNKS = 1 << 26
+# Names from the server also become paths in the overflow, and are shown on terminals.
+_PART = "([A-Za-z0-9_-]+)"
+_NAME = re.compile(rf"{_PART}:{_PART}:{_PART}\.([0-9a-f]{{27}})\.([0-9]+)")
 _ENTRY = re.compile(r"(.+)\.([0-9]+)\.([0-9]+)")
 # What surrounds the root and the name of an object.
 _TIER, _QUERY = "(overflow:)?", r"\?offset=0&size=([0-9]+)(?:&sealed=([0-9a-f]{16}))?"
@@ -85,6 +89,8 @@ class ObjectName(NamedTuple):
         if match is None:
             raise ValueError(f"not the name of a spilled object: {text!r}")
         session, node, object_id, attempt, chunks = match.groups()
+        if int(chunks) > _MOST_CHUNKS:
+            raise ValueError(f"not the name of a spilled object: {text!r}")
         return cls(session, node, object_id, attempt, int(chunks))
 
 

@@ -38,7 +38,10 @@ class Dialer:
         Raises:
             OSError: the name has no address, or no address answers (TimeoutError if time ran out).
         """
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except ValueError:  # an empty label or one that is too long, for example
+            raise socket.gaierror(socket.EAI_NONAME, "It is not a host name") from None
         ranks = self._ranks_of(host, port)
         found.sort(key=lambda info: ranks.get(info[4], 0))
         sock, address = _first_to_answer([(info[0], info[4]) for info in found], timeout)
@@ -80,7 +83,11 @@ def _first_to_answer(addresses: list[tuple[int, Any]], timeout: float) -> tuple[
                     raise TimeoutError("timed out")
                 if left and (now >= next_start or not trying.get_map()):
                     family, address = left.popleft()
-                    sock = socket.socket(family, socket.SOCK_STREAM)
+                    try:
+                        sock = socket.socket(family, socket.SOCK_STREAM)
+                    except OSError as error:  # a name has IPv6 addresses, and this host no IPv6
+                        failure = error
+                        continue
                     trying.register(sock, selectors.EVENT_WRITE, address)
                     sock.setblocking(False)
                     code = sock.connect_ex(address)

@@ -17,6 +17,7 @@ from ray_valkey_spill.errors import (
     NotValkeyError,
     ServerError,
     ServerRefusedError,
+    SpillError,
     TooManyClientsError,
     TransientError,
 )
@@ -83,6 +84,10 @@ def dial(config: Config, endpoint: Endpoint, timeout: float, sentinel: bool) -> 
         raise _refused(config, endpoint, error, sentinel) from error
     except client_errors.ValkeyError as error:
         raise tls.refusal(error, endpoint) or _translated(config, endpoint, error) from error
+    except SpillError:
+        raise
+    except (ValueError, RecursionError) as error:  # from valkey-py's parser
+        raise not_valkey(endpoint, error) from error
 
 
 def _connected(

@@ -41,7 +41,7 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.protocol.connection import Connection
 from ray_valkey_spill.protocol.resp import Request, command, not_now
 from ray_valkey_spill.protocol.roles import Role
-from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo, fields_of
+from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo, count_in, fields_of
 from ray_valkey_spill.protocol.topology import Cluster, Single, Topology, cluster_at, primaries_of
 from ray_valkey_spill.units import MIB
 
@@ -315,13 +315,13 @@ class Link:
         if not isinstance(request.reply, bytearray):
             return False
         info = fields_of(request.reply.decode(errors="replace"))
-        rejected = int(info.get("rejected_connections", 0))
+        rejected = count_in(info, "rejected_connections")
         before = self._rejected.get(connection.endpoint)
         self._rejected[connection.endpoint] = rejected
         if before is not None:
             return rejected > before
-        clients = int(info.get("connected_clients", 0)) + int(info.get("cluster_connections", 0))
-        return 0 < int(info.get("maxclients", 0)) <= clients
+        clients = count_in(info, "connected_clients") + count_in(info, "cluster_connections")
+        return 0 < count_in(info, "maxclients") <= clients
 
     def close_idle(self) -> None:
         """Close idle connections unless an operation runs. Thread-safe."""

@@ -33,6 +33,8 @@ __all__ = [
 _READ_SIZE = 8 << 10
 _LARGEST = 512 << 20
 _LARGEST_INTEGER = 2**63
+# Arrays in arrays. CLUSTER SLOTS has the deepest of all replies, with three.
+_DEEPEST = 8
 _INTEGER = re.compile(rb"-?[0-9]{1,19}")
 
 _USE_PRIMARY = "Wait for the failover to end, or give the url of the primary"
@@ -230,24 +232,27 @@ class ReplyReader:
         else:
             request.reply = reply
 
-    def _parse(self, into: memoryview | None = None) -> Any:
+    def _parse(self, into: memoryview | None = None, depth: int = 0) -> Any:
         line = self._line()
         kind, rest = line[:1], line[1:]
         if kind == b"$":
-            return self._bulk(_number(rest), into)
+            return None if rest == b"-1" else self._bulk(_number(rest, least=0), into)
         if kind == b":":
-            return _number(rest, most=_LARGEST_INTEGER)
+            return _number(rest, least=-_LARGEST_INTEGER, most=_LARGEST_INTEGER)
         if kind == b"+":
             return rest
         if kind == b"-":
             return reply_error(rest.decode(errors="replace"))
         if kind == b"*":
-            return [self._parse() for _ in range(_number(rest))] if rest != b"-1" else None
+            return None if rest == b"-1" else self._array(_number(rest, least=0), depth)
         raise NotValkeyError(f"a reply begins with {line[:20]!r}: this is not Valkey")
 
+    def _array(self, count: int, depth: int) -> list[Any]:
+        if depth == _DEEPEST:
+            raise NotValkeyError("a reply has arrays in arrays: this is not Valkey")
+        return [self._parse(depth=depth + 1) for _ in range(count)]
+
     def _bulk(self, size: int, into: memoryview | None) -> Any:
-        if size < 0:
-            return None
         target = into if into is not None and len(into) == size else memoryview(bytearray(size))
         got = min(size, self._end - self._start)
         target[:got] = self._buffer[self._start : self._start + got]
@@ -292,9 +297,9 @@ class ReplyReader:
         return count
 
 
-def _number(text: bytes, most: int = _LARGEST) -> int:
+def _number(text: bytes, least: int, most: int = _LARGEST) -> int:
     """Parse an integer reply, or a length, which is at most 512 MiB (`proto-max-bulk-len`)."""
-    if not _INTEGER.fullmatch(text) or not -most <= (number := int(text)) <= most:
+    if not _INTEGER.fullmatch(text) or not least <= (number := int(text)) <= most:
         raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is not Valkey")
     return number
 
@@ -319,6 +324,12 @@ def reply_error(text: str) -> ServerError:
         return RedirectError(text)
     if code == "OOM":
         return ServerFullError(text, "Raise the server's maxmemory, or remove other data from it")
+    if code == "WRONGTYPE":
+        return ServerError(
+            text,
+            "Another program writes below this key_prefix: give each its own, and delete the keys "
+            "of another type (`TYPE` shows it)",
+        )
     if code == "MISCONF":
         return ServerError(text, "Fix its disk: the server's log has the reason")
     if code in ("NOAUTH", "WRONGPASS") or "Protocol error" in text:

@@ -10,7 +10,9 @@ from functools import reduce
 
 from ray_valkey_spill.errors import NotValkeyError
 
-__all__ = ["MemoryInfo", "ServerInfo", "fields_of", "mode_of"]
+__all__ = ["MemoryInfo", "ServerInfo", "count_in", "fields_of", "mode_of"]
+
+_NUMBER = re.compile("[0-9]{1,19}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +67,14 @@ class MemoryInfo:
     @classmethod
     def parse(cls, values: Mapping[str, str]) -> MemoryInfo:
         sizes = ("maxmemory", "used_memory", "repl_backlog_size", "repl_backlog_histlen")
-        if not all(values.get(name, "0").isdigit() for name in sizes):
+        if not all(_NUMBER.fullmatch(values.get(name, "0")) for name in sizes):
             raise NotValkeyError("its INFO has sizes that are not numbers")
         databases = [text for name, text in values.items() if re.fullmatch("db[0-9]+", name)]
         keys, volatile = (
             sum(
                 int(match[1])
                 for text in databases
-                if (match := re.search(f"{name}=([0-9]+)", text))
+                if (match := re.search(f"{name}=([0-9]{{1,19}})", text))
             )
             for name in ("keys", "expires")
         )
@@ -139,3 +141,9 @@ def fields_of(text: str) -> dict[str, str]:
     """Return the fields of `INFO`, by name."""
     lines = (line.partition(":") for line in text.splitlines() if ":" in line)
     return {name: value.strip() for name, _, value in lines}
+
+
+def count_in(values: Mapping[str, str], name: str) -> int:
+    """Return the number in a field of `INFO`; 0 if there is none."""
+    text = values.get(name, "0")
+    return int(text) if _NUMBER.fullmatch(text) else 0

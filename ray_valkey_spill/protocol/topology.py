@@ -10,7 +10,12 @@ from typing import Any
 from valkey.crc import VALKEY_CLUSTER_HASH_SLOTS, key_slot
 
 from ray_valkey_spill.config import Endpoint
-from ray_valkey_spill.errors import ServerError, ServerRefusedError, TransientError
+from ray_valkey_spill.errors import (
+    NotValkeyError,
+    ServerError,
+    ServerRefusedError,
+    TransientError,
+)
 from ray_valkey_spill.protocol.connection import Connection
 from ray_valkey_spill.protocol.resp import command, not_now
 
@@ -37,17 +42,30 @@ class Cluster:
     Args:
         slots: the reply to CLUSTER SLOTS.
         asked: the node that sent it, which may not know its own host name.
+
+    Raises:
+        NotValkeyError: `slots` is not such a reply.
     """
 
     def __init__(self, slots: Sequence[Any], asked: Endpoint) -> None:
         self._owners: list[Endpoint | None] = [None] * VALKEY_CLUSTER_HASH_SLOTS
         self._ids: dict[Endpoint, bytes] = {}
         self.nodes: set[Endpoint] = set()
-        for first, last, *nodes in slots:
-            endpoints = [_node(node, asked) for node in nodes]
-            self.nodes |= {*endpoints}
-            self._ids |= {e: bytes(node[2]) for e, node in zip(endpoints, nodes) if node[2:]}
-            self._owners[first : last + 1] = [endpoints[0]] * (last + 1 - first)
+        try:
+            for first, last, *nodes in slots:
+                self._add(first, last, nodes, asked)
+        except _MALFORMED as error:
+            raise NotValkeyError(
+                f"{asked} answers CLUSTER SLOTS, but not as Valkey does ({error})"
+            ) from error
+
+    def _add(self, first: int, last: int, nodes: Sequence[Any], asked: Endpoint) -> None:
+        if not 0 <= first <= last < VALKEY_CLUSTER_HASH_SLOTS:
+            raise ValueError(f"slots {first} to {last}")
+        endpoints = [_node(node, asked) for node in nodes]
+        self.nodes |= {*endpoints}
+        self._ids |= {e: node[2] for e, node in zip(endpoints, nodes) if node[2:]}
+        self._owners[first : last + 1] = [endpoints[0]] * (last + 1 - first)
 
     def owner(self, key: bytes) -> Endpoint:
         """Raise TransientError while no node serves the key's slot."""
@@ -119,6 +137,7 @@ def primaries_of(
                 connection.add(request)
                 connection.read()
                 found = request.result()
+                named = _named(found, sentinel) if isinstance(found, list) else None
         except (OSError, TransientError) as error:
             failure = failure or error
         except ServerRefusedError as error:
@@ -131,9 +150,9 @@ def primaries_of(
                 "Correct url, or remove sentinel_service",
             )
         else:
-            if isinstance(found, list):
+            if named is not None:
                 is_known = True
-                yield sentinel, Endpoint(found[0].decode(), int(found[1]))
+                yield sentinel, named
             else:
                 refusal = ServerRefusedError(
                     f"the Sentinel at {sentinel} knows no service {service!r}",
@@ -145,6 +164,24 @@ def primaries_of(
         raise reason
 
 
+# What the use of a reply of another shape raises.
+_MALFORMED = (TypeError, ValueError, LookupError, AttributeError)
+
+
+def _named(found: Sequence[Any], sentinel: Endpoint) -> Endpoint:
+    """Return the server that a Sentinel names. Raises NotValkeyError for another reply."""
+    try:
+        return _endpoint(found[0].decode(), int(found[1]))
+    except _MALFORMED as error:
+        raise NotValkeyError(f"{sentinel} names a primary, but not as Valkey does") from error
+
+
 def _node(told: Sequence[Any], asked: Endpoint) -> Endpoint:
     named = told[0] not in (None, b"", b"?")
-    return Endpoint(told[0].decode() if named else asked.host, told[1])
+    return _endpoint(told[0].decode() if named else asked.host, told[1])
+
+
+def _endpoint(host: str, port: int) -> Endpoint:
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"port {port}")
+    return Endpoint(host, port)

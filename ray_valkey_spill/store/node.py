@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -37,6 +38,7 @@ __all__ = ["Node", "Room"]
 # Seconds for which to retry an unavailable server: background work is repeated anyway.
 _PATIENCE = 1.0
 _DESTROY_PAUSE = 0.05
+_PID = re.compile("[0-9]{1,10}")
 
 
 class Room(NamedTuple):
@@ -228,7 +230,7 @@ class Node:
     def _has_ended(self, writer: str, is_alive: Callable[[int], bool]) -> bool:
         """Whether the writer of a grant has ended; a malformed name counts as ended."""
         pid = writer.partition("-")[0]
-        if not pid.isdecimal():
+        if not _PID.fullmatch(pid):
             return True
         if int(pid) == os.getpid():
             return not UNDER_WAY.has_writer(writer)

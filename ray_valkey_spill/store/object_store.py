@@ -479,7 +479,7 @@ def problems(
         sizes: lengths of its data according to other sources.
     """
     if header.object_id != object_id:
-        yield f"its header is that of object {header.object_id}"
+        yield f"its header is that of object {header.object_id:.80}"
     for size in sizes:
         if size != header.size:
             yield f"its header gives {header.size} bytes, not {size}"

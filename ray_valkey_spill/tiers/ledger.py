@@ -610,16 +610,12 @@ def well_formed(key: str, found: Iterable[_F], parse: Callable[[_F], _T]) -> Ite
 
 def parse_entry(member: bytes) -> Entry:
     """Parse a member of the index. Raises ValueError if it is malformed."""
-    entry = Entry.parse(member.decode())
-    _matched(_NODE_NAME, f"{entry.name.session}:{entry.name.node}".encode())
-    return entry
+    return Entry.parse(member.decode())
 
 
 def parse_pending(member: bytes) -> ObjectName:
     """Parse a member of the pending set. Raises ValueError if it is malformed."""
-    name = ObjectName.parse(member.decode())
-    _matched(_NODE_NAME, f"{name.session}:{name.node}".encode())
-    return name
+    return ObjectName.parse(member.decode())
 
 
 def _settlement_pages(entries: Iterable[Entry]) -> Iterator[list[Entry]]:

@@ -559,7 +559,7 @@ class OverflowTier:
         for attempts_left in reversed(range(_DELETE_ATTEMPTS)):
             try:
                 if self._is_local:
-                    _remove_tree(path, self._patience.answer)
+                    _remove_tree(path, None, self._patience.answer)
                 else:
                     begin_step(self._patience.request)
                     self._fs.delete_dir(path)
@@ -743,21 +743,38 @@ def _has_directories(filesystem: Any) -> bool:
     return filesystem.type_name not in _OBJECT_STORES
 
 
-def _remove_tree(path: str, limit: float) -> None:
-    """Remove a local directory and its content. Each step may take `limit` seconds."""
+def _remove_tree(name: str, parent: int | None, limit: float) -> None:
+    """Remove a local directory and its content. Each step may take `limit` seconds.
+
+    Others may write to the overflow, so this follows no symbolic link, even one that replaces a
+    directory meanwhile.
+
+    Args:
+        name: path of the directory, relative to `parent`.
+        parent: file descriptor of a directory; None for the working directory.
+        limit: seconds for each step.
+    """
     # `pyarrow` and `shutil` show no progress, and many files on a slow share take long.
     begin_step(limit)
-    with os.scandir(path) as entries:
-        found = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
-    for below, is_directory in found:
-        begin_step(limit)
-        with contextlib.suppress(FileNotFoundError):
-            if is_directory:
-                _remove_tree(below, limit)
-            else:
-                os.unlink(below)
+    try:
+        directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    except NotADirectoryError:
+        os.unlink(name, dir_fd=parent)
+        return
+    try:
+        with os.scandir(directory) as entries:
+            found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for below, is_directory in found:
+            begin_step(limit)
+            with contextlib.suppress(FileNotFoundError):
+                if is_directory:
+                    _remove_tree(below, directory, limit)
+                else:
+                    os.unlink(below, dir_fd=directory)
+    finally:
+        os.close(directory)
     begin_step(limit)
-    os.rmdir(path)
+    os.rmdir(name, dir_fd=parent)
 
 
 def _close(file: Any) -> None:
