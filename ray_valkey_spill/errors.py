@@ -16,7 +16,8 @@
     TransientError                  another attempt may succeed
     ConnectionError
     ├── TooManyClientsError         the server has as many connections as it allows
-    └── ConnectionBrokenError       a connection that had worked is closed
+    ├── ConnectionBrokenError       a connection that had worked is closed
+    └── ClosedAtHelloError          a new connection is closed as it says HELLO
 
 `protocol` handles RedirectError and all below it; callers of this package do not see them.
 
@@ -132,6 +133,13 @@ class ConnectionBrokenError(ConnectionError):
         "(client-output-buffer-limit, maxmemory-clients, or those of a proxy): "
         "`ray-valkey-spill check` tries them"
     )
+
+
+class ClosedAtHelloError(ConnectionError):
+    """A new connection was closed instead of an answer to its first commands.
+
+    The server may have stopped just then, or a proxy closes what sends a command it does not know.
+    """
 
 
 class ProtocolError(ServerRefusedError):

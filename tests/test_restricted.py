@@ -23,7 +23,9 @@ from support.topologies import cluster_servers
 
 from ray_valkey_spill.cli.commands import cli
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import ServerError, ServerRefusedError
+from ray_valkey_spill.errors import ServerError, ServerRefusedError, ServerUnavailableError
+from ray_valkey_spill.protocol.link import Link
+from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.tiers import preflight
 from ray_valkey_spill.units import MIB
 
@@ -110,6 +112,51 @@ def test_info_may_take_no_sections(server: Server, params: dict[str, Any]) -> No
         proxy.to_server.replaced = {name: name.replace(b"O", b"_") for name in names.values()}
         works(proxy.url, **params)
         assert b"INFO" in proxy.commands
+
+
+@pytest.mark.parametrize(
+    "unknown", [{b"HELLO"}, {b"CLIENT"}, {b"HELLO", b"CLIENT", b"ROLE"}], ids=repr
+)
+def test_a_proxy_may_close_the_connection_at_what_it_does_not_know(
+    server: Server, unknown: set[bytes]
+) -> None:
+    with proxy_to(server.port) as proxy, closing_link(proxy.url) as link:
+        proxy.unknown = frozenset(unknown)
+        works(proxy.url)
+        # It is remembered: of a link's connections only the first is closed.
+        link.execute(command("PING"))
+        link.close()
+        proxy.commands.clear()
+        link.execute(command("PING"))
+        assert proxy.commands == [b"INFO", b"PING"]
+        # A proxy that has learnt it is asked as any other, once it has been away.
+        proxy.unknown = frozenset([b"INFO"])
+        link.close()
+        link.execute(command("PING"))
+        proxy.commands.clear()
+        link.close()
+        link.execute(command("PING"))
+        assert proxy.commands == [b"HELLO", b"CLIENT", b"CLIENT", b"PING"]
+    assert server.our_keys() == []
+
+
+def test_what_closes_every_connection_is_tried_plainly_once_for_each_attempt(
+    server: Server,
+) -> None:
+    with proxy_to(server.port) as proxy, closing_link(proxy.url) as link:
+        proxy.unknown = frozenset([b"HELLO", b"INFO"])
+        with (
+            pytest.raises(ServerUnavailableError, match="does not answer as Valkey does"),
+            link.hurried(0),
+        ):
+            link.execute(command("PING"))
+        assert [each for each in proxy.commands if each != b"CLIENT"] == [b"HELLO", b"INFO"] * 2
+
+
+@contextlib.contextmanager
+def closing_link(url: str) -> Iterator[Link]:
+    with contextlib.closing(Link(config(url), b"")) as link:
+        yield link
 
 
 @pytest.mark.slow

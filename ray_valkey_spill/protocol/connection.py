@@ -19,6 +19,7 @@ from typing import Any
 from ray_valkey_spill import __version__
 from ray_valkey_spill.config import Config, Endpoint
 from ray_valkey_spill.errors import (
+    ClosedAtHelloError,
     ConnectionBrokenError,
     NotValkeyError,
     TooManyClientsError,
@@ -81,6 +82,7 @@ class Connection:
         endpoint: the server.
         patience: seconds to wait for a silent server, within 1 and 10 s. A Sentinel gets 0.5 s.
         sentinel: whether the server is a Sentinel, which has no databases and may have no users.
+        plain: whether to send neither HELLO nor CLIENT nor ROLE, but INFO alone.
 
     Attributes:
         waiting: requests without a reply, in the order in which their replies will come.
@@ -88,17 +90,25 @@ class Connection:
         turn_began: time since which its user has kept it from other clients, by the same clock.
         weight: bytes that the waiting requests have under way.
         mode: "standalone", "cluster" or "sentinel".
-        knows_hello: whether HELLO is answered. Some proxies and services do not know it.
+        knows_hello: whether HELLO is answered. Some proxies and services do not know it. False for
+            a plain connection.
         role: role of the server when the connection was opened. It costs one more exchange where
             HELLO is not known. A Sentinel has none.
 
     Raises:
+        ClosedAtHelloError: a plain connection may be possible.
         OSError, TransientError: another attempt may succeed.
         ServerRefusedError, NotValkeyError, ConfigError: another attempt will fail too.
     """
 
     def __init__(
-        self, config: Config, endpoint: Endpoint, patience: float, *, sentinel: bool = False
+        self,
+        config: Config,
+        endpoint: Endpoint,
+        patience: float,
+        *,
+        sentinel: bool = False,
+        plain: bool = False,
     ) -> None:
         self.endpoint = endpoint
         self.closed = False
@@ -130,7 +140,7 @@ class Connection:
         self._replies = ReplyReader(self._stream)
         self._question: Question | None = None
         try:
-            self.mode, self.role = self._hello(config)
+            self.mode, self.role = self._plain_hello() if plain else self._hello(config)
             self._look_at_round_trip()
         except NotValkeyError as error:
             raise not_valkey(endpoint, error) from error
@@ -138,7 +148,11 @@ class Connection:
             raise
         except OSError as error:
             # With TLS 1.3 a server rejects a client's certificate only now.
-            raise tls.refusal(error, endpoint) or does_not_answer(error) from error
+            if (refusal := tls.refusal(error, endpoint)) is not None:
+                raise refusal from error
+            failure = does_not_answer(error)
+            is_closed = isinstance(error, ConnectionBrokenError)
+            raise (ClosedAtHelloError(*failure.args) if is_closed else failure) from error
 
     def _hello(self, config: Config) -> tuple[str, Role]:
         hello = HELLO.ask()
@@ -165,6 +179,12 @@ class Connection:
                 self._question = question
                 return mode, role
         return mode, Role.UNKNOWN
+
+    def _plain_hello(self) -> tuple[str, Role]:
+        self.knows_hello = False
+        self._question = INFO
+        reply = self._ask(INFO)
+        return mode_of(info_fields(reply)), INFO.role(reply)
 
     def current_role(self) -> Role:
         """Ask for the server's role again. Every request sent before must have its reply.

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from ray_valkey_spill.backoff import Backoff
 from ray_valkey_spill.config import Address, Config, Endpoint
 from ray_valkey_spill.errors import (
+    ClosedAtHelloError,
     ConfigError,
     ConnectionBrokenError,
     NotValkeyError,
@@ -217,6 +218,8 @@ class Link:
         self._is_confirming = False
         # Whether INFO takes several sections. Some proxies and services know one at most.
         self._takes_sections = True
+        # Servers behind a proxy that closes the connection at a command that it does not know.
+        self._plain: set[Endpoint] = set()
         # Whether a server refused a connection lately; how many each server has refused; until when
         # this link opens none.
         self._is_crowded = False
@@ -384,7 +387,7 @@ class Link:
 
     def _sections(self, *names: str, at: Endpoint | None = None) -> Request:
         """Return a request for sections of INFO; for all of it if the server takes no such list."""
-        request = command("INFO", *(names if self._takes_sections else ()))
+        request = command("INFO", *(names if self._takes_sections and not self._plain else ()))
         request.target = at
         return request
 
@@ -548,8 +551,7 @@ class Link:
 
     def _agrees(self, endpoint: Endpoint, cluster: Cluster) -> bool:
         try:
-            witness = Connection(self._config, endpoint, _WITNESS_PATIENCE)
-            with contextlib.closing(witness):
+            with contextlib.closing(self._greet(endpoint, _WITNESS_PATIENCE)) as witness:
                 is_primary = witness.role is Role.PRIMARY
                 return is_primary and cluster_at(witness).agrees(cluster, self._connections)
         except (OSError, TransientError, ServerError):
@@ -575,7 +577,7 @@ class Link:
 
     def _is_primary(self, endpoint: Endpoint) -> bool:
         try:
-            with contextlib.closing(Connection(self._config, endpoint, _WITNESS_PATIENCE)) as other:
+            with contextlib.closing(self._greet(endpoint, _WITNESS_PATIENCE)) as other:
                 return other.role is Role.PRIMARY
         except (OSError, TransientError, ServerError):
             return False
@@ -796,7 +798,30 @@ class Link:
     def _open(self, endpoint: Endpoint) -> Connection:
         if (away := self._away_until - time.monotonic()) > 0:
             time.sleep(away)
-        return Connection(self._config, endpoint, self._unreachable_timeout)
+        return self._greet(endpoint, self._unreachable_timeout)
+
+    def _greet(self, endpoint: Endpoint, patience: float) -> Connection:
+        """Open a connection; a plain one if another is closed at its first commands.
+
+        A server that stops just then may be taken for one that needs plain connections, so that is
+        believed only until one of them fails, too. Errors as `Connection`.
+        """
+        plain = endpoint in self._plain
+        try:
+            return Connection(self._config, endpoint, patience, plain=plain)
+        except ClosedAtHelloError:
+            self._plain.discard(endpoint)
+            if plain:
+                raise
+            try:
+                connection = Connection(self._config, endpoint, patience, plain=True)
+            except (OSError, TransientError, ServerError):
+                # The first failure is what there is to report.
+                connection = None
+            if connection is None:
+                raise
+        self._plain.add(endpoint)
+        return connection
 
     def _discover(self) -> Topology:
         """Look up which server has which keys now. Errors as `Connection`."""

@@ -171,6 +171,7 @@ class Proxy:
     Attributes:
         to_server, to_client: what happens to the bytes of all connections.
         refusing: while True new connections are closed at once.
+        unknown: the names of commands at which the connection is reset.
         connections: how many there have been.
         round_trips: how many times a client spoke after it had heard of the server.
         commands: the names of those that clients have sent.
@@ -183,6 +184,7 @@ class Proxy:
         self.port = self._listener.getsockname()[1]
         self.to_server, self.to_client = Way(), Way()
         self.refusing = False
+        self.unknown: frozenset[bytes] = frozenset()
         self.connections = 0
         self.round_trips = 0
         self.commands: list[bytes] = []
@@ -298,6 +300,9 @@ class Proxy:
 
         def begun(command: bytes) -> int | None:
             self.commands.append(command)
+            if command in self.unknown:
+                traps.append(_Trap(lambda: False, command, number=1, within=0))
+                return 0
             trap = self._trap
             if trap is None or not trap.is_sprung_by(command):
                 return None
