@@ -27,8 +27,7 @@ def report(runs: Runs) -> str:
         "Written by `python -m benchmarks.soak --render`.",
         _summary(runs, operations, len(failures)),
         "\n".join(failures),
-        "How often each fault has struck, that is, has hit a client; by kind of server. "
-        "– is where it makes no sense.",
+        "How often each fault has struck, that is, has hit a client, by kind of server:",
         _matrix(runs),
         table([["operation", "times"], *rows]),
         _reclaimed(runs),
@@ -60,7 +59,7 @@ def _matrix(runs: Runs) -> str:
     rows = [["fault", *names]]
     for strike in TABLE:
         counts = [
-            str(by_kind[kind][strike.name]) if kind in strike.kinds else "–" for kind in names
+            str(by_kind[kind][strike.name]) if kind in strike.kinds else "-" for kind in names
         ]
         rows.append([strike.name, *counts])
     minutes = {

@@ -433,16 +433,12 @@ def loses_a_sentinel(rig: TopologyRig) -> Iterator[HasStruck]:
 # --- the overflow ---
 
 
-def hangs(share: HangingDirectory) -> Fault:
+@contextlib.contextmanager
+def hangs(share: HangingDirectory) -> Iterator[HasStruck]:
     """The overflow answers nothing, while Valkey is well."""
-
-    @contextlib.contextmanager
-    def overflow_hangs(rig: AnyRig) -> Iterator[HasStruck]:
-        share.hang()
-        yield lambda: bool(share.held)
-        share.go_on()
-
-    return overflow_hangs
+    share.hang()
+    yield lambda: bool(share.held)
+    share.go_on()
 
 
 PASSING: list[Fault] = [
