@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import json
 import random
 import sys
@@ -121,6 +122,7 @@ class Driver:
     def drop_all(self) -> None:
         """Drop all references, one to an actor aside."""
         self._live.clear()
+        gc.collect()  # exceptions refer to the frames they came through, and so to references
         self.operations[DROPS_OF_ALL] += 1
 
     def _put(self) -> None:
