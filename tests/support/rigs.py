@@ -170,11 +170,8 @@ def _offset(client: Any) -> int:
 def patient_client(node: Node) -> Any:
     """One that waits for every reply, however long it takes, and sends nothing twice."""
     pool = node.client.connection_pool
-    options = {
-        name: value
-        for name, value in pool.connection_kwargs.items()
-        if name not in ("socket_timeout", "retry", "retry_on_error")
-    }
+    options = {**pool.connection_kwargs, "socket_timeout": None, "retry": None}
+    options["retry_on_error"] = []
     return valkey.Valkey(
         connection_pool=valkey.ConnectionPool(connection_class=pool.connection_class, **options)
     )
