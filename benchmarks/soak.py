@@ -109,6 +109,7 @@ class Run:
 def soak(kind: str, seed: int, minutes: float, longest: float) -> dict[str, Any]:
     """Run one seed; `failures` of the result is empty if all went well."""
     choices = random.Random(seed)
+    origin = {"commit": _commit(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
     with tempfile.TemporaryDirectory(prefix="rvs-") as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         servers = stack.enter_context(target(kind, directory, seed))
@@ -137,9 +138,7 @@ def soak(kind: str, seed: int, minutes: float, longest: float) -> dict[str, Any]
         "reclaimed": run.scene.reclaimed,
         "io_worker_growth": watch.growth,
         "failures": failures + watch.failures(),
-        "commit": _commit(),
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%d"),
+        **origin,
     }
 
 

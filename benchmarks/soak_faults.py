@@ -17,16 +17,17 @@ import psutil
 from support import faults
 from support.clusters import add_node, io_workers, kill_node, talks_to
 from support.faults import HasStruck
-from support.servers import INDEX, wait_until
+from support.servers import wait_until
 
 from benchmarks.soak_driver import DROPS_OF_ALL, HANG, OWNERS_KILLED
 from benchmarks.soak_kinds import ALL, ONE_SERVER, TOPOLOGIES, Target
 from benchmarks.soak_watch import Driver
-from ray_valkey_spill.format.names import Entry
 
 # Seconds within which objects are removed that nobody references any more, of dead nodes too; and
 # those after which Ray has noticed.
 RECLAIMED_WITHIN, NOTICED_WITHIN = 120.0, 10.0
+# Seconds within which a node that is at work spills something of each driver, if it ever does.
+UNTIL_SPILLED = 40.0
 
 
 @dataclass
@@ -64,14 +65,18 @@ class Scene:
 
     def kill_a_node(self) -> None:
         """Another than the head, on which the drivers are."""
-        self.dead_nodes.add(self.nodes.list_all_nodes()[1].node_id)
+        self.dead_nodes.add(self.next_to_die)
         kill_node(self.nodes, 1)
 
-    def entries(self, job: str) -> dict[str, Entry]:
-        """What the index has of the objects that a job owns."""
-        members = (each.decode() for each in self.target.rig.client.zrange(INDEX, 0, -1))
-        entries = {member: Entry.parse(member) for member in members}
-        return {m: e for m, e in entries.items() if job_of(e.name.object_id) == job}
+    @property
+    def next_to_die(self) -> str:
+        """The id of the node that `kill_a_node` would kill."""
+        return str(self.nodes.list_all_nodes()[1].node_id)
+
+    def spilled(self, job: str) -> dict[str, str]:
+        """What is spilled of the objects that a job owns: by name, the node that has spilled it."""
+        names = (entry.name for entry in self.target.entries())
+        return {str(name): name.node for name in names if job_of(name.object_id) == job}
 
 
 def job_of(object_id: str) -> str:
@@ -175,18 +180,20 @@ def _of_a_dead_node(end: Callable[[Scene, Driver], None]) -> SceneFault:
     @contextlib.contextmanager
     def fault(scene: Scene) -> Iterator[HasStruck]:
         driver = scene.a_driver()
+        job = driver.job
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: scene.next_to_die in scene.spilled(job).values(), UNTIL_SPILLED)
         scene.kill_a_node()
         add_node(scene.nodes, 1)
-        job = driver.job
-        before = scene.entries(job)
+        before = scene.spilled(job)
         end(scene, driver)
         start = time.monotonic()
         timeout = RECLAIMED_WITHIN + NOTICED_WITHIN
-        wait_until(lambda: not before.keys() & scene.entries(job).keys(), timeout)
-        of_dead = [entry for entry in before.values() if entry.name.node in scene.dead_nodes]
+        wait_until(lambda: not before.keys() & scene.spilled(job).keys(), timeout)
+        of_dead = sum(node in scene.dead_nodes for node in before.values())
         if of_dead:
-            scene.reclaimed.append((len(of_dead), time.monotonic() - start))
-        yield lambda: bool(of_dead)
+            scene.reclaimed.append((of_dead, time.monotonic() - start))
+        yield lambda: of_dead > 0
 
     return fault
 

@@ -19,7 +19,11 @@ from support.topologies import cluster_servers, sentinel_servers
 
 from benchmarks.common import MIB
 from ray_valkey_spill.config import Config
+from ray_valkey_spill.format.names import Entry, Keyspace
+from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.preflight import acl_rules
+
+KEYS = Keyspace.of(Config())
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,16 @@ class Target:
             return keys
         files = (path for path in self.share.behind.rglob("*") if path.is_file())
         return keys + [str(path) for path in files if not path.name.startswith("place.")]
+
+    def entries(self) -> list[Entry]:
+        """The spilled objects, in Valkey and in the overflow."""
+        members = self.rig.client.zrange(KEYS.index, 0, -1)
+        entries = [Entry.parse(member.decode()) for member in members]
+        if self.share is not None:
+            with contextlib.closing(OverflowTier(str(self.share.behind), KEYS)) as overflow:
+                for owner in overflow.node_names():
+                    entries += [file.entry for file in overflow.files(owner)]
+        return entries
 
 
 @contextlib.contextmanager
