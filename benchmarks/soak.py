@@ -72,6 +72,8 @@ class Run:
                     return [failure]
             self._next = self._next or a_round(self.kind, scene.random)
             strike = self._next.pop()
+            if time.monotonic() + strike.takes > deadline:
+                continue
             try:
                 self._strike(strike)
             except AssertionError as error:

@@ -96,6 +96,7 @@ class Strike:
         fault: what happens.
         kinds: those of server on which it makes sense.
         lasts: whether it is held for a while.
+        takes: seconds that it may well take; it does not begin later than that before the end.
         times: in each round of all faults.
         destroys: whether data are destroyed. A round has one such fault.
     """
@@ -104,6 +105,7 @@ class Strike:
     fault: SceneFault
     kinds: frozenset[str]
     lasts: bool = True
+    takes: float = 0.0
     times: int = 1
     destroys: bool = False
 
@@ -233,12 +235,14 @@ TABLE = [
         _of_a_dead_node(_drop_all),
         ALL,
         lasts=False,
+        takes=60,
     ),
     Strike(
         "reclaiming: of a killed node, a driver is killed",
         _of_a_dead_node(Scene.kill_driver),
         ALL,
         lasts=False,
+        takes=60,
     ),
     _server(faults.resets_connections, ONE_SERVER, **_MOMENT),
     _server(faults.resets_after_some_more_bytes, ONE_SERVER, **_MOMENT),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -227,8 +226,3 @@ class TopologyRig(AnyRig):
 
 def _is_primary(node: Node) -> bool:
     return node.alive and node.client.info("replication")["role"] == "master"
-
-
-def continue_(node: Node) -> None:
-    assert node.process is not None
-    node.process.send_signal(signal.SIGCONT)
