@@ -3,8 +3,8 @@
 Two drivers, their actors and the tasks of two nodes put, read and drop objects, several times what
 the object stores hold, and compare every byte that they read. Meanwhile one fault after the other
 strikes the connections, the servers, the overflow, and Ray's processes. Each seed runs on the next
-kind of server; the faults of a kind come in rounds, in each of which all of them strike. Which,
-when, and for how long follows from the seed.
+kind of server; the faults of a kind come in rounds, in each of which all of them strike. In which
+order, when, and for how long follows from the seed, and from how often they have struck before.
 
 `python -m benchmarks.soak --minutes 20 --seeds 1 2 3 --lines soak.jsonl` fails if an object came
 back wrong, or not at all without data having been destroyed; if anything waited for five minutes;
@@ -34,7 +34,7 @@ from benchmarks.common import machine, note, results_only
 from benchmarks.soak_driver import HANG
 from benchmarks.soak_faults import NOTICED_WITHIN, RECLAIMED_WITHIN, Scene, Strike, a_round
 from benchmarks.soak_kinds import kinds, target
-from benchmarks.soak_report import report
+from benchmarks.soak_report import report, total
 from benchmarks.soak_watch import Watch
 
 DRIVERS = 2
@@ -48,12 +48,14 @@ class Run:
 
     Attributes:
         longest: seconds that a fault lasts, at most, if it has struck by then.
+        before: how often each fault has struck in earlier runs of the kind.
         struck, missed: how often, by fault; one that nothing has met is missed.
     """
 
     scene: Scene
     kind: str
     longest: float
+    before: collections.Counter[str]
     struck: collections.Counter[str] = field(default_factory=collections.Counter)
     missed: collections.Counter[str] = field(default_factory=collections.Counter)
     _next: list[Strike] = field(default_factory=list)
@@ -70,7 +72,8 @@ class Run:
             for driver in scene.drivers:
                 if failure := driver.failure():
                     return [failure]
-            self._next = self._next or a_round(self.kind, scene.random)
+            if not self._next:
+                self._next = a_round(self.kind, scene.random, self.before + self.struck)
             strike = self._next.pop()
             if time.monotonic() + strike.takes > deadline:
                 continue
@@ -108,8 +111,10 @@ class Run:
             self.scene.destroyed.write_text(str(time.monotonic()))
 
 
-def soak(kind: str, seed: int, minutes: float, longest: float) -> dict[str, Any]:
-    """Run one seed; `failures` of the result is empty if all went well."""
+def soak(
+    kind: str, seed: int, minutes: float, longest: float, earlier: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Run one seed after `earlier` ones; `failures` of the result is empty if all went well."""
     choices = random.Random(seed)
     origin = {"commit": _commit(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
     with tempfile.TemporaryDirectory(prefix="rvs-") as name, contextlib.ExitStack() as stack:
@@ -121,7 +126,8 @@ def soak(kind: str, seed: int, minutes: float, longest: float) -> dict[str, Any]
         nodes = stack.enter_context(cluster(**params))
         watch = Watch()
         watch.start()
-        run = Run(Scene(servers, nodes, destroyed, choices), kind, longest)
+        before = total([each for each in earlier if each["kind"] == kind], "faults")
+        run = Run(Scene(servers, nodes, destroyed, choices), kind, longest, before)
         start = time.monotonic()
         failures: list[str] = []
         try:
@@ -152,6 +158,11 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The results in a file of lines; none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20, help="for each seed")
@@ -163,15 +174,15 @@ def main() -> None:
     parser.add_argument("--render", type=Path, nargs="+", help="report on these files instead")
     options = parser.parse_args()
     if options.render:
-        lines = [line for path in options.render for line in path.read_text().splitlines()]
-        print(report([json.loads(line) for line in lines]))
+        print(report([run for path in options.render for run in _read(path)]))
         return
-    runs = []
+    runs: list[dict[str, Any]] = []
     with results_only() as output:
         for number, seed in enumerate(options.seeds):
             kind = options.kinds[number % len(options.kinds)]
             note(f"seed {seed} on {kind}")
-            runs.append(soak(kind, seed, options.minutes, options.longest))
+            earlier = _read(options.lines) if options.lines else runs
+            runs.append(soak(kind, seed, options.minutes, options.longest, earlier))
             note(json.dumps(runs[-1], indent=2))
             if options.lines:
                 with options.lines.open("a") as lines:

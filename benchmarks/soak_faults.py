@@ -7,7 +7,7 @@ import contextlib
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,13 +115,22 @@ def strikes(kind: str) -> list[Strike]:
     return [strike for strike in TABLE if kind in strike.kinds]
 
 
-def a_round(kind: str, choices: random.Random) -> list[Strike]:
-    """All faults of a kind, as often as they come in a round, in any order."""
+def a_round(kind: str, choices: random.Random, before: Mapping[str, int]) -> list[Strike]:
+    """All faults of a kind, as often as they come in a round; the next one is the last.
+
+    Args:
+        kind: of server.
+        choices: for their order.
+        before: how often each has struck before. Those that have least come first, also of those
+            that destroy data.
+    """
     possible = strikes(kind)
     drawn = [strike for strike in possible if not strike.destroys for _ in range(strike.times)]
-    drawn.append(choices.choice([strike for strike in possible if strike.destroys]))
+    destroying = [strike for strike in possible if strike.destroys]
+    choices.shuffle(destroying)
+    drawn.append(min(destroying, key=lambda strike: before.get(strike.name, 0)))
     choices.shuffle(drawn)
-    return drawn
+    return sorted(drawn, key=lambda strike: before.get(strike.name, 0), reverse=True)
 
 
 # --- Ray's processes ---

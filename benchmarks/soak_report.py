@@ -15,7 +15,7 @@ Runs = list[dict[str, Any]]
 
 def report(runs: Runs) -> str:
     """Markdown."""
-    operations = _total(runs, "operations")
+    operations = total(runs, "operations")
     rows = [[name, f"{count:,}"] for name, count in operations.most_common()]
     failures = [
         f"- seed {run['seed']} on {run['kind']}: {failure}"
@@ -38,13 +38,14 @@ def report(runs: Runs) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _total(runs: Runs, what: str) -> collections.Counter[str]:
+def total(runs: Runs, what: str) -> collections.Counter[str]:
+    """The sums over all runs of what each has counted under a name."""
     return sum((collections.Counter(run[what]) for run in runs), collections.Counter[str]())
 
 
 def _summary(runs: Runs, operations: collections.Counter[str], failures: int) -> str:
     hours = sum(run["seconds"] for run in runs) / 3600
-    struck, missed = (_total(runs, what).total() for what in ("faults", "missed"))
+    struck, missed = (total(runs, what).total() for what in ("faults", "missed"))
     return (
         f"{hours:.2f} hours, {struck:,} faults that struck ({missed:,} more met nothing), "
         f"{operations.total():,} operations, **{failures} failures**."
@@ -54,7 +55,7 @@ def _summary(runs: Runs, operations: collections.Counter[str], failures: int) ->
 def _matrix(runs: Runs) -> str:
     names = [kind for kind in kinds() if any(run["kind"] == kind for run in runs)]
     by_kind = {
-        kind: _total([run for run in runs if run["kind"] == kind], "faults") for kind in names
+        kind: total([run for run in runs if run["kind"] == kind], "faults") for kind in names
     }
     rows = [["fault", *names]]
     for strike in TABLE:

@@ -14,10 +14,17 @@ from benchmarks.soak_report import report
 
 @pytest.mark.parametrize("kind", sorted(ALL))
 def test_a_round_has_each_fault_of_a_kind_and_one_that_destroys(kind: str) -> None:
-    drawn = a_round(kind, random.Random(1))
+    drawn = a_round(kind, random.Random(1), {})
     wanted = {strike.name for strike in strikes(kind) if not strike.destroys}
     assert {strike.name for strike in drawn if not strike.destroys} == wanted
     assert sum(strike.destroys for strike in drawn) == 1
+
+
+def test_what_has_struck_least_comes_first() -> None:
+    before = {strike.name: 2 for strike in TABLE} | {"is full": 1, "flips bits": 0}
+    *others, second, first = a_round("single", random.Random(1), before)
+    assert [first.name, second.name] == ["flips bits", "is full"]
+    assert not any(strike.destroys for strike in others)
 
 
 def test_each_fault_has_a_name_of_its_own() -> None:
