@@ -88,9 +88,9 @@ class Run:
         for driver in self.scene.drivers:
             self.scene.operations += driver.stop()
         try:
-            wait_until(lambda: not self.scene.target.left(), RECLAIMED_WITHIN + NOTICED_WITHIN)
+            wait_until(lambda: not self.scene.left(), RECLAIMED_WITHIN + NOTICED_WITHIN)
         except AssertionError:
-            left = self.scene.target.left()
+            left = self.scene.left()
             return [f"keys and files are left: {left[:5]}, {len(left)} in all"]
         return []
 

@@ -20,8 +20,9 @@ from support.faults import HasStruck
 from support.servers import wait_until
 
 from benchmarks.soak_driver import DROPS_OF_ALL, HANG, OWNERS_KILLED
-from benchmarks.soak_kinds import ALL, ONE_SERVER, TOPOLOGIES, Target
+from benchmarks.soak_kinds import ALL, KEYS, ONE_SERVER, TOPOLOGIES, Target
 from benchmarks.soak_watch import Driver
+from ray_valkey_spill.format.names import ObjectName
 
 # Seconds within which objects are removed that nobody references any more, of dead nodes too; and
 # those after which Ray has noticed.
@@ -74,9 +75,31 @@ class Scene:
         return str(self.nodes.list_all_nodes()[1].node_id)
 
     def spilled(self, job: str) -> dict[str, str]:
-        """What is spilled of the objects that a job owns: by name, the node that has spilled it."""
-        names = (entry.name for entry in self.target.entries())
+        """What is spilled of the objects that a job owns: by name, the node that has spilled it.
+
+        Without what stays until the session ends.
+        """
+        names = {entry.name for entry in self.target.entries()} - self._staying()
         return {str(name): name.node for name in names if job_of(name.object_id) == job}
+
+    def left(self) -> list[str]:
+        """The keys and files that there should not be once nothing is referenced any more."""
+        staying = {KEYS.header(name) for name in self._staying()}
+        left = [
+            each
+            for each in self.target.left()
+            if each not in staying and each.rpartition(":")[0] not in staying
+        ]
+        return [each for each in left if not staying or each not in (KEYS.index, KEYS.usage)]
+
+    def _staying(self) -> set[ObjectName]:
+        """What dead nodes have spilled and nobody can be asked for, since its header is damaged."""
+        names = (entry.name for entry in self.target.entries())
+        return {
+            name
+            for name in names
+            if name.node in self.dead_nodes and self.target.lacks_its_header(name)
+        }
 
 
 def job_of(object_id: str) -> str:

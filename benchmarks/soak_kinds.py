@@ -19,7 +19,7 @@ from support.topologies import cluster_servers, sentinel_servers
 
 from benchmarks.common import MIB
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.format.names import Entry, Keyspace
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.preflight import acl_rules
 
@@ -41,12 +41,16 @@ class Target:
     share: HangingDirectory | None = None
 
     def left(self) -> list[str]:
-        """The keys and files of objects."""
+        """The keys and files of objects, and the metadata of what is stored."""
         keys = [key.decode() for key in self.rig.spilled_keys()]
         if self.share is None:
             return keys
         files = (path for path in self.share.behind.rglob("*") if path.is_file())
         return keys + [str(path) for path in files if not path.name.startswith("place.")]
+
+    def lacks_its_header(self, name: ObjectName) -> bool:
+        """Whether a fault has damaged the header of an object, so that nobody knows its owner."""
+        return KEYS.header(name) in self.rig.damaged
 
     def entries(self) -> list[Entry]:
         """The spilled objects, in Valkey and in the overflow."""

@@ -318,6 +318,7 @@ def _damages(name: str, script: str) -> Fault:
 
     def strike(rig: AnyRig) -> int:
         keys = _some_data_keys(rig)
+        rig.damaged |= {key.decode() for key in keys}
         for key in keys:
             rig.client.eval(script, 1, key)
         return len(keys)

@@ -25,11 +25,16 @@ class AnyRig:
         client: of the server; of a cluster, one that finds the shard of a key.
         random: for what faults choose.
         user: the name of the user that Ray connects as.
+        damaged: the keys of objects that faults have destroyed or altered.
     """
 
     client: Any
     random: random.Random
     user = "default"
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.damaged: set[str] = set()
 
     @property
     def clients(self) -> list[Any]:
@@ -88,7 +93,7 @@ class Rig(AnyRig):
     def __init__(self, directory: Path, seed: int = 0, make: MakeNode = plain_node) -> None:
         self._directory = directory
         self._make = make
-        self.random = random.Random(seed)
+        super().__init__(seed)
         self.node = self._new_node("primary")
         self._start()
         self._proxy = proxy_to(self.node.port)
@@ -180,8 +185,8 @@ class TopologyRig(AnyRig):
     """Several servers, to each of which clients connect by themselves."""
 
     def __init__(self, servers: Cluster | SentinelGroup, seed: int) -> None:
+        super().__init__(seed)
         self.servers = servers
-        self.random = random.Random(seed)
 
     @property
     def client(self) -> Any:  # type: ignore[override]
