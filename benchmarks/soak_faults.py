@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 from support import faults
-from support.clusters import add_node, io_workers, kill_node, talks_to
+from support.clusters import add_node, failures, io_workers, kill_node, talks_to
 from support.faults import HasStruck
 from support.servers import wait_until
 
@@ -246,6 +246,14 @@ def _the_overflow_hangs(scene: Scene) -> Iterator[HasStruck]:
         yield has_struck
 
 
+@contextlib.contextmanager
+def _the_server_is_full(scene: Scene) -> Iterator[HasStruck]:
+    """Ray may hear of it from the package, before the server refuses anything."""
+    before = failures()
+    with faults.is_full(scene.target.rig) as has_refused:
+        yield lambda: has_refused() or failures() > before
+
+
 def _server(fault: faults.Fault, kinds: frozenset[str], **options: Any) -> Strike:
     name = getattr(fault, "__name__", "").replace("_", " ")
     return Strike(name, _of_servers(fault), kinds, **options)
@@ -293,7 +301,7 @@ TABLE = [
     _server(faults.becomes_a_replica, ONE_SERVER),
     _server(faults.lacks_replicas, ALL),
     _server(faults.runs_a_long_script, ONE_SERVER),
-    _server(faults.is_full, ALL),
+    Strike("is full", _the_server_is_full, ALL),
     _server(faults.cannot_save, ONE_SERVER),
     _server(faults.wants_a_password, ONE_SERVER - _WITH_PASSWORD),
     _server(faults.has_another_password_for_the_user, _WITH_PASSWORD),
