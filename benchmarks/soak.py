@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,10 @@ class Run:
                 continue
             try:
                 self._strike(strike)
-            except AssertionError as error:
-                return [f"while this struck: {strike.name}: {error}"]
+            except Exception as error:
+                # Whatever a fault stumbles over is a result, as much as what it does to Ray.
+                traceback.print_exc()
+                return [f"while this struck: {strike.name}: {error!r}"]
         return []
 
     def end(self) -> list[str]:
