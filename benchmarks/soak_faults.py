@@ -144,16 +144,20 @@ def a_round(kind: str, choices: random.Random, before: Mapping[str, int]) -> lis
     Args:
         kind: of server.
         choices: for their order.
-        before: how often each has struck before. Those that have least come first, also of those
-            that destroy data.
+        before: how often each has struck before. Those that have least, for their `times`, come
+            first, also of those that destroy data.
     """
+
+    def so_far(strike: Strike) -> float:
+        return before.get(strike.name, 0) / strike.times
+
     possible = strikes(kind)
     drawn = [strike for strike in possible if not strike.destroys for _ in range(strike.times)]
     destroying = [strike for strike in possible if strike.destroys]
     choices.shuffle(destroying)
-    drawn.append(min(destroying, key=lambda strike: before.get(strike.name, 0)))
+    drawn.append(min(destroying, key=so_far))
     choices.shuffle(drawn)
-    return sorted(drawn, key=lambda strike: before.get(strike.name, 0), reverse=True)
+    return sorted(drawn, key=so_far, reverse=True)
 
 
 # --- Ray's processes ---

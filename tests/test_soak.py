@@ -21,7 +21,7 @@ def test_a_round_has_each_fault_of_a_kind_and_one_that_destroys(kind: str) -> No
 
 
 def test_what_has_struck_least_comes_first() -> None:
-    before = {strike.name: 2 for strike in TABLE} | {"is full": 1, "flips bits": 0}
+    before = {strike.name: 2 * strike.times for strike in TABLE} | {"is full": 1, "flips bits": 0}
     *others, second, first = a_round("single", random.Random(1), before)
     assert [first.name, second.name] == ["flips bits", "is full"]
     assert not any(strike.destroys for strike in others)
