@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.faults import Rig
+from support.rigs import Rig
 from support.samples import noise, source
 from support.servers import PRODUCTS, Server, server_of, valkey_server, wait_until
 from support.stores import Store

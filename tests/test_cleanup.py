@@ -28,8 +28,9 @@ from support.clusters import (
     starting_ray,
     system_config,
 )
-from support.faults import Rig, is_restarted_and_has_its_snapshot, resets_connections
+from support.faults import is_restarted_and_has_its_snapshot, resets_connections
 from support.guardians import end_guardians
+from support.rigs import Rig
 from support.samples import source
 from support.servers import (
     Server,

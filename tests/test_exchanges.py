@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import valkey
-from support.faults import Rig
 from support.proxy import Hold, Proxy, proxy_to
+from support.rigs import Rig
 from support.samples import get, noise, object_id, source
 from support.servers import Node, Server, valkey_server, wait_until
 from support.stores import Store

@@ -13,7 +13,6 @@ import pytest
 from support.faults import (
     PASSING,
     Fault,
-    Rig,
     cannot_save,
     delays,
     flips_bits,
@@ -31,6 +30,7 @@ from support.faults import (
     trickles,
     wants_a_password,
 )
+from support.rigs import Rig
 from support.servers import wait_until
 from support.stores import Store
 

@@ -25,8 +25,9 @@ from support.clusters import (
     system_config,
     talks_to,
 )
-from support.faults import Rig, forbids_unlink
+from support.faults import forbids_unlink
 from support.proxy import Proxy, proxy_to
+from support.rigs import Rig
 from support.servers import Server, valkey_server, wait_until
 
 

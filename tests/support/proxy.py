@@ -125,6 +125,7 @@ class Way:
         replaced: what stands for other bytes of the same length, as far as these come in one piece:
             a command whose name is replaced is one that the server does not know.
         bytes: how many went this way.
+        stalled: pieces that have had to wait because nothing was let through.
     """
 
     def __init__(self) -> None:
@@ -135,6 +136,7 @@ class Way:
         self.most: int | None = None
         self.replaced: dict[bytes, bytes] = {}
         self.bytes = 0
+        self.stalled = 0
         self._flowing = threading.Event()
         self._flowing.set()
 
@@ -149,6 +151,7 @@ class Way:
 
     def pass_on(self, size: int) -> tuple[int, bool]:
         """Take the time that `size` bytes take; how many get through, and whether to refuse."""
+        self.stalled += not self._flowing.is_set()
         self._flowing.wait()
         if self.delay:
             time.sleep(self.delay)
@@ -173,6 +176,7 @@ class Proxy:
         refusing: while True new connections are closed at once.
         unknown: the names of commands at which the connection is reset.
         connections: how many there have been.
+        refused: how many there would have been, but for `refusing` or a server that was away.
         round_trips: how many times a client spoke after it had heard of the server.
         commands: the names of those that clients have sent.
         swallowed: bytes that came over forgotten connections.
@@ -185,7 +189,7 @@ class Proxy:
         self.to_server, self.to_client = Way(), Way()
         self.refusing = False
         self.unknown: frozenset[bytes] = frozenset()
-        self.connections = 0
+        self.connections = self.refused = 0
         self.round_trips = 0
         self.commands: list[bytes] = []
         self._trap: _Trap | None = None
@@ -280,11 +284,13 @@ class Proxy:
         while True:
             client, _ = self._listener.accept()
             if self.refusing:
+                self.refused += 1
                 client.close()
                 continue
             try:
                 server = socket.create_connection(("127.0.0.1", self._upstream))
             except OSError:
+                self.refused += 1
                 client.close()
                 continue
             self.connections += 1
