@@ -21,7 +21,6 @@ key; its other fields are authenticated with the stream.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -335,24 +334,23 @@ class _Template:
             _Fields(*(bytes([1 + i]) * length for i, length in enumerate(lengths)))
         )
         # After each constant but the last comes the field with the number at the same index.
-        self._constants: list[bytes] = []
         self._numbers: list[int] = []
-        pattern = b""
+        constants: list[slice] = []
+        fields = [slice(0, 0)] * len(lengths)
         start = 0
         for _ in lengths:
             position = self._place(blank, marked, start)
             if position == len(blank):
                 break
             number = marked[position] - 1
-            self._constants.append(blank[start:position])
             self._numbers.append(number)
-            pattern += b"%b(.{%d})" % (re.escape(blank[start:position]), lengths[number])
+            constants.append(slice(start, position))
             start = position + lengths[number]
-        self._constants.append(blank[start:])
-        self._pattern = re.compile(pattern + re.escape(blank[start:]), re.DOTALL)
-        # Empty fields take the group after the last one.
-        groups = {number: group for group, number in enumerate(self._numbers)}
-        self._groups = itemgetter(*(groups.get(number, -1) for number in range(len(lengths))))
+            fields[number] = slice(position, start)
+        constants.append(slice(start, len(blank)))
+        self._constants_of = itemgetter(*constants)
+        self._fields_of = itemgetter(*fields)
+        self._constants: tuple[bytes, ...] = self._constants_of(blank)
         self.size = len(blank)
 
     @staticmethod
@@ -368,8 +366,9 @@ class _Template:
 
     def fields(self, stream: bytes) -> _Fields | None:
         """Return the fields of a stream; None if it has another shape."""
-        match = self._pattern.fullmatch(stream)
-        return None if match is None else _Fields(*self._groups((*match.groups(), b"")))
+        if len(stream) != self.size or self._constants_of(stream) != self._constants:
+            return None
+        return _Fields(*self._fields_of(stream))
 
 
 # Templates of the shapes seen so far, by the lengths of their fields and by that of the stream.
@@ -482,9 +481,11 @@ def _check_consistency(header: Header, payload_size: int) -> None:
     more = 0 if header.seal is None else TAG_SIZE
     full = header.chunk_size + more
     last = header.size - (wanted - 1) * header.chunk_size + more if wanted else 0
+    size = full
     for index, (stored, codec, _) in enumerate(header.chunks):
-        size = full if index < wanted - 1 else last
-        if stored > size or (codec is Codec.RAW and stored != size):
+        if index == wanted - 1:
+            size = last
+        if stored != size and (stored > size or codec is Codec.RAW):
             raise LostObjectError(f"its header gives chunk {index} a wrong size")
 
 

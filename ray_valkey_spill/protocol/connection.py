@@ -308,11 +308,14 @@ class Connection:
 
     def _pace(self, request: Request) -> None:
         """Record that a request is done. Must run before its weight is subtracted."""
-        if self.weight + self._batch > self._pacer.limit:
-            self._pacer.deliver(request.weight, time.monotonic())
-            self._pace_by(self._pacer)
+        pacer = self._pacer
+        limit = pacer.limit
+        if self.weight + self._batch > limit:
+            pacer.deliver(request.weight, time.monotonic())
+            if pacer.limit != limit:
+                self._pace_by(pacer)
         else:
-            self._pacer.interrupt()
+            pacer.interrupt()
 
     def _pace_by(self, pacer: Pacer) -> None:
         """Use a limit, or follow its change."""

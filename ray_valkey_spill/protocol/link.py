@@ -721,9 +721,16 @@ class Link:
         while not first.done:
             if _is_lost(first):
                 self._give_again(in_flight)
-            for connection in self._connections.values():
-                connection.flush()
-            self._receive(first.connection)
+            if len(self._connections) > 1:
+                # The one that is received from sends what it has by itself.
+                for connection in self._connections.values():
+                    connection.flush()
+            connection = first.connection
+            request = connection.read()
+            if isinstance(request.error, RedirectError) and request.key is not None:
+                self._follow(connection, request, request.error)
+            else:
+                request.done = True
 
     def _give_again(self, in_flight: deque[Request]) -> None:
         for request in in_flight:
@@ -732,13 +739,9 @@ class Link:
                 request.connection = connection
                 connection.add(request)
 
-    def _receive(self, connection: Connection) -> None:
-        """Receive the next reply, and follow it if it redirects its request."""
-        request = connection.read()
-        error = request.error
-        if error is None or not isinstance(error, RedirectError) or request.key is None:
-            request.done = True
-            return
+    def _follow(self, connection: Connection, request: Request, error: RedirectError) -> None:
+        """Send a request to where `error`, its reply over `connection`, redirects it."""
+        assert request.key is not None
         request.error = request.connection = None
         request.redirects += 1
         if request.redirects > _REDIRECTS:
@@ -763,9 +766,11 @@ class Link:
 
     def _route(self, request: Request) -> Connection:
         topology = self._topology or self._discover()
-        if request.target is not None and request.target in topology.primaries:
-            return self._connect(request.target)
-        return self._connect(topology.owner(request.key or self._home))
+        endpoint = request.target
+        if endpoint is None or endpoint not in topology.primaries:
+            endpoint = topology.owner(request.key or self._home)
+        known = self._connections.get(endpoint)
+        return self._connect(endpoint) if known is None or known.closed else known
 
     def _connect(self, endpoint: Endpoint) -> Connection:
         """Return a connection for data. Errors as `Connection`; TransientError for a replica."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,9 +32,9 @@ __all__ = [
 _READ_SIZE = 8 << 10
 _LARGEST = 512 << 20
 _LARGEST_INTEGER = 2**63
+_LONGEST_INTEGER = len(b"-9223372036854775808")
 # Arrays in arrays. CLUSTER SLOTS has the deepest of all replies, with three.
 _DEEPEST = 8
-_INTEGER = re.compile(rb"-?[0-9]{1,19}")
 
 _USE_PRIMARY = "Wait for the failover to end, or give the url of the primary"
 # Error replies that mean "not now", with a hint for those that may not pass by themselves. A server
@@ -158,26 +157,26 @@ class Prepared:
         encoded = _encoded((name, *args))
         self._key = _key_of(encoded) if key is None else key.encode()
         self._count = len(encoded)
-        self._encoded = _bulks(encoded)
+        self._encoded = b"".join(_bulks(encoded))
 
     def request(self, *args: str | bytes | int) -> Request:
         """Return the command with further arguments."""
         head = b"*%d\r\n" % (self._count + len(args))
-        return Request([head + self._encoded + _bulks(_encoded(args))], self._key)
+        return Request([b"".join((head, self._encoded, *_bulks(args)))], self._key)
 
 
 def command(name: str, *args: str | bytes | int) -> Request:
     """Return a small command. EVAL as for `Prepared`."""
     encoded = _encoded((name, *args))
-    return Request([b"*%d\r\n" % len(encoded) + _bulks(encoded)], _key_of(encoded))
+    return Request([b"".join((b"*%d\r\n" % len(encoded), *_bulks(encoded)))], _key_of(encoded))
 
 
 def _encoded(args: Sequence[str | bytes | int]) -> list[bytes]:
     return [a if isinstance(a, bytes) else str(a).encode() for a in args]
 
 
-def _bulks(encoded: Sequence[bytes]) -> bytes:
-    return b"".join([b"$%d\r\n%b\r\n" % (len(a), a) for a in encoded])
+def _bulks(args: Sequence[str | bytes | int]) -> list[bytes]:
+    return [b"$%d\r\n%b\r\n" % (len(a), a) for a in _encoded(args)]
 
 
 def _key_of(encoded: Sequence[bytes]) -> bytes | None:
@@ -299,9 +298,11 @@ class ReplyReader:
 
 def _number(text: bytes, least: int, most: int = _LARGEST) -> int:
     """Parse an integer reply, or a length, which is at most 512 MiB (`proto-max-bulk-len`)."""
-    if not _INTEGER.fullmatch(text) or not least <= (number := int(text)) <= most:
-        raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is not Valkey")
-    return number
+    if len(text) <= _LONGEST_INTEGER and text.removeprefix(b"-").isdigit():
+        number = int(text)
+        if least <= number <= most:
+            return number
+    raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is not Valkey")
 
 
 def reply_error(text: str) -> ServerError:

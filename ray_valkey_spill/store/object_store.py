@@ -275,7 +275,7 @@ class ObjectStore:
                 is not sealed although this node has an encryption_key_file.
             ConfigError: it is sealed with a key that this node does not have (yet).
         """
-        (found,) = self.find_all([(url, object_id)])
+        (found,) = self._find_page([(self._locate(url), object_id)])
         if isinstance(found, LostObjectError):
             raise found
         return found
@@ -328,7 +328,7 @@ class ObjectStore:
                 raise LostObjectError("its header is gone")
             if key_id(stat.header) != place.key_id:
                 raise LostObjectError("its header is not sealed with the key that it was put with")
-            key = self.keys.header(place.name)
+            key = "" if self._key_ring is None else self.keys.header(place.name)
             header, payload = decode_header(stat.header, key, self._key_ring)
             for problem in problems(place.name, object_id, header, payload, stat, [place.size]):
                 raise LostObjectError(problem)

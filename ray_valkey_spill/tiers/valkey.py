@@ -231,10 +231,10 @@ class ValkeyTier:
     def _stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         def requests() -> Iterator[Request]:
             for name, expected in wanted:
-                header, *chunks = self._keys.values(name)
+                header = self._keys.header(name)
                 yield fetch(header, expected=expected)
-                for key in chunks:
-                    yield command("STRLEN", key)
+                for number in range(name.chunks):
+                    yield command("STRLEN", f"{header}:{number}")
 
         replies = self._link.run(requests())
         for name, _ in wanted:
