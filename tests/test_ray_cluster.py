@@ -77,6 +77,16 @@ def check(i: int, array: np.ndarray) -> bool:
     return bool((array == i).all())
 
 
+@ray.remote(scheduling_strategy="SPREAD")
+def split(i: int, parts: int) -> list[np.ndarray]:
+    return [np.full(MIB // 2, i * parts + j) for j in range(parts)]
+
+
+@ray.remote
+def merge(*parts: np.ndarray) -> list[int]:
+    return sorted(int(part[0]) for part in parts if (part == part[0]).all())
+
+
 def kill_raylet(cluster: Cluster, number: int) -> None:
     """Kill the raylet alone; what it started ends by itself."""
     node = cluster.list_all_nodes()[number]
@@ -153,6 +163,21 @@ class TestTwoNodes:
         spill(refs[:10], shared)
         nodes.remove_node(nodes.list_all_nodes()[1])
         assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(30))
+
+    @pytest.mark.slow
+    def test_a_shuffle_is_right_though_a_node_is_removed(
+        self, shared: Server, nodes: Cluster
+    ) -> None:
+        """What the node has spilled is restored elsewhere, and the rest is made again."""
+        maps, parts = 16, 5
+        other = nodes.list_all_nodes()[1].node_id
+        made = [split.options(num_returns=parts).remote(i, parts) for i in range(maps)]
+        # Most of what one node makes does not fit into its store.
+        wait_until(lambda: other in nodes_of(shared))
+        remove_node(nodes, 1)
+        merged = [merge.remote(*(made[i][j] for i in range(maps))) for j in range(parts)]
+        for j, numbers in enumerate(ray.get(merged, timeout=300)):
+            assert numbers == [i * parts + j for i in range(maps)]
 
     @pytest.mark.parametrize(
         "kill_it", [kill_node, kill_raylet, remove_node], ids=["node", "raylet", "removed"]
