@@ -84,7 +84,7 @@ def _string(value: Any) -> str:
 
 
 def _utf8(value: Any) -> str:
-    """As `_string`, for text that is sent to a server; raises a ValueError for other bytes."""
+    """As `_string`, for what a server or pyarrow takes; raises a ValueError for other text."""
     _string(value).encode()
     return str(value)
 
@@ -130,9 +130,9 @@ def _boolean_text(text: str) -> bool:
 
 def _matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
     def check(value: Any) -> str:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
+        if not pattern.fullmatch(_utf8(value)):
             raise ValueError
-        return value
+        return str(value)
 
     return check
 

@@ -426,9 +426,9 @@ def test_a_password_that_breaks_the_url_is_not_repeated_either(odd: str) -> None
 
 @pytest.mark.parametrize("text", ["a\0b", "\ud800"])
 def test_text_that_no_server_or_file_system_takes_is_refused(text: str) -> None:
-    for name in ("url", "username", "sentinel_service"):
+    for name in ("url", "username", "sentinel_service", "overflow_uri"):
         with pytest.raises(ConfigError, match=name) as caught:
-            load(**{name: f"valkey://{text}"})
+            load(**{name: f"{'file:///' if name == 'overflow_uri' else 'valkey://'}{text}"})
         str(caught.value).encode()
     if "\0" in text:
         with pytest.raises(ConfigError, match="password_file"):
