@@ -441,9 +441,9 @@ def test_an_operation_is_one_exchange_of_few_commands(
 @pytest.mark.parametrize(
     ("count", "size", "most"),
     [
-        (1, 128 * KIB, {"spill": 500, "restore": 210}),
-        (1, MIB, {"spill": 820, "restore": 650}),
-        (50, 128 * KIB, {"spill": 200, "restore": 165}),
+        (1, 128 * KIB, {"spill": 490, "restore": 190}),
+        (1, MIB, {"spill": 800, "restore": 620}),
+        (50, 128 * KIB, {"spill": 200, "restore": 152}),
     ],
 )
 def test_an_operation_takes_few_calls(

@@ -298,10 +298,9 @@ class ReplyReader:
 
 def _number(text: bytes, least: int, most: int = _LARGEST) -> int:
     """Parse an integer reply, or a length, which is at most 512 MiB (`proto-max-bulk-len`)."""
-    if len(text) <= _LONGEST_INTEGER and text.removeprefix(b"-").isdigit():
-        number = int(text)
-        if least <= number <= most:
-            return number
+    is_integer = text.isdigit() or (text[:1] == b"-" and text[1:].isdigit())
+    if is_integer and len(text) <= _LONGEST_INTEGER and least <= (number := int(text)) <= most:
+        return number
     raise NotValkeyError(f"a reply has {text[:20]!r} for a number: this is not Valkey")
 
 
