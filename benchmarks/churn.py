@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,13 +23,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
 from ray.cluster_utils import Cluster
 from support.clusters import add_node, cluster, io_workers, kill_node
-from support.servers import INDEX, Server, valkey_server
+from support.servers import INDEX, ROOT, Server, valkey_server
 
 from benchmarks.common import MIB, lines, machine, note, results_only, table
 from ray_valkey_spill.format.names import Entry
@@ -38,6 +39,10 @@ BETWEEN_SAMPLES = 3.0
 # Seconds for which an object may stay after its last reference went, and those by which a driver's
 # list of its references and a sample may be late.
 MOST_EXCESS, LATE = 120.0, 10.0
+# The keys with the metadata.
+METADATA = ("pending", "index", "usage", "writers", "totals", "leases", "overflows")
+# What must not grow: columns of a sample, the largest IO worker's where there are several.
+GROWING = ("server", "metadata", "workers", "threads", "sockets", "files", "session_files")
 # Seconds within which Ray hears of a spill, from its beginning.
 REPORTED_WITHIN = 5.0
 
@@ -80,8 +85,10 @@ class _Sample:
     referenced: float
     excess: float
     server: float
+    metadata: float
     workers: float
     threads: int
+    sockets: int
     files: int
     session_files: int
 
@@ -112,6 +119,7 @@ class Run:
         self._ended: list[_Driver] = []
         self._seeds = iter(range(self.seed * 1000 + 1, (self.seed + 1) * 1000))
         self._began = time.monotonic()
+        self._drivers_ended = float("inf")
         self._next_node = NODES
         # By id: when an object on the server was first seen to be referenced by nobody.
         self._since: dict[str, float] = {}
@@ -136,6 +144,7 @@ class Run:
             driver.end(kill=False)
         self._ended += self._drivers
         self._drivers = []
+        self._drivers_ended = time.monotonic() - self._began
         deadline = time.monotonic() + MOST_EXCESS + LATE
         while time.monotonic() < deadline and self._sample():
             time.sleep(BETWEEN_SAMPLES)
@@ -186,13 +195,35 @@ class Run:
                 sum(e.size for e in entries if e.name.object_id in referenced) / MIB,
                 in_excess / MIB,
                 self.server.client.info("memory")["used_memory"] / MIB,
-                max((memory for memory, _, _ in workers), default=0) / MIB,
-                max((threads for _, threads, _ in workers), default=0),
-                max((files for _, _, files in workers), default=0),
+                self._metadata() / MIB,
+                max((each.memory for each in workers), default=0) / MIB,
+                max((each.threads for each in workers), default=0),
+                max((each.sockets for each in workers), default=0),
+                max((each.files for each in workers), default=0),
                 _session_files(),
             )
         )
         return len(entries)
+
+    def _metadata(self) -> int:
+        """The bytes that the server needs for the metadata."""
+        keys = [f"{ROOT}{{default}}:{name}" for name in METADATA]
+        return sum(self.server.client.memory_usage(key) or 0 for key in keys)
+
+    def _growth(self) -> dict[str, list[float]]:
+        """The median and the most of each column, in the second and in the last quarter."""
+        during = [sample for sample in self.samples if sample.seconds < self._drivers_ended]
+        quarter = max(1, len(during) // 4)
+        parts = (during[quarter : 2 * quarter] or during, during[-quarter:])
+        return {
+            name: [
+                figure
+                for part in parts
+                for values in [[getattr(sample, name) for sample in part]]
+                for figure in (statistics.median(values), max(values))
+            ]
+            for name in GROWING
+        }
 
     def _was_reported(self, object_id: str) -> bool:
         """Whether an object was spilled so long before its node was killed that Ray knew of it.
@@ -209,7 +240,6 @@ class Run:
         drivers = [*self._ended, *self._drivers]
         missing = [m for d in drivers for m in d.latest.get("missing", [])]
         lost = [m for m in missing if self._was_reported(m[0])]
-        half = self.samples[len(self.samples) // 2 :]
         return {
             "seconds": self.samples[-1].seconds,
             "events": self.events,
@@ -225,21 +255,30 @@ class Run:
             "most_excess_mib": max(sample.excess for sample in self.samples),
             "most_stored_mib": max(sample.stored for sample in self.samples),
             "left_objects": len(self._since),
-            "growth": {
-                name: [max(getattr(s, name) for s in part) for part in (self.samples, half)]
-                for name in ("server", "workers", "threads", "files", "session_files")
-            },
+            "growth": self._growth(),
             "metadata_left": [
                 key.decode() for key in self.server.our_keys() if b"{default}" in key
             ],
         }
 
 
-def _looks() -> Iterator[tuple[int, int, int]]:
-    """Yield the memory, threads and open files of each IO worker."""
+class _Look(NamedTuple):
+    memory: int
+    threads: int
+    sockets: int
+    files: int
+
+
+def _looks() -> Iterator[_Look]:
+    """Yield the memory, threads, connections and open files of each IO worker."""
     for worker in io_workers():
         with contextlib.suppress(psutil.Error):
-            yield worker.memory_full_info().uss, worker.num_threads(), worker.num_fds()
+            yield _Look(
+                worker.memory_full_info().uss,
+                worker.num_threads(),
+                len(worker.net_connections()),
+                worker.num_fds(),
+            )
 
 
 def _session_files() -> int:
@@ -248,8 +287,10 @@ def _session_files() -> int:
     return sum(1 for _ in session.glob("ray_valkey_spill-*"))
 
 
-def churn(minutes: float, between: float, limit: int, seed: int, into: Path) -> dict[str, Any]:
-    """Run once, and draw what was stored and referenced to `into`."""
+def churn(
+    minutes: float, between: float, limit: int, seed: int
+) -> tuple[dict[str, Any], list[_Sample]]:
+    """Run once."""
     with (
         tempfile.TemporaryDirectory(prefix="rvs-churn-") as directory,
         valkey_server() as server,
@@ -261,30 +302,45 @@ def churn(minutes: float, between: float, limit: int, seed: int, into: Path) -> 
         finally:
             run.stop()
         found = run.results()
-    lines(
-        into / "churn.png",
-        "On the server, and referenced, while nodes come and go",
-        ("minutes", "MiB of data"),
-        {
-            name: {sample.seconds / 60: getattr(sample, name) for sample in run.samples}
-            for name in ("stored", "referenced", "excess")
-        },
-        logarithmic=False,
-    )
     failures = [f"{name}: {found[name]}" for name in ("lost", "wrong", "hung") if found[name]]
     if found["longest_excess_seconds"] > MOST_EXCESS + LATE:
         failures.append(f"an object stayed for {found['longest_excess_seconds']:.0f} s")
     if found["left_objects"]:
         failures.append(f"objects left: {found['left_objects']}")
-    return {"seed": seed, **found, "failures": failures}
+    return {"seed": seed, **found, "failures": failures}, run.samples
+
+
+def _draw(samples: list[_Sample], into: Path) -> None:
+    """Draw what was stored and referenced over time, and what must not grow."""
+    lines(
+        into / "churn.png",
+        "On the server, and referenced, while nodes come and go",
+        ("minutes", "MiB of data"),
+        {
+            name: {sample.seconds / 60: getattr(sample, name) for sample in samples}
+            for name in ("stored", "referenced", "excess")
+        },
+        logarithmic=False,
+    )
+    lines(
+        into / "churn-growth.png",
+        "What must not grow, each as a part of its most",
+        ("minutes", "part of the most"),
+        {
+            name: {s.seconds / 60: getattr(s, name) / (most or 1) for s in samples}
+            for name in GROWING
+            for most in [max(getattr(sample, name) for sample in samples)]
+        },
+        logarithmic=False,
+    )
 
 
 def _report(found: dict[str, Any]) -> str:
     names = [name for name, value in found.items() if isinstance(value, int | float)]
     rows = [["what", "value"], *([name, f"{found[name]:,.0f}"] for name in names)]
     rows += [[f"events: {name}", str(count)] for name, count in found["events"].items()]
-    growth = [["most", "in the whole run", "in its second half"]]
-    growth += [[n, *(f"{value:,.0f}" for value in pair)] for n, pair in found["growth"].items()]
+    growth = [["", "2nd quarter: median", "most", "last quarter: median", "most"]]
+    growth += [[n, *(f"{each:,.2f}" for each in row)] for n, row in found["growth"].items()]
     return "\n\n".join([table(rows), table(growth), "Failures: " + str(found["failures"])])
 
 
@@ -301,9 +357,14 @@ def main() -> None:
     if options.quick:
         options.minutes, options.between, options.limit = 2, 20, 150
     with results_only() as output:
-        found = churn(options.minutes, options.between, options.limit, options.seed, options.into)
+        found, samples = churn(options.minutes, options.between, options.limit, options.seed)
         results = {"machine": machine(), "runs": [found]}
-        print(json.dumps(results, indent=2) if options.json else _report(found), file=output)
+        print(
+            json.dumps(results, indent=2) if options.json else _report(found),
+            file=output,
+            flush=True,
+        )
+        _draw(samples, options.into)
     sys.exit(bool(found["failures"]))
 
 

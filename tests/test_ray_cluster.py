@@ -98,6 +98,15 @@ def kill_raylet(cluster: Cluster, number: int) -> None:
     kill_node(cluster, number)
 
 
+def terminate_raylet(cluster: Cluster, number: int) -> None:
+    """As `ray stop` does it, and a node's drain: the raylet ends in order, and its workers."""
+    node = cluster.list_all_nodes()[number]
+    raylet = node.all_processes["raylet"][0].process
+    raylet.terminate()
+    raylet.wait()
+    kill_node(cluster, number)
+
+
 def remove_node(cluster: Cluster, number: int) -> None:
     """As Ray's own tests do it: with a call of `destroy_external_storage` before the node ends."""
     cluster.remove_node(cluster.list_all_nodes()[number])
@@ -180,7 +189,9 @@ class TestTwoNodes:
             assert numbers == [i * parts + j for i in range(maps)]
 
     @pytest.mark.parametrize(
-        "kill_it", [kill_node, kill_raylet, remove_node], ids=["node", "raylet", "removed"]
+        "kill_it",
+        [kill_node, kill_raylet, terminate_raylet, remove_node],
+        ids=["node", "raylet", "terminated", "removed"],
     )
     def test_objects_outlive_the_node_that_spilled_them(
         self, shared: Server, nodes: Cluster, kill_it: Callable[[Cluster, int], None]
