@@ -21,47 +21,62 @@ import pytest
 import ray
 from support.clusters import MIB, kill, local_ray, run_driver, system_config
 from support.guardians import end_guardians, guardians, left_of
-from support.servers import Node, Server, free_port, valkey_server, wait_until
+from support.servers import ROOT, Node, Server, free_port, valkey_server, wait_until
 
+from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.plugin import proc
 
 pytestmark = pytest.mark.slow
+
+LEASES = Keyspace(ROOT).leases
 
 # As at a terminal, also where the tests run in the background of a shell.
 _INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 _RAY = _INTERRUPTIBLE + "from ray.scripts.scripts import main; main()"
 
-# Spills, and goes; an actor keeps what it spilled.
+# Spills, and goes; an actor keeps what was spilled on each of some nodes.
 _SPILLING = """
-import sys, numpy as np, ray
+import os, sys, threading, time, numpy as np, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR", namespace="ends")
 
 @ray.remote(num_cpus=0, name="holder", lifetime="detached")
 class Holder:
+    def __init__(self):
+        self.refs = {}
+
     def put(self, resource):
         full = ray.remote(np.full).options(num_cpus=0, resources={resource: 1}, max_retries=0)
-        self.refs = [full.remote(1 << 20, i) for i in range(30)]
-        ray.wait(self.refs, num_returns=30, fetch_local=False)
-        return [ref.hex() for ref in self.refs]
+        refs = [full.remote(1 << 20, i) for i in range(30)]
+        ray.wait(refs, num_returns=30, fetch_local=False)
+        self.refs |= {ref.hex(): (i, ref) for i, ref in enumerate(refs)}
+        return [ref.hex() for ref in refs]
 
     def check(self, spilled):
         # Of the others, which were in the memory of the head, Ray makes none again.
-        read = {
-            i: int(ray.get(ref, timeout=60)[0])
-            for i, ref in enumerate(self.refs)
-            if ref.hex() in spilled
-        }
+        kept = [self.refs[each] for each in spilled if each in self.refs]
+        read = {i: int(ray.get(ref, timeout=60)[0]) for i, ref in kept}
         return len(read) > 5 and all(i == found for i, found in read.items())
 
+    def drop_later(self, ids, gate):
+        def drop():
+            while not os.path.exists(gate):
+                time.sleep(0.1)
+            for each in ids:
+                del self.refs[each]
+        threading.Thread(target=drop).start()
+
 holder = Holder.options(resources={sys.argv[2]: 1}).remote()
-print("kept", *ray.get(holder.put.remote(sys.argv[3])))
+for resource in sys.argv[3:]:
+    print("kept", *ray.get(holder.put.remote(resource)))
 """
 
 _CHECKING = """
 import json, sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR", namespace="ends")
-check = ray.get_actor("holder").check
-print("right:", ray.get(check.remote(json.loads(sys.argv[2])), timeout=240))
+holder = ray.get_actor("holder")
+print("right:", ray.get(holder.check.remote(json.loads(sys.argv[2])), timeout=240))
+if len(sys.argv) > 3:
+    ray.get(holder.drop_later.remote(json.loads(sys.argv[3]), sys.argv[4]))
 """
 
 _DRIVER = (
@@ -89,18 +104,22 @@ class Session:
         return left_of(server, self.directory.name) == 0 and not guardians(self.directory)
 
 
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process, with all that it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in psutil.Process(process.pid).children(recursive=True):
+            kill(each.pid)
+    kill(process.pid)
+    process.wait()
+
+
 @contextlib.contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """In the end the process has ended, with all that it had started."""
     try:
         yield
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            started = psutil.Process(process.pid).children(recursive=True)
-            for each in started:
-                kill(each.pid)
-        kill(process.pid)
-        process.wait()
+        kill_all(process)
         end_guardians(process.pid)
 
 
@@ -258,7 +277,11 @@ def test_processes_of_a_head_that_end_one_by_one(spilling: Server, short_dir: Pa
 def test_a_head_that_comes_back_with_its_session_finds_all_that_was_spilled(
     short_dir: Path,
 ) -> None:
-    """The GCS keeps its state in a Redis. Heads are ended by SIGTERM, then by SIGKILL."""
+    """The GCS keeps its state in a Redis. Heads are ended by SIGTERM, then by SIGKILL.
+
+    Beside the second one another node is killed, and references to its objects go: until there is a
+    GCS again, nothing of it is removed.
+    """
     binary = Path(str(shutil.which("redis-server")))
     redis = Node(short_dir / "redis", free_port(), {}, binary=binary)
     port = free_port()
@@ -266,26 +289,58 @@ def test_a_head_that_comes_back_with_its_session_finds_all_that_was_spilled(
     with valkey_server() as server, contextlib.closing(redis), contextlib.ExitStack() as stack:
         redis.start()
         wait_until(redis.serves)
-        options = _head_options(port, short_dir, {**system_config(server.url), "max_io_workers": 1})
+        # Nodes outlive a GCS that is away for longer than they wait by default.
+        settings = {"max_io_workers": 1, "gcs_rpc_server_reconnect_timeout_s": 600}
+        options = _head_options(port, short_dir, {**system_config(server.url), **settings})
 
         def start(name: str, *arguments: str) -> subprocess.Popen[bytes]:
             return start_node(stack, arguments, short_dir / name, RAY_REDIS_ADDRESS=redis.url[9:-2])
 
+        def node(resource: str) -> subprocess.Popen[bytes]:
+            resources = json.dumps({resource: 100})
+            return start(f"{resource}.log", f"--address={address}", f"--resources={resources}")
+
         first = start("1.log", *options)
-        start("node.log", f"--address={address}", '--resources={"second": 100}')
-        # The actor is on the other node. What it keeps was made, and spilled, on the head.
+        node("second")
+        third = node("third")
+        # The actor is on another node. What it keeps was made, and spilled, on the head and on the
+        # third node.
+        printed = run_driver(_SPILLING, address, "second", "first", "third")
         # Ray may have said something after it.
-        (kept,) = re.findall("^kept (.*)$", run_driver(_SPILLING, address, "second", "first"), re.M)
-        spilled = server.spilled_ids() & {*kept.split()}
-        assert len(spilled) > 5
+        of_first, of_third = (
+            server.spilled_ids() & {*ids.split()}
+            for ids in re.findall("^kept (.*)$", printed, re.M)
+        )
+        assert min(len(of_first), len(of_third)) > 5
+        dropped = {*sorted(of_third)[::2]}
         session = (short_dir / "session_latest").resolve()
+        gate = short_dir / "gate"
+        spilled = of_first | of_third
         for name, number in (("2.log", signal.SIGTERM), ("3.log", signal.SIGKILL)):
             assert guardians(session) == []
             first.send_signal(number)
             first.wait(timeout=60)
+            if number == signal.SIGKILL:
+                kill_all(third)
+                gate.touch()
+                _expect_rounds(server, 3)
+                assert server.spilled_ids() >= spilled
+                spilled -= dropped
             # Or Ray takes the other node, which is on the same host here, for a head that runs.
             (short_dir / "ray_current_cluster").unlink()
             first = start(name, *options)
             assert (short_dir / "session_latest").resolve() == session
-            assert "right: True" in run_driver(_CHECKING, address, json.dumps([*spilled]))
+            arguments = [] if gate.exists() else [json.dumps([*dropped]), str(gate)]
+            printed = run_driver(_CHECKING, address, json.dumps([*spilled]), *arguments)
+            assert "right: True" in printed
             assert server.spilled_ids() >= spilled
+        # The third node is dead now by the GCS's word.
+        wait_until(lambda: not server.spilled_ids() & dropped)
+        assert server.spilled_ids() >= spilled
+
+
+def _expect_rounds(server: Server, count: int) -> None:
+    """Wait until living nodes, all of which look for dead ones, have done so many rounds."""
+    for _ in range(count):
+        before = server.client.zrange(LEASES, 0, -1, withscores=True)
+        wait_until(lambda: server.client.zrange(LEASES, 0, -1, withscores=True) != before)  # noqa: B023

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -284,3 +285,102 @@ def _objects_of_node_1() -> tuple[dict[str, dict[str, int]], dict[str, Any]]:
         "pid of the paused": pid,
     }
     return kinds, {name: each for name, each in held.items() if name != "nested"}
+
+
+# Put into IO workers: one that has settled one of these objects never answers Ray.
+HANGING = """
+import os, pathlib, sys, time
+
+if any("SPILL_WORKER" in argument for argument in sys.orig_argv):
+    from ray_valkey_spill.store.spill import Batch
+
+    commit = Batch.commit
+
+    def commit_and_hang(self):
+        commit(self)
+        named = pathlib.Path(os.environ["HANGING"])
+        while named.exists() and {e.name.object_id for e in self.stored} & {
+            *named.read_text().split()
+        }:
+            time.sleep(0.1)
+
+    Batch.commit = commit_and_hang
+"""
+
+
+def test_gc_joins_a_cluster_and_of_an_object_spilled_twice_the_old_copy_goes(
+    spilling: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster whose living node has not spilled yet: nobody reclaims there but `gc`."""
+    (tmp_path / "sitecustomize.py").write_text(HANGING)
+    hanging = tmp_path / "hanging"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("HANGING", str(hanging))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with cluster(spilling.url) as nodes:
+        head, dead = (node.node_id for node in nodes.list_all_nodes())
+        held = {
+            kind: [produce.options(**on(1)).remote(i) for i in range(EACH)]
+            for kind in ("kept", "dropped")
+        }
+        for refs in held.values():
+            ray.wait(refs, num_returns=EACH, fetch_local=False)
+        kinds = {kind: numbered(ref.hex() for ref in refs) for kind, refs in held.items()}
+        spill_some(spilling, dead, kinds)
+        # Of these there are copies in the memory of the head.
+        held["twice"] = [produce.options(**on(1)).remote(i) for i in range(EACH)]
+        kinds["twice"] = numbered(ref.hex() for ref in held["twice"])
+        arrays = ray.get(held["twice"])
+        hanging.write_text(" ".join(kinds["twice"]))
+        filler = [produce.options(**on(1)).remote(i) for i in range(3 * MANY)]
+        wait_until(lambda: kinds["twice"].keys() & entries_of(spilling, dead).keys())
+        kill_node(nodes, 1)
+        hanging.unlink()
+        held["dropped"].clear()
+        del filler
+        spilled = entries_of(spilling, dead).keys()
+        needed = spilled & {*kinds["kept"], *kinds["twice"]}
+        _expect_gc_to_leave(spilling, nodes.address, dead, needed)
+        kept = [ref for ref in held["kept"] if ref.hex() in needed]
+        assert values(kept) == {i: n for i, n in kinds["kept"].items() if i in needed}
+        # The head has taken these over.
+        arrays.clear()
+        twice = needed & kinds["twice"].keys()
+        spill_on_the_head(spilling, head, twice)
+        assert values(held["twice"]) == kinds["twice"]
+        assert entries_of(spilling, dead).keys() == needed
+        held["twice"].clear()
+        expect_left(spilling, dead, kinds, needed - twice)
+        wait_until(lambda: not twice & entries_of(spilling, head).keys())
+        assert values(kept) == {i: n for i, n in kinds["kept"].items() if i in needed}
+
+
+def spill_on_the_head(server: Server, head: str, ids: set[str]) -> None:
+    """Fill the object store of the head, where the driver is, until these are spilled there."""
+    filler: Refs = []
+    for i in range(10 * OBJECT_STORE // (8 * MIB)):
+        filler.append(ray.put(np.full(MIB, i)))
+        if ids <= entries_of(server, head).keys():
+            return
+    raise AssertionError(f"not spilled: {ids - entries_of(server, head).keys()}")
+
+
+def _expect_gc_to_leave(server: Server, address: str, dead: str, needed: set[str]) -> None:
+    """Run `gc` with and without the cluster's address: only the first one removes objects."""
+    before = entries_of(server, dead).keys()
+    session = Path(ray._private.worker._global_node.get_session_dir_path()).name
+    command = [sys.executable, "-m", "ray_valkey_spill", "gc", "--yes", "--url", server.url]
+    # They watch leases for a minute, both at the same time; then one asks each owner twice.
+    processes = [
+        subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+        for options in ([], ["--address", address])
+    ]
+    alone, joined = (" ".join(process.communicate()[0].split()) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    kept = f"Kept: {len(before)} objects"
+    assert re.search(f"{kept} .* of dead nodes of {session}, which runs.* give --address", alone)
+    assert "nobody needed" not in alone
+    assert "Kept:" not in joined
+    removed = f"Removed {len(before - needed)} objects"
+    assert re.search(rf"{removed} \([^)]*\) of dead nodes that nobody needed any more", joined)
+    assert entries_of(server, dead).keys() == needed
