@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import psutil
 import pytest
 from support.guardians import end_guardians
 from support.servers import Server, valkey_server
+
+# For `benchmarks`. Last, for the package that is tested is the one that is installed.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # Ray would else make a token and leave it in the home directory.
 os.environ["RAY_AUTH_MODE"] = "token"
