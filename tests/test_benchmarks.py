@@ -50,7 +50,8 @@ def test_half_a_minute_of_faults_loses_and_wedges_and_leaves_nothing() -> None:
     how = ["--minutes=0.5", "--longest=6", f"--seeds={seed}"]
     (run,) = benchmark("soak", *how)["runs"]
     assert run["failures"] == [], how
-    assert run["faults"]
+    # There is time for one or two, and one may end before it has hit anybody.
+    assert run["faults"] or run["missed"]
     assert {"put", "get"} <= set(run["operations"])
 
 

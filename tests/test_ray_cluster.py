@@ -15,6 +15,7 @@ import pytest
 import ray
 from packaging.version import Version
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from support.clusters import (
     MIB,
     OBJECT_STORE,
@@ -77,7 +78,7 @@ def check(i: int, array: np.ndarray) -> bool:
     return bool((array == i).all())
 
 
-@ray.remote(scheduling_strategy="SPREAD")
+@ray.remote
 def split(i: int, parts: int) -> list[np.ndarray]:
     return [np.full(MIB // 2, i * parts + j) for j in range(parts)]
 
@@ -179,10 +180,17 @@ class TestTwoNodes:
     ) -> None:
         """What the node has spilled is restored elsewhere, and the rest is made again."""
         maps, parts = 16, 5
-        other = nodes.list_all_nodes()[1].node_id
-        made = [split.options(num_returns=parts).remote(i, parts) for i in range(maps)]
-        # Most of what one node makes does not fit into its store.
-        wait_until(lambda: other in nodes_of(shared))
+        ids = [node.node_id for node in nodes.list_all_nodes()]
+        half = [
+            split.options(
+                num_returns=parts,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
+            )
+            for node_id in ids
+        ]
+        made = [half[i % 2].remote(i, parts) for i in range(maps)]
+        # What one node makes does not fit into its store.
+        wait_until(lambda: ids[1] in nodes_of(shared))
         remove_node(nodes, 1)
         merged = [merge.remote(*(made[i][j] for i in range(maps))) for j in range(parts)]
         for j, numbers in enumerate(ray.get(merged, timeout=300)):
