@@ -54,33 +54,32 @@ def main() -> None:
     keep = (options.only or options.render) and raw.exists()
     results = json.loads(raw.read_text()) if keep else {}
     for name in [] if options.render else options.only or BENCHMARKS:
-        arguments = ["--quick"] * options.quick
-        if options.against and name in _COMPARING:
-            arguments += ["--against", str(options.against)]
-        results[name] = _run(name, arguments)
+        against = options.against if name in _COMPARING else None
+        results[name] = _run(name, options.quick, against)
         raw.write_text(json.dumps(results, indent=1) + "\n")
     (options.into / "RESULTS.md").write_text(_document(results, options.into))
 
 
-def _run(name: str, arguments: list[str]) -> dict[str, Any]:
+def _run(name: str, quick: bool, against: Path | None) -> dict[str, Any]:
     """Results of one benchmark, from a process of its own."""
     note(f"--- {name} ---")
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *arguments]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *(["--quick"] * quick)]
+    if against:
+        command += ["--against", str(against)]
     result = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-        "commit": _commit(),
+        "commit": _commit_of(Path(__file__).parent),
+        **({"against": _commit_of(against)} if against else {}),
         **json.loads(result.stdout),
     }
 
 
-def _commit() -> str:
-    """The commit of this checkout; "unknown" where there is no git."""
+def _commit_of(checkout: Path) -> str:
+    """The commit of a checkout; "unknown" where there is no git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        found = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()
@@ -100,6 +99,8 @@ def _document(results: dict[str, Any], directory: Path) -> str:
         parts.append(f"## {name}")
         if not is_of_one_run:
             parts.append(origins[name])
+        if "against" in found:
+            parts.append(f"The old code is commit {found['against']}.")
         parts.append(module.tables(found))
         draw = getattr(module, "pictures", None)
         if draw is not None:
