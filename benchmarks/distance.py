@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import valkey
-from support.servers import free_port, server_binary, valkey_server, wait_until
+from support.servers import answers, free_port, server_binary, valkey_server, wait_until
 from support.topologies import cluster_servers
 
 from benchmarks import delay_line
@@ -227,7 +227,7 @@ def _far_server(round_trip: float) -> Iterator[tuple[delay_line.Link, str, int]]
         )
         try:
             with valkey.Valkey(unix_socket_path=path) as client:
-                wait_until(lambda: Path(path).exists() and client.ping())
+                wait_until(lambda: answers(client))
             yield link, host, port
         finally:
             server.terminate()

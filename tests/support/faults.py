@@ -18,7 +18,7 @@ from valkey.crc import key_slot
 
 from support.hanging import HangingDirectory
 from support.rigs import AnyRig, Rig, TopologyRig, patient_client
-from support.servers import INDEX, wait_until
+from support.servers import INDEX, answers, wait_until
 from support.topologies import Cluster, SentinelGroup
 
 HasStruck = Callable[[], bool]
@@ -161,14 +161,8 @@ def is_away_and_then_loads_its_data(rig: Rig) -> Iterator[HasStruck]:
     yield _once_it_grows(lambda: rig.proxy.refused)
     slowly = {"key-load-delay": 2000, "loading-process-events-interval-bytes": 1024}
     rig.restart(ready=False, **slowly)
-    wait_until(lambda: _answers(rig))
+    wait_until(lambda: answers(rig.client))
     rig.client.config_set("key-load-delay", 0)
-
-
-def _answers(rig: Rig) -> bool:
-    with contextlib.suppress(valkey.ConnectionError):
-        return bool(rig.client.ping())
-    return False
 
 
 # --- what the server refuses ---

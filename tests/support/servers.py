@@ -192,7 +192,7 @@ def redis_server(directory: Path) -> Iterator[str]:
     process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
     try:
         with valkey.Valkey(unix_socket_path=str(path)) as client:
-            wait_until(lambda: path.exists() and client.ping())
+            wait_until(lambda: answers(client))
         yield f"unix://{path}"
     finally:
         process.kill()
@@ -267,9 +267,7 @@ class Node:
             AssertionError: it has ended.
         """
         assert self.alive, (self._directory / "server.log").read_text()[-2000:]
-        with contextlib.suppress(valkey.ConnectionError, valkey.TimeoutError):
-            return bool(self.client.ping())
-        return False
+        return answers(self.client)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -306,6 +304,13 @@ def acl_user(
     finally:
         for client in clients:
             client.acl_deluser(name)
+
+
+def answers(client: valkey.Valkey) -> bool:
+    """Whether a server answers. One that is starting may have its socket, and not listen yet."""
+    with contextlib.suppress(valkey.ConnectionError, valkey.TimeoutError):
+        return bool(client.ping())
+    return False
 
 
 def options(config: Mapping[str, Any]) -> dict[str, Any]:
