@@ -93,7 +93,7 @@ RUN_BY = {
     "openssl rand -base64 32 | kubectl ": CLUSTER,
     "python -m benchmarks.": BENCHMARK,
     ".ci/lowest": ".ci/lowest",
-    ".ci/run": ".ci/run",
+    ".ci/run": NAMED,
     ".ci/ray-versions": ".ci/ray-versions",
     ".ci/release": ".ci/release",
     ".ci/server-versions": ".ci/server-versions",
