@@ -56,6 +56,17 @@ def test_the_lease_can_be_renewed_while_half_written_objects_are_removed(server:
         assert server.our_keys() == []
 
 
+def test_a_lease_that_is_taken_just_after_the_node_was_destroyed_is_ended(server: Server) -> None:
+    config = Config.load({"url": server.url}, {})
+    looks = iter([False, True, True])
+    with contextlib.closing(Store(config, SESSION, NODE)) as store:
+        store.renew_lease(GCS, lambda: next(looks))
+        assert server.our_keys() == []
+        store.renew_lease(GCS, lambda: next(looks))
+        assert server.our_keys() == []
+    assert next(looks, None) is None
+
+
 @pytest.mark.slow
 def test_the_lease_is_renewed_while_recovery_is_stuck(server: Server, tmp_path: Path) -> None:
     directory = tmp_path

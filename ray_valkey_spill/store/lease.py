@@ -35,3 +35,7 @@ class NodeLease:
         if self.is_held and self._ledger.renew(self._node, gcs_address, new=False):
             return
         self.is_held = not is_destroyed() and self._ledger.renew(self._node, gcs_address, new=True)
+        if self.is_held and is_destroyed():
+            # Whoever destroyed them may have been done before the lease was taken.
+            self._ledger.end_lease(self._node, gcs_address)
+            self.is_held = False

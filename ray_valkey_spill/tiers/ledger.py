@@ -462,6 +462,11 @@ class Ledger:
             self._list_namespace()
         return is_renewed
 
+    def end_lease(self, node_name: NodeName, gcs_address: str) -> None:
+        """Remove a lease that was renewed with `gcs_address`."""
+        self._link.execute(command("ZREM", self._keys.leases, f"{node_name}:{gcs_address}"))
+        self.unlist_if_empty()
+
     def leases(self) -> list[Lease]:
         pairs = self._leases_by_page()
         return list(well_formed(self._keys.leases, pairs, lambda pair: _lease(*pair)))
