@@ -199,7 +199,7 @@ class Proxy:
         self._open: set[tuple[socket.socket, socket.socket]] = set()
         self._forgotten: set[tuple[socket.socket, socket.socket]] = set()
         self._threads: set[threading.Thread] = set()
-        self._start(self._accept)
+        self._acceptor = self._start(self._accept)
 
     def forget(self) -> None:
         """Pass nothing on of the connections there are, as a NAT that has forgotten them.
@@ -265,12 +265,14 @@ class Proxy:
         self.flow()
         # Closing alone would leave accept() waiting.
         self._listener.shutdown(socket.SHUT_RDWR)
+        # It starts the others, so there are no new ones from then on.
+        self._acceptor.join()
         self._listener.close()
         self.reset()
         for thread in list(self._threads):
             thread.join()
 
-    def _start(self, run: Callable[..., None], *args: object) -> None:
+    def _start(self, run: Callable[..., None], *args: object) -> threading.Thread:
         def work() -> None:
             with contextlib.suppress(OSError):
                 run(*args)
@@ -279,6 +281,7 @@ class Proxy:
         thread = threading.Thread(target=work)
         self._threads.add(thread)
         thread.start()
+        return thread
 
     def _accept(self) -> None:
         while True:
