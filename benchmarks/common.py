@@ -204,6 +204,16 @@ def machine() -> dict[str, str]:
     }
 
 
+def commit_of(checkout: Path) -> str:
+    """The commit of a checkout, with a mark if files differ; "unknown" where there is no git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
 def main(
     description: str,
     measure: Callable[[bool], dict[str, Any]],

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import distance, fleet, kinds, memory_pressure, neighbours, scaling, wire
 from benchmarks.checkouts import NEW
-from benchmarks.common import note, table
+from benchmarks.common import commit_of, note, table
 from benchmarks.memory_pressure import DATA_JOBS, Job
 
 BENCHMARKS = {
@@ -69,20 +69,10 @@ def _run(name: str, quick: bool, against: Path | None) -> dict[str, Any]:
     result = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-        "commit": _commit_of(Path(__file__).parent),
-        **({"against": _commit_of(against)} if against else {}),
+        "commit": commit_of(Path(__file__).parent),
+        **({"against": commit_of(against)} if against else {}),
         **json.loads(result.stdout),
     }
-
-
-def _commit_of(checkout: Path) -> str:
-    """The commit of a checkout; "unknown" where there is no git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
 
 
 def _document(results: dict[str, Any], directory: Path) -> str:

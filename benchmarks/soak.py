@@ -19,7 +19,6 @@ import collections
 import contextlib
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from typing import Any
 from support.clusters import cluster
 from support.servers import wait_until
 
-from benchmarks.common import machine, note, results_only
+from benchmarks.common import commit_of, machine, note, results_only
 from benchmarks.soak_driver import HANG
 from benchmarks.soak_faults import NOTICED_WITHIN, RECLAIMED_WITHIN, Scene, Strike, a_round
 from benchmarks.soak_kinds import kinds, target
@@ -119,7 +118,11 @@ def soak(
 ) -> dict[str, Any]:
     """Run one seed after `earlier` ones; `failures` of the result is empty if all went well."""
     choices = random.Random(seed)
-    origin = {"commit": _commit(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    origin = {
+        "commit": commit_of(Path(__file__).parent),
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     with tempfile.TemporaryDirectory(prefix="rvs-") as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         servers = stack.enter_context(target(kind, directory, seed))
@@ -151,14 +154,6 @@ def soak(
         "failures": failures + watch.failures(),
         **origin,
     }
-
-
-def _commit() -> str:
-    """The commit of this checkout, with a mark if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    here = Path(__file__).parent
-    found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
