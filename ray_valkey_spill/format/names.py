@@ -24,6 +24,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -193,13 +194,18 @@ class Keyspace:
     def header(self, name: ObjectName) -> str:
         return f"{self.root}{name}"
 
-    def values(self, name: ObjectName) -> list[str]:
-        """Return the keys of all values of an object: its header, then its chunks."""
+    def values(self, name: ObjectName) -> Iterator[str]:
+        """Yield the keys of all values of an object: its header, then its chunks.
+
+        One by one, because a forged name may claim millions of chunks.
+        """
         header = self.header(name)
-        return [header, *[f"{header}:{i}" for i in range(name.chunks)]]
+        yield header
+        for number in range(name.chunks):
+            yield f"{header}:{number}"
 
     def chunks(self, name: ObjectName) -> list[str]:
-        return self.values(name)[1:]
+        return [*self.values(name)][1:]
 
     def url(self, place: Place) -> str:
         """Return the URL that Ray keeps for the object."""

@@ -231,10 +231,10 @@ class ValkeyTier:
     def _stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         def requests() -> Iterator[Request]:
             for name, expected in wanted:
-                header = self._keys.header(name)
-                yield fetch(header, expected=expected)
-                for number in range(name.chunks):
-                    yield command("STRLEN", f"{header}:{number}")
+                keys = self._keys.values(name)
+                yield fetch(next(keys), expected=expected)
+                for key in keys:
+                    yield command("STRLEN", key)
 
         replies = self._link.run(requests())
         for name, _ in wanted:
@@ -389,11 +389,8 @@ class ValkeyTier:
         # One key per command: a cluster takes no other form, and the server needs about 50 us to
         # free a large string, during which every other client waits.
         for name in names:
-            header = self._keys.header(name)
-            yield command("UNLINK", header)
-            # No list of all keys: a forged name may claim millions of chunks.
-            for number in range(name.chunks):
-                yield command("UNLINK", f"{header}:{number}")
+            for key in self._keys.values(name):
+                yield command("UNLINK", key)
         for number, request in enumerate(self.ledger.forget(names)):
             request.fenced = number == 0
             yield request
