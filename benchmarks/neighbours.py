@@ -42,7 +42,6 @@ RATE = 1000  # of the neighbour's reads, a second
 VALUE = KIB
 OBJECT = 64 * MIB
 MOST_WRITERS = 4
-_MOST_YIELDING = 19
 _DEFAULT_BATCH = connection._BATCH
 WAYS = ("idle", "spill", "restore")
 
@@ -51,8 +50,9 @@ WAYS = ("idle", "spill", "restore")
 class Setting:
     """What is swept: bytes, bytes, and how many processes spill or restore.
 
-    Those that yield leave the processors to the server and the neighbour whenever these want one,
-    which is as near as two cores come to a machine with one to spare for these.
+    Those that yield (SCHED_IDLE) leave the processors to the server and the neighbour as soon as
+    these want one, which is as near as two cores come to a machine with one to spare. The others
+    keep theirs for the rest of a time slice.
     """
 
     chunk_size: int = Config.load({}, {}).chunk_size
@@ -127,7 +127,7 @@ def writer(pipe: Any, url: str, number: int, stop: Any) -> None:
     while (job := pipe.recv()) is not None:
         way, setting = job
         if setting.yielding:
-            os.nice(_MOST_YIELDING)
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         connection._SMALLEST_WINDOW = connection._SMALL_WINDOW = setting.window
         connection._LARGEST_WINDOW = setting.window
         connection._BATCH = min(_DEFAULT_BATCH, setting.window // 2)

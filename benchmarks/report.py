@@ -245,10 +245,9 @@ def _neighbour_goals(found: dict[str, Any]) -> Iterator[Goal]:
             yielding = ", and yield" if each["yielding"] else ""
             for way in ("spill", "restore"):
                 what = f"a neighbour's GET beside {each['writers']} that {way}{yielding}"
-                is_first = each["writers"] == 1 and not each["yielding"]
-                times = each[way]["of_idle_p99"]
                 what = f"{what}: p99, of that beside nobody"
-                yield Goal(what, times, at_most=3, is_first=is_first)
+                is_first = each["writers"] == 1
+                yield Goal(what, each[way]["of_idle_p99"], at_most=3, is_first=is_first)
 
 
 if __name__ == "__main__":

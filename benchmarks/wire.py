@@ -43,6 +43,8 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
 
 CHUNK = MIB - 128
+# Bytes that a contender moves in one turn, at least.
+_IN_A_TURN = 8 * MIB
 
 
 class Bench:
@@ -162,7 +164,8 @@ class Bench:
     def run(self, rounds: int, results: Results) -> None:
         """Run all contenders, and add what was measured to `results`."""
         results.size = self.size
-        for name, sample in interleave(self.spill, rounds).items():
+        in_a_row = max(1, _IN_A_TURN // self.size)
+        for name, sample in interleave(self.spill, rounds, in_a_row=in_a_row).items():
             results.spill[name].extend(sample)
             self.spill[name].prepare()
             before = used_memory(self.client)
@@ -170,7 +173,7 @@ class Bench:
             results.server_bytes[name].append(used_memory(self.client) - before)
         for target in self.targets:
             target[:] = bytes(len(target))
-        for name, sample in interleave(self.restore, rounds).items():
+        for name, sample in interleave(self.restore, rounds, in_a_row=in_a_row).items():
             results.restore[name].extend(sample)
             results.restore_peak[name].append(peak_memory(self.restore[name].run))
         # Whoever came last has filled the targets.
