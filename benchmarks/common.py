@@ -84,24 +84,25 @@ class Contender:
 
 
 def interleave(
-    contenders: Mapping[str, Contender], rounds: int, warm_up: int = 2, in_a_row: int = 1
+    contenders: Mapping[str, Contender], rounds: int, warm_up: int = 1, in_a_row: int = 1
 ) -> dict[str, Sample]:
     """Run all contenders in turn, `rounds` times after a warm-up that is not counted.
 
     The warm-up also touches all memory: the first touch of a page is many times slower than the
-    second on a virtual machine. A turn is `in_a_row` runs after one that is not counted either:
-    whoever comes after another code than its own finds nothing of it in the processor's caches,
-    and an IO worker runs no code but its own.
+    second on a virtual machine. A turn among several is `in_a_row` runs after one that is not
+    counted either: whoever comes after code of others finds nothing of its own in the processor's
+    caches, and an IO worker runs no code but its own.
     """
     samples = {name: Sample() for name in contenders}
+    uncounted = 1 if len(contenders) > 1 else 0
     for number in range(warm_up + rounds):
         for name, contender in contenders.items():
-            for run in range(1 + in_a_row):
+            for run in range(uncounted + in_a_row):
                 contender.prepare()
                 cpu, start = cpu_seconds(), time.perf_counter()
                 contender.run()
                 seconds, used = time.perf_counter() - start, cpu_seconds() - cpu
-                if number >= warm_up and run:
+                if number >= warm_up and run >= uncounted:
                     samples[name].seconds.append(seconds)
                     samples[name].cpu.append(used)
     return samples

@@ -240,7 +240,7 @@ def measure(quick: bool) -> dict[str, Any]:
     How a server's allocator comes by the memory for a chunk is decided early in its life, and makes
     a difference of up to a half for all that come after.
     """
-    starts, rounds = (1, 2) if quick else (6, 4)
+    starts, rounds = (1, 1) if quick else (6, 4)
     results: dict[str, Results] = defaultdict(Results)
     for transport in ("tcp",) if quick else ("tcp", "unix"):
         for kind, size in _cases(quick):

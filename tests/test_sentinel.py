@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-import valkey
 from support.clusters import MIB, local_ray
 from support.proxy import Proxy, proxy_to
 from support.servers import (
@@ -162,14 +161,7 @@ def in_the_middle(strike: Callable[[], object]) -> Callable[[Iterator[Any]], Ite
 
 
 def ask_for_failover(group: SentinelGroup) -> None:
-    """Have Sentinels follow a primary that is well; it hears of that after the others."""
-    old, asked = group.primary(), group.sentinels[0].client
-    while group.primary() is old:
-        # It may not have heard of any replica in time, on a machine that is busy.
-        with contextlib.suppress(valkey.ResponseError):
-            asked.execute_command("SENTINEL FAILOVER", group.service)
-        wait_until(lambda: "failover" not in asked.sentinel_master(group.service)["flags"])
-    group.wait_until_followed(old)
+    group.failover()
     pace(group, publish=100, info=100)
 
 

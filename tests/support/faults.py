@@ -378,12 +378,10 @@ def has_a_primary_that_stands_still(rig: TopologyRig) -> Iterator[HasStruck]:
 
 @mended_by_itself
 def fails_over_as_asked(rig: TopologyRig) -> int:
-    primary = rig.a_primary()
     if isinstance(rig.servers, Cluster):
-        rig.servers.failover(rig.replica_of(primary))
+        rig.servers.failover(rig.replica_of(rig.a_primary()))
     else:
-        rig.servers.sentinels[0].client.sentinel_failover(rig.servers.service)
-        rig.wait_until_followed(primary)
+        rig.servers.failover()
     rig.servers.wait_until_whole()
     return 1
 

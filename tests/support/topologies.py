@@ -300,6 +300,26 @@ class SentinelGroup(Contents):
         primary.kill()
         return primary
 
+    def failover(self) -> None:
+        """Have the Sentinels follow another primary, though this one is well.
+
+        The first of them hears of it after the others.
+        """
+        old, asked = self.primary(), self.sentinels[0].client
+
+        def is_done() -> bool:
+            is_under_way = "failover" in asked.sentinel_master(self.service)["flags"]
+            if self.primary() is not old:
+                return True
+            if not is_under_way:
+                # Not yet, or given up: on a machine that is busy it has not heard of any replica.
+                with contextlib.suppress(valkey.ResponseError):
+                    asked.sentinel_failover(self.service)
+            return False
+
+        wait_until(is_done)
+        self.wait_until_followed(old)
+
     def wait_until_followed(self, node: Node) -> None:
         """Until another than `node` is the primary, and takes writes."""
         wait_until(lambda: (new := self.primary()) is not node and _is_primary(new))
