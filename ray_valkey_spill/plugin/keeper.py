@@ -182,7 +182,7 @@ class Keeper:
     def _do_round(self) -> float:
         """Do one round; return the seconds until the next one.
 
-        A step that fails does not keep the others from being tried.
+        Where the server or the overflow fails one step, the others are tried all the same.
         """
         if not is_connected():
             return _BETWEEN_STARTS
