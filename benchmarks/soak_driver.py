@@ -55,9 +55,10 @@ def digest(array: np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(array)
 
 
-# Whatever node dies, these run again.
-make = ray.remote(max_retries=-1, num_cpus=0.1)(content)
-read = ray.remote(max_retries=-1, num_cpus=0.1)(digest)
+# Whatever node dies, these run again. A node has processors for four of them, and so few workers to
+# start: each start takes a second of a processor.
+make = ray.remote(max_retries=-1, num_cpus=0.5)(content)
+read = ray.remote(max_retries=-1, num_cpus=0.5)(digest)
 
 
 @ray.remote(max_restarts=0, num_cpus=0)
