@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import psutil
 import ray
 from ray.cluster_utils import Cluster
-from support.clusters import add_node, cluster, io_workers, kill_node
+from support.clusters import add_node, cluster, io_workers, kill_node, own_memory
 from support.servers import INDEX, ROOT, Server, valkey_server
 
 from benchmarks.common import MIB, lines, machine, note, results_only, table
@@ -274,7 +274,7 @@ def _looks() -> Iterator[_Look]:
     for worker in io_workers():
         with contextlib.suppress(psutil.Error):
             yield _Look(
-                worker.memory_full_info().uss,
+                own_memory(worker),
                 worker.num_threads(),
                 len(worker.net_connections()),
                 worker.num_fds(),

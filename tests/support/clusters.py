@@ -227,6 +227,15 @@ def io_workers() -> list[psutil.Process]:
     return [child for child in children if re.search("(Spill|Restore)Worker", title(child))]
 
 
+def own_memory(process: psutil.Process) -> int:
+    """Bytes that it alone has, but for pages of the object store that nobody else has touched."""
+    return sum(
+        each.private_clean + each.private_dirty
+        for each in process.memory_maps(grouped=True)
+        if not each.path.startswith("/dev/shm/")
+    )
+
+
 def title(process: psutil.Process) -> str:
     """What the process calls itself; nothing if it has just ended."""
     with contextlib.suppress(psutil.Error):
