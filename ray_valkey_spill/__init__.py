@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ValkeyStorage", "__version__", "spilling_config", "system_config"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "ValkeyStorage": "ray_valkey_spill.plugin.storage",
