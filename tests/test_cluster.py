@@ -1006,6 +1006,36 @@ def test_what_a_failover_lost_of_a_delete_is_removed_again(
         assert mortal.our_keys() == []
 
 
+def test_replicas_hear_of_a_removal_before_the_books_forget_the_object(mortal: Cluster) -> None:
+    """Else a failover could bring values back that nobody knows of."""
+    books = mortal.primary_of(INDEX)
+    with objects_at(mortal.url, min_replicas=1) as objects:
+        (url,) = objects.put(SIZE)
+        waits = {node: _calls(node, "wait") for node in mortal.primaries()}
+        with books.client.monitor() as monitor:
+            objects.delete(url)
+            books.client.echo("the end")
+            seen = []
+            while (ran := monitor.next_command())["command"] != "ECHO the end":
+                name = ran["command"].split()[0]
+                if ran["client_type"] != "lua" and name in ("UNLINK", "WAIT", "EVAL"):
+                    seen.append(name)
+        values = seen.count("UNLINK")
+        assert values > 1
+        assert seen == [*["UNLINK"] * values, "WAIT", "EVAL"]
+        assert all(_calls(node, "wait") == calls + 1 for node, calls in waits.items())
+
+
+def test_a_removal_goes_on_without_replicas_that_are_away(mortal: Cluster) -> None:
+    with objects_at(mortal.url, min_replicas=1) as objects:
+        objects.put(*[SIZE] * 3)
+        loss = Loss(mortal, another(mortal, mortal.primary_of(INDEX)))
+        loss.begin()
+        objects.delete(*objects.data)
+        assert mortal.our_keys() == []
+        loss.end_by_catching_up()
+
+
 @pytest.mark.slow
 def test_one_shard_whose_replica_lags_is_waited_for_and_named(mortal: Cluster) -> None:
     with objects_at(mortal.url, min_replicas=1, retry_timeout=1) as objects:

@@ -413,6 +413,24 @@ class Link:
 
     # --- replicas ---
 
+    @property
+    def has_replicas_to_await(self) -> bool:
+        """Whether writes have to reach replicas, or append-only files."""
+        return bool(self._config.min_replicas or self._config.wait_aof)
+
+    def behind(self) -> dict[Endpoint, tuple[int, int]]:
+        """Wait for half a second, at most, for all writes over this link to be replicated.
+
+        Returns:
+            The servers for which that was not enough, with how many append-only files of their own,
+            and how many replicas, have the writes. Errors as `run`.
+        """
+        wanted, aof = self._config.min_replicas, self._config.wait_aof
+        waiting = ("WAITAOF", 1, wanted, _WAIT) if aof else ("WAIT", wanted, _WAIT)
+        found = self._ask_all(lambda: command(*waiting))
+        confirmed = {e: (reply[0], reply[1]) if aof else (1, reply) for e, reply in found.items()}
+        return {e: n for e, n in confirmed.items() if n[0] < 1 or n[1] < wanted}
+
     def await_replicas(self, breaks: int) -> None:
         """Wait until all writes over this link have reached `min_replicas` replicas.
 
@@ -426,20 +444,17 @@ class Link:
             UnconfirmedError: a connection broke.
             ServerUnavailableError: some write was not confirmed within `retry_timeout`.
         """
-        wanted, aof = self._config.min_replicas, self._config.wait_aof
-        if not wanted and not aof:
+        wanted = self._config.min_replicas
+        if not self.has_replicas_to_await:
             return
-        waiting = ("WAITAOF", 1, wanted, _WAIT) if aof else ("WAIT", wanted, _WAIT)
         deadline = time.monotonic() + self._retry_timeout
         while True:
-            found = self._ask_all(lambda: command(*waiting))
+            behind = self.behind()
             if self.breaks != breaks:
                 raise UnconfirmedError(
                     f"a connection to {self.address} broke before replicas had confirmed the "
                     "writes over it"
                 )
-            confirmed = {e: reply if aof else [1, reply] for e, reply in found.items()}
-            behind = {e: n for e, n in confirmed.items() if n[0] < 1 or n[1] < wanted}
             if not behind:
                 return
             endpoint, (local, replicas) = behind.popitem()

@@ -334,12 +334,31 @@ class ValkeyTier:
             since: as for `link.Link.run`, which then raises UnconfirmedError.
         """
         self.close_reading()
+        waits = self._link.has_replicas_to_await
         for page in pages(names, _NAMES_PER_PAGE):
             breaks = self._link.breaks
-            self._drain(self._removals(page), since)
+            waits = self._remove_page(page, since, waits=waits)
             if self._link.breaks != breaks:
                 # A server that fails over may lose acknowledged removals.
-                self._drain(self._removals(page))
+                waits = self._remove_page(page, waits=waits)
+
+    def _remove_page(
+        self, names: Sequence[ObjectName], since: int | None = None, *, waits: bool
+    ) -> bool:
+        """Remove a page of objects; return whether to wait for replicas with the next one, too.
+
+        In a cluster, values and metadata are on different shards. A shard that fails over may have
+        values again that the metadata know nothing of any more. So replicas get the time to hear of
+        a removal before the metadata forget the objects. If that is not enough, the removal goes on
+        without them.
+        """
+        if not waits or self._link.is_single:
+            self._drain(chain(self._removals(names), self._forgetting(names)), since)
+            return waits
+        self._drain(self._removals(names), since)
+        waits = not self._link.behind()
+        self._drain(self._forgetting(names), since)
+        return waits
 
     def mark_lost(self, place: Place) -> None:
         """As `Tier.mark_lost`: removes the header. The chunks stay until the object is removed."""
@@ -391,6 +410,8 @@ class ValkeyTier:
         for name in names:
             for key in self._keys.values(name):
                 yield command("UNLINK", key)
+
+    def _forgetting(self, names: Sequence[ObjectName]) -> Iterator[Request]:
         for number, request in enumerate(self.ledger.forget(names)):
             request.fenced = number == 0
             yield request
