@@ -1037,6 +1037,25 @@ def test_a_removal_goes_on_without_replicas_that_are_away(mortal: Cluster) -> No
 
 
 @pytest.mark.slow
+def test_what_a_primary_removes_that_has_been_followed_is_removed_from_its_successor_too(
+    mortal: Cluster, background: ThreadPoolExecutor
+) -> None:
+    with objects_at(mortal.url, min_replicas=1) as objects:
+        objects.put(*[SIZE] * 3)
+        primary = another(mortal, mortal.primary_of(INDEX))
+        (replica,) = mortal.replicas_of(primary)
+        link = objects.store._valkey._link
+        with primary.paused():
+            wait_until(lambda: _is_primary(replica))
+            deleting = background.submit(objects.delete, *objects.data)
+            wait_until(lambda: link.under_way)
+        # It executes what it was sent meanwhile, and answers, before it hears that it was followed.
+        deleting.result()
+        mortal.wait_until_whole()
+        assert mortal.our_keys() == []
+
+
+@pytest.mark.slow
 def test_one_shard_whose_replica_lags_is_waited_for_and_named(mortal: Cluster) -> None:
     with objects_at(mortal.url, min_replicas=1, retry_timeout=1) as objects:
         objects.delete(*objects.put(SIZE))

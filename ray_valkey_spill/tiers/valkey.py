@@ -349,16 +349,18 @@ class ValkeyTier:
 
         In a cluster, values and metadata are on different shards. A shard that fails over may have
         values again that the metadata know nothing of any more. So replicas get the time to hear of
-        a removal before the metadata forget the objects. If that is not enough, the removal goes on
-        without them.
+        a removal before the metadata forget the objects. If that is not enough, they are away, and
+        the removal goes on without them; or the server has been followed and does not know it yet.
         """
         if not waits or self._link.is_single:
             self._drain(chain(self._removals(names), self._forgetting(names)), since)
             return waits
         self._drain(self._removals(names), since)
-        waits = not self._link.behind()
+        is_heard = not self._link.behind()
+        if not is_heard:
+            self._link.confirmed(lambda: self._drain(self._removals(names), since), keep=True)
         self._drain(self._forgetting(names), since)
-        return waits
+        return is_heard
 
     def mark_lost(self, place: Place) -> None:
         """As `Tier.mark_lost`: removes the header. The chunks stay until the object is removed."""
