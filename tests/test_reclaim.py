@@ -21,7 +21,7 @@ from support.topologies import cluster_servers
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerError
-from ray_valkey_spill.format.names import Keyspace
+from ray_valkey_spill.format.names import Keyspace, NodeName
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.store.observer import Observer, Reason
 from ray_valkey_spill.store.reclaim import Owned, Pace, Reclaimer, Verdict, reclaim_of_dead_nodes
@@ -350,6 +350,31 @@ def test_objects_without_a_header_that_can_be_read_stay(session: Session) -> Non
     session.steps(session.reclaimer())
     assert {owned.object_id for owned in session.oracle.asked} == {object_id(4), object_id(5)}
     assert session.left >= {1, 2, 3} and not session.left & {4, 5}
+
+
+def test_entries_without_any_value_go(any_session: Session) -> None:
+    """Of the living too: an entry that a failover has brought back would take room for ever."""
+    session = any_session
+    session.put(FIRST, range(8))
+    session.put(SECOND, range(8, 16))
+    session.kill(FIRST)
+    session.oracle.usual = Verdict.REFERENCED
+    gone = {n for n in (0, 1, 2, 8, 9, 10) if not session.urls[n].startswith("overflow:")}
+    for n in gone:
+        name = session.keys.parse_url(session.urls[n]).name
+        for key in session.keys.values(name):
+            session.contents.client.delete(key)
+    session.steps(session.reclaimer())
+    ledger = session.nodes[THIRD]._valkey.ledger
+    stored = [
+        int(entry.name.object_id, 16)
+        for node in (FIRST, SECOND)
+        for page in ledger.stored(NodeName(SESSION, node))
+        for entry in page
+    ]
+    assert not gone & {*stored}
+    assert session.counts.objects == ({"gone": len(gone)} if gone else {})
+    session.expect_readable(sorted({*range(16)} - gone))
 
 
 def test_a_server_that_is_away_is_asked_again(session: Session) -> None:

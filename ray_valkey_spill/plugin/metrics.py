@@ -123,7 +123,8 @@ _RECLAIMED = Definition(
     "objects",
     ("reason",),
     "Objects that were removed though Ray had not asked for it, since nobody could need them. They "
-    "also count as deleted. Reasons: `unreferenced` (their owner says so), `owner_dead`.",
+    "also count as deleted. Reasons: `unreferenced` (their owner says so), `owner_dead`, `gone` "
+    "(without any value left).",
 )
 _RECLAIMED_BYTES = Definition(
     "valkey_spill_reclaimed_bytes", "counter", "bytes", ("reason",), "Bytes counted for them."

@@ -14,7 +14,7 @@ Operation = Literal["spill", "restore", "delete"]
 # foreign one has a URL that this package and namespace did not make.
 Loss = Literal["missing", "damaged", "foreign"]
 # Why nobody can need a stored object any more: see `reclaim`.
-Reason = Literal["unreferenced", "owner_dead"]
+Reason = Literal["unreferenced", "owner_dead", "gone"]
 
 
 class Observer:

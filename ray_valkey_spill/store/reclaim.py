@@ -10,7 +10,9 @@ both a slice at a time. An object is removed
 
 - if its owner is dead according to the GCS: Ray itself then refuses to read it;
 - if its owner says twice, some time apart, that nobody references it. Once is not enough, because
-  an owner may not know yet of an object that a task has just created.
+  an owner may not know yet of an object that a task has just created;
+- if it has no value any more, but only its entry in the metadata: its values were evicted, or a
+  failover has lost that the entry was removed.
 
 Everything else is no verdict, and keeps the object. Only the copy that was asked for is removed, by
 its whole name: a later attempt to spill the same object has another one. What is pending is not
@@ -28,7 +30,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import ConfigError, LostObjectError
+from ray_valkey_spill.errors import ConfigError, LostObjectError, SpillError
 from ray_valkey_spill.format.header import decode_header, decode_without_payload
 from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place, TierName
 from ray_valkey_spill.format.sealing import KeyRing
@@ -113,6 +115,8 @@ class Pace:
 USUAL_PACE = Pace()
 # Suspects to remember; more are found again later.
 _MOST_SUSPECTS = 50_000
+# Chunks to look for, at most, because a forged name may claim millions.
+_MOST_CHUNKS = 10_000
 # Seconds between two checks by a node whether it has to ask for the objects of dead nodes, at most.
 _LONGEST_REST = 600.0
 
@@ -168,10 +172,15 @@ class Reclaim:
         self._suspects: dict[ObjectName, tuple[_Item, float]] = {}
 
     def ask(self, items: Sequence[_Item]) -> None:
-        """Ask for objects, and remove those of dead owners; remember the unreferenced ones."""
+        """Ask for objects, and remove those of dead owners; remember the unreferenced ones.
+
+        Those without any value are removed, too.
+        """
         now = self.clock()
+        owned = self._owned(items)
+        self._remove("gone", self._gone([i for i, each in zip(items, owned) if each is None]))
         dead = []
-        for item, verdict in self._judged(items):
+        for item, verdict in self._judged(items, owned):
             if verdict is Verdict.OWNER_DEAD:
                 dead.append(item)
             elif verdict is Verdict.UNREFERENCED and len(self._suspects) < _MOST_SUSPECTS:
@@ -186,7 +195,7 @@ class Reclaim:
         items = list(islice(due, self.pace.of_dead))
         for item in items:
             del self._suspects[item.place.name]
-        found = list(self._judged(items))
+        found = list(self._judged(items, self._owned(items)))
         self._remove("owner_dead", [i for i, verdict in found if verdict is Verdict.OWNER_DEAD])
         self._remove("unreferenced", [i for i, verdict in found if verdict is Verdict.UNREFERENCED])
 
@@ -194,14 +203,27 @@ class Reclaim:
         """Whether an object waits for its second answer."""
         return bool(self._suspects)
 
-    def _judged(self, items: Sequence[_Item]) -> Iterator[tuple[_Item, Verdict]]:
-        known = [(item, owned) for item, owned in zip(items, self._owned(items)) if owned]
+    def _judged(
+        self, items: Sequence[_Item], owned: Sequence[Owned | None]
+    ) -> Iterator[tuple[_Item, Verdict]]:
+        known = [(item, each) for item, each in zip(items, owned) if each]
         if known:
-            verdicts = self.owners.verdicts([owned for _, owned in known])
+            verdicts = self.owners.verdicts([each for _, each in known])
             yield from ((item, verdict) for (item, _), verdict in zip(known, verdicts))
 
-    def _owned(self, items: Sequence[_Item]) -> Iterator[Owned | None]:
-        """Yield the owner of each object; None if its header cannot be read."""
+    def _gone(self, items: Sequence[_Item]) -> list[_Item]:
+        """Return the objects in Valkey without any value; none if that is not certain now."""
+        known = {item.place.name: item for item in items if item.place.tier == "valkey"}
+        names = [name for name in known if name.chunks <= _MOST_CHUNKS]
+        with contextlib.suppress(SpillError):
+            return [known[name] for name in self.valkey.without_values(names)]
+        return []
+
+    def _owned(self, items: Sequence[_Item]) -> list[Owned | None]:
+        """Return the owner of each object; None if its header cannot be read."""
+        return [*self._owners_of(items)]
+
+    def _owners_of(self, items: Sequence[_Item]) -> Iterator[Owned | None]:
         names = [item.place.name for item in items if item.place.tier == "valkey"]
         in_valkey = self.valkey.headers(names)
         for place, _ in items:

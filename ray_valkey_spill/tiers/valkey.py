@@ -228,6 +228,16 @@ class ValkeyTier:
                 lacks_nothing=lambda stats: all(stat.is_whole for stat in stats),
             )
 
+    def without_values(self, names: Sequence[ObjectName]) -> list[ObjectName]:
+        """Return the objects that have no value, through `link.Link.confirmed`, without waiting."""
+        with self._link.hurried(0.0):
+            stats = self.measure([(name, 0) for name in names])
+            return [
+                name
+                for name, stat in zip(names, stats)
+                if stat.header is None and not any(stat.chunk_sizes)
+            ]
+
     def _stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         def requests() -> Iterator[Request]:
             for name, expected in wanted:
