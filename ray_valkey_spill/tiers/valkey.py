@@ -230,13 +230,16 @@ class ValkeyTier:
 
     def without_values(self, names: Sequence[ObjectName]) -> list[ObjectName]:
         """Return the objects that have no value, through `link.Link.confirmed`, without waiting."""
+
+        def lacking(names: Sequence[ObjectName], most: int | None = None) -> list[ObjectName]:
+            keys = [[*islice(self._keys.values(name), most)] for name in names]
+            replies = self._link.run(command("EXISTS", key) for key in chain.from_iterable(keys))
+            found = [[next(replies).result() for _ in each] for each in keys]
+            return [name for name, replied in zip(names, found) if not any(replied)]
+
         with self._link.hurried(0.0):
-            stats = self.measure([(name, 0) for name in names])
-            return [
-                name
-                for name, stat in zip(names, stats)
-                if stat.header is None and not any(stat.chunk_sizes)
-            ]
+            without_header = lacking(names, most=1)
+            return self._link.confirmed(lambda: lacking(without_header)) if without_header else []
 
     def _stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         def requests() -> Iterator[Request]:
