@@ -318,7 +318,8 @@ class SentinelGroup(Contents):
             return False
 
         wait_until(is_done)
-        self.wait_until_followed(old)
+        # Meanwhile they may have followed that one too, even by the old one.
+        wait_until(lambda: _is_primary(self.primary()))
 
     def wait_until_followed(self, node: Node) -> None:
         """Until another than `node` is the primary, and takes writes."""
