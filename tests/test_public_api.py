@@ -115,7 +115,9 @@ def _options(command: click.Command, context: click.Context) -> Iterator[str]:
     for each in given:
         if isinstance(each, click.Option):
             value = "" if each.is_flag else f" {each.metavar or 'VALUE'}, {each.type.name}"
-            yield f"{', '.join([*each.opts, *each.secondary_opts])}{value}"
+            # Older versions of Click have the names of `--help` in no order.
+            opts = sorted(each.opts, key=len)
+            yield f"{', '.join([*opts, *each.secondary_opts])}{value}"
         else:
             yield f"{each.human_readable_name}{'' if each.required else ', optional'}"
 
