@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -177,7 +177,7 @@ class Reclaim:
         Those without any value are removed, too.
         """
         now = self.clock()
-        owned = self._owned(items)
+        owned = list(self._owned(items))
         self._remove("gone", self._gone([i for i, each in zip(items, owned) if each is None]))
         dead = []
         for item, verdict in self._judged(items, owned):
@@ -204,7 +204,7 @@ class Reclaim:
         return bool(self._suspects)
 
     def _judged(
-        self, items: Sequence[_Item], owned: Sequence[Owned | None]
+        self, items: Sequence[_Item], owned: Iterable[Owned | None]
     ) -> Iterator[tuple[_Item, Verdict]]:
         known = [(item, each) for item, each in zip(items, owned) if each]
         if known:
@@ -219,11 +219,8 @@ class Reclaim:
             return [known[name] for name in self.valkey.without_values(names)]
         return []
 
-    def _owned(self, items: Sequence[_Item]) -> list[Owned | None]:
-        """Return the owner of each object; None if its header cannot be read."""
-        return [*self._owners_of(items)]
-
-    def _owners_of(self, items: Sequence[_Item]) -> Iterator[Owned | None]:
+    def _owned(self, items: Sequence[_Item]) -> Iterator[Owned | None]:
+        """Yield the owner of each object; None if its header cannot be read."""
         names = [item.place.name for item in items if item.place.tier == "valkey"]
         in_valkey = self.valkey.headers(names)
         for place, _ in items:
