@@ -246,6 +246,7 @@ class Run:
             "reads": sum(driver.latest.get("reads", 0) for driver in drivers),
             "wrong": sum(len(driver.latest.get("wrong", [])) for driver in drivers),
             "hung": sum(len(driver.latest.get("hung", [])) for driver in drivers),
+            "hung_details": [each for driver in drivers for each in driver.latest.get("hung", [])],
             "lost": len(lost),
             "lost_details": [
                 f"{self._spilled[object_id].name}: {error}" for object_id, error in lost

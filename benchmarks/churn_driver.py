@@ -82,6 +82,8 @@ class Driver:
         for _ in range(8):
             number = next(self._numbers)
             self._live[number] = produce.remote(number)
+        # Before a read, which may wait for long.
+        self._write()
 
     def _own(self) -> None:
         numbers = [next(self._numbers) for _ in range(4)]
@@ -95,6 +97,7 @@ class Driver:
             return
         self._live |= dict(zip(numbers, refs))
         self._of_owner += numbers
+        self._write()
 
     def _kill_owner(self) -> None:
         ray.kill(self._owner)
@@ -114,7 +117,7 @@ class Driver:
         try:
             found = ray.get(ref, timeout=HANG)
         except ray.exceptions.GetTimeoutError:
-            self._hung.append(ref.hex())
+            self._hung.append(f"{ref.hex()} until {time.strftime('%H:%M:%S')}")
             del self._live[number]
         except ray.exceptions.OwnerDiedError:
             self._forget_owner()

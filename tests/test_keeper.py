@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,14 +25,14 @@ _HOLDER = """
 import sys
 from pathlib import Path
 from ray_valkey_spill.plugin.keeper import NodeLock
-lock = NodeLock(lambda: Path(sys.argv[1]), "lock")
+lock = NodeLock(lambda: Path(sys.argv[1]), sys.argv[2])
 print(lock.take(), flush=True)
 sys.stdin.read()
 """
 
 
-def new_lock(directory: Path | None) -> NodeLock:
-    return NodeLock(lambda: directory, "lock")
+def new_lock(directory: Path | None, name: str = "node") -> NodeLock:
+    return NodeLock(lambda: directory, name)
 
 
 def test_one_at_a_time_has_the_lock_until_it_drops_it(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_the_lock_of_a_process_that_ended_is_taken_by_another(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     lock = new_lock(tmp_path)
-    command = [sys.executable, "-c", _HOLDER, str(tmp_path)]
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path), "node"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"True\n"
@@ -62,7 +63,7 @@ def test_the_lock_of_a_process_that_ended_is_taken_by_another(
 def test_a_stopped_process_keeps_the_lock(tmp_path: Path) -> None:
     """Which is why the lease does not depend on it."""
     lock = new_lock(tmp_path)
-    command = [sys.executable, "-c", _HOLDER, str(tmp_path)]
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path), "node"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"True\n"
@@ -86,11 +87,41 @@ def test_whoever_renews_the_lease_all_know_of_it(tmp_path: Path) -> None:
     assert second.since_renewal() == float("inf")
     first.note_renewal()
     assert 0 <= second.since_renewal() < 60
-    os.utime(tmp_path / "lock", (0, 0))
+    os.utime(tmp_path / "node.keeper", (0, 0))
     assert second.since_renewal() > 1e9
     # A clock that was put back says nothing.
-    os.utime(tmp_path / "lock", (1e11, 1e11))
+    os.utime(tmp_path / "node.keeper", (1e11, 1e11))
     assert second.since_renewal() == float("inf")
+
+
+def test_files_of_nodes_that_ended_long_ago_are_removed(tmp_path: Path) -> None:
+    """Only of those: not of a node that is kept, or whose lease was renewed a while ago."""
+    own = new_lock(tmp_path, "own")
+    assert own.take()
+    kept = {tmp_path / name for name in ("own.keeper", "logs", "session.json")}
+    for path in kept:
+        path.touch()
+    for name, ago in {"ended": 3600, "ended2": 60, "kept": 3600, "later": -3600}.items():
+        files = [tmp_path / f"{name}{end}" for end in (".outages", "-12-ab.deletions", ".keeper")]
+        for path in files:
+            path.touch()
+        (tmp_path / f"{name}.restores").mkdir()
+        (tmp_path / f"{name}.restores" / "0a").touch()
+        os.utime(files[-1], (time.time() - ago, time.time() - ago))
+        if name != "ended":
+            kept |= {*files, tmp_path / f"{name}.restores"}
+    other = new_lock(tmp_path, "kept")
+    assert other.take()
+    own.remove_abandoned()
+    assert {*tmp_path.iterdir()} == kept
+    other.drop()
+    own.drop()
+
+
+def test_without_a_directory_there_is_nothing_to_remove(tmp_path: Path) -> None:
+    for directory in (None, tmp_path / "missing"):
+        new_lock(directory).remove_abandoned()
+    assert [*tmp_path.iterdir()] == []
 
 
 # --- IO workers ---

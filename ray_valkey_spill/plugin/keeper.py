@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = ["Keeper", "NodeLock"]
 
 logger = logging.getLogger("ray_valkey_spill")
 
+_SUFFIX = ".keeper"
 # Seconds between two rounds, each of which renews the lease; and between attempts after a failure.
 _BETWEEN_ROUNDS, _BETWEEN_ATTEMPTS = RENEWAL, 2.0
 # Invariant: a renewal comes within every lease, whatever else the threads do. A round can take
@@ -46,6 +48,8 @@ _ATTEMPTS_PER_WARNING = 6
 _DELETED_TOGETHER = 100
 # Seconds between two checks whether an IO worker that has just started is connected.
 _BETWEEN_STARTS = 0.2
+# Seconds without a renewal after which a node that no process keeps has ended.
+_ABANDONED = 600.0
 
 
 class NodeLock:
@@ -56,7 +60,7 @@ class NodeLock:
 
     Args:
         directory: returns the session's directory, or None if there is none.
-        name: name of the file.
+        name: prefix of the names of this node's files, which no other node has.
     """
 
     def __init__(self, directory: Callable[[], Path | None], name: str) -> None:
@@ -105,9 +109,40 @@ class NodeLock:
                 return age if age >= 0 else float("inf")
         return float("inf")
 
+    def remove_abandoned(self) -> None:
+        """Remove the files of nodes that ended long ago and shared this directory.
+
+        Nodes on one host do, and a killed one leaves its files behind.
+        """
+        directory = self._directory()
+        if directory is None:
+            return
+        for path in list(directory.glob(f"*{_SUFFIX}")):
+            other = NodeLock(self._directory, path.stem)
+            with contextlib.suppress(OSError):
+                if path.stem != self._name and other._is_abandoned():
+                    # The lock comes last: if this process is killed, the next one continues.
+                    files = {*directory.glob(f"{path.stem}[-.]*")} - {path}
+                    for file in [*files, path]:
+                        _remove(file)
+            other.drop()
+
+    def _is_abandoned(self) -> bool:
+        """Whether nobody keeps the node any more, whose lock this process has then."""
+        since = self.since_renewal()
+        is_old = _ABANDONED <= since < float("inf")
+        return is_old and self.take() and self._file is not None
+
     def _path(self) -> Path | None:
         directory = self._directory()
-        return directory and directory / self._name
+        return directory and directory / f"{self._name}{_SUFFIX}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Keeper:
@@ -211,6 +246,7 @@ class Keeper:
             return [
                 self._renew_lease,
                 self._guard.ensure,
+                self._lock.remove_abandoned,
                 self._join_overflow,
                 self._measure_room,
                 self._adopt_deletions,

@@ -174,7 +174,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return Keeper(
             self._node,
             self._store,
-            NodeLock(self._session_dir, f"{self._shared}.keeper"),
+            NodeLock(self._session_dir, self._shared),
             guard,
             self._journal,
             self._deferred,
