@@ -35,15 +35,10 @@ def produce(number: int) -> np.ndarray:
 
 @ray.remote(max_restarts=0, num_cpus=0, scheduling_strategy="SPREAD")
 class Owner:
-    """Owns objects that it has put, until it is killed."""
-
-    def __init__(self) -> None:
-        self._refs: list[Any] = []
+    """Owns objects that it has put. Only the driver, which borrows them, references them."""
 
     def put(self, numbers: list[int]) -> list[Any]:
-        refs = [ray.put(content(number)) for number in numbers]
-        self._refs += refs
-        return refs
+        return [ray.put(content(number)) for number in numbers]
 
 
 class Driver:
