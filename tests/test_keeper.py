@@ -94,14 +94,18 @@ def test_whoever_renews_the_lease_all_know_of_it(tmp_path: Path) -> None:
     assert second.since_renewal() == float("inf")
 
 
-def test_files_of_nodes_that_ended_long_ago_are_removed(tmp_path: Path) -> None:
-    """Only of those: not of a node that is kept, or whose lease was renewed a while ago."""
+# By node: how long ago its lease was renewed, in seconds.
+AGES = {"ended": 3600, "ended2": 60, "kept": 3600, "later": -3600}
+
+
+def test_files_of_nodes_that_died_long_ago_are_removed(tmp_path: Path) -> None:
+    """Only of those: not of one that may live, is kept, or had its lease renewed a while ago."""
     own = new_lock(tmp_path, "own")
     assert own.take()
     kept = {tmp_path / name for name in ("own.keeper", "logs", "session.json")}
     for path in kept:
         path.touch()
-    for name, ago in {"ended": 3600, "ended2": 60, "kept": 3600, "later": -3600}.items():
+    for name, ago in AGES.items():
         files = [tmp_path / f"{name}{end}" for end in (".outages", "-12-ab.deletions", ".keeper")]
         for path in files:
             path.touch()
@@ -112,7 +116,9 @@ def test_files_of_nodes_that_ended_long_ago_are_removed(tmp_path: Path) -> None:
             kept |= {*files, tmp_path / f"{name}.restores"}
     other = new_lock(tmp_path, "kept")
     assert other.take()
-    own.remove_abandoned()
+    own.remove_abandoned(lambda name: name == "other")
+    assert {path.stem for path in tmp_path.glob("*.keeper")} == {"own", *AGES}
+    own.remove_abandoned(lambda name: True)
     assert {*tmp_path.iterdir()} == kept
     other.drop()
     own.drop()
@@ -120,7 +126,7 @@ def test_files_of_nodes_that_ended_long_ago_are_removed(tmp_path: Path) -> None:
 
 def test_without_a_directory_there_is_nothing_to_remove(tmp_path: Path) -> None:
     for directory in (None, tmp_path / "missing"):
-        new_lock(directory).remove_abandoned()
+        new_lock(directory).remove_abandoned(lambda name: True)
     assert [*tmp_path.iterdir()] == []
 
 

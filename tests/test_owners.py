@@ -100,6 +100,7 @@ def test_an_owner_that_does_not_answer_gives_no_verdict_and_holds_up_no_other(ow
     # It is left in peace for a while.
     assert owners.verdicts(of_stopped) == [Verdict.UNKNOWN] * COUNT
     assert RayOwners().verdicts(of_stopped) == [Verdict.REFERENCED] * COUNT
+    wait_until(lambda: owners.verdicts(of_stopped) == [Verdict.REFERENCED] * COUNT)
 
 
 def test_an_owner_is_dead_by_the_word_of_the_gcs_alone(owner: Any) -> None:

@@ -28,7 +28,9 @@ from support.clusters import (
 from support.faults import forbids_unlink
 from support.proxy import Proxy, proxy_to
 from support.rigs import Rig
-from support.servers import INDEX, Server, valkey_server, wait_until
+from support.servers import INDEX, ROOT, Server, valkey_server, wait_until
+
+from ray_valkey_spill.format.names import Entry
 
 
 def take_away(proxy: Proxy) -> None:
@@ -127,6 +129,25 @@ class TestAway:
         proxy.refusing = False
         # Ray's own retries would be minutes away by now.
         assert ray.get(results, timeout=60) == [0, 1, 2]
+
+    def test_what_a_failover_has_made_pending_again_stays(self, server: Server) -> None:
+        """It has lost the last command of a spill alone: all values are there."""
+        refs = [ray.put(np.full(MIB, i, np.uint8)) for i in range(3)]
+        spill(refs, server)
+        ids = {ref.hex().encode() for ref in refs}
+        members = [m for m in server.client.zrange(INDEX, 0, -1) if m.split(b":")[2][:56] in ids]
+        pending, usage, totals = (
+            f"{ROOT}{{default}}:{each}" for each in ("pending", "usage", "totals")
+        )
+        with server.client.pipeline() as together:
+            for member in members:
+                together.zrem(INDEX, member)
+                together.zadd(pending, {str(Entry.parse(member.decode()).name): 0})
+            together.delete(usage, totals)
+            together.execute()
+        wait_until(lambda: {*members} <= {*server.client.zrange(INDEX, 0, -1)})
+        wait_until(lambda: not server.client.exists(pending))
+        assert [int(ray.get(ref)[0]) for ref in refs] == [0, 1, 2]
 
     def test_what_could_not_be_deleted_is_deleted_once_the_server_is_back(
         self, server: Server, proxy: Proxy

@@ -218,6 +218,47 @@ def test_one_answer_alone_is_not_believed(session: Session) -> None:
     assert session.left == {0, 1}
 
 
+def test_an_owner_that_misses_its_second_answer_is_asked_again(session: Session) -> None:
+    """A pass over all objects, to find them anew, would take long."""
+    session.put(FIRST, range(3))
+    session.kill(FIRST)
+    session.answer(UNREFERENCED, range(3))
+    reclaimer = session.reclaimer()
+    session.steps(reclaimer, 2)
+    session.answer(Verdict.UNKNOWN, range(3))
+    session.steps(reclaimer, 3)
+    assert session.left == {0, 1, 2}
+    session.answer(UNREFERENCED, [0])
+    session.answer(REFERENCED, [1])
+    reclaimer.step()
+    assert session.left == {1, 2}
+    # One that never answers is forgotten, and found anew.
+    session.clock.now += 600
+    reclaimer.step()
+    session.answer(UNREFERENCED, [2])
+    reclaimer.step()
+    assert session.left == {1, 2}
+    session.steps(reclaimer)
+    assert session.left == {1}
+
+
+def test_suspects_are_asked_for_again_after_a_failure(session: Session) -> None:
+    session.put(FIRST, range(3))
+    session.kill(FIRST)
+    session.answer(UNREFERENCED, range(3))
+    reclaimer = session.reclaimer()
+    session.steps(reclaimer, 2)
+    client = session.contents.client
+    client.config_set("maxclients", 1)
+    for store in session.nodes.values():
+        store.close()
+    with pytest.raises(ServerError):
+        reclaimer.step()
+    client.config_set("maxclients", 1000)
+    reclaimer.step()
+    assert session.left == set()
+
+
 def test_without_a_gcs_that_answers_nothing_of_other_nodes_goes(session: Session) -> None:
     session.put(FIRST, range(4))
     session.oracle.usual = Verdict.OWNER_DEAD
@@ -270,6 +311,18 @@ def test_one_node_asks_for_the_dead_and_another_once_that_is_dead_too(session: S
     session.answer(Verdict.OWNER_DEAD, range(4, 8))
     session.steps(third, 20)
     assert session.left == set()
+
+
+def test_a_node_stands_in_for_one_that_renews_its_lease_and_does_not_ask(session: Session) -> None:
+    session.put(FIRST, range(4))
+    session.put(SECOND, range(4, 6))
+    session.kill(FIRST)
+    session.answer(Verdict.OWNER_DEAD, range(4))
+    third = session.reclaimer(THIRD)
+    session.steps(third, 10)
+    assert session.left == {*range(6)}
+    session.steps(third, 6)
+    assert session.left == {4, 5}
 
 
 def test_a_node_id_that_comes_back_is_as_good_as_new(session: Session) -> None:

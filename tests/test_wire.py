@@ -7,6 +7,7 @@ import re
 import secrets
 import socket
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from ray_valkey_spill.protocol.resp import ReplyReader, Request, command, fetch,
 from ray_valkey_spill.protocol.server_info import ServerInfo
 from ray_valkey_spill.protocol.topology import Cluster
 from ray_valkey_spill.tiers.ledger import link_to
+from ray_valkey_spill.units import MIB
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -88,11 +90,52 @@ def test_a_value_is_stored_from_its_parts_and_received_in_place(link: Link) -> N
     assert target == value
 
 
-@pytest.mark.parametrize("length", [0, 1, 7, 99, 101, 70_000])
-def test_a_value_of_another_length_than_expected_is_returned_whole(link: Link, length: int) -> None:
+@pytest.mark.parametrize("length", [0, 1, 7, 99])
+def test_a_shorter_value_than_expected_is_returned_whole(link: Link, length: int) -> None:
     link.execute(store(KEY, [b"x" * length]))
     requests = [fetch(KEY, into=memoryview(bytearray(100))) for _ in range(3)]
     assert [bytes(r.result()) for r in link.run(requests)] == [b"x" * length] * 3
+
+
+@pytest.mark.parametrize("length", [101, 8192, 8193, 70_000, 20 * MIB])
+def test_a_longer_value_than_expected_is_received_and_dropped(link: Link, length: int) -> None:
+    """It takes no memory, and what follows it is in step."""
+    link.execute(store(KEY, [bytes(length)]), command("SET", f"{KEY}:short", "short"))
+    tracemalloc.start()
+    try:
+        requests = [
+            fetch(KEY, into=memoryview(bytearray(100))),
+            fetch(f"{KEY}:short", most=100),
+            fetch(KEY, most=100),
+            fetch(f"{KEY}:short", most=100),
+        ]
+        assert [r.result() for r in link.run(requests)] == [b"", b"short", b"", b"short"]
+        assert tracemalloc.get_traced_memory()[1] < MIB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("request_", "count"),
+    [
+        (command("PING"), None),
+        (command("GET", KEY), None),
+        (command("MGET", KEY, KEY), 2),
+        (command("EVAL", "return {1, 2}", 1, KEY), 3),
+    ],
+)
+def test_a_reply_that_is_not_of_integers_is_not_valkeys(
+    link: Link, request_: Request, count: int | None
+) -> None:
+    list(link.run([request_]))
+    with pytest.raises(NotValkeyError, match=r"(PING|GET|EVAL) has the reply"):
+        request_.integers(count)
+
+
+def test_a_reply_that_is_no_value_is_not_valkeys(link: Link) -> None:
+    list(link.run([(number := command("STRLEN", KEY))]))
+    with pytest.raises(NotValkeyError, match="STRLEN has the reply '0'"):
+        number.value()
 
 
 def test_missing_values_between_others_keep_replies_in_step(link: Link) -> None:

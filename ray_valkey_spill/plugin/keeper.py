@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import logging
 import os
@@ -109,10 +110,13 @@ class NodeLock:
                 return age if age >= 0 else float("inf")
         return float("inf")
 
-    def remove_abandoned(self) -> None:
-        """Remove the files of nodes that ended long ago and shared this directory.
+    def remove_abandoned(self, is_dead: Callable[[str], bool]) -> None:
+        """Remove the files of nodes that died long ago and shared this directory.
 
         Nodes on one host do, and a killed one leaves its files behind.
+
+        Args:
+            is_dead: whether the node with that prefix is certain to be dead.
         """
         directory = self._directory()
         if directory is None:
@@ -120,7 +124,8 @@ class NodeLock:
         for path in list(directory.glob(f"*{_SUFFIX}")):
             other = NodeLock(self._directory, path.stem)
             with contextlib.suppress(OSError):
-                if path.stem != self._name and other._is_abandoned():
+                # While the server is away, nobody renews a lease.
+                if path.stem != self._name and other._is_abandoned() and is_dead(path.stem):
                     # The lock comes last: if this process is killed, the next one continues.
                     files = {*directory.glob(f"{path.stem}[-.]*")} - {path}
                     for file in [*files, path]:
@@ -186,6 +191,7 @@ class Keeper:
         self._metrics = metrics
         self._is_destroyed = is_destroyed
         self._needs = needs
+        self._owners = owners
         self._reclaimer = node.reclaimer(owners)
         self._rounds = Background(self._do_round)
         self._lease = Background(self._keep_lease, "lease")
@@ -217,7 +223,10 @@ class Keeper:
     def _do_round(self) -> float:
         """Do one round; return the seconds until the next one.
 
-        Where the server or the overflow fails one step, the others are tried all the same.
+        Where one step fails, the others are tried all the same.
+
+        Raises:
+            Exception: one that no step should raise, after all steps.
         """
         if not is_connected():
             return _BETWEEN_STARTS
@@ -225,6 +234,7 @@ class Keeper:
         self._node.close_idle()
         self._outages.forget()
         failure: SpillError | None = None
+        unexpected: Exception | None = None
         for step in self._steps():
             try:
                 step()
@@ -232,7 +242,11 @@ class Keeper:
                 # Operations with the same failure have reported it already, but there may be none.
                 self._metrics.failed("recover", error)
                 failure = failure or error
+            except Exception as error:
+                unexpected = unexpected or error
         self._metrics.looked(self._store.breaks + self._node.breaks)
+        if unexpected is not None:
+            raise unexpected
         if failure is None:
             self._failed_rounds = 0
             return _BETWEEN_ROUNDS
@@ -246,19 +260,24 @@ class Keeper:
             return [
                 self._renew_lease,
                 self._guard.ensure,
-                self._lock.remove_abandoned,
+                self._remove_abandoned,
                 self._join_overflow,
                 self._measure_room,
                 self._adopt_deletions,
-                self._recover,
                 *self._steps_of_each(),
+                self._recover,
                 self._sweep_overflow,
                 self._reclaim,
             ]
-        return [self._recover_own, *self._steps_of_each()]
+        return [*self._steps_of_each(), self._recover_own]
 
     def _steps_of_each(self) -> list[Callable[[], None]]:
-        return [self._adopt_restores, self._node.give_back, self._delete_again]
+        # What is to be settled again comes before anything pending is removed.
+        steps = [self._settle_again, self._adopt_restores, self._node.give_back]
+        return [*steps, self._delete_again]
+
+    def _settle_again(self) -> None:
+        self._node.settle_again()
 
     def _renew_lease(self) -> None:
         self._node.renew_lease(gcs_address(), self._is_destroyed)
@@ -269,6 +288,16 @@ class Keeper:
         self._lock.note_renewal()
         self._metrics.renewed_lease()
         self._outages.over(VALKEY, "leases")
+
+    def _remove_abandoned(self) -> None:
+        nodes = functools.cache(self._owners.nodes)
+
+        def is_dead(prefix: str) -> bool:
+            alive = nodes()
+            node = prefix.rpartition("-")[2]
+            return alive is not None and not alive.get(node)
+
+        self._lock.remove_abandoned(is_dead)
 
     def _join_overflow(self) -> None:
         """Join the overflow, and report it if it cannot be used, before a spill needs it."""

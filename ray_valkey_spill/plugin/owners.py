@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
@@ -27,11 +29,13 @@ __all__ = ["RayOwners", "joined"]
 
 logger = logging.getLogger("ray_valkey_spill")
 
-# Seconds that an owner has to answer, and that all who do not answer may take together in a call.
-_ANSWER_TIMEOUT, _SILENT_TIMEOUT = 2.0, 5.0
+# Seconds that an owner has to answer, that all who do not answer may take together in a call, and
+# that a call takes until it asks no further owner.
+_ANSWER_TIMEOUT, _SILENT_TIMEOUT, _LONGEST_CALL = 2.0, 5.0, 20.0
 _NODES_TIMEOUT = 5.0
-# Seconds for which an owner that did not answer is not asked again.
-_REST = 30.0
+# Seconds for which an owner that did not answer is not asked again: the first time, on a busy host
+# a matter of chance, and at most.
+_FIRST_REST, _LONGEST_REST = 5.0, 30.0
 # Objects to ask an owner for at once. Ray splits more than ten thousand into several requests, and
 # counts the replies to several without a lock (`CoreWorker::GetLocationFromOwner`): for the same
 # reason each call is for one owner only. A small number also frees the GIL for others.
@@ -49,6 +53,17 @@ _OTHER_SHAPE = (AttributeError, TypeError, ImportError, LookupError)
 _T = TypeVar("_T")
 
 
+@dataclass
+class _Call:
+    """The time of a call to `verdicts`: when it began, and how long owners were silent."""
+
+    began: float = field(default_factory=time.monotonic)
+    silent: float = 0.0
+
+    def is_over(self, now: float) -> bool:
+        return self.silent > _SILENT_TIMEOUT or now - self.began > _LONGEST_CALL
+
+
 class RayOwners:
     """The owners of the connected Ray session: see `reclaim.Owners`. For one thread."""
 
@@ -56,8 +71,10 @@ class RayOwners:
         self._is_off = False
         # Workers and nodes that are dead by the GCS's word, which is final.
         self._dead: set[bytes] = set()
-        # By worker id: when it may be asked again.
-        self._silent: dict[bytes, float] = {}
+        # By worker id: when it may be asked again, and the seconds that it rests until then.
+        self._silent: dict[bytes, tuple[float, float]] = {}
+        # What Ray takes for `_ANSWER_TIMEOUT`: see `_ask`.
+        self._timeout = int(1000 * _ANSWER_TIMEOUT)
 
     def nodes(self) -> Mapping[str, bool] | None:
         """As `Owners.nodes`; None also where Ray has another shape."""
@@ -70,21 +87,23 @@ class RayOwners:
         for number, (object_id, owner) in enumerate(wanted):
             if _OBJECT_ID.fullmatch(object_id):
                 by_owner.setdefault(owner, []).append(number)
-        deadline = time.monotonic() + _SILENT_TIMEOUT
-        for owner, numbers in by_owner.items():
+        call = _Call()
+        # In any order, so that those for whom no time is left are others the next time.
+        for owner in random.sample([*by_owner], len(by_owner)):
+            numbers = by_owner[owner]
             address = _address(owner)
             if address is None or self._is_off:
                 continue
             for start in range(0, len(numbers), _ASKED_TOGETHER):
                 some = numbers[start : start + _ASKED_TOGETHER]
                 ids = [wanted[number].object_id for number in some]
-                verdicts = self._of_owner(address, owner, ids, deadline)
+                verdicts = self._of_owner(address, owner, ids, call)
                 for number, verdict in zip(some, verdicts):
                     found[number] = verdict
         return found
 
     def _of_owner(
-        self, address: Any, owner: bytes, object_ids: Sequence[str], deadline: float
+        self, address: Any, owner: bytes, object_ids: Sequence[str], call: _Call
     ) -> list[Verdict]:
         """Return the verdicts of one owner."""
         unknown = [Verdict.UNKNOWN] * len(object_ids)
@@ -93,19 +112,38 @@ class RayOwners:
         node = bytes(getattr(address, _NODE_ID))
         if {worker, node} & self._dead:
             return dead
-        if time.monotonic() < self._silent.get(worker, 0.0) or time.monotonic() > deadline:
+        began = time.monotonic()
+        until, rest = self._silent.get(worker, (0.0, 0.0))
+        if began < until or call.is_over(began):
             return unknown
-        verdicts = self._tried(lambda: _ask(owner, object_ids), None)
+        verdicts = self._tried(lambda: self._ask(owner, object_ids), None)
         if verdicts is not None:
             self._silent.pop(worker, None)
             return verdicts
-        if self._is_dead(worker, node):
+        is_dead = self._is_dead(worker, node)
+        now = time.monotonic()
+        call.silent += now - began
+        if is_dead:
             self._silent.pop(worker, None)
             return dead
         if len(self._silent) >= _MOST_REMEMBERED:
             self._silent.clear()
-        self._silent[worker] = time.monotonic() + _REST
+        rest = min(max(_FIRST_REST, 2 * rest), _LONGEST_REST)
+        self._silent[worker] = now + rest, rest
         return unknown
+
+    def _ask(self, owner: bytes, object_ids: Sequence[str]) -> list[Verdict] | None:
+        """Ask an owner that lives; returns None if it did not answer for all objects."""
+        began = time.monotonic()
+        try:
+            return _ask(owner, object_ids, self._timeout)
+        except ray.exceptions.GetTimeoutError:
+            # Earlier versions of Ray take the milliseconds for microseconds
+            # (`CoreWorker::GetLocationFromOwner`).
+            if time.monotonic() - began > _ANSWER_TIMEOUT / 10:
+                raise
+        self._timeout = int(1_000_000 * _ANSWER_TIMEOUT)
+        return _ask(owner, object_ids, self._timeout)
 
     def _is_dead(self, worker: bytes, node: bytes) -> bool:
         """Whether an owner that has not answered is dead by the GCS's word, itself or its node."""
@@ -176,11 +214,10 @@ def _address(owner: bytes) -> Any | None:
     return address if has_ids and address.ip_address and 0 < address.port < 1 << 16 else None
 
 
-def _ask(owner: bytes, object_ids: Sequence[str]) -> list[Verdict] | None:
-    """Ask an owner that lives; returns None if it did not answer for all objects."""
+def _ask(owner: bytes, object_ids: Sequence[str], timeout: int) -> list[Verdict] | None:
     with _borrowed(owner, object_ids) as refs:
         worker = ray._private.worker.global_worker.core_worker
-        answers = worker.get_object_locations(refs, int(1000 * _ANSWER_TIMEOUT))
+        answers = worker.get_object_locations(refs, timeout)
         if any(ref not in answers for ref in refs):
             return None
         return [_verdict(answers[ref]) for ref in refs]

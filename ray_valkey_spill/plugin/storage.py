@@ -442,23 +442,31 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         then asks another IO worker. If the data are lost for good, that worker must find out before
         it creates the object.
         """
-        logger.error("restore given up half way, so this IO worker exits: %s", error)
-        if isinstance(error, LostObjectError):
-            try:
+        try:
+            logger.error("restore given up half way, so this IO worker exits: %s", error)
+            if isinstance(error, LostObjectError):
+                self._mark_lost(store, found)
+            elif isinstance(error, SpillError):
+                object_id = found.header.object_id
+                # Ray asks again, at growing intervals: no IO worker may take this over at once.
+                self._deferred.forget([object_id])
+                self._outages.failed(
+                    _WHOLE_READS, "restores", _half_way(object_id, error), 1, object_id
+                )
+            if self._in_io_worker:
+                logging.shutdown()
+                sys.stderr.flush()
+        finally:
+            # Whatever failed: with a full disk, not even a message can be written.
+            if self._in_io_worker:
+                os._exit(1)
+
+    def _mark_lost(self, store: ObjectStore, found: StoredObject) -> None:
+        try:
+            with store.hurried(_HOLD_HALF_WAY):
                 store.mark_lost(found)
-            except SpillError as unmarked:
-                logger.error("the object could not be marked as lost: %s", unmarked)
-        elif isinstance(error, SpillError):
-            object_id = found.header.object_id
-            # Ray asks again, at growing intervals: no IO worker may take this over at once.
-            self._deferred.forget([object_id])
-            self._outages.failed(
-                _WHOLE_READS, "restores", _half_way(object_id, error), 1, object_id
-            )
-        if self._in_io_worker:
-            logging.shutdown()
-            sys.stderr.flush()
-            os._exit(1)
+        except SpillError as error:
+            logger.error("the object could not be marked as lost: %s", error)
 
     def _new_restorer(self) -> _Restorer:
         return _Restorer(self)

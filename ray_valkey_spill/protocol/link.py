@@ -63,6 +63,8 @@ _REDIRECTS = 8
 _WAIT = 500
 # Seconds for a server that is only asked for the primaries: a majority does not need each of them.
 _WITNESS_PATIENCE = 1.0
+# Seconds for which the nodes of a cluster are asked one after the other, at least.
+_LEAST_SEARCH = 1.0
 
 # Bytes of the request for all of INFO.
 _WHOLE_INFO = command("INFO").length
@@ -236,7 +238,8 @@ class Link:
         self._topology = None
 
     def _close_all(self) -> None:
-        for connection in self._connections.values():
+        # A copy: another thread may close an idle one just then.
+        for connection in [*self._connections.values()]:
             connection.close()
         self._connections.clear()
         self.generation += 1
@@ -367,8 +370,10 @@ class Link:
 
     def infos(self) -> dict[Endpoint, ServerInfo]:
         """Return the INFO of the server, or of each primary of a cluster."""
-        found = self._ask_all(lambda: command("INFO"))
-        return {endpoint: ServerInfo.parse(self._text(text)) for endpoint, text in found.items()}
+        return {
+            request.connection.endpoint: ServerInfo.parse(self._text(request.result()))
+            for request in self._answered_by_all(lambda: command("INFO"))
+        }
 
     def memories(self) -> list[MemoryInfo]:
         """Return the memory part of `infos`, at a much lower cost for the servers."""
@@ -406,10 +411,9 @@ class Link:
                 request.target = endpoint
                 yield request
 
-    def _ask_all(self, ask: Callable[[], Request]) -> dict[Endpoint, Any]:
-        """Return the reply of each server that has keys."""
-        requests = list(self.run(self._to_all(ask)))
-        return {request.connection.endpoint: request.result() for request in requests}
+    def _answered_by_all(self, ask: Callable[[], Request]) -> list[Request]:
+        """Return a request for each server that has keys, with its reply."""
+        return list(self.run(self._to_all(ask)))
 
     # --- replicas ---
 
@@ -427,9 +431,12 @@ class Link:
         """
         wanted, aof = self._config.min_replicas, self._config.wait_aof
         waiting = ("WAITAOF", 1, wanted, _WAIT) if aof else ("WAIT", wanted, _WAIT)
-        found = self._ask_all(lambda: command(*waiting))
-        confirmed = {e: (reply[0], reply[1]) if aof else (1, reply) for e, reply in found.items()}
-        return {e: n for e, n in confirmed.items() if n[0] < 1 or n[1] < wanted}
+        behind = {}
+        for request in self._answered_by_all(lambda: command(*waiting)):
+            local, replicas = request.integers(2) if aof else (1, *request.integers())
+            if local < 1 or replicas < wanted:
+                behind[request.connection.endpoint] = local, replicas
+        return behind
 
     def await_replicas(self, breaks: int) -> None:
         """Wait until all writes over this link have reached `min_replicas` replicas.
@@ -664,6 +671,10 @@ class Link:
                     patience = patience or self._new_patience()
                     patience.wait(failure)
                     continue
+                except NotValkeyError:
+                    # What was sent before may still be carried out.
+                    self.breaks += 1
+                    raise
                 except ServerRefusedError as refusal:
                     # A server that accepted the password before may be changing it.
                     may_change = self._has_served and self._config.password_file is not None
@@ -882,11 +893,15 @@ class Link:
         nodes = deque(dict.fromkeys((*endpoints, *sorted(self._nodes))))
         # Start with another node each time: one that is cut off from the others may be outdated.
         nodes.rotate(-self.breaks)
+        patience = max(_LEAST_SEARCH, min(self._retry_timeout, self._unreachable_timeout))
+        deadline = time.monotonic() + patience
         for endpoint in nodes:
             try:
                 topology = self._ask_node(endpoint)
             except (OSError, TransientError) as error:
                 failure = failure or error
+                if time.monotonic() > deadline:
+                    break  # the next attempt begins with another one
                 continue
             if isinstance(topology, Single) and len(endpoints) > 1:
                 raise ConfigError(

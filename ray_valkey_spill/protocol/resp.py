@@ -96,6 +96,8 @@ class Request:
         redirects: number of times it was redirected to another node of a cluster.
         done: whether the reply has arrived.
         into: buffer for the reply's value, which is used if the value has exactly its size.
+        most: bytes of the longest value that is kept. A longer one, which another program has put
+            there, is received and dropped, and the reply is empty.
         reply: the reply: bytes for a status, bytearray for a value, int, list or None. The value's
             length if it was received into `into`.
         error: the server's error instead of a reply.
@@ -104,8 +106,8 @@ class Request:
     """
 
     __slots__ = (
-        *("connection", "done", "error", "fenced", "guarded", "into", "key", "length", "parts"),
-        *("redirects", "reply", "target", "urgent", "weight"),
+        *("connection", "done", "error", "fenced", "guarded", "into", "key", "length", "most"),
+        *("parts", "redirects", "reply", "target", "urgent", "weight"),
     )
 
     def __init__(
@@ -115,6 +117,7 @@ class Request:
         *,
         into: memoryview | None = None,
         expected: int = 0,
+        most: int = _LARGEST,
     ) -> None:
         self.parts = parts
         self.key = key
@@ -123,6 +126,7 @@ class Request:
         self.target: Any = None
         self.connection: Any = None
         self.into = into
+        self.most = most
         self.reply: Any = None
         self.error: ServerError | None = None
         self.length = sum(map(len, parts))
@@ -138,6 +142,34 @@ class Request:
         if self.error is not None:
             raise self.error
         return self.reply
+
+    def integers(self, count: int | None = None) -> list[int]:
+        """Return a reply of `count` integers, or of one that is no array. Errors as `result`.
+
+        Raises:
+            NotValkeyError: the reply is something else.
+        """
+        reply = self.result()
+        found = [reply] if count is None else reply
+        is_list = isinstance(found, list) and len(found) == (count or 1)
+        if is_list and all(isinstance(each, int) for each in found):
+            return list(found)
+        raise self._unexpected()
+
+    def value(self) -> bytearray | None:
+        """Return a value, or None if there is none. Errors as `result`.
+
+        Raises:
+            NotValkeyError: the reply is something else.
+        """
+        reply = self.result()
+        if reply is None or isinstance(reply, bytearray):
+            return reply
+        raise self._unexpected()
+
+    def _unexpected(self) -> NotValkeyError:
+        name = bytes(self.parts[0]).split(b"\r\n", 3)[2].decode(errors="replace")
+        return NotValkeyError(f"{name} has the reply {str(self.reply)[:40]!r}: this is not Valkey")
 
 
 class Prepared:
@@ -193,15 +225,19 @@ def store(key: str, value: Sequence[Buffer]) -> Request:
     return Request([head, *value, b"\r\n"], name)
 
 
-def fetch(key: str, *, into: memoryview | None = None, expected: int = 0) -> Request:
+def fetch(
+    key: str, *, into: memoryview | None = None, expected: int = 0, most: int = _LARGEST
+) -> Request:
     """Return a GET of `key`.
 
     If the value has exactly the size of `into`, it is received there, and the reply is its length.
-    Without `into`, `expected` is the approximate length of the value in bytes.
+    Without `into`, `expected` is the approximate length of the value in bytes, and `most` as for
+    `Request`.
     """
     name = key.encode()
     parts: list[Buffer] = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)]
-    return Request(parts, name, into=into, expected=expected)
+    longest = most if into is None else len(into)
+    return Request(parts, name, into=into, expected=expected, most=longest)
 
 
 # --- replies ---
@@ -225,17 +261,17 @@ class ReplyReader:
             ProtocolError: the server refused the form of a request, and closes the connection.
             NotValkeyError: the bytes are not a reply.
         """
-        reply = self._parse(request.into)
+        reply = self._parse(request.into, request.most)
         if isinstance(reply, ServerError):
             request.error = reply
         else:
             request.reply = reply
 
-    def _parse(self, into: memoryview | None = None, depth: int = 0) -> Any:
+    def _parse(self, into: memoryview | None = None, most: int = _LARGEST, depth: int = 0) -> Any:
         line = self._line()
         kind, rest = line[:1], line[1:]
         if kind == b"$":
-            return None if rest == b"-1" else self._bulk(_number(rest, least=0), into)
+            return None if rest == b"-1" else self._bulk(_number(rest, least=0), into, most)
         if kind == b":":
             return _number(rest, least=-_LARGEST_INTEGER, most=_LARGEST_INTEGER)
         if kind == b"+":
@@ -251,7 +287,10 @@ class ReplyReader:
             raise NotValkeyError("a reply has arrays in arrays: this is not Valkey")
         return [self._parse(depth=depth + 1) for _ in range(count)]
 
-    def _bulk(self, size: int, into: memoryview | None) -> Any:
+    def _bulk(self, size: int, into: memoryview | None, most: int) -> Any:
+        if size > most:
+            self._skip(size + 2)
+            return bytearray()
         target = into if into is not None and len(into) == size else memoryview(bytearray(size))
         got = min(size, self._end - self._start)
         target[:got] = self._buffer[self._start : self._start + got]
@@ -265,6 +304,13 @@ class ReplyReader:
             self._fill()
         self._start += 2
         return size if target is into else target.obj
+
+    def _skip(self, size: int) -> None:
+        """Receive bytes and drop them."""
+        while size > self._end - self._start:
+            size -= self._end - self._start
+            self._start, self._end = 0, self._receive([self._buffer])
+        self._start += size
 
     def _line(self) -> bytes:
         while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import time
@@ -196,7 +195,11 @@ class Node:
         Raises:
             ServerError: some leftovers remain for the next call.
         """
-        is_left = functools.partial(_is_left, is_alive=is_alive)
+        lately = UNDER_WAY.put_lately(self._name)
+
+        def is_left(name: ObjectName) -> bool:
+            return name not in lately and _is_left(name, is_alive)
+
         # Before the pending set is read, because a grant covers what its writer has written.
         budgets = [(budget, budget.stranded) for budget in UNDER_WAY.budgets(self._name)]
         grants = [w for w in self._ledger.grants_of(self._name) if self._has_ended(w, is_alive)]
@@ -207,7 +210,8 @@ class Node:
             # The server may still have in its sockets what was sent, and carry it out later.
             time.sleep(LATE_ARRIVALS)
             # What is pending now, after its writer was seen dead, was never reported as put; at
-            # first the writer may have died between that and this.
+            # first the writer may have died between that and this. If a failover has made it
+            # pending again, its writer has died before it could `settle_again`.
             count = self._valkey.remove_half_written(
                 self._name, lambda name: name in left and is_left(name)
             )
@@ -217,6 +221,27 @@ class Node:
         for budget, stranded in budgets:
             budget.recovered(stranded)
         return count + len({*in_doubt} - left)
+
+    def settle_again(self) -> int:
+        """Settle objects again that this process has put lately, and that are pending.
+
+        A failover, or a restart, can lose that an object was settled, and keep all its values. What
+        is pending is removed once its writer is dead.
+
+        Returns:
+            The number of these objects. Costs one look at what is pending if any were put lately.
+
+        Raises:
+            ServerError: the next call tries again.
+        """
+        lately = UNDER_WAY.put_lately(self._name)
+        if not lately:
+            return 0
+        names = [name for page in self._ledger.pending(self._name) for name in page]
+        entries = [lately[name] for name in names if name in lately]
+        if entries:
+            self._link.execute(*self._ledger.settlements(self._name, entries))
+        return len(entries)
 
     def recover_own(self) -> int:
         """As `recover`, for this process only."""

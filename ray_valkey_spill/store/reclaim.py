@@ -113,12 +113,15 @@ class Pace:
 
 
 USUAL_PACE = Pace()
-# Suspects to remember; more are found again later.
-_MOST_SUSPECTS = 50_000
+# Suspects to remember; more are found again later. So are those whose owner does not give its
+# second answer within so many seconds.
+_MOST_SUSPECTS, _LONGEST_SUSPICION = 50_000, 600.0
 # Chunks to look for, at most, because a forged name may claim millions.
 _MOST_CHUNKS = 10_000
 # Seconds between two checks by a node whether it has to ask for the objects of dead nodes, at most.
 _LONGEST_REST = 600.0
+# Seconds between two passes of a node before which one other comes, two others, and so on.
+_STAND_IN = 120.0
 
 
 class _Item(NamedTuple):
@@ -189,15 +192,18 @@ class Reclaim:
 
     def confirm(self) -> None:
         """Ask again for the suspects that are due, and remove those that nobody references."""
-        latest = self.clock() - self.pace.confirmation
-        # In the order of their first answers.
-        due = (item for item, since in self._suspects.values() if since <= latest)
+        now = self.clock()
+        due = (i for i, since in self._suspects.values() if since <= now - self.pace.confirmation)
         items = list(islice(due, self.pace.of_dead))
-        for item in items:
-            del self._suspects[item.place.name]
         found = list(self._judged(items, self._owned(items)))
         self._remove("owner_dead", [i for i, verdict in found if verdict is Verdict.OWNER_DEAD])
         self._remove("unreferenced", [i for i, verdict in found if verdict is Verdict.UNREFERENCED])
+        # Only now: if this has failed, all are asked for again.
+        silent = {item.place.name for item, verdict in found if verdict is Verdict.UNKNOWN}
+        for name in [item.place.name for item in items]:
+            item, since = self._suspects.pop(name)
+            if name in silent and now - since < _LONGEST_SUSPICION:
+                self._suspects[name] = item, since  # last: others come first the next time
 
     def has_suspects(self) -> bool:
         """Whether an object waits for its second answer."""
@@ -379,7 +385,8 @@ class Reclaimer:
     share: it is the one with the lowest id of those that are alive according to the GCS and have
     renewed their leases. While two nodes disagree, both ask, and removals are safe to repeat. The
     higher a node is in that order, the more rarely it checks, so that all nodes of a large session
-    together check about as often as a few.
+    together check about as often as a few. Just as rarely, each makes a pass although others come
+    before it: a lease is renewed by whatever can, also where no owner can be asked.
 
     Args:
         reclaim: asks and removes.
@@ -397,6 +404,7 @@ class Reclaimer:
         self._own: _Walk | None = None
         self._own_next = self._dead_next = self._listed = float("-inf")
         self._is_in_pass = False
+        self._passed = reclaim.clock()
         self._seconds = 0.0  # of this pass over the objects of dead nodes, of a core
 
     def step(self) -> None:
@@ -433,12 +441,17 @@ class Reclaimer:
             self._dead_next = now + pace.pause
             nodes = self._reclaim.owners.nodes()
             before = self._before(nodes or {})
-            if nodes is None or before is None or before:
+            if nodes is None or before is None:
                 self.of_dead_nodes = None
-                self._dead_next = now + min(pace.pause * (1 + (before or 0)), _LONGEST_REST)
+                return
+            if before:
+                self._dead_next = now + min(pace.pause * before, _LONGEST_REST)
+            if now - self._passed < _STAND_IN * before:
+                self.of_dead_nodes = None
                 return
             if not self._dead.begin():
                 return
+            self._passed = now
             self._seconds = 0.0
             self._is_in_pass = True
         started = time.thread_time()

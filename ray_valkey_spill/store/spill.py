@@ -92,8 +92,16 @@ class Batch:
         if rest := self._names[len(self.stored) :]:
             self._remove(rest)
         if not self._is_settled:
+            self._settle()
+        if self.stored:
+            self._tier.confirm(self._node, self.stored, self._breaks)
+
+    def _settle(self) -> None:
+        try:
             self._tier.settle(self._node, self.stored, self._budget)
-        self._tier.confirm(self._node, self.stored, self._breaks)
+        except ServerUnavailableError:
+            self._is_reachable = False
+            raise
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
         is_undone = error is None
@@ -105,7 +113,11 @@ class Batch:
                 is_undone = self._is_reachable and self._undo()
         finally:
             # In this order: whoever finds that something is stranded finds all of it.
-            if not is_undone and self._may_be_settled:
+            if error is None:
+                UNDER_WAY.put(self.stored)
+            # A successor may have values without the registrations: by those nobody finds them.
+            may_be_left = self._may_be_settled or self._tier.breaks != self._breaks
+            if not is_undone and may_be_left:
                 UNDER_WAY.doubt(self._names)
             UNDER_WAY.end(self._all_names)
             if not is_undone:

@@ -1,15 +1,23 @@
-"""The attempts that this process is writing; its other pending objects can be removed."""
+"""The attempts that this process is writing, and those that it has put lately.
+
+Its other pending objects can be removed.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable
 from weakref import WeakValueDictionary
 
-from ray_valkey_spill.format.names import NodeName, ObjectName
+from ray_valkey_spill.format.names import Entry, NodeName, ObjectName
 from ray_valkey_spill.tiers.budget import Budget
 
 __all__ = ["UNDER_WAY", "UnderWay"]
+
+# Seconds for which an object counts as put lately: a failover that loses its settlement has taken
+# place, and been noticed, by then. The number of such objects is limited.
+_LATELY, _MOST_LATELY = 300.0, 10_000
 
 
 class UnderWay:
@@ -23,6 +31,8 @@ class UnderWay:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._attempts: set[ObjectName] = set()
+        # The oldest first, with the times at which they were put.
+        self._put: dict[ObjectName, tuple[Entry, float]] = {}
         self._in_doubt: set[ObjectName] = set()
         # By writer. One whose store is gone has ended, and its grant is to be released.
         self._budgets = WeakValueDictionary[str, Budget]()
@@ -35,6 +45,30 @@ class UnderWay:
     def end(self, names: Iterable[ObjectName]) -> None:
         with self._lock:
             self._attempts.difference_update(names)
+
+    def put(self, entries: Iterable[Entry]) -> None:
+        """Note objects that were put. Must precede the `end` of their attempts."""
+        now = time.monotonic()
+        with self._lock:
+            self._put.update({entry.name: (entry, now) for entry in entries})
+            self._forget_old(now)
+
+    def put_lately(self, node: NodeName) -> dict[ObjectName, Entry]:
+        """Return the objects of a node that were put lately."""
+        with self._lock:
+            self._forget_old(time.monotonic())
+            return {
+                name: entry
+                for name, (entry, _) in self._put.items()
+                if (name.session, name.node) == node
+            }
+
+    def _forget_old(self, now: float) -> None:
+        while self._put:
+            name, (_, since) = next(iter(self._put.items()))
+            if now - since < _LATELY and len(self._put) <= _MOST_LATELY:
+                return
+            del self._put[name]
 
     def __contains__(self, name: ObjectName) -> bool:
         """Whether an attempt is under way."""

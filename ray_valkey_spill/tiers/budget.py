@@ -306,7 +306,7 @@ class Budget:
             yield from self._link.memory_requests()
 
         _, *looks = list(self._link.run(requests()))
-        reply = Reservation(*request.result())
+        reply = Reservation(*request.integers(len(Reservation._fields)))
         self._ours = reply
         self._take_in(map(self._link.memory_of, looks))
         return reply

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from ray_valkey_spill.errors import LostObjectError, SpillError, UnconfirmedError
+from ray_valkey_spill.errors import (
+    LostObjectError,
+    NotValkeyError,
+    SpillError,
+    UnconfirmedError,
+)
 from ray_valkey_spill.format.codec import copy_into
 from ray_valkey_spill.format.header import TRAILER_SIZE, header_size, largest_header
 from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place
-from ray_valkey_spill.format.packing import Receive
+from ray_valkey_spill.format.packing import INLINE_LIMIT, Receive
+from ray_valkey_spill.format.sealing import TAG_SIZE
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request, command, fetch, store
 from ray_valkey_spill.tiers import scripts
@@ -34,6 +41,8 @@ _KEYS_PER_CHECK = 500
 # Objects to look up again together once something was missing.
 _OBJECTS_LOOKED_AT_AGAIN = 16
 _READINGS = 5
+# Integers in the reply to a settlement.
+_SETTLED = 3
 # Bytes that hold the header of all but the largest objects.
 _START_OF_HEADER = 2048
 
@@ -97,12 +106,20 @@ class ValkeyTier:
         settlements: list[Request] = []
         written: list[Entry] = []
 
-        def requests() -> Iterator[Request]:
+        def registrations() -> Iterator[Request]:
             for request in self.ledger.registrations(names):
                 under_way.append(None)
                 yield request
+
+        def requests() -> Iterator[Request]:
+            breaks = self._link.breaks
+            yield from registrations()
             is_first = True
             for value, entry in values:
+                if self._link.breaks != breaks:
+                    # The server that now takes the values may have lost what was registered.
+                    breaks, is_first = self._link.breaks, True
+                    yield from registrations()
                 request = store(value.key, value.parts)
                 request.fenced, is_first = is_first, False
                 under_way.append(entry)
@@ -185,7 +202,7 @@ class ValkeyTier:
         are_whole = all(stat.is_whole for stat in stats)
         # An object that fell back to pending would be removed once this process has ended.
         settlements = list(self._link.run(self.ledger.settlements(node, entries)))
-        settled = sum(request.result()[0] for request in settlements)
+        settled = sum(request.integers(_SETTLED)[0] for request in settlements)
         if not are_whole or settled != len(entries) or self._link.breaks != latest:
             raise UnconfirmedError("the server lost values that had just been written to it")
 
@@ -245,14 +262,14 @@ class ValkeyTier:
         def requests() -> Iterator[Request]:
             for name, expected in wanted:
                 keys = self._keys.values(name)
-                yield fetch(next(keys), expected=expected)
+                yield fetch(next(keys), expected=expected, most=_longest_header(name))
                 for key in keys:
                     yield command("STRLEN", key)
 
         replies = self._link.run(requests())
         for name, _ in wanted:
             header = _value(next(replies))
-            yield Stat(header, [_value(size) or 0 for size in islice(replies, name.chunks)])
+            yield Stat(header, [_size(size) for size in islice(replies, name.chunks)])
 
     def headers(self, names: Iterable[ObjectName]) -> Iterator[bytes | None]:
         """Yield the header of each object without an inline payload; None if it is missing.
@@ -468,7 +485,7 @@ class _Reading:
         self._link = link
         self._key = keyspace.header(place.name)
         self._chunks = keyspace.chunks(place.name)
-        self._header = fetch(self._key)
+        self._header = fetch(self._key, most=_longest_header(place.name))
         self._checks: list[Request] = []
         self._ahead: deque[Request] = deque()
         self._wanted: Iterator[tuple[int, memoryview]] | None = None
@@ -479,11 +496,12 @@ class _Reading:
         yield self._header
         self._checks += self._new_checks()
         yield from self._checks
+        # Less than half of a chunk if the last one is shorter.
         expected = -(-self.place.size // len(self._chunks))
         for key in self._chunks:
             if self._wanted is not None:
                 break
-            request = fetch(key, expected=expected)
+            request = fetch(key, expected=expected, most=2 * expected + TAG_SIZE)
             self._ahead.append(request)
             yield request
         for number, into in self._wanted or ():
@@ -513,8 +531,7 @@ class _Reading:
             if _is_across_shards(request):
                 self.is_sharded = True
                 return Stat(None, [])
-            found = _value(request)
-            sizes += map(int, found.split()) if isinstance(found, bytearray) else [found or 0]
+            sizes += _sizes(request) if self._is_one_server else [_size(request)]
         return Stat(header, sizes)
 
     def receive(
@@ -545,19 +562,27 @@ class _Reading:
 def _require_settled(
     settlements: Sequence[Request], entries: Sequence[Entry], budget: Budget
 ) -> None:
-    if sum(request.result()[0] for request in settlements) != len(entries):
+    replies = [request.integers(_SETTLED) for request in settlements]
+    if sum(settled for settled, _, _ in replies) != len(entries):
         raise LostObjectError("the server lost objects that had just been written to it")
-    _, granted, unwritten = settlements[-1].result()
+    _, granted, unwritten = replies[-1]
     budget.settled(granted, unwritten)
+
+
+def _longest_header(name: ObjectName) -> int:
+    """Return an upper bound for the length of a header with its payload, in bytes."""
+    return largest_header(name.chunks) + INLINE_LIMIT
 
 
 def _is_received(request: Request, into: memoryview) -> bool:
     """Whether a chunk is in `into`; copies it there if its reply came before `into` was known."""
-    reply = _value(request)
-    if isinstance(reply, bytearray) and len(reply) == len(into):
-        copy_into(reply, into)
-        return True
-    return bool(reply == len(into))
+    if request.error is None and isinstance(request.reply, int):
+        return request.reply == len(into)
+    found = _value(request)
+    if found is None or len(found) != len(into):
+        return False
+    copy_into(found, into)
+    return True
 
 
 def _is_across_shards(request: Request) -> bool:
@@ -566,8 +591,23 @@ def _is_across_shards(request: Request) -> bool:
     return "CROSSSLOT" in text or "non local key" in text or "hash to the same slot" in text
 
 
-def _value(request: Request) -> Any:
-    """Return the reply; None for another program's value of a different type under our key."""
-    if request.error is not None and str(request.error).startswith("WRONGTYPE"):
-        return None
-    return request.result()
+def _value(request: Request) -> bytearray | None:
+    """Return the value; None also for another program's of a different type under our key."""
+    return None if _is_of_another_type(request) else request.value()
+
+
+def _size(request: Request) -> int:
+    """Return the length of a value; 0 if there is none, as `_value`."""
+    return 0 if _is_of_another_type(request) else request.integers()[0]
+
+
+def _sizes(request: Request) -> list[int]:
+    """Return the lengths of the values of a page."""
+    found = request.value() or bytearray()
+    if not re.fullmatch(rb"[0-9]{1,10}( [0-9]{1,10})*", found):
+        raise NotValkeyError(f"a script has the reply {bytes(found[:40])!r}: this is not Valkey")
+    return [*map(int, found.split())]
+
+
+def _is_of_another_type(request: Request) -> bool:
+    return request.error is not None and str(request.error).startswith("WRONGTYPE")
