@@ -8,6 +8,8 @@ import itertools
 import json
 import random
 import re
+import select
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -262,6 +264,20 @@ def test_dead_and_foreign_nodes_among_several_do_not_matter(
             with linked(f"valkey://{','.join(order)}") as link:
                 assert link.execute(command("GET", KEY)) == [None]
                 assert {*link.infos()} == endpoints(cluster.primaries())
+
+
+def test_silent_nodes_are_not_all_waited_for_one_after_the_other() -> None:
+    """As a network that drops packets leaves them: they take connections, and say nothing."""
+    with contextlib.ExitStack() as stack:
+        listeners = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=8)) for _ in range(8)
+        ]
+        hosts = ",".join(f"127.0.0.1:{each.getsockname()[1]}" for each in listeners)
+        link = stack.enter_context(linked(f"valkey://{hosts}", retry_timeout=1))
+        with pytest.raises(ServerUnavailableError):
+            link.execute(command("GET", KEY))
+        asked = [each for each in listeners if select.select([each], [], [], 0)[0]]
+        assert 1 <= len(asked) < len(listeners) // 2
 
 
 def test_several_hosts_that_are_no_cluster_are_refused(server: Server) -> None:

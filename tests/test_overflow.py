@@ -201,6 +201,20 @@ def stores(server: Server) -> Iterator[Callable[..., Store]]:
         store.close()
 
 
+def test_without_room_for_anything_no_replica_is_waited_for(
+    server: Server, stores: Callable[..., Store], tmp_path: Path
+) -> None:
+    """There is nothing that they could have."""
+    server.client.config_resetstat()
+    store = stores(tmp_path.as_uri(), min_replicas=1)
+    store.renew_lease("", lambda: False)
+    store.join_overflow()
+    urls, failure = store.put([source(noise(3 * CHUNK))])
+    assert failure is None
+    assert get(store, urls[0]) == noise(3 * CHUNK)
+    assert "cmdstat_wait" not in server.client.info("commandstats")
+
+
 # --- a file an object ---
 
 

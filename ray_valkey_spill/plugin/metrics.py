@@ -189,7 +189,8 @@ _OF_DEAD_NODES = Definition(
     "gauge",
     "bytes",
     (),
-    "Bytes stored by nodes of the session that are dead. One node of the session reports it.",
+    "Bytes stored by nodes of the session that are dead, also in the overflow. One node "
+    "of the session reports it.",
 )
 
 DEFINITIONS = (
@@ -290,7 +291,7 @@ class Metrics(Observer):
         """End a round. `breaks` is the number of broken connections since the process began."""
         self._record(_BREAKS, breaks - self._breaks)
         self._breaks = breaks
-        # Also 0, which tells of a node whose lease nobody could renew.
+        # Also 0, for a node whose lease nobody could renew.
         self._record(_LEASE, self._renewed)
         if self._connected is not None:
             self._record(_CONNECTED, int(self._connected))
