@@ -324,7 +324,7 @@ def test_values_whose_registration_was_lost_are_removed(server: Server) -> None:
             return False
 
         ours.proxy.before(lose, b"SET", 10)
-        urls, failure = ours.store.put([source(noise(20 * CHUNK))])
+        urls, failure = ours.store.put([source(noise(200 * CHUNK))])
         assert urls == []
         assert isinstance(failure, ServerUnavailableError)
         assert ours.values
