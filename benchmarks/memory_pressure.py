@@ -192,13 +192,19 @@ def _data_job(job: Job) -> dict[str, float]:
     """Shuffle or sort rows of 1 MiB, then read all of them."""
     import ray.data
 
+    # Not of this module, which Ray's workers do not have.
+    def with_payload(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        payload = np.random.default_rng(0).random((len(batch["id"]), MIB // 8))
+        payload[:, 0] = batch["id"]
+        return {"id": batch["id"], "payload": payload}
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # By default one task of a sort takes more than all that the object store holds here.
     context.shuffle_input_batch_bytes = STORE // 8
     rows = job.working_set * STORE // MIB
     start = time.perf_counter()
-    made = ray.data.range(rows, override_num_blocks=32).map_batches(_with_payload)
+    made = ray.data.range(rows, override_num_blocks=32).map_batches(with_payload)
     if job.reads == "shuffle":
         result = made.random_shuffle(seed=0).materialize()
     else:
@@ -219,12 +225,6 @@ def _data_job(job: Job) -> dict[str, float]:
         "job_s": seconds,
         "io_workers_cpu_s": _io_workers_cpu(),
     }
-
-
-def _with_payload(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    payload = np.random.default_rng(0).random((len(batch["id"]), MIB // 8))
-    payload[:, 0] = batch["id"]
-    return {"id": batch["id"], "payload": payload}
 
 
 # --- what Ray and the system tell ---

@@ -53,14 +53,16 @@ def main() -> None:
     raw = options.into / "results.json"
     keep = (options.only or options.render) and raw.exists()
     results = json.loads(raw.read_text()) if keep else {}
+    # Before the results of the first one change the checkout.
+    commit = commit_of(Path(__file__).parent)
     for name in [] if options.render else options.only or BENCHMARKS:
         against = options.against if name in _COMPARING else None
-        results[name] = _run(name, options.quick, against)
+        results[name] = _run(name, options.quick, commit, against)
         raw.write_text(json.dumps(results, indent=1) + "\n")
     (options.into / "RESULTS.md").write_text(_document(results, options.into))
 
 
-def _run(name: str, quick: bool, against: Path | None) -> dict[str, Any]:
+def _run(name: str, quick: bool, commit: str, against: Path | None) -> dict[str, Any]:
     """Results of one benchmark, from a process of its own."""
     note(f"--- {name} ---")
     command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *(["--quick"] * quick)]
@@ -69,7 +71,7 @@ def _run(name: str, quick: bool, against: Path | None) -> dict[str, Any]:
     result = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-        "commit": commit_of(Path(__file__).parent),
+        "commit": commit,
         **({"against": commit_of(against)} if against else {}),
         **json.loads(result.stdout),
     }

@@ -270,7 +270,8 @@ def test_silent_nodes_are_not_all_waited_for_one_after_the_other() -> None:
     """As a network that drops packets leaves them: they take connections, and say nothing."""
     with contextlib.ExitStack() as stack:
         listeners = [
-            stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=8)) for _ in range(8)
+            stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=8))
+            for _ in range(16)
         ]
         hosts = ",".join(f"127.0.0.1:{each.getsockname()[1]}" for each in listeners)
         link = stack.enter_context(linked(f"valkey://{hosts}", retry_timeout=1))
@@ -278,6 +279,18 @@ def test_silent_nodes_are_not_all_waited_for_one_after_the_other() -> None:
             link.execute(command("GET", KEY))
         asked = [each for each in listeners if select.select([each], [], [], 0)[0]]
         assert 1 <= len(asked) < len(listeners) // 2
+
+
+def test_a_living_node_is_found_behind_two_silent_ones(cluster: Cluster) -> None:
+    """Also by those that have little time, as a head that starts has."""
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        ports = [*(each.getsockname()[1] for each in silent), cluster.nodes[0].port]
+        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+        made = link_to(config(f"valkey://{hosts}"), unreachable_timeout=1.5)
+        link = stack.enter_context(contextlib.closing(made))
+        assert link.execute(command("GET", KEY)) == [None]
+        assert {*link.infos()} == endpoints(cluster.primaries())
 
 
 def test_several_hosts_that_are_no_cluster_are_refused(server: Server) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +25,8 @@ from ray_valkey_spill.errors import (
     ServerFullError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.format.names import Keyspace, NodeName
+from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, new_attempt
+from ray_valkey_spill.store.under_way import UnderWay
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.units import MIB
 
@@ -373,3 +376,47 @@ def test_sizes_that_are_not_valkeys_fail_the_restore_and_lose_nothing(
             get(ours.store, url)
         ours.proxy.to_client.replaced = {}
         assert get(ours.store, url) == noise(2 * CHUNK)
+
+
+def test_an_object_that_was_put_stays_however_long_nobody_has_looked(server: Server) -> None:
+    """And however many were put since: what is not known any more is left as it is."""
+    others = UnderWay()
+    with cut(server) as ours:
+        url = ours.put_and_lose_the_settlement()
+        entry = Entry(ours.keys.parse_url(url).name, 2 * CHUNK, 2 * CHUNK)
+        others.put([entry])
+        assert not others.has_left(entry.name)
+        names = [entry.name._replace(object_id=f"{n:056x}") for n in range(20_000)]
+        others.put(Entry(name, 1, 1) for name in names)
+        assert len(others.put_lately(NodeName("session", "node"))) == 10_000
+        assert not others.has_left(entry.name)
+        # Only what has failed is left, and what an earlier process with this id has begun.
+        others.fail([entry.name])
+        assert others.has_left(entry.name)
+        others.removed([entry.name])
+        assert not others.has_left(entry.name)
+        assert others.has_left(entry.name._replace(attempt=f"{1:011x}{os.getpid():08x}{0:08x}"))
+
+
+def test_a_settlement_is_looked_at_until_a_failover_cannot_lose_it() -> None:
+    attempts, node = UnderWay(), NodeName("session", "node")
+    name = ObjectName(*node, "0a" * 28, new_attempt(), 0)
+    attempts.put([Entry(name, 1, 1)])
+    now = time.monotonic()
+    attempts.are_settled([name], now + 30)
+    assert attempts.put_lately(node)
+    assert not attempts.put_lately(NodeName("session", "other"))
+    attempts.are_settled([name], now + 90)
+    assert not attempts.put_lately(node)
+
+
+def test_with_a_budget_what_is_settled_again_counts(server: Server) -> None:
+    with cut(server, max_bytes=20 * MIB) as ours:
+        ours.store.put([source(noise(1000))])
+        before = ours.ledger.totals().stored
+        url = ours.put_and_lose_the_settlement(1)
+        assert ours.ledger.totals().stored == before
+        assert ours.store.background.settle_again() == 1
+        assert ours.ledger.totals().stored > before + 2 * CHUNK
+        ours.store.delete([url])
+        assert ours.ledger.totals().stored == before

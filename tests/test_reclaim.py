@@ -20,7 +20,7 @@ from support.stores import Store
 from support.topologies import cluster_servers
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import ServerError
+from ray_valkey_spill.errors import OverflowUnavailableError, ServerError
 from ray_valkey_spill.format.names import Keyspace, NodeName
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.store.observer import Observer, Reason
@@ -230,7 +230,7 @@ def test_an_owner_that_misses_its_second_answer_is_asked_again(session: Session)
     assert session.left == {0, 1, 2}
     session.answer(UNREFERENCED, [0])
     session.answer(REFERENCED, [1])
-    reclaimer.step()
+    session.steps(reclaimer, 2)
     assert session.left == {1, 2}
     # One that never answers is forgotten, and found anew.
     session.clock.now += 600
@@ -240,6 +240,30 @@ def test_an_owner_that_misses_its_second_answer_is_asked_again(session: Session)
     assert session.left == {1, 2}
     session.steps(reclaimer)
     assert session.left == {1}
+
+
+def test_a_tier_that_fails_does_not_hold_up_the_other(
+    server: Server, clock: Clock, tmp_path: Path
+) -> None:
+    directory = tmp_path / "overflow"
+    params = {"url": server.url, "overflow_uri": directory.as_uri()}
+    with a_session(server, params, clock) as session:
+        session.put(FIRST, range(3))
+        full = {**params, "max_bytes": 0}
+        with a_session(server, full, clock) as other:
+            other.put(FIRST, range(3, 6))
+            session.kill(FIRST)
+            session.oracle.usual = UNREFERENCED
+            reclaimer = session.reclaimer()
+            session.steps(reclaimer, 2)
+            assert session.left == {*range(6)}
+            hidden = directory.rename(tmp_path / "hidden")
+            with pytest.raises(OverflowUnavailableError):
+                reclaimer.step()
+            assert session.left == set()
+            hidden.rename(directory)
+            session.steps(reclaimer, 4)
+            assert session.left == set()
 
 
 def test_suspects_are_asked_for_again_after_a_failure(session: Session) -> None:
@@ -255,7 +279,7 @@ def test_suspects_are_asked_for_again_after_a_failure(session: Session) -> None:
     with pytest.raises(ServerError):
         reclaimer.step()
     client.config_set("maxclients", 1000)
-    reclaimer.step()
+    session.steps(reclaimer, 3)
     assert session.left == set()
 
 
@@ -323,6 +347,7 @@ def test_a_node_stands_in_for_one_that_renews_its_lease_and_does_not_ask(session
     assert session.left == {*range(6)}
     session.steps(third, 6)
     assert session.left == {4, 5}
+    assert third.of_dead_nodes is None, "the other one reports them"
 
 
 def test_a_node_id_that_comes_back_is_as_good_as_new(session: Session) -> None:

@@ -264,17 +264,16 @@ class Keeper:
                 self._join_overflow,
                 self._measure_room,
                 self._adopt_deletions,
-                *self._steps_of_each(),
+                self._settle_again,
                 self._recover,
+                *self._steps_of_each(),
                 self._sweep_overflow,
                 self._reclaim,
             ]
-        return [*self._steps_of_each(), self._recover_own]
+        return [self._settle_again, self._recover_own, *self._steps_of_each()]
 
     def _steps_of_each(self) -> list[Callable[[], None]]:
-        # What is to be settled again comes before anything pending is removed.
-        steps = [self._settle_again, self._adopt_restores, self._node.give_back]
-        return [*steps, self._delete_again]
+        return [self._adopt_restores, self._node.give_back, self._delete_again]
 
     def _settle_again(self) -> None:
         self._node.settle_again()

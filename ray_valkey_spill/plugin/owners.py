@@ -31,7 +31,7 @@ logger = logging.getLogger("ray_valkey_spill")
 
 # Seconds that an owner has to answer, that all who do not answer may take together in a call, and
 # that a call takes until it asks no further owner.
-_ANSWER_TIMEOUT, _SILENT_TIMEOUT, _LONGEST_CALL = 2.0, 5.0, 20.0
+_ANSWER_TIMEOUT, _SILENT_TIMEOUT, _LONGEST_CALL = 2.0, 5.0, 10.0
 _NODES_TIMEOUT = 5.0
 # Seconds for which an owner that did not answer is not asked again: the first time, on a busy host
 # a matter of chance, and at most.

@@ -61,10 +61,10 @@ _CROWDED_TURN = 1.0
 _REDIRECTS = 8
 # Milliseconds a server waits for its replicas before it reports how many have confirmed.
 _WAIT = 500
-# Seconds for a server that is only asked for the primaries: a majority does not need each of them.
+# Seconds for a server that is only asked for the primaries: others can be asked instead.
 _WITNESS_PATIENCE = 1.0
-# Seconds for which the nodes of a cluster are asked one after the other, at least.
-_LEAST_SEARCH = 1.0
+# Nodes of a cluster to ask one after the other, however long they take.
+_LEAST_ASKED = 3
 
 # Bytes of the request for all of INFO.
 _WHOLE_INFO = command("INFO").length
@@ -803,7 +803,7 @@ class Link:
         known = self._connections.get(endpoint)
         if known is not None and not known.closed:
             return known
-        connection = self._open(endpoint)
+        connection = self._open(endpoint, self._unreachable_timeout)
         self._keep(connection)
         return connection
 
@@ -826,10 +826,10 @@ class Link:
         )
         return not_now(f"READONLY {endpoint} is a replica, {reason}")
 
-    def _open(self, endpoint: Endpoint) -> Connection:
+    def _open(self, endpoint: Endpoint, patience: float) -> Connection:
         if (away := self._away_until - time.monotonic()) > 0:
             time.sleep(away)
-        return self._greet(endpoint, self._unreachable_timeout)
+        return self._greet(endpoint, patience)
 
     def _greet(self, endpoint: Endpoint, patience: float) -> Connection:
         """Open a connection; a plain one if another is closed at its first commands.
@@ -893,15 +893,14 @@ class Link:
         nodes = deque(dict.fromkeys((*endpoints, *sorted(self._nodes))))
         # Start with another node each time: one that is cut off from the others may be outdated.
         nodes.rotate(-self.breaks)
-        patience = max(_LEAST_SEARCH, min(self._retry_timeout, self._unreachable_timeout))
-        deadline = time.monotonic() + patience
-        for endpoint in nodes:
+        deadline = time.monotonic() + min(self._retry_timeout, self._unreachable_timeout)
+        for number, endpoint in enumerate(nodes):
+            if number >= _LEAST_ASKED and time.monotonic() > deadline:
+                break  # the next attempt begins with another one
             try:
-                topology = self._ask_node(endpoint)
+                topology = self._ask_node(endpoint, is_first=number == 0)
             except (OSError, TransientError) as error:
                 failure = failure or error
-                if time.monotonic() > deadline:
-                    break  # the next attempt begins with another one
                 continue
             if isinstance(topology, Single) and len(endpoints) > 1:
                 raise ConfigError(
@@ -912,11 +911,12 @@ class Link:
         assert failure is not None
         raise failure
 
-    def _ask_node(self, endpoint: Endpoint) -> Topology:
+    def _ask_node(self, endpoint: Endpoint, *, is_first: bool) -> Topology:
+        """Ask one node for the topology; a short time only, if others have failed already."""
         known = self._connections.get(endpoint)
         if known is not None and not known.closed and not known.waiting:
             return self._topology_at(known)
-        node = self._open(endpoint)
+        node = self._open(endpoint, self._unreachable_timeout if is_first else _WITNESS_PATIENCE)
         try:
             topology = self._topology_at(node)
         except BaseException:
@@ -928,7 +928,8 @@ class Link:
             endpoint in topology.primaries and node.role is not Role.REPLICA
         )
         is_busy = known is not None and not known.closed
-        if is_of_use and not is_busy:
+        # Data get a connection that waits for as long as is usual.
+        if is_of_use and not is_busy and is_first:
             self._keep(node)
         else:
             node.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import time
@@ -195,15 +196,11 @@ class Node:
         Raises:
             ServerError: some leftovers remain for the next call.
         """
-        lately = UNDER_WAY.put_lately(self._name)
-
-        def is_left(name: ObjectName) -> bool:
-            return name not in lately and _is_left(name, is_alive)
-
+        is_left = functools.partial(_is_left, is_alive=is_alive)
         # Before the pending set is read, because a grant covers what its writer has written.
         budgets = [(budget, budget.stranded) for budget in UNDER_WAY.budgets(self._name)]
         grants = [w for w in self._ledger.grants_of(self._name) if self._has_ended(w, is_alive)]
-        in_doubt = UNDER_WAY.in_doubt(self._name)
+        failed, in_doubt = UNDER_WAY.failed(self._name), UNDER_WAY.in_doubt(self._name)
         left = {name for page in self._ledger.pending(self._name) for name in page if is_left(name)}
         count = 0
         if left or in_doubt:
@@ -216,7 +213,7 @@ class Node:
                 self._name, lambda name: name in left and is_left(name)
             )
             self._valkey.remove_objects(in_doubt)
-            UNDER_WAY.removed(in_doubt)
+        UNDER_WAY.removed(failed)
         self._ledger.release(self._name, grants)
         for budget, stranded in budgets:
             budget.recovered(stranded)
@@ -229,7 +226,8 @@ class Node:
         is pending is removed once its writer is dead.
 
         Returns:
-            The number of these objects. Costs one look at what is pending if any were put lately.
+            The number of these objects. Costs one look at what is pending, until a look has found
+            them settled for a minute.
 
         Raises:
             ServerError: the next call tries again.
@@ -237,8 +235,10 @@ class Node:
         lately = UNDER_WAY.put_lately(self._name)
         if not lately:
             return 0
-        names = [name for page in self._ledger.pending(self._name) for name in page]
-        entries = [lately[name] for name in names if name in lately]
+        now = time.monotonic()
+        pending = {name for page in self._ledger.pending(self._name) for name in page}
+        UNDER_WAY.are_settled(lately.keys() - pending, now)
+        entries = [lately[name] for name in lately.keys() & pending]
         if entries:
             self._link.execute(*self._ledger.settlements(self._name, entries))
         return len(entries)
@@ -344,7 +344,7 @@ class Node:
         while True:
             busy = False
             for names in self._ledger.pending(self._name):
-                idle = [name for name in names if _is_left(name, is_alive)]
+                idle = [name for name in names if not _is_written(name, is_alive)]
                 busy = busy or len(idle) < len(names)
                 self._valkey.remove_objects(idle)
                 count += len(idle)
@@ -359,10 +359,17 @@ class Node:
 
 
 def _is_left(name: ObjectName, is_alive: Callable[[int], bool]) -> bool:
-    """Whether nobody writes a pending object any more."""
+    """Whether a pending object was left by its writer."""
     if name.writer == os.getpid():
-        return name not in UNDER_WAY
+        return UNDER_WAY.has_left(name)
     return not is_alive(name.writer)
+
+
+def _is_written(name: ObjectName, is_alive: Callable[[int], bool]) -> bool:
+    """Whether a pending object may still be written."""
+    if name.writer == os.getpid():
+        return name in UNDER_WAY
+    return is_alive(name.writer)
 
 
 def _fullness(memory: MemoryInfo) -> float:

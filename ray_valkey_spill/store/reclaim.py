@@ -120,8 +120,9 @@ _MOST_SUSPECTS, _LONGEST_SUSPICION = 50_000, 600.0
 _MOST_CHUNKS = 10_000
 # Seconds between two checks by a node whether it has to ask for the objects of dead nodes, at most.
 _LONGEST_REST = 600.0
-# Seconds between two passes of a node before which one other comes, two others, and so on.
-_STAND_IN = 120.0
+# Nodes that make a pass though another one comes before them, and the seconds between two passes of
+# the first of them; twice as many for the second.
+_STAND_INS, _STAND_IN = 2, 120.0
 
 
 class _Item(NamedTuple):
@@ -133,6 +134,20 @@ class _Item(NamedTuple):
     @classmethod
     def of(cls, entry: Entry, tier: TierName) -> _Item:
         return cls(Place(entry.name, entry.size, tier), entry.stored)
+
+
+class _Suspect(NamedTuple):
+    """An object that nobody references according to one answer.
+
+    Attributes:
+        item: the object.
+        since: when that answer came.
+        due: when to ask again.
+    """
+
+    item: _Item
+    since: float
+    due: float
 
 
 class Reclaim:
@@ -171,8 +186,7 @@ class Reclaim:
         self._keys = keys
         self._key_ring = key_ring
         self._observer = observer
-        # Objects that nobody references according to one answer, and when that came.
-        self._suspects: dict[ObjectName, tuple[_Item, float]] = {}
+        self._suspects: dict[ObjectName, _Suspect] = {}
 
     def ask(self, items: Sequence[_Item]) -> None:
         """Ask for objects, and remove those of dead owners; remember the unreferenced ones.
@@ -187,23 +201,39 @@ class Reclaim:
             if verdict is Verdict.OWNER_DEAD:
                 dead.append(item)
             elif verdict is Verdict.UNREFERENCED and len(self._suspects) < _MOST_SUSPECTS:
-                self._suspects.setdefault(item.place.name, (item, now))
+                due = now + self.pace.confirmation
+                self._suspects.setdefault(item.place.name, _Suspect(item, now, due))
         self._remove("owner_dead", dead)
 
     def confirm(self) -> None:
-        """Ask again for the suspects that are due, and remove those that nobody references."""
+        """Ask again for the suspects that are due, and remove those that nobody references.
+
+        Those whose owners do not answer, or of which something failed, are asked for again. A
+        failure of one tier does not hold up the other.
+        """
         now = self.clock()
-        due = (i for i, since in self._suspects.values() if since <= now - self.pace.confirmation)
-        items = list(islice(due, self.pace.of_dead))
-        found = list(self._judged(items, self._owned(items)))
-        self._remove("owner_dead", [i for i, verdict in found if verdict is Verdict.OWNER_DEAD])
-        self._remove("unreferenced", [i for i, verdict in found if verdict is Verdict.UNREFERENCED])
-        # Only now: if this has failed, all are asked for again.
-        silent = {item.place.name for item, verdict in found if verdict is Verdict.UNKNOWN}
-        for name in [item.place.name for item in items]:
-            item, since = self._suspects.pop(name)
-            if name in silent and now - since < _LONGEST_SUSPICION:
-                self._suspects[name] = item, since  # last: others come first the next time
+        due = (suspect for suspect in self._suspects.values() if suspect.due <= now)
+        suspects = list(islice(due, self.pace.of_dead))
+        with Failures() as failures:
+            for tier in self._tiers:
+                with failures.kept():
+                    self._confirm([s.item for s in suspects if s.item.place.tier == tier], now)
+
+    def _confirm(self, items: Sequence[_Item], now: float) -> None:
+        for item in items:
+            suspect = self._suspects.pop(item.place.name)
+            if now - suspect.since < _LONGEST_SUSPICION:
+                # Last: others come first the next time.
+                later = suspect._replace(due=now + self.pace.confirmation)
+                self._suspects[item.place.name] = later
+        verdicts = dict(self._judged(items, self._owned(items)))
+        dead = [item for item in items if verdicts.get(item) is Verdict.OWNER_DEAD]
+        unreferenced = [item for item in items if verdicts.get(item) is Verdict.UNREFERENCED]
+        self._remove("owner_dead", dead)
+        self._remove("unreferenced", unreferenced)
+        for item in items:
+            if verdicts.get(item) is not Verdict.UNKNOWN:
+                self._suspects.pop(item.place.name, None)
 
     def has_suspects(self) -> bool:
         """Whether an object waits for its second answer."""
@@ -385,8 +415,8 @@ class Reclaimer:
     share: it is the one with the lowest id of those that are alive according to the GCS and have
     renewed their leases. While two nodes disagree, both ask, and removals are safe to repeat. The
     higher a node is in that order, the more rarely it checks, so that all nodes of a large session
-    together check about as often as a few. Just as rarely, each makes a pass although others come
-    before it: a lease is renewed by whatever can, also where no owner can be asked.
+    together check about as often as a few. Now and then the second and the third node make a pass
+    too: a lease is renewed by whatever can, also where no owner can be asked.
 
     Args:
         reclaim: asks and removes.
@@ -403,7 +433,7 @@ class Reclaimer:
         self._dead = DeadNodes(reclaim, node.session)
         self._own: _Walk | None = None
         self._own_next = self._dead_next = self._listed = float("-inf")
-        self._is_in_pass = False
+        self._is_in_pass = self._stands_in = False
         self._passed = reclaim.clock()
         self._seconds = 0.0  # of this pass over the objects of dead nodes, of a core
 
@@ -446,12 +476,12 @@ class Reclaimer:
                 return
             if before:
                 self._dead_next = now + min(pace.pause * before, _LONGEST_REST)
-            if now - self._passed < _STAND_IN * before:
+            self._stands_in = before > 0
+            if before > _STAND_INS or now - self._passed < _STAND_IN * before:
                 self.of_dead_nodes = None
                 return
             if not self._dead.begin():
                 return
-            self._passed = now
             self._seconds = 0.0
             self._is_in_pass = True
         started = time.thread_time()
@@ -459,6 +489,9 @@ class Reclaimer:
         self._seconds += time.thread_time() - started
         self.of_dead_nodes = self._dead.stored
         if not self._is_in_pass:
+            if self._stands_in:
+                self.of_dead_nodes = None
+            self._passed = self._reclaim.clock()
             self._dead_next = now + max(pace.pause, pace.share * self._seconds)
 
     def _before(self, nodes: Mapping[str, bool]) -> int | None:

@@ -89,19 +89,16 @@ class Batch:
     def commit(self) -> None:
         """Remove what is not whole, and make sure that the rest is there to stay."""
         self._may_be_settled = True
-        if rest := self._names[len(self.stored) :]:
-            self._remove(rest)
-        if not self._is_settled:
-            self._settle()
-        if self.stored:
-            self._tier.confirm(self._node, self.stored, self._breaks)
-
-    def _settle(self) -> None:
         try:
-            self._tier.settle(self._node, self.stored, self._budget)
+            if rest := self._names[len(self.stored) :]:
+                self._remove(rest)
+            if not self._is_settled:
+                self._tier.settle(self._node, self.stored, self._budget)
         except ServerUnavailableError:
             self._is_reachable = False
             raise
+        if self.stored:
+            self._tier.confirm(self._node, self.stored, self._breaks)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
         is_undone = error is None
@@ -115,6 +112,8 @@ class Batch:
             # In this order: whoever finds that something is stranded finds all of it.
             if error is None:
                 UNDER_WAY.put(self.stored)
+            if not is_undone:
+                UNDER_WAY.fail(self._all_names)
             # A successor may have values without the registrations: by those nobody finds them.
             may_be_left = self._may_be_settled or self._tier.breaks != self._breaks
             if not is_undone and may_be_left:

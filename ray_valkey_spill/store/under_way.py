@@ -1,12 +1,10 @@
-"""The attempts that this process is writing, and those that it has put lately.
-
-Its other pending objects can be removed.
-"""
+"""What becomes of this process's attempts to put objects."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterable
 from weakref import WeakValueDictionary
 
@@ -15,24 +13,28 @@ from ray_valkey_spill.tiers.budget import Budget
 
 __all__ = ["UNDER_WAY", "UnderWay"]
 
-# Seconds for which an object counts as put lately: a failover that loses its settlement has taken
-# place, and been noticed, by then. The number of such objects is limited.
-_LATELY, _MOST_LATELY = 300.0, 10_000
+# Objects whose settlement may have to be repeated; older ones are left pending if it is lost.
+_MOST_PUT = 10_000
+# Seconds within which a failover takes place that can lose a settlement.
+_SETTLED_FOR_GOOD = 60.0
 
 
 class UnderWay:
     """Attempts to put objects, and the budgets that pay for them. Thread-safe.
 
-    What is pending on the server is removed if its process is dead, or is this one and the attempt
-    is not under way any more. So a failed put that could not clean up has only to end its attempts,
-    unless the server may have settled them: then they are in doubt until they are removed.
+    An attempt ends in one of three ways. It is put: its settlement can still be lost in a failover,
+    which makes it pending again. Or it has failed, and nothing is left of it. Or it has failed, and
+    what is left is to be removed: if it is pending, and also if not where the server may have
+    settled it, or has lost that it was pending. Then it is in doubt.
     """
 
     def __init__(self) -> None:
+        self._began = time.time()
         self._lock = threading.Lock()
         self._attempts: set[ObjectName] = set()
         # The oldest first, with the times at which they were put.
-        self._put: dict[ObjectName, tuple[Entry, float]] = {}
+        self._put = OrderedDict[ObjectName, tuple[Entry, float]]()
+        self._failed: set[ObjectName] = set()
         self._in_doubt: set[ObjectName] = set()
         # By writer. One whose store is gone has ended, and its grant is to be released.
         self._budgets = WeakValueDictionary[str, Budget]()
@@ -46,39 +48,68 @@ class UnderWay:
         with self._lock:
             self._attempts.difference_update(names)
 
+    def __contains__(self, name: ObjectName) -> bool:
+        """Whether an attempt is under way."""
+        with self._lock:
+            return name in self._attempts
+
+    def has_left(self, name: ObjectName) -> bool:
+        """Whether a pending object of this process id is to be removed.
+
+        It is if its attempt has failed, or was that of an earlier process with the same id.
+        """
+        with self._lock:
+            if name in self._attempts or name in self._put:
+                return False
+            return name in self._failed or name.time < self._began
+
+    # --- what was put ---
+
     def put(self, entries: Iterable[Entry]) -> None:
         """Note objects that were put. Must precede the `end` of their attempts."""
         now = time.monotonic()
         with self._lock:
-            self._put.update({entry.name: (entry, now) for entry in entries})
-            self._forget_old(now)
+            for entry in entries:
+                self._put[entry.name] = entry, now
+            while len(self._put) > _MOST_PUT:
+                self._put.popitem(last=False)
 
     def put_lately(self, node: NodeName) -> dict[ObjectName, Entry]:
-        """Return the objects of a node that were put lately."""
+        """Return the objects of a node that may have to be settled again."""
         with self._lock:
-            self._forget_old(time.monotonic())
             return {
                 name: entry
                 for name, (entry, _) in self._put.items()
                 if (name.session, name.node) == node
             }
 
-    def _forget_old(self, now: float) -> None:
-        while self._put:
-            name, (_, since) = next(iter(self._put.items()))
-            if now - since < _LATELY and len(self._put) <= _MOST_LATELY:
-                return
-            del self._put[name]
-
-    def __contains__(self, name: ObjectName) -> bool:
-        """Whether an attempt is under way."""
+    def are_settled(self, names: Iterable[ObjectName], now: float) -> None:
+        """Note objects that were put and not pending at a time, by `time.monotonic()`."""
         with self._lock:
-            return name in self._attempts
+            for name in names:
+                _, since = self._put.get(name, (None, now))
+                if now - since > _SETTLED_FOR_GOOD:
+                    del self._put[name]
+
+    # --- what has failed ---
+
+    def fail(self, names: Iterable[ObjectName]) -> None:
+        """Note attempts that have failed and may have left something.
+
+        Must precede their `end`.
+        """
+        with self._lock:
+            self._failed.update(names)
 
     def doubt(self, names: Iterable[ObjectName]) -> None:
-        """Note attempts that have failed, and that the server may have settled, or may yet."""
+        """Note failed attempts of which something may be left that is not pending."""
         with self._lock:
             self._in_doubt.update(names)
+
+    def failed(self, node: NodeName) -> list[ObjectName]:
+        """The failed attempts of a node that may have left something."""
+        with self._lock:
+            return [name for name in self._failed if (name.session, name.node) == node]
 
     def in_doubt(self, node: NodeName) -> list[ObjectName]:
         """The attempts of a node that are in doubt."""
@@ -86,9 +117,13 @@ class UnderWay:
             return [name for name in self._in_doubt if (name.session, name.node) == node]
 
     def removed(self, names: Iterable[ObjectName]) -> None:
-        """Note that nothing is left of attempts that were in doubt."""
+        """Note that nothing is left of failed attempts."""
+        names = [*names]
         with self._lock:
+            self._failed.difference_update(names)
             self._in_doubt.difference_update(names)
+
+    # --- budgets ---
 
     def add(self, writer: str, budget: Budget) -> None:
         """Register a writer's budget. Must precede its first grant."""
