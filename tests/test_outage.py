@@ -257,6 +257,23 @@ def test_what_is_on_is_forgotten_where_nobody_tries(
     assert not it.is_on(VALKEY)
 
 
+def test_where_the_state_is_shared_is_found_out_once(
+    tmp_path: Path, drivers: Drivers, clock: Clock
+) -> None:
+    found: list[Path | None] = [None, tmp_path]
+    it = Outages(lambda: found.pop(0), "outages", drivers, clock)
+    it.failed(VALKEY, "restores", FULL)  # the session is not known yet
+    other = outages(tmp_path, drivers, clock)
+    other.failed(ROOM, "spills", FULL)
+    assert it.is_on(ROOM)
+    for _ in range(10):
+        other.over(ROOM, "spills")
+        assert not it.is_on(ROOM)
+        other.failed(ROOM, "spills", FULL)
+        assert it.is_on(ROOM)
+    assert found == []
+
+
 def test_one_process_reports_for_all(
     tmp_path: Path, drivers: Drivers, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -106,6 +106,7 @@ class _SharedState:
     def __init__(self, directory: Callable[[], Path | None], name: str) -> None:
         self._directory = directory
         self._name = name
+        self._known_path: str | None = None
         self._alone: dict[str, Any] = {}
         self._alone_lock = threading.Lock()
 
@@ -129,7 +130,7 @@ class _SharedState:
                 file.truncate(0)
                 file.write(changed)
             except OSError:
-                self._alone, self._directory = state, lambda: None
+                self._alone, self._directory, self._known_path = state, lambda: None, None
 
     def glance(self) -> dict[str, Any]:
         """Return a recent copy of the state; empty if nothing was ever shared."""
@@ -137,7 +138,7 @@ class _SharedState:
         if path is None:
             return self._alone
         try:
-            with path.open("rb") as file:
+            with open(path, "rb") as file:
                 _lock(file, fcntl.LOCK_SH)
                 return _parsed(file.read())
         except OSError:
@@ -151,7 +152,7 @@ class _SharedState:
         with contextlib.ExitStack() as stack:
             try:
                 # Unbuffered: bytes that a full disk refuses must not be written again on close.
-                file = stack.enter_context(path.open("ab+", buffering=0))
+                file = stack.enter_context(open(path, "ab+", buffering=0))
                 # Each `open` has its own lock, so this also excludes other threads.
                 _lock(file, fcntl.LOCK_EX)
             except OSError:  # another process keeps it; some file systems have no locks
@@ -159,9 +160,11 @@ class _SharedState:
             stack.pop_all()
             return file
 
-    def _path(self) -> Path | None:
-        directory = self._directory()
-        return directory and directory / self._name
+    def _path(self) -> str | None:
+        # Kept, because a restore looks at the state of each resource that it needs.
+        if self._known_path is None and (directory := self._directory()) is not None:
+            self._known_path = str(directory / self._name)
+        return self._known_path
 
 
 def _lock(file: Any, how: int) -> None:

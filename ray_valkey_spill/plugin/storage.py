@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         )
         self._keeper: Keeper | None = None
         self._config: Config | None = None
+        self._keys: Keyspace | None = None
         try:
             config = Config.load(params)
         except ConfigError as error:
@@ -148,6 +150,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._new_store: Callable[[], ObjectStore] = lambda: self._store
             return
         self._config = config
+        self._keys = Keyspace.of(config)
         self._new_store = functools.partial(
             ObjectStore, config, session_name, node_id, self._metrics
         )
@@ -302,10 +305,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
 
     def _located(self, url: str) -> Place | None:
         """Return the place that a URL gives; None if it is not a URL of this namespace."""
-        if self._config is None:
+        if self._keys is None:
             return None
         with contextlib.suppress(LostObjectError):
-            return Keyspace.of(self._config).parse_url(url)
+            return self._keys.parse_url(url)
         return None
 
     def _object_of(self, url: str) -> str | None:
@@ -428,6 +431,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             if source.started:
                 self._abandon(store, found, error)
             raise
+        self._metrics.record()
         for resource in self._needs(wanted.url):
             self._outages.over(resource, "restores")
         if source.started:
@@ -493,12 +497,36 @@ class _Restorer:
 
 
 class _Observer(Metrics):
-    """Metrics, and messages to drivers about losses and about operations that wait."""
+    """Metrics, and messages to drivers about losses and about operations that wait.
+
+    A restored object is counted by `record`, once its reader can have it.
+    """
 
     def __init__(self, is_reporting: Callable[[], bool], outages: Outages, losses: Losses) -> None:
         super().__init__(is_reporting)
         self._outages = outages
         self._losses = losses
+        self._restored: deque[tuple[TierName, int, int, int | None, float]] = deque()
+
+    def done(
+        self,
+        operation: Operation,
+        tier: TierName,
+        objects: int,
+        logical: int,
+        stored: int | None,
+        seconds: float,
+    ) -> None:
+        if operation == "restore":
+            self._restored.append((tier, objects, logical, stored, seconds))
+        else:
+            super().done(operation, tier, objects, logical, stored, seconds)
+
+    def record(self) -> None:
+        """Count the objects restored so far."""
+        with contextlib.suppress(IndexError):
+            while True:
+                super().done("restore", *self._restored.popleft())
 
     def lost(self, reason: Loss, tier: TierName) -> None:
         super().lost(reason, tier)

@@ -45,6 +45,8 @@ _READINGS = 5
 _SETTLED = 3
 # Bytes that hold the header of all but the largest objects.
 _START_OF_HEADER = 2048
+# Reply of `scripts.SIZES`.
+_PAGE_OF_SIZES = re.compile(rb"[0-9]{1,10}( [0-9]{1,10})*")
 
 _Wanted = Iterable[tuple[int, memoryview]]
 _T = TypeVar("_T")
@@ -604,7 +606,7 @@ def _size(request: Request) -> int:
 def _sizes(request: Request) -> list[int]:
     """Return the lengths of the values of a page."""
     found = request.value() or bytearray()
-    if not re.fullmatch(rb"[0-9]{1,10}( [0-9]{1,10})*", found):
+    if not _PAGE_OF_SIZES.fullmatch(found):
         raise NotValkeyError(f"a script has the reply {bytes(found[:40])!r}: this is not Valkey")
     return [*map(int, found.split())]
 
