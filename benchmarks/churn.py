@@ -5,8 +5,10 @@ head is killed and another one started; now and then a driver is killed, or ends
 server is compared with what is referenced, every few seconds.
 
 `python -m benchmarks.churn --minutes 120 --into DIRECTORY` draws both over time, and fails if an
-object that was on the server was lost or wrong, if a read hung, or if an object stayed for longer
-than two minutes after its last reference went. `--quick` takes four minutes.
+object that was on the server was lost or wrong, if a read hung, if an object stayed for longer than
+two minutes after its last reference went, if values or pending objects are left at the end, or, in
+a run of 20 minutes and more, if memory, metadata, threads, sockets or files keep growing. `--quick`
+takes four minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,20 +31,35 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 from support.clusters import add_node, cluster, io_workers, kill_node, own_memory
-from support.servers import INDEX, ROOT, Server, valkey_server
+from support.servers import BOOKS, ROOT, Server, valkey_server
 
 from benchmarks.common import MIB, lines, machine, note, results_only, table
-from ray_valkey_spill.format.names import Entry
+from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
 
 NODES, DRIVERS = 3, 2
 BETWEEN_SAMPLES = 3.0
 # Seconds for which an object may stay after its last reference went, and those by which a driver's
 # list of its references and a sample may be late.
 MOST_EXCESS, LATE = 120.0, 10.0
+KEYS = Keyspace(ROOT)
 # The keys with the metadata.
 METADATA = ("pending", "index", "usage", "writers", "totals", "leases", "overflows")
-# What must not grow: columns of a sample, the largest IO worker's where there are several.
-GROWING = ("server", "metadata", "workers", "threads", "sockets", "files", "session_files")
+# What must not grow: columns of a sample, the largest IO worker's where there are several. Beside
+# each is by how much its median may rise from the second third of a run to the last at least; more
+# than that is growth if it is also more than a quarter.
+MOST_GROWTH = {
+    "server": 150.0,  # MiB; half of what a driver references
+    "metadata": 0.25,  # MiB; a thousand objects, of which there are 600 at most
+    "workers": 64.0,  # MiB; the data under way
+    "threads": 8,  # of LZ4
+    "sockets": 16,  # connections to owners
+    "files": 16,  # the same
+    "session_files": 30,  # those of dead nodes stay for ten minutes
+}
+MOST_RATIO = 1.25
+# Minutes below which the first third of a run does not suffice to warm up, so that growth is not
+# judged: processes of two nodes start anew every few minutes.
+SHORTEST_JUDGED = 20.0
 # Seconds within which Ray hears of a spill, from its beginning.
 REPORTED_WITHIN = 5.0
 
@@ -145,8 +162,9 @@ class Run:
         self._ended += self._drivers
         self._drivers = []
         self._drivers_ended = time.monotonic() - self._began
+        # Enough also for what the last killed node was writing: its lease has to expire first.
         deadline = time.monotonic() + MOST_EXCESS + LATE
-        while time.monotonic() < deadline and self._sample():
+        while time.monotonic() < deadline and (self._sample() or any(left(self.server))):
             time.sleep(BETWEEN_SAMPLES)
 
     def stop(self) -> None:
@@ -176,7 +194,7 @@ class Run:
     def _sample(self) -> int:
         """Look at everything; returns the number of objects on the server."""
         # What is referenced comes last: an object that appears in between is not excess.
-        members = self.server.client.zrange(INDEX, 0, -1)
+        members = self.server.client.zrange(KEYS.index, 0, -1)
         entries = [Entry.parse(member.decode()) for member in members]
         referenced = set[str]().union(*(driver.referenced() for driver in self._drivers))
         now = time.monotonic()
@@ -211,19 +229,9 @@ class Run:
         return sum(self.server.client.memory_usage(key) or 0 for key in keys)
 
     def _growth(self) -> dict[str, list[float]]:
-        """The median and the most of each column, in the second and in the last quarter."""
+        """As `growth`, for the time before the drivers have ended."""
         during = [sample for sample in self.samples if sample.seconds < self._drivers_ended]
-        quarter = max(1, len(during) // 4)
-        parts = (during[quarter : 2 * quarter] or during, during[-quarter:])
-        return {
-            name: [
-                figure
-                for part in parts
-                for values in [[getattr(sample, name) for sample in part]]
-                for figure in (statistics.median(values), max(values))
-            ]
-            for name in GROWING
-        }
+        return growth({name: [getattr(s, name) for s in during] for name in MOST_GROWTH})
 
     def _was_reported(self, object_id: str) -> bool:
         """Whether an object was spilled so long before its node was killed that Ray knew of it.
@@ -256,11 +264,53 @@ class Run:
             "most_excess_mib": max(sample.excess for sample in self.samples),
             "most_stored_mib": max(sample.stored for sample in self.samples),
             "left_objects": len(self._since),
+            **left(self.server)._asdict(),
             "growth": self._growth(),
             "metadata_left": [
                 key.decode() for key in self.server.our_keys() if b"{default}" in key
             ],
         }
+
+
+class Left(NamedTuple):
+    """What is left that is not a stored object, as numbers.
+
+    Attributes:
+        left_values: keys of headers and chunks that no object in the metadata has.
+        left_pending: objects whose spill has not ended.
+    """
+
+    left_values: int
+    left_pending: int
+
+
+def left(server: Server) -> Left:
+    """What is left on a server. Values that are being removed meanwhile may count."""
+    keys = {key.decode() for key in server.our_keys() if not key.endswith(BOOKS)}
+    stored = (Entry.parse(each.decode()).name for each in server.client.zrange(KEYS.index, 0, -1))
+    members = server.client.zrange(KEYS.pending, 0, -1)
+    pending = [ObjectName.parse(each.decode()) for each in members]
+    named = {key for name in (*stored, *pending) for key in KEYS.values(name)}
+    return Left(len(keys - named), len(pending))
+
+
+def growth(columns: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """The median and the most of each column, in the second and in the last third."""
+    found = {}
+    for name, values in columns.items():
+        third = max(1, len(values) // 3)
+        parts = (values[third : 2 * third] or values, values[-third:])
+        found[name] = [figure for part in parts for figure in (statistics.median(part), max(part))]
+    return found
+
+
+def grown(found: Mapping[str, Sequence[float]]) -> list[str]:
+    """The failures of what `growth` returns."""
+    return [
+        f"{name} grew from {before:,.2f} to {after:,.2f}"
+        for name, (before, _, after, _) in found.items()
+        if after > MOST_RATIO * before and after - before > MOST_GROWTH[name]
+    ]
 
 
 class _Look(NamedTuple):
@@ -303,12 +353,15 @@ def churn(
         finally:
             run.stop()
         found = run.results()
-    failures = [f"{name}: {found[name]}" for name in ("lost", "wrong", "hung") if found[name]]
+    bad = ("lost", "wrong", "hung", "left_objects", "left_values", "left_pending")
+    failures = [f"{name}: {found[name]}" for name in bad if found[name]]
     if found["longest_excess_seconds"] > MOST_EXCESS + LATE:
         failures.append(f"an object stayed for {found['longest_excess_seconds']:.0f} s")
-    if found["left_objects"]:
-        failures.append(f"objects left: {found['left_objects']}")
-    return {"seed": seed, **found, "failures": failures}, run.samples
+    is_judged = minutes >= SHORTEST_JUDGED
+    if is_judged:
+        failures += grown(found["growth"])
+    found = {"seed": seed, **found, "growth_is_judged": is_judged, "failures": failures}
+    return found, run.samples
 
 
 def _draw(samples: list[_Sample], into: Path) -> None:
@@ -329,7 +382,7 @@ def _draw(samples: list[_Sample], into: Path) -> None:
         ("minutes", "part of the most"),
         {
             name: {s.seconds / 60: getattr(s, name) / (most or 1) for s in samples}
-            for name in GROWING
+            for name in MOST_GROWTH
             for most in [max(getattr(sample, name) for sample in samples)]
         },
         logarithmic=False,
@@ -340,9 +393,12 @@ def _report(found: dict[str, Any]) -> str:
     names = [name for name, value in found.items() if isinstance(value, int | float)]
     rows = [["what", "value"], *([name, f"{found[name]:,.0f}"] for name in names)]
     rows += [[f"events: {name}", str(count)] for name, count in found["events"].items()]
-    growth = [["", "2nd quarter: median", "most", "last quarter: median", "most"]]
-    growth += [[n, *(f"{each:,.2f}" for each in row)] for n, row in found["growth"].items()]
-    return "\n\n".join([table(rows), table(growth), "Failures: " + str(found["failures"])])
+    columns = [["", "2nd third: median", "most", "last third: median", "most"]]
+    columns += [[n, *(f"{each:,.2f}" for each in row)] for n, row in found["growth"].items()]
+    parts = [table(rows), table(columns)]
+    if not found["growth_is_judged"]:
+        parts.append(f"Growth is not judged in less than {SHORTEST_JUDGED:g} minutes.")
+    return "\n\n".join([*parts, "Failures: " + str(found["failures"])])
 
 
 def main() -> None:

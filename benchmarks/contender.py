@@ -7,6 +7,7 @@ checkout has that these benchmarks compare.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import random
@@ -14,7 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray_valkey_spill
@@ -28,6 +29,14 @@ except ImportError:
     HAS_NODE = False
 else:
     HAS_NODE = True
+
+try:
+    from ray_valkey_spill.store.reclaim import USUAL_PACE, Owned, Verdict
+    from ray_valkey_spill.store.under_way import UNDER_WAY
+except ImportError:
+    HAS_RECLAIM = False
+else:
+    HAS_RECLAIM = True
 
 # A node's background work is done by one of them, or, where there is no `Node`, by each.
 IO_WORKERS = 8
@@ -115,6 +124,10 @@ class FleetContender(Contender):
         super().__init__()
         self._workers: list[ObjectStore] = []
         self._background: list[Any] = []
+        # Of reclaiming: nobody waits for the pauses between its passes.
+        self._clock = 0.0
+        self._reclaimers: list[Any] = []
+        self._owners = _NobodyEnded(0)
 
     # --- other nodes ---
 
@@ -145,8 +158,10 @@ class FleetContender(Contender):
 
     # --- one node ---
 
-    def open_node(self, params: dict[str, Any]) -> int:
-        """Begin node 0's IO workers, each of which spills, restores and deletes once.
+    def open_node(self, params: dict[str, Any], number: int, nodes: int) -> int:
+        """Begin a node's IO workers, each of which spills, restores and deletes once.
+
+        Then they are idle. All `nodes` are alive.
 
         Returns:
             How many processes of the node do its background work.
@@ -154,31 +169,49 @@ class FleetContender(Contender):
         config = Config.load(params, {})
         data = memoryview(random.Random(1).randbytes(900 * 1024))
         target = memoryview(bytearray(len(data)))
-        self._workers = [ObjectStore(config, SESSION, _node(0)) for _ in range(IO_WORKERS)]
-        self._background = [_background_of(config, _node(0))] if HAS_NODE else self._workers
-        for number, store in enumerate(self._workers):
-            urls = _put(store, [_source(data, number)])
-            store.fill(store.find(urls[0], f"{number:056x}"), target)
+        name = _node(number)
+        self._workers = [ObjectStore(config, SESSION, name) for _ in range(IO_WORKERS)]
+        self._background = [_background_of(config, name)] if HAS_NODE else self._workers
+        for worker, store in enumerate(self._workers):
+            urls = _put(store, [_source(data, worker)])
+            store.fill(store.find(urls[0], f"{worker:056x}"), target)
             store.delete(urls)
-        self.background_round()
+        if HAS_RECLAIM:
+            # The objects are asked for however young they are.
+            pace = dataclasses.replace(USUAL_PACE, age=0.0)
+            self._owners = _NobodyEnded(nodes)
+            self._reclaimers = [
+                node.reclaimer(self._owners, pace, lambda: self._clock) for node in self._background
+            ]
+            _forget_what_was_put(name)
         return len(self._background)
 
-    def background_round(self) -> float:
-        """Seconds that the node takes to do once what it does every ten seconds."""
+    def background(self, rounds: int, period: float) -> int:
+        """Do what the node does every `period` seconds, without waiting between the rounds.
 
-        def run() -> None:
+        Returns:
+            For how many objects their owners were asked.
+        """
+        before = self._owners.asked
+        for _ in range(rounds):
             for each in self._background:
                 each.renew_lease(GCS_ADDRESS, lambda: False)
                 each.join_overflow()
                 each.room()
+                if hasattr(each, "settle_again"):
+                    each.settle_again()
                 each.recover(lambda pid: True)
-
-        return _seconds(run)
+                if hasattr(each, "give_back"):
+                    each.give_back()
+            for each in self._reclaimers:
+                each.step()
+            self._clock += period
+        return self._owners.asked - before
 
     def close_node(self) -> None:
         for each in {id(each): each for each in (*self._workers, *self._background)}.values():
             each.close()
-        self._workers, self._background = [], []
+        self._workers, self._background, self._reclaimers = [], [], []
 
     # --- a head ---
 
@@ -199,6 +232,27 @@ def _node(number: int) -> str:
 def _background_of(config: Config, node: str) -> Any:
     """What renews the lease of a node."""
     return (Node if HAS_NODE else ObjectStore)(config, SESSION, node)
+
+
+class _NobodyEnded:
+    """The owners of a session in which every node is alive and every object referenced."""
+
+    def __init__(self, nodes: int) -> None:
+        self.asked = 0
+        self._nodes = {_node(number): True for number in range(nodes)}
+
+    def nodes(self) -> Mapping[str, bool]:
+        return self._nodes
+
+    def verdicts(self, wanted: Sequence[Owned]) -> list[Verdict]:
+        self.asked += len(wanted)
+        return [Verdict.REFERENCED] * len(wanted)
+
+
+def _forget_what_was_put(node: str) -> None:
+    """Do as if a node's objects were put more than a minute ago: until then it looks after them."""
+    if hasattr(UNDER_WAY, "put_lately"):
+        UNDER_WAY.are_settled(UNDER_WAY.put_lately((SESSION, node)), time.monotonic() + 3600)
 
 
 def _be_killed_while_spilling(config: Config, node: str, zeros: memoryview) -> None:

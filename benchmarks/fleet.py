@@ -2,7 +2,8 @@
 
 The nodes are simulated by one process, with the package's own code: each has a lease, objects, and
 what an IO worker at work has in the metadata, left by one that was killed in the middle of a spill.
-What is measured is done by the first of them. Each contender has a server of its own.
+What is measured is done by the first of them, and what an idle node does by the last one too. Each
+contender has a server of its own.
 
 The server's time is what its main thread computes: nobody else is served meanwhile. Commands are
 those of `INFO commandstats`, which has those of scripts too. What the look at these figures costs
@@ -31,6 +32,10 @@ from benchmarks.common import KIB, MIB, note, table, used_memory
 from benchmarks.serving import Process
 
 PERIOD = 10.0  # seconds between two rounds of a node's background work
+# Rounds that are measured: ten minutes, so that slices of objects to reclaim, the pauses between
+# passes, and what is done every few minutes all have their share. In those before, a node reads the
+# headers of its objects, once and for all.
+_ROUNDS, _FIRST_ROUNDS = 60, 10
 OBJECTS_PER_NODE = 8
 # On paper: how many nodes, and what there is of each resource.
 PAPER = 10_000
@@ -166,7 +171,7 @@ def beside(all_: Mapping[str, Contender], quick: bool) -> dict[str, Any]:
         _populate(all_, first, nodes, OBJECTS_PER_NODE, busy=True)
         first = nodes
         rounds, times = (1, 10) if quick else (3, 30)
-        node = in_turn({name: partial(_node, each, 2) for name, each in all_.items()}, rounds)
+        node = in_turn({name: partial(_idle, each, nodes) for name, each in all_.items()}, rounds)
         operations = {
             size: in_turn(
                 {
@@ -205,19 +210,50 @@ def _repeat(process: Process, operation: str, times: int) -> None:
     process.ask("repeat", operation=operation, times=times)
 
 
-def _node(each: Contender, rounds: int) -> dict[str, float]:
-    """A node with eight IO workers: its connections, and a round of its background work."""
+def _idle(each: Contender, nodes: int) -> dict[str, Any]:
+    """A round of the background work of any node, and of the first one; see `together`.
+
+    The first node of a session also looks after the objects of dead nodes. All others only check
+    whether that is up to them.
+    """
+    first = _node(each, 0, nodes)
+    return {**_node(each, nodes - 1, nodes), **_of_first(first)} if nodes > 1 else first
+
+
+def _of_first(figures: Mapping[str, float]) -> dict[str, float]:
+    return {f"first: {key}": value for key, value in figures.items()}
+
+
+def _node(each: Contender, number: int, nodes: int) -> dict[str, float]:
+    """A node with eight IO workers: its connections, and a round of its background work.
+
+    `asked` is for how many objects their owners are asked in a round.
+    """
     client = each.server.client
-    by = each.process.ask("open_node", params=each.params)
+    each.process.ask("renew_leases", params=each.params, first=0, last=nodes)
+    by = each.process.ask("open_node", params=each.params, number=number, nodes=nodes)
+    asked = 0
+
+    def run(rounds: int) -> None:
+        nonlocal asked
+        asked = each.process.ask("background", rounds=rounds, period=PERIOD)
+
+    run(_FIRST_ROUNDS)
     connections = len(client.client_list()) - 1  # all others are closed
-
-    def run() -> None:
-        for _ in range(rounds):
-            each.process.ask("background_round")
-
-    found = counted(client, run, rounds)
+    found = counted(client, partial(run, _ROUNDS), _ROUNDS)
     each.process.ask("close_node")
-    return {"connections": connections, "by": by, **found}
+    return {"connections": connections, "by": by, "asked": asked / _ROUNDS, **found}
+
+
+def together(found: Mapping[str, Any], nodes: float, key: str) -> float:
+    """What so many idle nodes take, a second."""
+    of_first = found.get(f"first: {key}", found[key])
+    return float(of_first + (nodes - 1) * found[key]) / PERIOD
+
+
+def _held(found: Mapping[str, Any]) -> float:
+    """Seconds of the slowest command of idle nodes."""
+    return float(max(found["held"], found.get("first: held", 0.0)))
 
 
 # --- many objects ---
@@ -242,6 +278,8 @@ def many_objects(all_: Mapping[str, Contender], nodes: int, objects: int) -> dic
             note(f"{tool[0]}, {name}")
             found[name][tool[0]] = _run(each, nodes, tool)
         found[name]["head start"] = _head_start(each)
+        note(f"idle, {name}")
+        found[name]["idle"] = _idle(each, nodes)
     return found
 
 
@@ -297,19 +335,27 @@ def on_paper(found: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What so many nodes would take that do nothing, and which resource gives out first.
 
     What a node costs is taken to grow with the number of nodes as it was measured to, in a straight
-    line through the least and the greatest number.
+    line through the least number above one, whose only node is the first, and the greatest.
     """
-    few, many = min(map(int, found)), max(map(int, found))
+    _, few, *_, many = sorted(map(int, found))
+    low, high = (found[str(nodes)][name] for nodes in (few, many))
 
-    def of(nodes: float, key: str) -> float:
-        low, high = (found[str(n)][name][key] for n in (few, many))
-        return max(0.0, low + (high - low) * (nodes - few) / (many - few))
+    def grown(nodes: float) -> dict[str, float]:
+        part = (nodes - few) / (many - few)
+        return {
+            key: max(0.0, value + (high[key] - value) * part)
+            for key, value in low.items()
+            if key != "operations"
+        }
+
+    def rate(nodes: float, key: str) -> float:
+        return together(grown(nodes), nodes, key)
 
     taken: dict[str, tuple[float, Callable[[float], float]]] = {
-        "server's core": (CORE, lambda n: n * of(n, "cpu") / PERIOD),
-        "network": (NETWORK, lambda n: n * of(n, "bytes") / PERIOD),
-        "connections": (CLIENTS, lambda n: n * of(n, "connections")),
-        "a command's ms": (HELD, lambda n: of(n, "held")),
+        "server's core": (CORE, lambda n: rate(n, "cpu")),
+        "network": (NETWORK, lambda n: rate(n, "bytes")),
+        "connections": (CLIENTS, lambda n: n * grown(n)["connections"]),
+        "a command's ms": (HELD, lambda n: _held(grown(n))),
     }
     shares = {what: take(PAPER) / limit for what, (limit, take) in taken.items()}
     reaches = {what: _reach(take, limit) for what, (limit, take) in taken.items()}
@@ -354,7 +400,9 @@ def tables(results: dict[str, Any]) -> str:
             _idle_rows(results["beside"], names)
         ),
         f"**{results['objects']:,} objects of {results['nodes']:,} nodes.** While `gc` looks, all "
-        "nodes renew their leases as fast as they can.": _many_rows(results["many"], names),
+        "nodes renew their leases as fast as they can.": _many_rows(
+            results["many"], names, results["nodes"]
+        ),
         f"**{PAPER:,} nodes on paper**, all idle: what they take of each resource, and how many "
         f"nodes take all of it. First to give out: {first}.": (
             _paper_rows(results["on_paper"], names)
@@ -367,15 +415,18 @@ def _idle_rows(beside_: Mapping[str, Any], names: Sequence[str]) -> list[list[st
     columns = ["% of a core", "commands/s", "MB/s", "connections of one", "slowest command, µs"]
     rows = [["nodes", *(head for column in columns for head in heads(names, column))]]
     for nodes, found in beside_.items():
-        rounds = int(nodes) / PERIOD
+        cpu, commands, moved = (
+            {n: together(found[n], int(nodes), key) for n in names}
+            for key in ("cpu", "commands", "bytes")
+        )
         rows.append(
             [
                 f"{int(nodes):,}",
-                *side_by_side({n: 100 * found[n]["cpu"] * rounds for n in names}, 2),
-                *side_by_side({n: found[n]["commands"] * rounds for n in names}, 0),
-                *side_by_side({n: found[n]["bytes"] * rounds / 1e6 for n in names}, 3),
+                *side_by_side({n: 100 * cpu[n] for n in names}, 2),
+                *side_by_side(commands, 0),
+                *side_by_side({n: moved[n] / 1e6 for n in names}, 3),
                 *side_by_side({n: found[n]["connections"] for n in names}, 0),
-                *side_by_side({n: found[n]["held"] * 1e6 for n in names}, 0),
+                *side_by_side({n: _held(found[n]) * 1e6 for n in names}, 0),
             ]
         )
     return rows
@@ -409,7 +460,7 @@ def _operation_rows(beside_: Mapping[str, Any], names: Sequence[str]) -> list[li
     return rows
 
 
-def _many_rows(many: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
+def _many_rows(many: Mapping[str, Any], names: Sequence[str], nodes: int) -> list[list[str]]:
     rows = [["", *heads(names)]]
     figures: dict[str, Callable[[dict[str, Any]], float | None]] = {
         "metadata of an object, bytes of server memory": lambda f: f["metadata_bytes"],
@@ -421,6 +472,12 @@ def _many_rows(many: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]
         figures[f"`{tool}`, s"] = lambda f, tool=tool: f[tool]["seconds"]
         figures[f"`{tool}`, CPU s"] = lambda f, tool=tool: f[tool]["cpu"]
         figures[f"`{tool}`, MiB"] = lambda f, tool=tool: f[tool]["memory"] / MIB
+    if all("idle" in many[name] for name in names):
+        figures |= {
+            "all nodes idle, % of a core": lambda f: 100 * together(f["idle"], nodes, "cpu"),
+            "the same, commands/s": lambda f: together(f["idle"], nodes, "commands"),
+            "the same, slowest command, µs": lambda f: _held(f["idle"]) * 1e6,
+        }
     for what, figure in figures.items():
         rows.append([what, *side_by_side({name: figure(many[name]) for name in names}, 2)])
     return rows

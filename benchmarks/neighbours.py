@@ -4,8 +4,9 @@ A neighbour reads values of 1 KiB, at a fixed rate, over a connection and in a p
 first beside nobody, then beside processes that spill incompressible objects and delete them again,
 then beside processes that restore them. Its latency is from the call to the reply, and the ratio is
 to that beside nobody in the same round. The sweep is over the size of chunks and the bytes under
-way of each connection. At the end the platform's four tenants work together on a server that has
-less memory than they want: Ray by itself, and with `max_bytes`.
+way of each connection: these are fixed, or left to the package, which paces each connection between
+its bounds. That is the default, and has rows of its own. At the end the platform's four tenants
+work together on a server that has less memory than they want: Ray by itself, and with `max_bytes`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ RATE = 1000  # of the neighbour's reads, a second
 VALUE = KIB
 OBJECT = 64 * MIB
 MOST_WRITERS = 4
+PINNED = connection._SMALL_WINDOW  # bytes under way where only chunks are swept
+_BOUNDS = connection._SMALLEST_WINDOW, connection._SMALL_WINDOW, connection._LARGEST_WINDOW
 _DEFAULT_BATCH = connection._BATCH
 WAYS = ("idle", "spill", "restore")
 
@@ -50,21 +53,28 @@ WAYS = ("idle", "spill", "restore")
 class Setting:
     """What is swept: bytes, bytes, and how many processes spill or restore.
 
+    Without a window, the bytes under way are paced as the package does it.
+
     Those that yield (SCHED_IDLE) leave the processors to the server and the neighbour as soon as
     these want one, which is as near as two cores come to a machine with one to spare. The others
     keep theirs for the rest of a time slice.
     """
 
     chunk_size: int = Config.load({}, {}).chunk_size
-    window: int = connection._SMALL_WINDOW
+    window: int | None = None
     writers: int = 1
     yielding: bool = False
 
     def __str__(self) -> str:
         writers = "1 writer" if self.writers == 1 else f"{self.writers} writers"
         writers += " that yield" if self.yielding else ""
-        chunk, window = (_size(size) for size in (self.chunk_size, self.window))
-        return f"{chunk}, {window} under way, {writers}"
+        return f"{_size(self.chunk_size)}, {_under_way(self.window)} under way, {writers}"
+
+    def apply(self) -> None:
+        """Have the connections of this process use it, from the next one on."""
+        bounds = _BOUNDS if self.window is None else (self.window,) * 3
+        connection._SMALLEST_WINDOW, connection._SMALL_WINDOW, connection._LARGEST_WINDOW = bounds
+        connection._BATCH = min(_DEFAULT_BATCH, bounds[0] // 2) if self.window else _DEFAULT_BATCH
 
 
 def _settings(quick: bool) -> list[Setting]:
@@ -72,9 +82,11 @@ def _settings(quick: bool) -> list[Setting]:
         return [Setting()]
     chunks = [64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB, 4 * MIB]
     windows = [256 * KIB, 512 * KIB, 8 * MIB]
-    pairs = [(chunk, MIB) for chunk in chunks] + [(512 * KIB, window) for window in windows]
+    default = 512 * KIB, None
+    pairs: list[tuple[int, int | None]] = [default]
+    pairs += [(chunk, PINNED) for chunk in chunks] + [(512 * KIB, window) for window in windows]
     pairs += [(64 * KIB, 256 * KIB), (128 * KIB, 256 * KIB), (256 * KIB, 512 * KIB)]
-    yielding = [(512 * KIB, MIB), (256 * KIB, 512 * KIB), (64 * KIB, 256 * KIB)]
+    yielding = [default, (512 * KIB, PINNED), (256 * KIB, 512 * KIB), (64 * KIB, 256 * KIB)]
     return [
         Setting(chunk - 128, window, writers, yields)
         for yields, these in ((False, pairs), (True, yielding))
@@ -128,9 +140,7 @@ def writer(pipe: Any, url: str, number: int, stop: Any) -> None:
         way, setting = job
         if setting.yielding:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        connection._SMALLEST_WINDOW = connection._SMALL_WINDOW = setting.window
-        connection._LARGEST_WINDOW = setting.window
-        connection._BATCH = min(_DEFAULT_BATCH, setting.window // 2)
+        setting.apply()
         config = Config.load({"url": url, "chunk_size": setting.chunk_size}, {})
         name = "benchmark", f"node{number}"
         with (
@@ -428,7 +438,7 @@ def _sweep_table(settings: list[dict[str, Any]]) -> str:
     for found in settings:
         yielding = ", yielding" if found["yielding"] else ""
         writers = f"{found['writers']}{yielding}"
-        row = [_size(found["chunk_size"]), _size(found["window"]), writers]
+        row = [_size(found["chunk_size"]), _under_way(found["window"]), writers]
         for way in WAYS:
             figures = found[way]
             row.append(", ".join(f"{figures[p]:.2f}" for p in ("p50_ms", "p99_ms", "p999_ms")))
@@ -461,17 +471,21 @@ def _tenants_table(found: dict[str, Any]) -> str:
 
 
 def pictures(results: dict[str, Any], directory: Path) -> list[Path]:
-    """Draw the neighbour's p99 by chunk size, with the default number of bytes under way."""
+    """Draw the neighbour's p99 by chunk size, with a fixed number of bytes under way."""
     path = directory / "neighbours.png"
     series: dict[str, dict[float, float]] = {}
     for found in results["settings"]:
-        if found["window"] == Setting().window and not found["yielding"]:
+        if found["window"] == PINNED and not found["yielding"]:
             for way in WAYS[1:]:
                 line = series.setdefault(f"{way}, {found['writers']} writers", {})
                 line[found["chunk_size"] / KIB] = found[way]["of_idle_p99"]
     labels = ("KiB per chunk", "p99 of the neighbour's GET, of its idle p99")
     lines(path, "What a neighbour waits", labels, series)
     return [path]
+
+
+def _under_way(window: int | None) -> str:
+    return "default" if window is None else _size(window)
 
 
 def _size(size: int) -> str:

@@ -81,16 +81,19 @@ def _document(results: dict[str, Any], directory: Path) -> str:
     goals = [*_goals(results)]
     parts = ["# Benchmark results", _PREFACE]
     origins = {name: _origin(found) for name, found in results.items()}
-    is_of_one_run = len({*origins.values()}) == 1
-    if is_of_one_run:
-        parts.append(next(iter(origins.values())))
+    is_of_one_code = len({*origins.values()}) == 1
+    if is_of_one_code:
+        dates = [found["date"] for found in results.values()]
+        first, last = min(dates), max(dates)
+        when = first if first == last else f"{first} to {last}"
+        parts.append(f"{when}, {next(iter(origins.values()))}")
     parts += ["## At a glance", _table_of([goal for goal in goals if goal.is_first])]
     parts += ["## Further goals", _table_of([goal for goal in goals if not goal.is_first])]
     for name in (name for name in BENCHMARKS if name in results):
         module, found = BENCHMARKS[name], results[name]
         parts.append(f"## {name}")
-        if not is_of_one_run:
-            parts.append(origins[name])
+        if not is_of_one_code:
+            parts.append(f"{found['date']}, {origins[name]}")
         if "against" in found:
             parts.append(f"The old code is commit {found['against']}.")
         parts.append(module.tables(found))
@@ -101,9 +104,9 @@ def _document(results: dict[str, Any], directory: Path) -> str:
 
 
 def _origin(found: dict[str, Any]) -> str:
-    """When, of which code, and where something was measured."""
+    """Of which code, and where something was measured: its commit, the versions, the machine."""
     machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    return f"{found['date']}, commit {found.get('commit', 'unknown')}; {machine}"
+    return f"commit {found.get('commit', 'unknown')}; {machine}"
 
 
 # --- goals ---
@@ -169,6 +172,9 @@ def _wire_goals(found: dict[str, Any]) -> Iterator[Goal]:
         for kind in ("integer columns", "text table"):
             once = ratio(f"64 MiB, {kind}", way, "one lz4 thread")
             yield Goal(f"64 MiB, {kind}, {way}, of one LZ4 thread", once, 1.7)
+    if "found_ms" in found:
+        what = f"`find` of an object of {wire.FOUND / 1e6:g} MB, ms"
+        yield Goal(what, found["found_ms"], at_most=0.25, is_first=True)
     zeros = ratio("64 MiB, zeros", "restore", "raw limit")
     yield Goal("64 MiB, zeros, restore, of the raw limit", zeros, 1.0)
     sampled = ratio(large, "spill", "none")
@@ -196,14 +202,20 @@ def _distance_goals(found: dict[str, Any]) -> Iterator[Goal]:
 def _fleet_goals(found: dict[str, Any]) -> Iterator[Goal]:
     beside = {int(nodes): each[NEW] for nodes, each in found["beside"].items()}
     few, many = min(beside), max(beside)
-    for way in ("spill", "restore"):
-        alone, together = (
-            beside[nodes]["operations"]["900 KiB"][f"{way}: cpu"] for nodes in (few, many)
-        )
-        what = f"server's time of a {way} beside {many:,} nodes, of that beside {few}"
-        yield Goal(what, together / alone, at_most=1.2, is_first=way == "spill")
-    core = 100 * beside[many]["cpu"] * many / fleet.PERIOD
+    for size in beside[many]["operations"]:
+        for way in ("spill", "restore"):
+            alone, busy = (
+                beside[nodes]["operations"][size][f"{way}: cpu"] for nodes in (few, many)
+            )
+            what = f"server's time of a {way} of {size} beside {many:,} nodes, of that beside {few}"
+            yield Goal(what, busy / alone, at_most=1.2, is_first=way == "spill")
+    core = 100 * fleet.together(beside[many], many, "cpu")
     yield Goal(f"{many:,} idle nodes, % of the server's core", core, at_most=5, is_first=True)
+    nodes = found["nodes"]
+    if (idle := found["many"][NEW].get("idle")) is not None:
+        objects = found["objects"] // nodes
+        what = f"{nodes:,} idle nodes with {objects:,} objects each, % of the server's core"
+        yield Goal(what, 100 * fleet.together(idle, nodes, "cpu"), at_most=5)
 
 
 def _ray_goals(found: dict[str, Any]) -> Iterator[Goal]:
@@ -241,9 +253,12 @@ def _scaling_goals(found: dict[str, Any]) -> Iterator[Goal]:
 
 
 def _neighbour_goals(found: dict[str, Any]) -> Iterator[Goal]:
-    default = neighbours.Setting()
+    chunk_size = neighbours.Setting().chunk_size
+    is_paced = any(each["window"] is None for each in found["settings"])
+    # Earlier results have the default only with as many bytes under way as it starts with.
+    window = None if is_paced else neighbours.PINNED
     for each in found["settings"]:
-        if (each["chunk_size"], each["window"]) == (default.chunk_size, default.window):
+        if (each["chunk_size"], each["window"]) == (chunk_size, window):
             yielding = ", and yield" if each["yielding"] else ""
             for way in ("spill", "restore"):
                 what = f"a neighbour's GET beside {each['writers']} that {way}{yielding}"

@@ -2,7 +2,8 @@
 
 The raw limit is a scatter-gather loop of the same chunks over one connection to the same server: it
 sends `memoryview`s many SETs ahead, receives GETs in place, and does nothing else: no checksum, no
-header, no index, no check of replies.
+header, no index, no check of replies. Beside that, it is measured how long it takes to find a large
+object, which is what a restore waits for before any data.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import importlib.util
 import socket
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -45,6 +47,8 @@ from ray_valkey_spill.store.object_store import ObjectStore, StoredObject
 CHUNK = MIB - 128
 # Bytes that a contender moves in one turn, at least.
 _IN_A_TURN = 8 * MIB
+# Bytes of the object of which it is measured how long it takes to find it.
+FOUND = 25_000_000
 
 
 class Bench:
@@ -271,7 +275,30 @@ def measure(quick: bool) -> dict[str, Any]:
                 bench.add_store("auto")
                 bench.add_store("none", compression="none")
                 bench.run(rounds, results[case])
-    return {"cases": {case: found.figures() for case, found in results.items()}}
+    note("find")
+    finds = [seconds for _ in range(starts) for seconds in _finds(times=20)]
+    return {
+        "cases": {case: found.figures() for case, found in results.items()},
+        "found_ms": 1e3 * statistics.median(finds),
+    }
+
+
+def _finds(times: int) -> Iterator[float]:
+    """Yield the seconds that finding a large object takes, without receiving its data."""
+    data = floats(FOUND)
+    target = memoryview(bytearray(FOUND))
+    with valkey_server() as urls:
+        config = Config.load({"url": urls["tcp"]}, {})
+        with contextlib.closing(ObjectStore(config, "benchmark", "find")) as store:
+            (url,), failure = store.put([source(data)])
+            assert failure is None
+            for number in range(1 + times):  # the first opens the connection, and is not counted
+                start = time.perf_counter()
+                found = store.find(url, object_id(0))
+                seconds = time.perf_counter() - start
+                store.fill(found, target)
+                if number:
+                    yield seconds
 
 
 def _cases(quick: bool) -> Iterator[tuple[str, int]]:
@@ -303,7 +330,11 @@ def tables(results: dict[str, Any]) -> str:
             stored = f"{spill['server_bytes'] / found['bytes']:.3f}"
             peaks = [f"{found[way][name]['peak_bytes'] / MIB:.1f}" for way in ("spill", "restore")]
             rows.append([case, name, *cells, stored, *peaks])
-    return table(rows)
+    parts = [table(rows)]
+    if "found_ms" in results:
+        size = f"{FOUND / 1e6:g} MB"
+        parts.append(f"To find an object of {size} takes {results['found_ms']:.2f} ms.")
+    return "\n\n".join(parts)
 
 
 def pictures(results: dict[str, Any], directory: Path) -> list[Path]:

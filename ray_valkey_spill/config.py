@@ -32,6 +32,7 @@ __all__ = [
     "Parameter",
     "check_params",
     "json_kind",
+    "json_text",
     "parameters",
 ]
 
@@ -43,6 +44,7 @@ _SERVICE_LINK = re.compile(r"[A-Z0-9_]*(SERVICE_(HOST|PORT)|PORT)(_[A-Z0-9_]*)?"
 
 MIN_CHUNK_SIZE = 1 * KIB
 MAX_CHUNK_SIZE = 8 * MIB
+_LARGEST = 2**63 - 1  # bytes, as servers count them
 
 # A key is part of Ray's `base?offset=N&size=M` and of Valkey's glob patterns (ACLs), and ":"
 # separates its parts. A namespace ends at the first ":".
@@ -166,6 +168,11 @@ class Parameter:
     meaning: str
     kind: _Kind
 
+    @property
+    def is_file(self) -> bool:
+        """Whether a value is the path of a file."""
+        return self.kind is _FILE
+
     def check(self, value: Any, called: str) -> Any:
         """Return `value` as the config stores it; `called` is the parameter's name in an error."""
         try:
@@ -276,7 +283,7 @@ class Config:
         None,
         _Kind(
             "a size in bytes, 0 or more, such as 536870912, 400MiB or 2GB",
-            _size(0, math.inf),
+            _size(0, _LARGEST),
             "BYTES",
             parse_size,
         ),
@@ -394,6 +401,15 @@ def json_kind(value: Any) -> str:
     return kinds.get(type(value), "null" if value is None else "an object")
 
 
+def json_text(value: Any) -> str:
+    """Return `value` as JSON for an error, cut if it is long."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # a number of very many digits, or deep nesting
+        return json_kind(value)
+    return f"{text[:57]}..." if len(text) > 60 else text
+
+
 class _Names(dict[str, str]):
     """The user's name for each given parameter; any other parameter has its own name."""
 
@@ -488,10 +504,7 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _ill_typed(called: str, kind: _Kind, value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    if len(shown) > 60:
-        shown = shown[:57] + "..."
-    return f"{called} must be {kind.expected}, not {shown}"
+    return f"{called} must be {kind.expected}, not {json_text(value)}"
 
 
 def _parse_url(url: Any, called: str, *, from_config: bool, port: int) -> Address:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -11,6 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.samples import noise, source
+from support.servers import Server
+
+from benchmarks import fleet
+from benchmarks.churn import KEYS, Left, grown, growth, left
+from ray_valkey_spill.config import Config
+from ray_valkey_spill.store.object_store import ObjectStore
 
 ROOT = Path(__file__).parent.parent
 SHARDS = ["1 shard", "2 shards", "3 shards"]
@@ -64,6 +72,7 @@ def test_wire_compares_all_contenders_by_the_same_measures() -> None:
         assert set(case["spill"]) == set(case["restore"])
         for contender in (*case["spill"].values(), *case["restore"].values()):
             assert contender["gb_per_s_min"] <= contender["gb_per_s"] <= contender["gb_per_s_max"]
+    assert found["found_ms"] > 0
     zeros = found["cases"]["tcp, 64 MiB, zeros"]
     assert zeros["spill"]["auto"]["server_bytes"] < zeros["bytes"] / 50
 
@@ -91,6 +100,7 @@ def test_every_kind_of_server_moves_the_same_data() -> None:
 def test_neighbours_are_measured_beside_nobody_and_beside_spilling() -> None:
     found = quick("neighbours")
     (setting,) = found["settings"]
+    assert setting["window"] is None  # as the package paces it
     assert setting["spill"]["mb_per_s"] > 0
     assert setting["restore"]["mb_per_s"] > 0
     for run in found["tenants"].values():
@@ -140,7 +150,138 @@ def test_fleet_counts_what_both_checkouts_cost(another_checkout: Path) -> None:
             assert of_object["restore: bytes"] > 900 << 10
             assert figures["commands"] > 0
             assert figures["connections"] >= 8
+            # A pass over eight objects is a slice, a look that finds no more, and a pause.
+            assert figures["asked"] == pytest.approx(8 / 3, abs=0.1)
+    for several in ("10", "100"):
+        for figures in found["beside"][several].values():
+            # It looks for dead nodes, too.
+            assert figures["first: commands"] > figures["commands"] + 1
     for figures in found["many"].values():
+        assert figures["idle"]["asked"] > 8 / 3
         # More than the name of an object has.
         assert figures["metadata_bytes"] > 100
         assert all(figures[tool]["seconds"] for tool in ("stats", "gc", "head start"))
+
+
+def test_idle_nodes_take_what_the_first_and_all_others_take() -> None:
+    figures = {"cpu": 0.5, "first: cpu": 2.0}
+    assert fleet.together(figures, 11, "cpu") == pytest.approx((2.0 + 10 * 0.5) / fleet.PERIOD)
+    # Results of earlier versions, and one node, have no other figures for the first.
+    assert fleet.together({"cpu": 0.5}, 10, "cpu") == pytest.approx(10 * 0.5 / fleet.PERIOD)
+
+
+def test_churn_counts_values_without_metadata_and_spills_that_have_not_ended(
+    server: Server,
+) -> None:
+    config = Config.load({"url": server.url, "chunk_size": 65536}, {})
+    with contextlib.closing(ObjectStore(config, "session", "node")) as store:
+        urls, failure = store.put([source(noise(200_000, i), i) for i in range(2)])
+        assert failure is None
+        assert left(server) == Left(0, 0)
+        first, _ = server.client.zrange(KEYS.index, 0, -1)
+        pending = first.rsplit(b".", 2)[0]
+        server.client.zrem(KEYS.index, first)
+        assert left(server) == Left(5, 0)  # a header and four chunks
+        server.client.zadd(KEYS.pending, {pending: 0})
+        assert left(server) == Left(0, 1)
+        server.client.zrem(KEYS.pending, pending)
+        server.client.zadd(KEYS.index, {first: 0})
+        store.delete(urls)
+
+
+def test_churn_fails_where_a_median_grows_by_a_quarter_and_by_more_than_its_bound() -> None:
+    warm_up = [0.0] * 10
+
+    def failures(name: str, before: float, after: float) -> list[str]:
+        # One of ten does not change a median.
+        columns = {name: [*warm_up, *[before] * 9, 1e6, *[after] * 9, 1e6]}
+        return grown(growth(columns))
+
+    assert failures("server", 400.0, 400.0) == []
+    assert failures("server", 400.0, 300.0) == []
+    assert failures("server", 1000.0, 1200.0) == []  # less than a quarter
+    assert failures("threads", 4, 10) == []  # a few
+    assert failures("server", 400.0, 600.0) == ["server grew from 400.00 to 600.00"]
+    assert failures("session_files", 40, 80) == ["session_files grew from 40.00 to 80.00"]
+    assert failures("sockets", 0, 20) == ["sockets grew from 0.00 to 20.00"]
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    """Those of the repository, as if all were of one commit and one day."""
+    found = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    for each in found.values():
+        each |= {"date": "2026-01-02", "commit": "abc", "machine": {"cpu": "one"}}
+    return found
+
+
+def rendered(results: dict[str, Any], directory: Path) -> str:
+    (directory / "results.json").write_text(json.dumps(results))
+    command = [sys.executable, "-m", "benchmarks.report", "--render", "--into", str(directory)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return (directory / "RESULTS.md").read_text()
+
+
+def test_the_report_names_machine_and_commit_once_also_for_several_days(
+    results: dict[str, Any], tmp_path: Path
+) -> None:
+    assert "\n\n2026-01-02, commit abc; cpu one\n\n" in rendered(results, tmp_path)
+    results["wire"]["date"] = "2026-01-05"
+    shown = rendered(results, tmp_path)
+    assert "\n\n2026-01-02 to 2026-01-05, commit abc; cpu one\n\n" in shown
+    assert shown.count("commit abc") == 1
+    results["wire"]["commit"] = "def"
+    shown = rendered(results, tmp_path)
+    assert "## wire\n\n2026-01-05, commit def; cpu one\n\n" in shown
+    assert shown.count("2026-01-02, commit abc; cpu one") == len(results) - 1
+
+
+def test_the_report_has_goals_for_each_size_and_for_what_is_found_and_for_the_default(
+    results: dict[str, Any], tmp_path: Path
+) -> None:
+    pinned = [each for each in results["neighbours"]["settings"] if each["window"] is not None]
+    default = {**pinned[0], "window": None, "chunk_size": Config().chunk_size}
+    for way in ("spill", "restore"):
+        default[way] = {**default[way], "of_idle_p99": 1.23}
+    results["neighbours"]["settings"] = [{**default, "writers": 1, "yielding": False}, *pinned]
+    results["wire"]["found_ms"] = 0.2
+    shown = rendered(results, tmp_path)
+    assert row("`find` of an object of 25 MB, ms", shown) == ["≤ 0.25", "0.20", ""]
+    for size in ("4 KiB", "900 KiB"):
+        assert f"server's time of a spill of {size} beside" in shown
+        assert f"server's time of a restore of {size} beside" in shown
+    beside = "a neighbour's GET beside 1 that spill: p99, of that beside nobody"
+    assert row(beside, shown) == ["≤ 3", "1.23", ""]
+
+    results["wire"]["found_ms"] = 0.3
+    shown = rendered(results, tmp_path)
+    assert row("`find` of an object of 25 MB, ms", shown) == ["≤ 0.25", "0.30", "missed"]
+
+
+def test_the_report_can_be_drawn_from_results_that_lack_newer_figures(
+    results: dict[str, Any], tmp_path: Path
+) -> None:
+    results["wire"].pop("found_ms", None)
+    settings = results["neighbours"]["settings"]
+    results["neighbours"]["settings"] = [each for each in settings if each["window"] is not None]
+    for each in results["fleet"]["many"].values():
+        each.pop("idle", None)
+    for beside in results["fleet"]["beside"].values():
+        for figures in beside.values():
+            for key in [key for key in figures if key.startswith("first: ") or key == "asked"]:
+                del figures[key]
+    shown = rendered(results, tmp_path)
+    assert "`find`" not in shown
+    assert row("a neighbour's GET beside 1 that spill: p99, of that beside nobody", shown)
+    assert "idle nodes, % of the server's core" in shown
+    assert "objects each, % of the server's core" not in shown
+
+
+def row(what: str, shown: str) -> list[str]:
+    """The other cells of the row that begins with `what`."""
+    (cells,) = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in shown.splitlines()
+        if line.startswith(f"| {what} ")
+    )
+    return cells[1:]

@@ -87,6 +87,8 @@ def test_help_and_version() -> None:
             *("[default: 524160]", "[default: false]", "[default: auto]"),
         ):
             assert shown in of_parameters
+        # The argument of `inspect` is in its text, and is not an option.
+        assert not re.search("^  [^ -]", own.partition("\nOptions:\n")[2], re.MULTILINE)
         if command not in ("config", "demo"):
             assert re.search(r"--timeout SECONDS .*\n? *\[default: 5\]", own, re.DOTALL)
 
@@ -189,6 +191,9 @@ WRONG_SETTINGS = {
     "no type": ('{"params": {}}', "has no type"),
     "a system config": ('{"object_spilling_config": "{}"}', "has a whole system config"),
     "params that are none": ('{"type": "valkey", "params": 7}', "JSON object, not a number"),
+    "a number of too many digits": ("9" * 5000, "cannot be parsed: it has a number"),
+    "nested too deeply": ("[" * 100_000, "cannot be parsed: .* nested too deeply"),
+    "a nested type": ('{"type": %s}' % ("[" * 90 + "]" * 90), r"has the type \[\[.*\.\.\., so"),
     "parameters beside": ('{"type": "valkey", "url": "valkey://:hunter2@h"}', "'url' beside"),
 }
 
@@ -391,6 +396,19 @@ def test_config_names_the_file_that_has_the_password() -> None:
     assert "RAY_VALKEY_SPILL_PASSWORD in the environment, on every node.\n" in in_environment
 
 
+def test_config_makes_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = json.loads(
+        cli(
+            "config", "--json", "--password-file", "pw", "--encryption-key-file", "/etc/keys"
+        ).stdout
+    )
+    assert printed["object_spilling_config"]["params"] == {
+        "password_file": str(tmp_path / "pw"),
+        "encryption_key_file": "/etc/keys",
+    }
+
+
 def test_config_takes_parameters_whose_url_is_in_the_environment() -> None:
     result = cli("config", "--username", "ray", "--tls-ca-file", "/ca.pem")
     assert (result.returncode, result.stderr) == (0, "")
@@ -528,6 +546,119 @@ def test_check_warns_of_a_token_that_only_some_commands_of_ray_send(
     assert findings("--url", server.url, **chosen)[1]["Ray's tokens"]["status"] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"RAY_AUTH_MODE": "bogus"}, "RAY_AUTH_MODE is 'bogus', which Ray takes for disabled"),
+        ({"RAY_AUTH_MODE": "token"}, "needs a token, and there is none here"),
+        (
+            {"RAY_AUTH_MODE": "Token", "RAY_AUTH_TOKEN": " "},
+            "needs a token, and there is none here",
+        ),
+        (
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/none"},
+            "needs a token, and RAY_AUTH_TOKEN_PATH, /none, has none",
+        ),
+    ],
+)
+def test_check_warns_of_a_mode_that_ray_does_not_know_or_has_no_token_for(
+    server: Server, short_dir: Path, env: dict[str, str], says: str
+) -> None:
+    none = {"HOME": str(short_dir), "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": ""}
+    code, found = findings("--url", server.url, **{**none, **env})
+    assert code == 0
+    assert found["Ray's tokens"]["status"] == "warn"
+    assert says in found["Ray's tokens"]["detail"]
+    assert "RAY_AUTH_MODE to " in found["Ray's tokens"]["hint"]
+
+
+@pytest.mark.parametrize("where", ["the default", "RAY_AUTH_TOKEN_PATH"])
+def test_check_finds_a_token_where_ray_does(server: Server, short_dir: Path, where: str) -> None:
+    path = short_dir / (".ray/auth_token" if where == "the default" else "token")
+    path.parent.mkdir(exist_ok=True)
+    env = {"HOME": str(short_dir), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ""}
+    env["RAY_AUTH_TOKEN_PATH"] = "" if where == "the default" else str(path)
+    for text, status in (("\n", "warn"), ("ab" * 32, "ok")):
+        path.write_text(text)
+        assert findings("--url", server.url, **env)[1]["Ray's tokens"]["status"] == status
+
+
+@pytest.mark.parametrize("is_uri", [False, True], ids=["path", "URI"])
+def test_check_warns_of_an_overflow_that_does_not_exist_and_does_not_make_it(
+    server: Server, tmp_path: Path, is_uri: bool
+) -> None:
+    directory = tmp_path / "mnt/spill"
+    args = ("--url", server.url, "--overflow-uri", directory.as_uri() if is_uri else str(directory))
+    code, found = findings(*args)
+    assert code == 0
+    assert found["overflow"]["status"] == "warn"
+    assert f"{directory} does not exist" in found["overflow"]["detail"]
+    assert "Mount the share" in found["overflow"]["hint"]
+    assert list(tmp_path.iterdir()) == []
+    directory.mkdir(parents=True)
+    assert findings(*args)[1]["overflow"]["status"] == "ok"
+    assert list(directory.iterdir()) == []
+
+
+def test_check_names_an_overflow_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    uri = str(tmp_path / "file/spill")
+    code, found = findings("--url", server.url, "--overflow-uri", uri)
+    assert code == 1
+    assert f"the overflow at {uri} cannot be used" in found["overflow"]["detail"]
+
+
+def test_check_warns_of_a_relative_path_that_ray_would_get(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    key = "ab" * 32
+    (tmp_path / "keys").write_text(key)
+    for env in (
+        setting(url=server.url, encryption_key_file="keys"),
+        {"RAY_VALKEY_SPILL_ENCRYPTION_KEY_FILE": "keys", "RAY_VALKEY_SPILL_URL": server.url},
+    ):
+        code, found = findings(**env)
+        assert code == 0
+        assert found["parameters"]["status"] == "warn"
+        assert "encryption_key_file 'keys'" in found["parameters"]["detail"]
+        assert f"encryption_key_file '{tmp_path}/keys'" in found["parameters"]["hint"]
+    # For an option, this process knows the directory that is meant.
+    _, found = findings("--url", server.url, "--encryption-key-file", "keys")
+    assert found["parameters"]["status"] == "ok"
+    # A key in place of the path is not repeated.
+    for args, env in (
+        (("--encryption-key-file", key), {"RAY_VALKEY_SPILL_URL": server.url}),
+        ((), setting(url=server.url, encryption_key_file=key)),
+    ):
+        code, found = findings(*args, **env)
+        assert code == 1
+        assert "encryption_key_file is a key" in found["sealing"]["detail"]
+        assert key not in str(found)
+
+
+def test_check_takes_no_size_that_no_server_has(server: Server) -> None:
+    code, found = findings("--url", server.url, "--max-bytes", "9" * 400)
+    assert code == 1
+    assert found["parameters"]["detail"].startswith("--max-bytes must be a size in bytes")
+
+
+def test_a_password_file_that_cannot_be_read_is_named_once(server: Server, tmp_path: Path) -> None:
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"hunter2\xff")
+    for path, reason in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none", "No such file or directory"),
+        (binary, "it is not text"),
+    ):
+        result = cli("ls", "--url", server.url, "--password-file", str(path))
+        assert result.returncode == 2
+        assert result.stderr == (
+            f"Error: password_file '{path}' cannot be read: {reason}. "
+            "It must be a text file that every node can read\n"
+        )
+
+
 def test_check_ends_with_a_line_that_counts(server: Server) -> None:
     server.client.config_set("maxmemory", "1gb")
     *lines, last = cli("check", "--url", server.url).stdout.splitlines()
@@ -601,7 +732,8 @@ def test_demo_that_is_interrupted_leaves_nothing_either(nothing_left: dict[str, 
         wait_until(lambda: list(spilling.glob("rvs-*/session_*/logs/io_worker*")))
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(timeout=60)
+        code = process.wait(timeout=60)
+    assert code == 130
 
 
 def test_demo_says_that_ray_did_not_spill() -> None:

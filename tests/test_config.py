@@ -89,6 +89,7 @@ def test_url_that_cannot_be_used_is_refused(url: Any, says: str) -> None:
         ("512kB", 512_000),
         ("1Ti", 1 << 40),
         ("7B", 7),
+        ("9223372036854775807", 2**63 - 1),
     ],
 )
 def test_a_size_may_have_a_unit_wherever_it_is_given(text: str, size: int) -> None:
@@ -130,6 +131,15 @@ def test_an_error_shows_a_value_as_json_has_it(name: str, value: Any, shown: str
         assert str(caught.value).endswith(f", not {shown}")
     for kind in ("str", "int", "bool", "list", "dict", "NoneType", "PosixPath"):
         assert kind not in str(caught.value).replace("string", "").split()
+
+
+def test_an_error_needs_no_json_of_its_value() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    for value, shown in ((10**5000, "a number"), (nested, "an array")):
+        with pytest.raises(ConfigError, match=f"^max_bytes must be .*, not {shown}$"):
+            load(max_bytes=value)
 
 
 def test_an_error_names_the_variable_or_the_option_that_gave_the_value() -> None:
@@ -212,6 +222,8 @@ def test_the_spilling_config_wins_over_the_environment() -> None:
         ("username", ""),
         ("username", 7),
         ("max_bytes", "lots"),
+        ("max_bytes", 2**63),
+        ("max_bytes", "8EiB"),
         ("min_replicas", -1),
         ("overflow_uri", 3),
         ("tls_ca_file", []),

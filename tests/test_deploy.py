@@ -14,7 +14,7 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import kubernetes_validate
@@ -30,7 +30,7 @@ from support.stores import Store
 from support.tenants import Embeddings, KVCache, LastingSessions, Neighbour, Sessions, Spills
 
 from ray_valkey_spill.cli.commands import cli
-from ray_valkey_spill.config import Config
+from ray_valkey_spill.config import Config, parameters
 from ray_valkey_spill.plugin.spilling_config import RAY_SETTINGS
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.tiers import preflight
@@ -77,10 +77,26 @@ def size_of(quantity: str) -> int:
     return number * {"Mi": MIB, "Gi": GIB}[unit]
 
 
+def groups_of(spec: Mapping[str, Any]) -> list[Any]:
+    """The head's group of a RayCluster's spec, then the workers'."""
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def pods_of(spec: Mapping[str, Any]) -> list[Any]:
+    return [group["template"]["spec"] for group in groups_of(spec)]
+
+
+def templates_of(spec: Mapping[str, Any]) -> list[Any]:
+    """Its pods' templates, as objects that the schemas of Kubernetes know."""
+    return [
+        {"apiVersion": "v1", "kind": "PodTemplate", "template": group["template"]}
+        for group in groups_of(spec)
+    ]
+
+
 def groups() -> list[Any]:
-    """The head's group, then the workers'."""
     (cluster,) = documents("raycluster.yaml")
-    return [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]
+    return groups_of(cluster["spec"])
 
 
 def pods() -> list[Any]:
@@ -335,12 +351,9 @@ OBJECTS = ("networkpolicy.yaml", "secrets.yaml", "overflow-volume.yaml", "gc-cro
 
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_objects_fit_the_schemas_of_kubernetes(version: str) -> None:
-    templates = [
-        {"apiVersion": "v1", "kind": "PodTemplate", "template": group["template"]}
-        for group in groups()
-    ]
+    (cluster,) = documents("raycluster.yaml")
     objects = [each for name in (*OBJECTS, "priorityclass.yaml") for each in documents(name)]
-    for document in [*objects, *templates]:
+    for document in [*objects, *templates_of(cluster["spec"])]:
         kubernetes_validate.validate(document, version, strict=True)
 
 
@@ -495,6 +508,226 @@ def test_an_object_store_leaves_room_for_what_runs_beside_it() -> None:
     for group in groups():
         memory = group["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"]
         assert int(group["rayStartParams"]["object-store-memory"]) <= size_of(memory) // 3
+
+
+# --- TLS, as the page says ---
+
+
+def with_tls(name: str) -> str:
+    """A manifest with what is marked with (tls) put in place of what it is there for."""
+    text = (DEPLOY / name).read_text()
+    text = re.sub(r"valkey(://.*)  # \(tls\) valkeys://…$", r"valkeys\1", text, flags=re.MULTILINE)
+    for mark, comment in re.findall(r"( *# \(tls\) .*:\n)((?: *# .*\n)+)", text):
+        lines = re.sub(r"^( *)# ", r"\1", comment, flags=re.MULTILINE)
+        if lines.lstrip().startswith('"url"'):
+            text = text.replace(mark + comment, "")
+            text = re.sub(r'^ *"url": "valkey://.*\n', lines, text, flags=re.MULTILINE)
+        else:
+            text = text.replace(mark + comment, lines)
+    return text
+
+
+def test_what_is_marked_is_all_that_tls_needs() -> None:
+    values = documents("valkey-values-tls.yaml")[0]
+    (cluster,) = yaml.safe_load_all(with_tls("raycluster.yaml"))
+    (job,) = yaml.safe_load_all(with_tls("gc-cronjob.yaml"))
+    gc = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    head, worker = pods_of(cluster["spec"])
+    environment = {each["name"]: each["value"] for each in gc["containers"][0]["env"]}
+    in_ray = json.loads(head["containers"][0]["env"][0]["value"])["params"]
+    assert in_ray == {**ray_params(), **{name: in_ray[name] for name in ("url", "tls_ca_file")}}
+    for config in (Config.load(in_ray, {}), Config.load({}, environment)):
+        assert config.url == ray_params()["url"].replace("valkey://", "valkeys://")
+        assert config.tls_ca_file == "/etc/ray-spill/ca.crt"
+        for pod in (head, worker, gc):
+            assert str(config.tls_ca_file) in files_of(pod)
+    # The server's key is in the same Secret, and stays with the server.
+    for pod in (head, worker, gc):
+        (source,) = (s for s in sources_of(pod) if s["name"] == values["tls"]["existingSecret"])
+        assert source["items"] == [{"key": "ca.crt", "path": "ca.crt"}]
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_the_manifests_with_tls_fit_the_schemas_of_kubernetes(version: str) -> None:
+    (cluster,) = yaml.safe_load_all(with_tls("raycluster.yaml"))
+    (job,) = yaml.safe_load_all(with_tls("gc-cronjob.yaml"))
+    kubernetes_validate.validate(job, version, strict=True)
+    for template in templates_of(cluster["spec"]):
+        kubernetes_validate.validate(template, version, strict=True)
+
+
+def test_all_places_that_have_the_secret_of_tls_agree() -> None:
+    texts = [(DEPLOY / name).read_text() for name in ("valkey-values-tls.yaml", "README.md")]
+    created = r"secret generic (\S+) \\\n#? +--from-file=(\S+) --from-file=(\S+) --from-file=(\S+)"
+    found = [re.findall(created, text) for text in texts]
+    name = documents("valkey-values-tls.yaml")[0]["tls"]["existingSecret"]
+    assert found == [[(name, "server.crt", "server.key", "ca.crt")]] * 2
+
+
+def sources_of(pod: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The Secrets that the projected volumes of a pod have."""
+    projected = [each["projected"] for each in pod.get("volumes", ()) if "projected" in each]
+    return [source["secret"] for each in projected for source in each["sources"]]
+
+
+def files_of(pod: Mapping[str, Any]) -> list[str]:
+    """The files that Ray's container finds in projected volumes."""
+    return [
+        f"{directory}/{item['path']}"
+        for directory, volume in mounts_of(pod).items()
+        for source in volume.get("projected", {"sources": []})["sources"]
+        for item in source["secret"]["items"]
+    ]
+
+
+# --- the form that `config` prints ---
+
+
+def form(**params: object) -> Any:
+    """The part of a RayCluster's spec that `config` prints."""
+    return yaml.safe_load(printed(**params)["forms"]["KubeRay"])
+
+
+def printed(**params: object) -> dict[str, Any]:
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in params.items()]
+    result = CliRunner().invoke(cli, ["config", "--json", *given])
+    assert result.exit_code == 0, result.output
+    output: dict[str, Any] = json.loads(result.output)
+    return output
+
+
+Where = tuple[str | int, ...]
+
+
+def marked(text: str) -> list[Where]:
+    """Where a manifest has "(spill)": on the line of an entry, or in the comment above it."""
+    lines = text.splitlines()
+
+    def is_marked(line: int) -> bool:
+        above = line - 1
+        while lines[above].lstrip().startswith("#"):
+            above -= 1
+        return any("(spill)" in each for each in lines[above + 1 : line + 1])
+
+    def walk(node: yaml.Node, path: Where) -> Iterator[Where]:
+        if isinstance(node, yaml.MappingNode):
+            entries = [(key.start_mark.line, key.value, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            entries = [(each.start_mark.line, at, each) for at, each in enumerate(node.value)]
+        else:
+            return
+        for line, name, value in entries:
+            if is_marked(line):
+                yield (*path, name)
+            else:
+                yield from walk(value, (*path, name))
+
+    root = {key.value: value for key, value in yaml.compose(text).value}
+    return list(walk(root["spec"], ()))
+
+
+def at(tree: Any, path: Where) -> Any:
+    """What is there, with the spilling config as what it says."""
+    for step in path:
+        tree = tree[step]
+    if isinstance(tree, dict) and tree.get("name") == "RAY_object_spilling_config":
+        return {**tree, "value": json.loads(tree["value"])}
+    return tree
+
+
+def leaves(tree: Any, path: Where = ()) -> Iterator[Where]:
+    if isinstance(tree, dict | list):
+        for step, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, (*path, step))
+    else:
+        yield path
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_the_kuberay_form_is_what_deploy_marks(tls: bool) -> None:
+    """But for the image, which a cluster chooses for itself."""
+    text = with_tls("raycluster.yaml") if tls else (DEPLOY / "raycluster.yaml").read_text()
+    spec = yaml.safe_load(text)["spec"]
+    params = at(spec, ("headGroupSpec", "template", "spec", "containers", 0, "env", 0))
+    ours = form(**params["value"]["params"])
+    paths = [path for path in marked(text) if path[-1] != "image"]
+    assert {path[0] for path in paths} == {"headGroupSpec", "workerGroupSpecs"}
+    assert {"labels", "terminationGracePeriodSeconds", "securityContext", "volumes"} <= {
+        path[-1] for path in paths
+    }
+    for path in paths:
+        assert at(ours, path) == at(spec, path), path
+    # Nor has it anything that deploy/ has not.
+    for path in leaves(ours):
+        if path[-2:] != (0, "value"):  # compared above
+            assert at(ours, path) == at(spec, path), path
+
+
+FILES = [each.name for each in parameters() if each.name.endswith("_file")]
+
+
+@pytest.mark.parametrize(
+    ("ca", "others"),
+    [
+        ("/etc/tls/ca.crt", "/etc/tls/{}"),
+        ("/etc/tls/ca.crt", "/etc/{}/file"),
+        ("/etc/tls/ca.crt", "/etc/tls/{}/file"),
+    ],
+    ids=["one directory", "directories", "nested"],
+)
+def test_the_kuberay_form_mounts_every_file_that_the_config_names(ca: str, others: str) -> None:
+    named = {**{name: others.format(name) for name in FILES}, "tls_ca_file": ca}
+    assert len(named) >= 5
+    for pod in pods_of(form(url="valkeys://h", **named)):
+        assert sorted(files_of(pod)) == sorted(named.values())
+        directories = [PurePosixPath(each) for each in mounts_of(pod)]
+        for each in directories:
+            # In a volume that is read-only nothing can be mounted.
+            assert not set(each.parents) & set(directories)
+
+
+def test_the_kuberay_form_has_of_tls_the_keys_of_a_client_alone() -> None:
+    files = {name: f"/etc/tls/{name}" for name in FILES if name.startswith("tls_")}
+    for pod in pods_of(form(url="valkeys://h", **files)):
+        found = {i["path"]: (s["name"], i["key"]) for s in sources_of(pod) for i in s["items"]}
+        assert found == {
+            "tls_ca_file": ("valkey-tls", "ca.crt"),
+            "tls_cert_file": ("ray-spill-tls", "tls.crt"),
+            "tls_key_file": ("ray-spill-tls", "tls.key"),
+        }
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/ca.crt", "/ca.crt", "/home/ray/ca.crt"],
+)
+def test_the_kuberay_form_hides_no_directory_of_the_image(path: str) -> None:
+    params = {"url": "valkeys://h", "tls_ca_file": path}
+    for pod in pods_of(form(**params)):
+        assert "volumes" not in pod
+        assert "volumeMounts" not in pod["containers"][0]
+    (note,) = (each for each in printed(**params)["notes"] if "no volume" in each)
+    assert f"for {path}:" in note
+
+
+@pytest.mark.parametrize(
+    ("url", "label"),
+    [
+        ("valkey://valkey.ai-ml.svc.cluster.local:6379/0", "valkey.ai-ml"),
+        ("valkey://valkey.ai-ml.svc", "valkey.ai-ml"),
+        ("valkeys://cache.example.com,other.example.com", "cache.example.com"),
+        ("valkey://10.0.0.1:7000", "10.0.0.1"),
+        ("valkey://[fe80::1]:7000", "fe80--1"),
+        (f"valkey://{'a' * 60}.b.c.d", f"{'a' * 60}.b"),
+        ("unix:///run/valkey.sock", "valkey.ai-ml"),
+        (None, "valkey.ai-ml"),
+    ],
+)
+def test_the_label_of_the_kuberay_form_names_the_server(url: str | None, label: str) -> None:
+    spec = form(**({} if url is None else {"url": url}))
+    for template in templates_of(spec):
+        assert template["template"]["metadata"]["labels"] == {"valkey-server": label}
+        kubernetes_validate.validate(template, KUBERNETES[-1], strict=True)
 
 
 # --- the clean-up of ended clusters ---

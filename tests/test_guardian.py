@@ -177,8 +177,10 @@ def test_a_session_whose_gcs_answers_is_kept(
     monkeypatch.setattr(ending, "running_at", lambda address: RunningSession(OVER, frozenset()))
     spill(server.url, OVER, NODE)
     before = left_of(server, OVER)
+    guardian.mark_ended(str(session))
     assert ending.main() == guardian.GAVE_UP
     assert left_of(server, OVER) == before
+    assert not guardian.is_ended(str(session)), "it may spill again"
     destroy(server, OVER, NODE)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.proxy import Proxy, proxy_to
 from support.samples import get, noise, source
-from support.servers import Server, valkey_server, wait_until
+from support.servers import Server, acl_user, valkey_server, wait_until
 from support.stores import Store
 from support.topologies import cluster_servers
 
@@ -378,6 +378,46 @@ def test_sizes_that_are_not_valkeys_fail_the_restore_and_lose_nothing(
         assert get(ours.store, url) == noise(2 * CHUNK)
 
 
+def test_what_comes_in_doubt_while_the_rest_is_removed_stays_in_doubt() -> None:
+    others, node = UnderWay(), NodeName("session", "node")
+    name = ObjectName(*node, "a" * 56, new_attempt(), 1)
+    others.fail([name])
+    found = others.left(node)
+    others.doubt([name])
+    others.removed(*found)
+    assert others.left(node) == ([], [name])
+    others.removed(*others.left(node))
+    assert others.left(node) == ([], [])
+
+
+def test_a_server_that_refuses_everything_is_not_asked_for_ever(server: Server) -> None:
+    """Each attempt would leave more to be removed, and more to be remembered."""
+    params = {"url": server.url, "retry_timeout": 0.5, "username": "ray"}
+    config = Config.load(params, {"RAY_VALKEY_SPILL_PASSWORD": "secret"})
+    sources = [source(b"x", number) for number in range(1000)]
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(contextlib.closing(Store(config, "session", "node")))
+
+        def attempt() -> int:
+            """Put them; returns how many scripts that takes."""
+            server.client.config_resetstat()
+            urls, failure = store.put(sources)
+            assert urls == [] and failure is not None and "NOPERM" in str(failure)
+            return int(server.client.info("commandstats").get("cmdstat_eval", {}).get("calls", 0))
+
+        stack.enter_context(acl_user([server.client], "~* +@all -set -unlink"))
+        sent = [attempt() for _ in range(8)]
+        with pytest.raises(ServerError):
+            store.recover(lambda pid: True)
+        assert attempt() == 0
+        assert all(sent[:4]) and not any(sent[4:])
+        server.client.execute_command("ACL", "SETUSER", "ray", "+@all")
+        assert store.recover(lambda pid: True) == 4000
+        urls, failure = store.put(sources)
+        assert failure is None and len(urls) == 1000
+        store.destroy(lambda pid: False)
+
+
 def test_an_object_that_was_put_stays_however_long_nobody_has_looked(server: Server) -> None:
     """And however many were put since: what is not known any more is left as it is."""
     others = UnderWay()
@@ -393,7 +433,7 @@ def test_an_object_that_was_put_stays_however_long_nobody_has_looked(server: Ser
         # Only what has failed is left, and what an earlier process with this id has begun.
         others.fail([entry.name])
         assert others.has_left(entry.name)
-        others.removed([entry.name])
+        others.removed(*others.left(NodeName("session", "node")))
         assert not others.has_left(entry.name)
         assert others.has_left(entry.name._replace(attempt=f"{1:011x}{os.getpid():08x}{0:08x}"))
 

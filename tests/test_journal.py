@@ -130,6 +130,20 @@ def test_nothing_is_left_on_disk_when_nothing_is_to_be_done(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_file_has_little_more_than_what_is_left(tmp_path: Path) -> None:
+    """Else one object that cannot be deleted would make it grow for ever."""
+    journal = DeletionJournal(lambda: tmp_path, "node")
+    give_up(journal, "overflow:a", "overflow:b")
+    for number in range(20_000):
+        with journal.deleting([f"c{number}"]):
+            pass
+    (file,) = tmp_path.iterdir()
+    assert len(file.read_bytes().split()) < 1010
+    journal.done(["overflow:b"])
+    assert journal.left() == ["overflow:a"]
+    assert adopted(tmp_path, lambda pid: False) == ["overflow:a"]
+
+
 def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path: Path) -> None:
     Path(tmp_path, "node-17-abcd.deletions").write_text("\n+whole\n+ha")
     assert adopted(tmp_path, lambda pid: False) == ["whole"]

@@ -18,7 +18,8 @@ from ray.core.generated.common_pb2 import Address
 from support.clusters import ray_with, title
 from support.servers import wait_until
 
-from ray_valkey_spill.plugin.owners import RayOwners
+from ray_valkey_spill.errors import SpillError
+from ray_valkey_spill.plugin.owners import RayOwners, joined
 from ray_valkey_spill.store.reclaim import Owned, Verdict
 
 pytestmark = pytest.mark.slow
@@ -112,6 +113,31 @@ def test_an_owner_is_dead_by_the_word_of_the_gcs_alone(owner: Any) -> None:
         assert owners.nodes() is None
         assert owners.verdicts(wanted) == [Verdict.UNKNOWN] * COUNT
     wait_until(lambda: RayOwners().verdicts(wanted) == [Verdict.OWNER_DEAD] * COUNT)
+
+
+def test_many_owners_that_died_together_are_found_in_one_call(owner: Any) -> None:
+    """As with the end of a job."""
+    others = [Owner.remote() for _ in range(15)]
+    made = ray.get([other.put.remote() for other in others])
+    _, of_living = made_by(owner)
+    wanted = [Owned(*pair) for _, pairs in made for pair in pairs]
+    for pid, _ in made:
+        os.kill(pid, signal.SIGKILL)
+    # Until the GCS has heard of it.
+    wait_until(
+        lambda: all(
+            RayOwners().verdicts(wanted[first : first + COUNT]) == [Verdict.OWNER_DEAD] * COUNT
+            for first in range(0, len(wanted), COUNT)
+        ),
+        120,
+    )
+    verdicts = RayOwners().verdicts([*of_living, *wanted])
+    assert verdicts == [Verdict.REFERENCED] * COUNT + [Verdict.OWNER_DEAD] * len(wanted)
+
+
+def test_a_cluster_is_not_joined_through_ray_client() -> None:
+    with pytest.raises(SpillError, match=r"Ray Client.*Give --address"):
+        joined("ray://127.0.0.1:10001").__enter__()
 
 
 def test_whoever_has_taken_over_an_address_does_not_speak_for_its_predecessor(owner: Any) -> None:

@@ -381,6 +381,9 @@ def _expect_gc_to_leave(server: Server, address: str, dead: str, needed: set[str
     assert re.search(f"{kept} .* of dead nodes of {session}, which runs.* give --address", alone)
     assert "nobody needed" not in alone
     assert "Kept:" not in joined
+    stays = f"{len(needed)} objects that somebody references" if len(needed) > 1 else "1 object"
+    assert f"Kept of dead nodes of {session}, which runs: {stays}" in joined
+    assert "Nothing to remove" not in joined
     removed = f"Removed {len(before - needed)} objects"
     assert re.search(rf"{removed} \([^)]*\) of dead nodes that nobody needed any more", joined)
     assert entries_of(server, dead).keys() == needed

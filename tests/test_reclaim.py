@@ -23,8 +23,16 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import OverflowUnavailableError, ServerError
 from ray_valkey_spill.format.names import Keyspace, NodeName
 from ray_valkey_spill.format.packing import SourceObject
+from ray_valkey_spill.store.cleanup import LEASE
 from ray_valkey_spill.store.observer import Observer, Reason
-from ray_valkey_spill.store.reclaim import Owned, Pace, Reclaimer, Verdict, reclaim_of_dead_nodes
+from ray_valkey_spill.store.reclaim import (
+    Left,
+    Owned,
+    Pace,
+    Reclaimer,
+    Verdict,
+    reclaim_of_dead_nodes,
+)
 
 SESSION = "session_1"
 FIRST, SECOND, THIRD = ("aa" * 28, "bb" * 28, "cc" * 28)
@@ -111,8 +119,13 @@ class Session:
         self.oracle.answers |= {object_id(n): verdict for n in numbers}
 
     def kill(self, *nodes: str) -> None:
+        """Let nodes be dead to the GCS, and have been silent for longer than a lease."""
         assert self.oracle.alive is not None
         self.oracle.alive |= dict.fromkeys(nodes, False)
+        client, leases = self.contents.client, self.keys.leases
+        for member, renewed in client.zrange(leases, 0, -1, withscores=True):
+            if member.split(b":")[1].decode() in nodes:
+                client.zadd(leases, {member: renewed - 1000 * (LEASE + 1)})
 
     @property
     def left(self) -> set[int]:
@@ -266,6 +279,38 @@ def test_a_tier_that_fails_does_not_hold_up_the_other(
             assert session.left == set()
 
 
+def test_an_overflow_that_is_away_does_not_hold_up_what_is_in_valkey(
+    server: Server, clock: Clock, tmp_path: Path
+) -> None:
+    """From the first pass on: it is just then that room in Valkey is needed."""
+    directory = tmp_path / "overflow"
+    params = {"url": server.url, "overflow_uri": directory.as_uri()}
+    with a_session(server, params, clock) as session:
+        session.put(FIRST, range(3))
+        session.put(SECOND, range(3, 6))
+        with a_session(server, {**params, "max_bytes": 0}, clock) as other:
+            other.put(FIRST, range(6, 9))
+            session.kill(FIRST, SECOND)
+            session.oracle.usual = UNREFERENCED
+            session.put(THIRD, [])
+            hidden = directory.rename(tmp_path / "hidden")
+            directory.touch()
+            reclaimer, failures = session.reclaimer(THIRD), 0
+            for _ in range(6):
+                try:
+                    session.steps(reclaimer, 1)
+                except OverflowUnavailableError:
+                    failures += 1
+                    session.clock.now += 10
+            assert failures
+            directory.unlink()
+            hidden.rename(directory)
+            assert session.left == {6, 7, 8}
+            session.steps(reclaimer, 20)
+            assert session.left == set()
+            assert not any(key for key in session.contents.our_keys() if FIRST.encode() in key)
+
+
 def test_suspects_are_asked_for_again_after_a_failure(session: Session) -> None:
     session.put(FIRST, range(3))
     session.kill(FIRST)
@@ -384,6 +429,48 @@ def test_what_a_dead_node_was_writing_goes_with_its_lease(session: Session) -> N
     assert ledger.room().used > 0
 
 
+def test_what_a_node_may_still_be_writing_stays_while_it_has_its_lease(session: Session) -> None:
+    """The GCS takes a host for dead that stands still, and goes on in the middle of a spill."""
+    session.put(FIRST, [1])
+    client = session.contents.client
+    name = next(key for key in session.contents.our_keys() if object_id(1).encode() in key)
+    pending = name.decode().removeprefix(session.keys.root).replace(object_id(1), object_id(2))
+    client.zadd(session.keys.pending, {pending: 0})
+    client.set(session.keys.root + pending, b"half")
+    session.kill(FIRST)
+    session.nodes[FIRST].renew_lease("", lambda: False)
+    session.answer(Verdict.OWNER_DEAD, [1])
+    session.put(SECOND, [3])
+    reclaimer = session.reclaimer()
+    session.steps(reclaimer)
+    assert session.left == {2, 3}
+    session.kill(FIRST)
+    session.steps(reclaimer)
+    assert session.left == {3}
+    assert client.zrange(session.keys.pending, 0, -1) == []
+
+
+def test_a_header_is_read_once(session: Session) -> None:
+    """An idle node would otherwise read all of its objects again and again."""
+    session.put(SECOND, range(20))
+    reclaimer, client = session.reclaimer(), session.contents.client
+    session.steps(reclaimer, 8)
+    client.config_resetstat()
+    session.oracle.asked.clear()
+    session.steps(reclaimer, 8)
+    assert {owned.object_id for owned in session.oracle.asked} == {*map(object_id, range(20))}
+    assert "cmdstat_getrange" not in client.info("commandstats")
+    # After a while they are read again: values may have gone meanwhile.
+    name = session.keys.parse_url(session.urls[0]).name
+    for key in session.keys.values(name):
+        client.delete(key)
+    session.steps(reclaimer, 8)
+    assert session.counts.objects == {}
+    session.clock.now += 1000
+    session.steps(reclaimer, 8)
+    assert session.counts.objects == {"gone": 1}
+
+
 def test_another_session_of_the_namespace_is_left_alone(session: Session) -> None:
     other = Store(session.config, "session_2", FIRST, session.counts)
     source = SourceObject(object_id(9), METADATA, b"owner", memoryview(b"data"))
@@ -482,14 +569,33 @@ def test_whoever_joins_the_cluster_reclaims_once(any_session: Session) -> None:
     session.answer(Verdict.OWNER_DEAD, [2])
     counts, waited = Counts(), list[float]()
     pace = dataclasses.replace(PACE, confirmation=0.0)
-    assert reclaim_of_dead_nodes(
+    left = reclaim_of_dead_nodes(
         session.config, SESSION, session.oracle, counts, pace, waited.append
     )
+    assert left == Left(referenced=3, unknown=0)
     assert session.left == {*range(3, 8)}
     assert (counts.objects, waited) == ({"unreferenced": 2, "owner_dead": 1}, [0.0])
     session.oracle.alive = None
-    assert not reclaim_of_dead_nodes(session.config, SESSION, session.oracle, counts, pace)
+    found = reclaim_of_dead_nodes(session.config, SESSION, session.oracle, counts, pace)
+    assert found is None
     session.expect_readable(range(3, 8))
+
+
+def test_whoever_joins_the_cluster_reclaims_all_of_it(any_session: Session) -> None:
+    """More than is asked for at once; and says what it leaves, and why."""
+    session = any_session
+    session.put(FIRST, range(20))
+    session.kill(FIRST)
+    session.oracle.usual = UNREFERENCED
+    session.answer(REFERENCED, range(3))
+    session.answer(Verdict.UNKNOWN, range(3, 5))
+    counts, pace = Counts(), dataclasses.replace(PACE, confirmation=0.0, of_dead=3)
+    left = reclaim_of_dead_nodes(
+        session.config, SESSION, session.oracle, counts, pace, lambda seconds: None
+    )
+    assert left == Left(referenced=3, unknown=2)
+    assert session.left == {*range(5)}
+    assert counts.objects == {"unreferenced": 15}
 
 
 def test_a_node_that_joins_meanwhile_is_not_taken_for_a_dead_one(session: Session) -> None:
@@ -510,7 +616,8 @@ def test_a_node_that_joins_meanwhile_is_not_taken_for_a_dead_one(session: Sessio
         client.set(session.keys.root + pending, b"half")
 
     pace = dataclasses.replace(PACE, confirmation=0.0)
-    assert reclaim_of_dead_nodes(session.config, SESSION, session.oracle, Counts(), pace, join)
+    found = reclaim_of_dead_nodes(session.config, SESSION, session.oracle, Counts(), pace, join)
+    assert found == Left(0, 0)
     assert session.left == {2, 4}
 
 

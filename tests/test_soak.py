@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import soak_kinds
 from benchmarks.soak_faults import TABLE, a_round, strikes
 from benchmarks.soak_kinds import ALL
 from benchmarks.soak_report import report
@@ -52,14 +53,19 @@ def run(kind: str, **others: Any) -> dict[str, Any]:
     }
 
 
-def test_the_report_adds_up_runs_by_fault_and_by_kind_of_server() -> None:
-    shown = report([run("single"), run("single"), run("cluster", failures=["lost"])])
-    rows = {
+def rows_of(shown: str) -> dict[str, list[str]]:
+    """The rows of a report's tables, by their first cells."""
+    return {
         cells[0]: cells[1:]
         for line in shown.splitlines()
         if line.startswith("| ")
         for cells in [[cell.strip() for cell in line.strip("| ").split(" | ")]]
     }
+
+
+def test_the_report_adds_up_runs_by_fault_and_by_kind_of_server() -> None:
+    shown = report([run("single"), run("single"), run("cluster", failures=["lost"])])
+    rows = rows_of(shown)
     assert rows["fault"] == ["single", "cluster"]
     assert rows["is full"] == ["4", "2"]
     assert rows["stalls"] == ["0", "-"]
@@ -69,3 +75,15 @@ def test_the_report_adds_up_runs_by_fault_and_by_kind_of_server() -> None:
     assert "- seed 7 on cluster: lost" in shown
     assert "3 times" in shown
     assert "15 objects" in shown
+
+
+def test_the_report_has_each_kind_that_was_run_also_where_it_cannot_be_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(soak_kinds, "tls_binary", lambda: None)
+    monkeypatch.setattr(soak_kinds, "can_hang", lambda: False)
+    assert not {"tls", "overflow"} & {*soak_kinds.kinds()}
+    rows = rows_of(report([run("single"), run("tls"), run("overflow"), run("of another version")]))
+    assert rows["fault"] == ["single", "tls", "overflow", "of another version"]
+    assert rows["is full"] == ["2", "2", "2", "-"]
+    assert rows["minutes"] == ["30"] * 4

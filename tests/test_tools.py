@@ -1114,6 +1114,52 @@ def test_gc_asks_on_a_terminal_before_it_removes(
     assert len(printed("ls", *stock.options)) == left
 
 
+RUNNING = f"""
+from ray_valkey_spill.cli import commands
+from ray_valkey_spill.store.liveness import RunningSession
+commands.running_at = lambda address: RunningSession({SESSIONS[0]!r}, frozenset({{{NODES[1]!r}}}))
+"""
+
+
+@pytest.mark.parametrize("yes", [False, True])
+def test_gc_asks_on_a_terminal_before_it_asks_owners_for_what_may_go(
+    stock: Stock, yes: bool
+) -> None:
+    """Of a running session; here its cluster cannot be joined."""
+    stock.put(SESSIONS[0], NODES[0], 2, 95)
+    with stock.ledger() as (ledger, _):
+        ledger.renew(NodeName(SESSIONS[0], NODES[0]), "gcs:1", new=True)
+    args = ["--address", "ray://127.0.0.1:10001", *(["--yes"] if yes else [])]
+    terminal, end = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUNNING + QUICK_GC, *stock.options, *args],
+            stdin=end,
+            stdout=subprocess.PIPE,
+            stderr=end,
+        )
+        try:
+            if not yes:
+                asked = read_until(terminal, lambda text: b"[y/N]" in text).decode()
+                what = r"what nobody needs of 2 objects \(.*\) of dead nodes"
+                assert re.search(rf"Remove {what}\? \[y/N\]", asked)
+                os.write(terminal, b"n\n")
+            text = " ".join(process.communicate(timeout=60)[0].decode().split())
+        finally:
+            process.kill()
+            process.wait()
+    finally:
+        os.close(terminal)
+        os.close(end)
+    assert process.returncode == (0 if yes else 1)
+    if yes:
+        assert "Kept: 2 objects" in text and "Ray Client" in text and "port 6379" in text
+        assert text.endswith("Nothing to remove.")
+    else:
+        assert text.endswith("Removed nothing.")
+    assert len(printed("ls", *stock.options)) == 2
+
+
 @pytest.mark.usefixtures("quick")
 def test_gc_removes_of_a_running_session_only_what_is_half_written_of_the_dead(
     stock: Stock, monkeypatch: pytest.MonkeyPatch
@@ -1275,9 +1321,12 @@ def test_colour_is_for_terminals_and_not_for_those_who_want_none(full: Stock) ->
         (("inspect", "vllm:kv:x"), 2, "names no spilled object of this namespace"),
         (("inspect", "abcd"), 1, "nothing of object abcd is stored below ray:spill:default:"),
         (("stats", "--max-bytes", "many"), 2, "--max-bytes must be"),
+        (("stats", "--max-bytes", "9" * 400), 2, "--max-bytes must be a size in bytes"),
+        (("config", "--max-bytes", f"{'9' * 4299}EiB"), 2, "--max-bytes must be a size in bytes"),
         (("ls", "--limit", "0"), 2, "--limit must be a whole number above 0"),
-        (("ls", "--limit", "9" * 5000), 2, "--limit must be a whole number above 0"),
-        (("ls", "--timeout", "1e300"), 2, "--timeout must be a number of seconds above 0"),
+        (("ls", "--limit", "9" * 5000), 2, "above 0, of at most 18 digits"),
+        (("ls", "--timeout", "1e300"), 2, "of seconds above 0, and at most 30,000,000"),
+        (("stats", "--watch", "1e9"), 2, "of seconds above 0, and at most 30,000,000"),
         (("ls", "--older-than", "soon"), 2, "--older-than must be a duration such as 90s"),
         (("ls", "--timeout", "never"), 2, "--timeout must be a number of seconds above 0"),
         (("ls", "--url", "valkey://127.0.0.1:1", "--timeout", "0.1"), 1, "cannot be reached"),

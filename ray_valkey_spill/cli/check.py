@@ -17,11 +17,11 @@ from ray_valkey_spill import __version__, _startup
 from ray_valkey_spill.cli import ray_setting
 from ray_valkey_spill.cli.options import given
 from ray_valkey_spill.cli.waiting import reach
-from ray_valkey_spill.config import Config, Endpoint
+from ray_valkey_spill.config import Config, Endpoint, parameters
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError, SpillError
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.format.packing import SourceObject
-from ray_valkey_spill.format.sealing import KeyRing
+from ray_valkey_spill.format.sealing import KeyRing, is_key
 from ray_valkey_spill.plugin.registration import require_compatible
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import command
@@ -39,6 +39,11 @@ __all__ = ["FAILED", "OK", "WARNING", "Finding", "run"]
 OK, WARNING, FAILED = "ok", "warn", "failed"
 
 _DEFAULT_TOKEN = Path("~/.ray/auth_token")
+# Of the pod's service account, which Ray uses if RAY_ENABLE_K8S_TOKEN_AUTH is set.
+_POD_TOKENS = (
+    Path("/var/run/secrets/ray.io/serviceaccount/token"),
+    Path("/var/run/secrets/kubernetes.io/serviceaccount/token"),
+)
 _ROUND_TRIPS = 200
 _PROBE_SIZE = 32 * MIB
 _PROBE_ROUNDS = 3
@@ -83,7 +88,7 @@ def run(
         if error.message != setting.detail:
             yield Finding(FAILED, "parameters", error.message, error.hint)
         return
-    yield Finding(OK, "parameters", f"url {config.address}, keys below {Keyspace.of(config).root}")
+    yield _parameters(config)
     if (ring := KeyRing.of(config)) is not None:
         yield _attempt("sealing", lambda: _sealing(ring))
     try:
@@ -100,9 +105,10 @@ def run(
         link.close()
 
 
-def _attempt(subject: str, look: Callable[[], str]) -> Finding:
+def _attempt(subject: str, look: Callable[[], str | Finding]) -> Finding:
     try:
-        return Finding(OK, subject, look())
+        found = look()
+        return found if isinstance(found, Finding) else Finding(OK, subject, found)
     except ServerFullError as error:
         # It may have room later, and the finding on its memory has the fix.
         return Finding(WARNING, subject, error.message, error.hint)
@@ -149,10 +155,10 @@ def _tokens() -> Finding:
     `ray start --address` only if RAY_AUTH_MODE says so (`authentication_token_setup.py`).
     """
     subject = "Ray's tokens"
+    if mode := os.environ.get("RAY_AUTH_MODE"):
+        return _token_mode(subject, mode)
     if not _enables_tokens_by_itself():
         return Finding(OK, subject, "this Ray wants none, unless RAY_AUTH_MODE says so")
-    if mode := os.environ.get("RAY_AUTH_MODE"):
-        return Finding(OK, subject, f"RAY_AUTH_MODE is {mode}; it has to be on every node")
     if os.environ.get("RAY_AUTH_TOKEN"):
         found = "RAY_AUTH_TOKEN is set"
     elif path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
@@ -171,11 +177,71 @@ def _tokens() -> Finding:
     )
 
 
+def _token_mode(subject: str, mode: str) -> Finding:
+    if mode.lower() not in ("disabled", "token"):
+        return Finding(
+            WARNING,
+            subject,
+            f"RAY_AUTH_MODE is {mode!r}, which Ray takes for disabled: it knows disabled and token",
+            "Set RAY_AUTH_MODE to one of them, the same on every node and for drivers",
+        )
+    if mode.lower() == "token" and not _has_token():
+        path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        where = f"RAY_AUTH_TOKEN_PATH, {path}, has none" if path else "there is none here"
+        return Finding(
+            WARNING,
+            subject,
+            f"RAY_AUTH_MODE is {mode}, so `ray start` needs a token, and {where} "
+            "(AuthenticationError)",
+            f"Put the same token into RAY_AUTH_TOKEN or {_DEFAULT_TOKEN} on every node and for "
+            "drivers, or set RAY_AUTH_MODE to disabled there",
+        )
+    return Finding(OK, subject, f"RAY_AUTH_MODE is {mode}; it has to be on every node")
+
+
+def _has_token() -> bool:
+    """Whether Ray finds a token here, as `AuthenticationTokenLoader` of Ray 2.60 looks for it."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return bool(token.strip())
+    if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return _has_text(Path(path))
+    in_pod = os.environ.get("RAY_ENABLE_K8S_TOKEN_AUTH", "").lower() in ("1", "true")
+    return any(map(_has_text, [*(_POD_TOKENS if in_pod else ()), _DEFAULT_TOKEN.expanduser()]))
+
+
+def _has_text(path: Path) -> bool:
+    try:
+        return bool(path.read_bytes().strip())
+    except OSError:
+        return False
+
+
 def _enables_tokens_by_itself() -> bool:
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
         major, minor, *_ = metadata.version("ray").split(".")
         return (int(major), int(minor)) >= (2, 60)
     return False
+
+
+def _parameters(config: Config) -> Finding:
+    detail = f"url {config.address}, keys below {Keyspace.of(config).root}"
+    files = {each.name: getattr(config, each.name) for each in parameters() if each.is_file}
+    # A key in place of the path of its file must not be shown; the check of sealing says so.
+    relative = [
+        name
+        for name, path in files.items()
+        if path is not None and not os.path.isabs(path) and not is_key(path)
+    ]
+    if not relative:
+        return Finding(OK, "parameters", detail)
+    paths = ", ".join(f"{name} {files[name]!r}" for name in relative)
+    absolute = ", ".join(f"{name} {os.path.abspath(files[name])!r}" for name in relative)
+    return Finding(
+        WARNING,
+        "parameters",
+        f"{detail}. Relative to the directory in which Ray starts, on every node: {paths}",
+        f"Give absolute paths; from here: {absolute}",
+    )
 
 
 def _sealing(ring: KeyRing) -> str:
@@ -240,8 +306,8 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
     if allowed.status == OK:
         yield (passing := _attempt("chunk size", chunk_size))
         enough = enough and passing.status != FAILED
-        if config.overflow_uri is not None:
-            yield _attempt("overflow", lambda: _overflow(config))
+        if (uri := config.overflow_uri) is not None:
+            yield _attempt("overflow", lambda: _overflow(config, uri))
         yield _attempt("latency", lambda: _latency(link, keys))
         if enough:
             yield _attempt("throughput", lambda: _throughput(config, _free(infos)))
@@ -294,10 +360,24 @@ def _latency(link: Link, keys: Keyspace) -> str:
     return f"{median * 1e3:.2f} ms median, {p99 * 1e3:.2f} ms p99, over {_ROUND_TRIPS} round trips"
 
 
-def _overflow(config: Config) -> str:
-    overflow = OverflowTier.of(config)
-    with contextlib.closing(Node(config, "check", f"pid{os.getpid()}")) as node:
-        node.probe_overflow()
+def _overflow(config: Config, uri: str) -> str | Finding:
+    with (
+        contextlib.closing(OverflowTier(uri, Keyspace.of(config))) as overflow,
+        contextlib.closing(Node(config, "check", f"pid{os.getpid()}")) as node,
+    ):
+        missing = overflow.missing_directories()
+        try:
+            node.probe_overflow()  # makes them, as Ray's nodes would
+        finally:
+            overflow.remove_directories(missing)
+    if missing:
+        return Finding(
+            WARNING,
+            "overflow",
+            f"the directory {overflow} does not exist: Ray's nodes would make it, each on its own "
+            "disk unless a share is mounted there",
+            "Mount the share at the same path on every node, and create the directory there",
+        )
     return f"{overflow} can be written, read and cleaned up; every node has to reach it"
 
 

@@ -305,7 +305,9 @@ def gc(
         remains = [each for each in found if not each.is_empty]
         if remains and not as_json:
             _print_lines(rendering.remains_table(remains))
-        is_refused = remains and not (dry_run or yes) and _is_terminal() and not _confirm(remains)
+        kept = [each for each in found if each.kept] if address else []
+        asks = (remains or kept) and not (dry_run or yes) and _is_terminal()
+        is_refused = asks and not _confirm(remains, kept)
         removed = []
         if not (dry_run or is_refused):
             removed = [each for each in look.remove(found) if not each.is_empty]
@@ -318,14 +320,17 @@ def gc(
         _print_json(
             {
                 "dry_run": dry_run,
-                "removed": bool(removed),
+                "removed": bool(removed or reclaimed.objects),
                 "remains": listed,
                 "reclaimed": {"objects": reclaimed.objects, "stored_bytes": reclaimed.stored},
                 "notes": notes,
             }
         )
     else:
-        _print_lines(rendering.outcome(remains, removed, dry_run=dry_run))
+        if is_refused and not remains:
+            click.echo("Removed nothing.")
+        elif remains or not reclaimed.objects:
+            _print_lines(rendering.outcome(remains, removed, dry_run=dry_run))
         _print_lines(rendering.reclaimed(reclaimed.objects, reclaimed.stored))
     if look.unavailable is not None:
         raise look.unavailable
@@ -367,19 +372,21 @@ def _reclaim(
     if left and address and not only_look:
         try:
             with joined(address) as (session, owners):
-                if session in left and reclaim_of_dead_nodes(config, session, owners, counts):
-                    del left[session]
+                if session in left:
+                    stays = reclaim_of_dead_nodes(config, session, owners, counts)
+                    if stays is not None:
+                        del left[session]
+                        if any(stays):
+                            note(rendering.stays(session, *stays))
             reason = f"they are not of the cluster at {address}"
         except SpillError as error:
-            reason = error.message
+            reason = str(error)
     elif left and only_look:
         reason = "nothing is removed now"
     for session, nodes in left.items():
-        objects = rendering.amount(sum(each.kept for each in nodes), "object")
-        size = rendering.size_text(sum(each.kept_bytes for each in nodes))
         note(
-            f"Kept: {objects} ({size}) of dead nodes of {session}, which runs. Their owners were "
-            f"not asked who needs them: {reason}"
+            f"Kept: {_kept_amount(nodes)} of dead nodes of {session}, which runs. Their owners "
+            f"were not asked who needs them: {reason}"
         )
     return counts
 
@@ -410,8 +417,17 @@ def _is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def _confirm(remains: list[Remains]) -> bool:
-    return click.confirm(f"Remove {rendering.summary(remains)}?", err=True)
+def _confirm(remains: list[Remains], kept: list[Remains]) -> bool:
+    """Ask whether to remove `remains`, and what nobody needs of the objects in `kept`."""
+    parts = [rendering.summary(remains)] if remains else []
+    if kept:
+        parts.append(f"what nobody needs of {_kept_amount(kept)} of dead nodes")
+    return click.confirm(f"Remove {', and '.join(parts)}?", err=True)
+
+
+def _kept_amount(nodes: Sequence[Remains]) -> str:
+    objects = rendering.amount(sum(each.kept for each in nodes), "object")
+    return f"{objects} ({rendering.size_text(sum(each.kept_bytes for each in nodes))})"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from ray_valkey_spill.cli.options import Given
 from ray_valkey_spill.cli.ray_setting import CONFIG_VARIABLE
-from ray_valkey_spill.config import Config, check_params, parameters
+from ray_valkey_spill.config import Address, Config, check_params, parameters
 from ray_valkey_spill.plugin.spilling_config import RAY_SETTINGS, spilling_config, system_config
 from ray_valkey_spill.tiers.preflight import acl_rules
 
@@ -23,9 +24,28 @@ _USER = "ray"  # of an ACL, if the config names none
 # Ray 2.60 wants the token in ~/.ray/auth_token of `ray start --head`, but not of `--address`.
 _AUTH = 'export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}"'
 
-# The names of deploy/: of Secrets, of the keys in them, and of the claim of an overflow.
-_PASSWORD_SECRET, _KEYS_SECRET, _KEYS_ITEM = "valkey-users", "ray-spill-keys", "keys"
+# The names of deploy/: of the Secret with passwords, the claim of an overflow, and the server.
+_PASSWORDS = "valkey-users"
 _OVERFLOW_CLAIM = "ray-spill-overflow"
+_SERVER = "valkey.ai-ml"
+
+# The parameters that name a file, each with the Secret that has it, and the key there.
+_FILES = {
+    "password_file": (_PASSWORDS, None),  # the user
+    "encryption_key_file": ("ray-spill-keys", "keys"),
+    "tls_ca_file": ("valkey-tls", "ca.crt"),  # the server's, which has the server's key too
+    "tls_cert_file": ("ray-spill-tls", "tls.crt"),  # of the type kubernetes.io/tls
+    "tls_key_file": ("ray-spill-tls", "tls.key"),
+}
+
+# A volume at one of these directories, or above, would hide files of the image or of Kubernetes.
+_TAKEN = [
+    PurePosixPath("/etc/ssl/certs"),
+    PurePosixPath("/home/ray"),
+    PurePosixPath("/tmp/ray"),  # noqa: S108 (where Ray has its sessions)
+    PurePosixPath("/usr/share/ca-certificates"),
+    PurePosixPath("/var/run/secrets/kubernetes.io"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +80,7 @@ def of(given: Given) -> Forms:
     texts = {
         "ray start": f"{_AUTH}  # on every node\nray start --head {head}",
         "environment": _environment(spilling),
-        "KubeRay": _kuberay(spilling, params, address.username),
+        "KubeRay": _kuberay(spilling, params, address),
         "Python": "import ray, ray_valkey_spill\n\n"
         f"ray.init(_system_config=ray_valkey_spill.system_config({arguments}))",
     }
@@ -78,6 +98,12 @@ def _notes(given: Given, params: Mapping[str, Any], username: str | None) -> Ite
     if username:
         where = params.get("password_file") or "RAY_VALKEY_SPILL_PASSWORD in the environment"
         yield f"The password: {where}, on every node."
+    for path in _files(params):
+        if not _can_be_mounted(path):
+            yield (
+                f"The KubeRay form has no volume for {path}: it would hide files of the image. Use "
+                "a directory of its own, such as /etc/ray-spill, unless the image has this file."
+            )
     yield "RAY_AUTH_MODE: the same for nodes and drivers: disabled, or token with RAY_AUTH_TOKEN."
 
 
@@ -119,37 +145,62 @@ class _Volume:
     source: str
 
 
-def _kuberay(spilling: str, params: Mapping[str, Any], username: str | None) -> str:
-    user = username or _USER
+def _kuberay(spilling: str, params: Mapping[str, Any], address: Address) -> str:
+    user = address.username or _USER
     env = [f'name: RAY_{name}\nvalue: "{value}"' for name, value in RAY_SETTINGS.items()]
-    secrets = {}
-    if (password_file := params.get("password_file")) is not None:
-        secrets[password_file] = (_PASSWORD_SECRET, user)
-    else:
+    if "password_file" not in params:
         env.append(
             "name: RAY_VALKEY_SPILL_PASSWORD\nvalueFrom: {secretKeyRef: "
-            f"{{name: {_PASSWORD_SECRET}, key: {user}, optional: true}}}}"
+            f"{{name: {_PASSWORDS}, key: {user}, optional: true}}}}"
         )
-    if (key_file := params.get("encryption_key_file")) is not None:
-        secrets[key_file] = (_KEYS_SECRET, _KEYS_ITEM)
-    volumes = [*_secret_volumes(secrets), *_overflow_volumes(params.get("overflow_uri"))]
+    files = {
+        path: (secret, key or user)
+        for path, (secret, key) in _files(params).items()
+        if _can_be_mounted(path)
+    }
+    volumes = [*_secret_volumes(files), *_overflow_volumes(params.get("overflow_uri"))]
+    server = _server_label(address) if "url" in params else _SERVER
     of_head = [f"name: {CONFIG_VARIABLE}\nvalue: {json.dumps(spilling)}", *env]
     return (
         "# In the RayCluster's spec; the image of every group needs ray-valkey-spill installed.\n"
-        "headGroupSpec:\n  template:\n    spec:\n"
-        + indent(_pod("ray-head", of_head, volumes), 6 * " ")
-        + "workerGroupSpecs:\n  - groupName: workers\n    template:\n      spec:\n"
-        + indent(_pod("ray-worker", env, volumes), 8 * " ")
+        "headGroupSpec:\n  template:\n"
+        + indent(_template("ray-head", server, of_head, volumes), 4 * " ")
+        + "workerGroupSpecs:\n  - groupName: workers\n    template:\n"
+        + indent(_template("ray-worker", server, env, volumes), 6 * " ")
     )
 
 
-def _secret_volumes(secrets: Mapping[str, tuple[str, str]]) -> Iterator[_Volume]:
-    """Yield a volume for each directory of `secrets`: by the path of a file, Secret and key."""
-    by_directory: dict[str, str] = {}
-    for path, (secret, key) in secrets.items():
+def _server_label(address: Address) -> str:
+    """Return a label's value for the server, such as `valkey.ai-ml` for a Service and namespace."""
+    name = re.sub(r"\.svc(\..*)?$", "", address.endpoints[0].host)
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name)[:63].strip("-._") or _SERVER
+
+
+def _files(params: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
+    """Return each file that `params` name, with its Secret and key."""
+    return {params[name]: source for name, source in _FILES.items() if name in params}
+
+
+def _can_be_mounted(path: str) -> bool:
+    """Return whether a volume in the directory of `path` hides nothing else."""
+    directory = PurePosixPath(path).parent
+    return directory.is_absolute() and not any(each.is_relative_to(directory) for each in _TAKEN)
+
+
+def _secret_volumes(files: Mapping[str, tuple[str, str]]) -> Iterator[_Volume]:
+    """Yield a volume for each directory of `files`: by the path of a file, Secret and key."""
+    directories = {PurePosixPath(path).parent for path in files}
+    by_directory: dict[PurePosixPath, str] = {}
+    for path, (secret, key) in files.items():
         where = PurePosixPath(path)
-        source = f"secret:\n  name: {secret}\n  items: [{{key: {key}, path: {where.name}}}]"
-        by_directory[str(where.parent)] = by_directory.get(str(where.parent), "") + _item(source)
+        # The topmost: nothing can be mounted within a volume that is read-only.
+        directory = min(
+            (each for each in directories if where.is_relative_to(each)),
+            key=lambda each: len(each.parts),
+        )
+        item = f"{{key: {key}, path: {where.relative_to(directory)}}}"
+        source = f"secret:\n  name: {secret}\n  items: [{item}]"
+        by_directory[directory] = by_directory.get(directory, "") + _item(source)
     for number, (directory, sources) in enumerate(by_directory.items(), 1):
         name = "spill-secrets" if number == 1 else f"spill-secrets-{number}"
         # A directory: a file that is mounted by subPath never changes.
@@ -170,25 +221,49 @@ def _overflow_volumes(uri: str | None) -> Iterator[_Volume]:
         )
 
 
-def _pod(container: str, env: list[str], volumes: list[_Volume]) -> str:
-    """Return the part of a pod's spec that spilling needs, as YAML.
+# With the containers', the restricted profile of the Pod Security Standards.
+_POD_SECURITY = """\
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 1000  # the image's user `ray`
+  runAsGroup: 100
+  fsGroup: 1000  # lets that user read the files of Secrets, which belong to root
+  seccompProfile: {type: RuntimeDefault}
+"""
+_CONTAINER_SECURITY = (
+    "securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}"
+)
+
+
+def _template(container: str, server: str, env: list[str], volumes: list[_Volume]) -> str:
+    """Return the part of a pod's template that spilling needs, as YAML.
 
     Args:
         container: its name.
+        server: the value of the label that Valkey's pod has too.
         env: variables, each as the lines of a mapping.
         volumes: those that the container mounts.
     """
-    variables = "".join(_item(each) for each in env)
-    text = f"containers:\n  - name: {container}\n    env:\n{indent(variables, 6 * ' ')}"
-    if not volumes:
-        return text
-    mounts = "".join(_item(volume.mount) for volume in volumes)
-    sources = "".join(_item(volume.source) for volume in volumes)
+    lines = [f"name: {container}", *_list("env", env)]
+    lines += _list("volumeMounts", [volume.mount for volume in volumes])
+    spec = [
+        "terminationGracePeriodSeconds: 60  # to remove what the session has spilled",
+        *_POD_SECURITY.splitlines(),
+        *_list("containers", ["\n".join([*lines, _CONTAINER_SECURITY])]),
+        *_list("volumes", [volume.source for volume in volumes]),
+    ]
     return (
-        # Files of Secrets belong to root; `fsGroup` lets the image's user `ray` read them.
-        "securityContext: {runAsUser: 1000, runAsGroup: 100, fsGroup: 1000}\n"
-        f"{text}    volumeMounts:\n{indent(mounts, 6 * ' ')}volumes:\n{indent(sources, '  ')}"
+        "metadata:\n  labels:\n"
+        # Metrics of Ray and of the server's exporter are joined by it.
+        f"    valkey-server: {json.dumps(server)}  # the same as on Valkey's pod\n"
+        "spec:\n" + "".join(f"  {line}\n" for line in spec)
     )
+
+
+def _list(key: str, mappings: list[str]) -> list[str]:
+    """Return the lines of a key with a YAML list, or none if the list is empty."""
+    items = "".join(_item(each) for each in mappings)
+    return [f"{key}:", *indent(items, "  ").splitlines()] if items else []
 
 
 def _item(mapping: str) -> str:

@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 from ray_valkey_spill.cli.ray_setting import CONFIG_VARIABLE, params_from_environment
 from ray_valkey_spill.config import ENV_PREFIX, Config, parameters
 from ray_valkey_spill.errors import ConfigError
+from ray_valkey_spill.format.sealing import is_key
 from ray_valkey_spill.units import parse_duration
 
 __all__ = [
@@ -81,14 +82,22 @@ def _seconds(text: str, option: str) -> float:
     except ValueError:
         seconds = 0
     if not 0 < seconds <= _LONGEST:
-        raise ConfigError(f"{option} must be a number of seconds above 0")
+        raise ConfigError(
+            f"{option} must be a number of seconds above 0, and at most {_LONGEST:,.0f}"
+        )
     return seconds
 
 
 def _number(text: str, option: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text.strip()) or int(text) == 0:
-        raise ConfigError(f"{option} must be a whole number above 0")
+        raise ConfigError(f"{option} must be a whole number above 0, of at most 18 digits")
     return int(text)
+
+
+def _absolute(text: str, option: str) -> str:
+    """Return the absolute path: processes of Ray have other working directories."""
+    # A key in place of the path of its file stays as it is, for the error that does not show it.
+    return text if os.path.isabs(text) or is_key(text) else os.path.abspath(text)
 
 
 TEXT = _Value("text")
@@ -115,15 +124,14 @@ def parameter_options(command: _F) -> _F:
     """Add an option for each parameter; those given are passed on by name."""
     for parameter in reversed(parameters()):
         kind, default = parameter.kind, parameter.default
+        parse = _absolute if parameter.is_file else parameter.from_text
         shown = str(default).lower() if isinstance(default, bool) else default
         command = click.option(
             _option(parameter.name),
             parameter.name,
             cls=_ParameterOption,
             metavar=kind.metavar,
-            type=_Value(
-                "text", parameter.from_text, _COMPLETIONS.get(kind.metavar, "plain"), kind.choices
-            ),
+            type=_Value("text", parse, _COMPLETIONS.get(kind.metavar, "plain"), kind.choices),
             help=parameter.meaning + ("" if default is None else f"  [default: {shown}]"),
         )(command)
     return command
@@ -146,7 +154,9 @@ class Command(click.Command):
         own: list[tuple[str, str]] = []
         of_parameters: list[tuple[str, str]] = []
         for each in self.get_params(ctx):
-            if (record := each.get_help_record(ctx)) is not None:
+            record = each.get_help_record(ctx)
+            # From click 8.5 on, arguments have one too. The command's text describes them.
+            if record is not None and isinstance(each, click.Option):
                 (of_parameters if isinstance(each, _ParameterOption) else own).append(record)
         with formatter.section("Options"):
             formatter.write_dl(own)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_valkey_spill._startup import STORAGE_TYPE
-from ray_valkey_spill.config import json_kind
+from ray_valkey_spill.config import json_kind, json_text
 from ray_valkey_spill.errors import ConfigError, SpillError
 from ray_valkey_spill.plugin.registration import params_of
 
@@ -38,6 +38,12 @@ def params_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         # Without the text, which may hold a password.
         reason = f"{error.msg} at character {error.pos + 1}"
         raise ConfigError(f"{CONFIG_VARIABLE} is not JSON: {reason}", _COPY) from None
+    except (ValueError, RecursionError):
+        raise ConfigError(
+            f"{CONFIG_VARIABLE} cannot be parsed: it has a number of very many digits, or is "
+            "nested too deeply",
+            _COPY,
+        ) from None
     if isinstance(config, str):
         raise ConfigError(
             f"{CONFIG_VARIABLE} is a JSON string: it was encoded twice",
@@ -54,7 +60,7 @@ def params_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         )
     kind = config.get("type")
     if kind != STORAGE_TYPE:
-        has = "has no type" if kind is None else f"has the type {json.dumps(kind)}"
+        has = "has no type" if kind is None else f"has the type {json_text(kind)}"
         raise ConfigError(
             f"{CONFIG_VARIABLE} {has}, so Ray does not spill to Valkey",
             f'Set its type to "{STORAGE_TYPE}". To look at a server in spite of it, give --url',

@@ -509,6 +509,15 @@ def reclaimed(objects: int, stored: int) -> Iterator[str]:
         yield wrapped(f"Removed {what} of dead nodes that nobody needed any more.", first="")
 
 
+def stays(session: str, referenced: int, unknown: int) -> str:
+    """Say why objects of dead nodes stay whose owners were asked."""
+    parts = [
+        f"{amount(referenced, 'object')} that somebody references" if referenced else "",
+        f"{amount(unknown, 'object')} whose owners gave no answer" if unknown else "",
+    ]
+    return f"Kept of dead nodes of {session}, which runs: {', and '.join(filter(None, parts))}"
+
+
 def _has_data(remains: Remains) -> bool:
     return bool(_objects(remains) or remains.pending or remains.files)
 

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError
 
-__all__ = ["TAG_SIZE", "Key", "KeyRing", "Seal"]
+__all__ = ["TAG_SIZE", "Key", "KeyRing", "Seal", "is_key"]
 
 _Buffer = bytes | bytearray | memoryview
 
@@ -190,6 +190,11 @@ class KeyRing:
         )
 
 
+def is_key(text: str) -> bool:
+    """Whether `text`, given as the path of a file with keys, is itself a key."""
+    return _secret(text.encode(errors="replace")) is not None
+
+
 def _version(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -222,7 +227,7 @@ def _secret(text: bytes) -> bytes | None:
 
 
 def _unreadable(path: str, error: OSError) -> ConfigError:
-    if _secret(path.encode(errors="replace")) is not None:
+    if is_key(path):
         return ConfigError(
             "encryption_key_file is a key, but must be the path of a file with keys",
             "Make a new key: this one has been on command lines",

@@ -16,6 +16,8 @@ from pathlib import Path
 __all__ = ["DeletionJournal"]
 
 _SUFFIX = ".deletions"
+# Lines of what is done that a file may have before it is written anew.
+_MOST_DONE = 1000
 
 
 class DeletionJournal:
@@ -34,6 +36,7 @@ class DeletionJournal:
         self._token = os.urandom(4).hex()
         # By URL: whether its deletion has been given up for now.
         self._left: dict[str, bool] = {}
+        self._lines = 0
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -65,6 +68,7 @@ class DeletionJournal:
             if self._left:
                 self._append("-", urls)
             elif (path := self._path()) is not None:
+                self._lines = 0
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
 
@@ -103,13 +107,27 @@ class DeletionJournal:
                     found.append(path)
         return found
 
-    def _append(self, sign: str, urls: Iterable[str]) -> None:
+    def _append(self, sign: str, urls: Sequence[str]) -> None:
         path = self._path()
         if path is None:
+            return
+        self._lines += len(urls)
+        if self._lines > 2 * len(self._left) + _MOST_DONE and self._write_anew(path):
             return
         # The line break comes first, so that a line cut off by a full disk does not spoil the next.
         with contextlib.suppress(OSError), path.open("ab") as file:
             file.write("".join(f"\n{sign}{url}" for url in urls).encode() + b"\n")
+
+    def _write_anew(self, path: Path) -> bool:
+        """Replace the file by one without what is done; return whether that worked."""
+        new = path.with_suffix(".new")
+        try:
+            new.write_bytes("".join(f"+{url}\n" for url in self._left).encode())
+            new.replace(path)
+        except OSError:
+            return False
+        self._lines = len(self._left)
+        return True
 
     def _path(self) -> Path | None:
         directory = self._directory()

@@ -153,6 +153,7 @@ def _end_patiently(config: Config, directory: Path) -> int:
     with contextlib.closing(EndingSession(config, name, _PATIENCE_OF_GUARDIAN)) as session:
         if _lives(session, name):
             logger.warning("%s is kept: its GCS answers", name)
+            guardian.withdraw_mark(str(directory))
             return guardian.GAVE_UP
     if end(config, directory, patience=_PATIENCE_OF_GUARDIAN):
         return 0

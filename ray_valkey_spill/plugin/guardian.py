@@ -23,7 +23,16 @@ import time
 
 from ray_valkey_spill.plugin import proc
 
-__all__ = ["GAVE_UP", "command", "is_ended", "is_over", "lock", "mark_ended", "recorded_gcs"]
+__all__ = [
+    "GAVE_UP",
+    "command",
+    "is_ended",
+    "is_over",
+    "lock",
+    "mark_ended",
+    "recorded_gcs",
+    "withdraw_mark",
+]
 
 # In the session's directory. The lock file has the id and identity of the GCS that is watched. The
 # mark says that the session is being destroyed, and whether that is complete.
@@ -93,6 +102,12 @@ def mark_ended(directory: str, *, complete: bool = False) -> None:
         file.write(_COMPLETE if complete else "")
 
 
+def withdraw_mark(directory: str) -> None:
+    """Take back what `mark_ended` has said: the session goes on."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(directory, _MARK))
+
+
 def is_ended(directory: str) -> bool:
     """Whether the session's data are being removed, or were."""
     return os.path.exists(os.path.join(directory, _MARK))
@@ -122,8 +137,10 @@ def main() -> None:
     while gcs is not None:
         if not proc.ends_with_gcs(gcs):
             return
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{gcs.pid} {gcs.identity}\n".encode(), 0)
+        record = f"{gcs.pid} {gcs.identity}\n".encode()
+        with contextlib.suppress(OSError):  # its disk may be full
+            os.pwrite(file, record, 0)
+            os.ftruncate(file, len(record))
         _wait_for_end(gcs)
         if is_over(directory):
             return

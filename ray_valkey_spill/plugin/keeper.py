@@ -354,13 +354,36 @@ class Keeper:
             try:
                 for start in range(0, len(urls), _DELETED_TOGETHER):
                     page = urls[start : start + _DELETED_TOGETHER]
-                    self._node.delete(page)
-                    self._journal.done(page)
+                    try:
+                        self._node.delete(page)
+                        self._journal.done(page)
+                    except OverflowUnavailableError as error:
+                        failure = failure or error
+                        self._delete_singly(page)
                     if tier:
                         self._outages.over(tier, "deletions")
             except SpillError as error:
                 failure = failure or error
         if failure is not None:
+            raise failure
+
+    def _delete_singly(self, urls: Sequence[str]) -> None:
+        """Delete objects of the overflow, one of which cannot be deleted.
+
+        Raises:
+            OverflowUnavailableError: none of them could be.
+        """
+        failure: OverflowUnavailableError | None = None
+        done = 0
+        for url in urls:
+            try:
+                self._node.delete([url])
+            except OverflowUnavailableError as error:
+                failure = error
+            else:
+                self._journal.done([url])
+                done += 1
+        if failure is not None and not done:
             raise failure
 
     def _tier_of(self, url: str) -> str:

@@ -78,7 +78,11 @@ class RayOwners:
 
     def nodes(self) -> Mapping[str, bool] | None:
         """As `Owners.nodes`; None also where Ray has another shape."""
-        return self._tried(_nodes, None)
+        nodes = self._tried(_nodes, None)
+        if nodes is not None:
+            # Ids come back where somebody chooses them.
+            self._dead -= {bytes.fromhex(node) for node, is_alive in nodes.items() if is_alive}
+        return nodes
 
     def verdicts(self, wanted: Sequence[Owned]) -> list[Verdict]:
         """As `Owners.verdicts`."""
@@ -120,12 +124,11 @@ class RayOwners:
         if verdicts is not None:
             self._silent.pop(worker, None)
             return verdicts
-        is_dead = self._is_dead(worker, node)
-        now = time.monotonic()
-        call.silent += now - began
-        if is_dead:
+        if self._is_dead(worker, node):
             self._silent.pop(worker, None)
             return dead
+        now = time.monotonic()
+        call.silent += now - began
         if len(self._silent) >= _MOST_REMEMBERED:
             self._silent.clear()
         rest = min(max(_FIRST_REST, 2 * rest), _LONGEST_REST)
@@ -188,6 +191,11 @@ def joined(address: str) -> Iterator[tuple[str, RayOwners]]:
     Raises:
         SpillError: that is not possible from here.
     """
+    if address.startswith("ray://"):
+        raise SpillError(
+            f"cannot join the Ray cluster at {address}, which is that of Ray Client",
+            "Give --address the host:port of the GCS, usually with port 6379",
+        )
     try:
         ray.init(
             address=address,

@@ -155,6 +155,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             ObjectStore, config, session_name, node_id, self._metrics
         )
         self._store = self._new_store()
+        # Threads that a share holds up are counted by process.
+        self._new_store = functools.partial(self._new_store, overflow=self._store.overflow)
         if self._in_io_worker:
             self._node = Node(config, session_name, node_id, self._metrics, beside=self._store)
             self._keeper = self._new_keeper(Guard(session_name, self._session_dir, params))

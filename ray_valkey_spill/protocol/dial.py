@@ -127,7 +127,12 @@ def _password(config: Config) -> str | None:
     try:
         return Path(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"password_file {path!r} cannot be read: {error}") from error
+        # The error of decoding quotes a part of the password.
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(
+            f"password_file {path!r} cannot be read: {reason}",
+            "It must be a text file that every node can read",
+        ) from None
 
 
 def _translated(config: Config, endpoint: Endpoint, error: client_errors.ValkeyError) -> Exception:

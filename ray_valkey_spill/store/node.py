@@ -200,7 +200,7 @@ class Node:
         # Before the pending set is read, because a grant covers what its writer has written.
         budgets = [(budget, budget.stranded) for budget in UNDER_WAY.budgets(self._name)]
         grants = [w for w in self._ledger.grants_of(self._name) if self._has_ended(w, is_alive)]
-        failed, in_doubt = UNDER_WAY.failed(self._name), UNDER_WAY.in_doubt(self._name)
+        failed, in_doubt = UNDER_WAY.left(self._name)
         left = {name for page in self._ledger.pending(self._name) for name in page if is_left(name)}
         count = 0
         if left or in_doubt:
@@ -213,10 +213,11 @@ class Node:
                 self._name, lambda name: name in left and is_left(name)
             )
             self._valkey.remove_objects(in_doubt)
-        UNDER_WAY.removed(failed)
+        UNDER_WAY.removed(failed, in_doubt)
         self._ledger.release(self._name, grants)
         for budget, stranded in budgets:
-            budget.recovered(stranded)
+            if stranded:  # else a put that is under way would hold this up
+                budget.recovered(stranded)
         return count + len({*in_doubt} - left)
 
     def settle_again(self) -> int:

@@ -118,6 +118,7 @@ class ObjectStore:
         session, node: node of the objects that this store puts.
         observer: is notified of finished operations, losses and waits.
         sharing: when connections are given up.
+        overflow: that of another store of the process, if any: it is used, and not closed.
     """
 
     def __init__(
@@ -127,6 +128,8 @@ class ObjectStore:
         node: str,
         observer: Observer | None = None,
         sharing: Sharing = USUAL_SHARING,
+        *,
+        overflow: OverflowTier | None = None,
     ) -> None:
         self.keys = Keyspace.of(config)
         self.node = node_name(session, node)
@@ -136,11 +139,13 @@ class ObjectStore:
         self._link = link_to(config, sharing=sharing, waiting=self._observer.waiting)
         self._valkey = ValkeyTier(self._link, self.keys)
         self._lease = NodeLease(self.node, self._valkey.ledger)
-        self.overflow = OverflowTier.of(config)
+        self._has_own_overflow = overflow is None
+        self.overflow = OverflowTier.of(config) if overflow is None else overflow
         self._overflow, self._tiers = tiers_of(self.node, self._valkey, self.overflow)
         self._writer = f"{os.getpid()}-{os.urandom(4).hex()}"
         self._budget = self._new_budget(config)
         UNDER_WAY.add(self._writer, self._budget)
+        self._failure: SpillError | None = None
 
     def _new_budget(self, config: Config) -> Budget:
         advice = "or wait until references are dropped" + (
@@ -154,7 +159,7 @@ class ObjectStore:
         """Close the connections and end the threads; the next operation opens new ones."""
         self._valkey.close()
         self._packer.close()
-        if self.overflow is not None:
+        if self.overflow is not None and self._has_own_overflow:
             self.overflow.close()
 
     def close_idle(self) -> None:
@@ -197,9 +202,16 @@ class ObjectStore:
 
         Returns:
             The URLs of the objects that were put, a prefix of `sources`; and the error that stopped
-            the rest, or None. Nothing is left of the rest, unless the server cannot be reached:
-            then `Node.recover` removes it.
+            the rest, or None. Nothing is left of the rest, unless the server cannot be reached, or
+            refuses that it is removed: then `Node.recover` removes it. Until it has, no more is
+            tried once thousands of objects have failed so.
         """
+        if UNDER_WAY.has_left_much and self._failure is not None:
+            return [], self._failure
+        urls, self._failure = self._put(sources)
+        return urls, self._failure
+
+    def _put(self, sources: Sequence[SourceObject]) -> tuple[list[str], SpillError | None]:
         try:
             key = self._key_ring.current()[0] if self._key_ring is not None else None
         except ConfigError as error:

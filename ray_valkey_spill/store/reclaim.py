@@ -24,13 +24,19 @@ from __future__ import annotations
 import contextlib
 import enum
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import ConfigError, LostObjectError, SpillError
+from ray_valkey_spill.errors import (
+    ConfigError,
+    LostObjectError,
+    OverflowUnavailableError,
+    SpillError,
+)
 from ray_valkey_spill.format.header import decode_header, decode_without_payload
 from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place, TierName
 from ray_valkey_spill.format.sealing import KeyRing
@@ -46,6 +52,7 @@ from ray_valkey_spill.tiers.valkey import ValkeyTier
 __all__ = [
     "USUAL_PACE",
     "DeadNodes",
+    "Left",
     "Owned",
     "Owners",
     "Pace",
@@ -94,7 +101,7 @@ class Pace:
         share: a pass over the objects of dead nodes may use one part in so many of a core. So
             passes over very many are rarer.
         settling: from when a node was first seen dead until what its processes were writing is
-            removed, and its lease: time for them to end.
+            removed, and its lease: time for them to end. Its lease must have expired, too.
         own, of_dead: objects in a slice. One of the node's own takes less than 1 % of a core if
             there is a slice every ten seconds.
         listing, listing_of_dead: between two listings of a node's files in the overflow. The
@@ -116,6 +123,11 @@ USUAL_PACE = Pace()
 # Suspects to remember; more are found again later. So are those whose owner does not give its
 # second answer within so many seconds.
 _MOST_SUSPECTS, _LONGEST_SUSPICION = 50_000, 600.0
+# Owners to remember, so that a header is not read in each pass, and seconds until that begins anew:
+# only who reads a header notices that an object has no value any more.
+_MOST_OWNERS, _REMEMBERED = 50_000, 900.0
+# Passes of `reclaim_of_dead_nodes`, at most.
+_MOST_PASSES = 20
 # Chunks to look for, at most, because a forged name may claim millions.
 _MOST_CHUNKS = 10_000
 # Seconds between two checks by a node whether it has to ask for the objects of dead nodes, at most.
@@ -150,6 +162,46 @@ class _Suspect(NamedTuple):
     due: float
 
 
+class Left(NamedTuple):
+    """Objects of dead nodes that were asked for and stay.
+
+    Attributes:
+        referenced: how many are referenced.
+        unknown: of how many the owner, or even who that is, is not known to have an answer.
+    """
+
+    referenced: int
+    unknown: int
+
+
+class _KnownOwners:
+    """The owners of objects that were asked for lately. A name never has another owner."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._since = clock()
+        self._owners: dict[str, bytes] = {}
+
+    def get(self, name: ObjectName) -> Owned | None:
+        if self._clock() - self._since > _REMEMBERED:
+            self._owners.clear()
+            self._since = self._clock()
+        owner = self._owners.get(self._key(name))
+        return None if owner is None else Owned(name.object_id, owner)
+
+    def add(self, name: ObjectName, owner: bytes) -> None:
+        if len(self._owners) >= _MOST_OWNERS:
+            self._owners.clear()
+        self._owners[self._key(name)] = owner
+
+    def forget(self, name: ObjectName) -> None:
+        self._owners.pop(self._key(name), None)
+
+    @staticmethod
+    def _key(name: ObjectName) -> str:
+        return name.object_id + name.attempt
+
+
 class Reclaim:
     """Asks for objects, and removes those that nobody can need. For one thread.
 
@@ -163,6 +215,10 @@ class Reclaim:
         observer: is notified of what was removed.
         pace: see `Pace`.
         clock: returns a time in seconds.
+
+    Attributes:
+        removed: number of objects removed so far.
+        asked: how often `ask` got each verdict; None is for objects without a header to read.
     """
 
     def __init__(
@@ -187,6 +243,9 @@ class Reclaim:
         self._key_ring = key_ring
         self._observer = observer
         self._suspects: dict[ObjectName, _Suspect] = {}
+        self._known = _KnownOwners(clock)
+        self.removed = 0
+        self.asked: Counter[Verdict | None] = Counter()
 
     def ask(self, items: Sequence[_Item]) -> None:
         """Ask for objects, and remove those of dead owners; remember the unreferenced ones.
@@ -195,9 +254,13 @@ class Reclaim:
         """
         now = self.clock()
         owned = list(self._owned(items))
-        self._remove("gone", self._gone([i for i, each in zip(items, owned) if each is None]))
+        without = [item for item, each in zip(items, owned) if each is None]
+        gone = self._gone(without)
+        self._remove("gone", gone)
+        self.asked[None] += len(without) - len(gone)
         dead = []
         for item, verdict in self._judged(items, owned):
+            self.asked[verdict] += 1
             if verdict is Verdict.OWNER_DEAD:
                 dead.append(item)
             elif verdict is Verdict.UNREFERENCED and len(self._suspects) < _MOST_SUSPECTS:
@@ -205,19 +268,21 @@ class Reclaim:
                 self._suspects.setdefault(item.place.name, _Suspect(item, now, due))
         self._remove("owner_dead", dead)
 
-    def confirm(self) -> None:
-        """Ask again for the suspects that are due, and remove those that nobody references.
+    def confirm(self) -> bool:
+        """Ask again for suspects that are due, and remove those that nobody references.
 
         Those whose owners do not answer, or of which something failed, are asked for again. A
-        failure of one tier does not hold up the other.
+        failure of one tier does not hold up the other. Returns whether more are due.
         """
         now = self.clock()
         due = (suspect for suspect in self._suspects.values() if suspect.due <= now)
         suspects = list(islice(due, self.pace.of_dead))
+        is_more = next(due, None) is not None
         with Failures() as failures:
             for tier in self._tiers:
                 with failures.kept():
                     self._confirm([s.item for s in suspects if s.item.place.tier == tier], now)
+        return is_more
 
     def _confirm(self, items: Sequence[_Item], now: float) -> None:
         for item in items:
@@ -235,9 +300,10 @@ class Reclaim:
             if verdicts.get(item) is not Verdict.UNKNOWN:
                 self._suspects.pop(item.place.name, None)
 
-    def has_suspects(self) -> bool:
-        """Whether an object waits for its second answer."""
-        return bool(self._suspects)
+    @property
+    def suspects(self) -> int:
+        """Number of objects that wait for their second answer."""
+        return len(self._suspects)
 
     def _judged(
         self, items: Sequence[_Item], owned: Iterable[Owned | None]
@@ -257,9 +323,13 @@ class Reclaim:
 
     def _owned(self, items: Sequence[_Item]) -> Iterator[Owned | None]:
         """Yield the owner of each object; None if its header cannot be read."""
-        names = [item.place.name for item in items if item.place.tier == "valkey"]
-        in_valkey = self.valkey.headers(names)
-        for place, _ in items:
+        known = [self._known.get(item.place.name) for item in items]
+        new = [item.place for item, owned in zip(items, known) if owned is None]
+        in_valkey = self.valkey.headers([place.name for place in new if place.tier == "valkey"])
+        for (place, _), owned in zip(items, known):
+            if owned is not None:
+                yield owned
+                continue
             key = self._keys.header(place.name)
             try:
                 if place.tier == "valkey":
@@ -271,12 +341,18 @@ class Reclaim:
             except (LostObjectError, ConfigError):
                 yield None
                 continue
-            is_its = header.object_id == place.name.object_id
-            yield Owned(header.object_id, header.owner_address) if is_its else None
+            if header.object_id != place.name.object_id:
+                yield None
+                continue
+            self._known.add(place.name, header.owner_address)
+            yield Owned(header.object_id, header.owner_address)
 
     def _remove(self, reason: Reason, items: Sequence[_Item]) -> None:
         if items:
             remove_from(self._tiers, [item.place for item in items], self._observer)
+            self.removed += len(items)
+            for item in items:
+                self._known.forget(item.place.name)
             self._observer.reclaimed(reason, len(items), sum(item.stored for item in items))
 
 
@@ -327,10 +403,12 @@ class DeadNodes:
 
     Attributes:
         stored: bytes that dead nodes had stored when they were last looked at.
+        failure: why this pass does without files in the overflow from some point on, if it does.
     """
 
     def __init__(self, reclaim: Reclaim, session: str) -> None:
         self.stored = 0
+        self.failure: OverflowUnavailableError | None = None
         self._reclaim = reclaim
         self._session = session
         self._walks: list[_Walk] = []
@@ -338,13 +416,18 @@ class DeadNodes:
         self._listed = float("-inf")
         # By dead node: since when it is known to be dead.
         self._since: dict[NodeName, float] = {}
-        self._tidied: set[NodeName] = set()
+        # Nodes that may still write, dead or not: their leases have not expired.
+        self._leased: set[NodeName] = set()
 
     def begin(self) -> bool:
         """Begin a pass. Return False if it is not known which nodes are dead."""
         now = self._reclaim.clock()
+        self.failure = None
         lists_files = now - self._listed >= self._reclaim.pace.listing_of_dead
         names = self._names(lists_files=lists_files)
+        ledger = self._reclaim.valkey.ledger
+        since = ledger.time() - 1000 * LEASE
+        self._leased = {each.node_name for each in ledger.leases() if each.renewed >= since}
         # After the names: a node is known to the GCS before it stores anything. So one that has
         # just joined is not taken for one that the GCS has forgotten.
         nodes = self._reclaim.owners.nodes()
@@ -353,34 +436,50 @@ class DeadNodes:
         if lists_files:
             self._listed = now
             # Nodes of version 0.1 in the namespace store and remove objects without the totals.
-            self._reclaim.valkey.ledger.recount_totals()
+            ledger.recount_totals()
         dead = {name for name in names if not nodes.get(name.node)}
         self._since = {node: self._since.get(node, now) for node in dead}
-        self._tidied &= dead
         self._file_bytes = {n: size for n, size in self._file_bytes.items() if n in dead}
-        usages = self._reclaim.valkey.ledger.usages()
+        usages = ledger.usages()
         self.stored = sum(usages[node].stored for node in dead if node in usages)
         self.stored += sum(self._file_bytes.values())
+        lists_files = lists_files and self.failure is None
         self._walks = [_Walk(self._reclaim, node, lists_files=lists_files) for node in sorted(dead)]
         return True
 
     def _names(self, *, lists_files: bool) -> set[NodeName]:
         """Return the session's nodes that have, or may have, stored something."""
-        names = self._reclaim.valkey.ledger.node_names()
+        names = self._reclaim.valkey.ledger.node_names() | {*self._file_bytes}
         overflow = self._reclaim.overflow
-        if overflow is not None:
-            names |= overflow.overflow.node_names() if lists_files else {*self._file_bytes}
+        if overflow is not None and lists_files:
+            with self._without_overflow():
+                names |= overflow.overflow.node_names()
         return {name for name in names if name.session == self._session}
 
+    @contextlib.contextmanager
+    def _without_overflow(self) -> Iterator[None]:
+        """Go on without the overflow in this pass if it cannot be used."""
+        try:
+            yield
+        except OverflowUnavailableError as error:
+            self.failure = self.failure or error
+            for walk in self._walks:
+                walk.lists_files = False
+
     def go_on(self, count: int) -> bool:
-        """Ask for up to about `count` objects; return whether the pass goes on."""
+        """Ask for up to about `count` objects; return whether the pass goes on.
+
+        An overflow that cannot be used is no failure: see `failure`.
+        """
         while self._walks and count > 0:
-            items = self._walks[0].take(count)
-            if items:
+            items: list[_Item] = []
+            with self._without_overflow():
+                items = self._walks[0].take(count)
                 self._reclaim.ask(items)
-                count -= len(items)
-            else:
-                self._end(self._walks.pop(0))
+            count -= len(items)
+            if not items:
+                with self._without_overflow():
+                    self._end(self._walks.pop(0))
         return bool(self._walks)
 
     def _end(self, walk: _Walk) -> None:
@@ -389,23 +488,24 @@ class DeadNodes:
         if walk.lists_files:
             self._file_bytes[node] = walk.file_bytes
         since = self._since.get(node, self._reclaim.clock())
-        if self._reclaim.clock() - since < self._reclaim.pace.settling:
+        is_settled = self._reclaim.clock() - since >= self._reclaim.pace.settling
+        if not is_settled or node in self._leased:
             return
         is_empty = walk.found == 0 and not self._file_bytes.get(node)
-        if is_empty or node not in self._tidied:
-            self._tidy(node)
+        # Each time: a host that stood still may go on to write.
+        self._tidy(walk)
         if is_empty:
             self._reclaim.valkey.ledger.close_account(node)
             if walk.lists_files and self._reclaim.overflow is not None:
                 self._reclaim.overflow.overflow.remove_if_empty(node)
                 self._file_bytes.pop(node, None)
 
-    def _tidy(self, node: NodeName) -> None:
+    def _tidy(self, walk: _Walk) -> None:
+        node = walk.node
         self._reclaim.valkey.remove_half_written(node)
         self._reclaim.valkey.ledger.release_all(node)
-        if self._reclaim.overflow is not None:
+        if self._reclaim.overflow is not None and walk.lists_files:
             self._reclaim.overflow.remove_parts(node, lambda pid: False)
-        self._tidied.add(node)
 
 
 class Reclaimer:
@@ -493,6 +593,8 @@ class Reclaimer:
                 self.of_dead_nodes = None
             self._passed = self._reclaim.clock()
             self._dead_next = now + max(pace.pause, pace.share * self._seconds)
+            if self._dead.failure is not None:
+                raise self._dead.failure
 
     def _before(self, nodes: Mapping[str, bool]) -> int | None:
         """Return how many nodes come before this one; None if it is not alive itself."""
@@ -519,8 +621,10 @@ def reclaim_of_dead_nodes(
     observer: Observer,
     pace: Pace = USUAL_PACE,
     sleep: Callable[[float], None] = time.sleep,
-) -> bool:
-    """Remove once what the dead nodes of a running session have left and nobody needs.
+) -> Left | None:
+    """Remove what the dead nodes of a running session have left and nobody needs.
+
+    Passes over it until one removes nothing more.
 
     Args:
         config: server, namespace and overflow.
@@ -531,7 +635,7 @@ def reclaim_of_dead_nodes(
         sleep: waits for so many seconds.
 
     Returns:
-        Whether the session could be asked at all.
+        What stays; None if it is not known which nodes are dead.
 
     Raises:
         ServerError, OverflowUnavailableError: something may be left.
@@ -551,13 +655,31 @@ def reclaim_of_dead_nodes(
             valkey, shared, tiers, keys, ring, owners, observer, settled, time.monotonic
         )
         dead = DeadNodes(reclaim, session)
-        # The second pass removes the nodes that are empty by then.
-        for _ in range(2):
+        for number in range(_MOST_PASSES):
+            removed = reclaim.removed
+            reclaim.asked.clear()
             if not dead.begin():
-                return False
+                return None
             while dead.go_on(pace.of_dead):
                 pass
-            if reclaim.has_suspects():
-                sleep(pace.confirmation)
-                reclaim.confirm()
-    return True
+            _confirm_all(reclaim, sleep)
+            # The second pass also removes the nodes that are empty by then.
+            if number and reclaim.removed == removed:
+                break
+        if dead.failure is not None:
+            raise dead.failure
+        asked = reclaim.asked
+        return Left(
+            asked[Verdict.REFERENCED],
+            asked[Verdict.UNKNOWN] + asked[Verdict.UNREFERENCED] + asked[None],
+        )
+
+
+def _confirm_all(reclaim: Reclaim, sleep: Callable[[float], None]) -> None:
+    """Ask for all suspects again, until those that are left have owners who do not answer."""
+    left = 0
+    while reclaim.suspects not in (0, left):
+        left = reclaim.suspects
+        sleep(reclaim.pace.confirmation)
+        while reclaim.confirm():
+            pass

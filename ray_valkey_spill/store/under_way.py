@@ -17,6 +17,8 @@ __all__ = ["UNDER_WAY", "UnderWay"]
 _MOST_PUT = 10_000
 # Seconds within which a failover takes place that can lose a settlement.
 _SETTLED_FOR_GOOD = 60.0
+# Failed attempts to remember before `has_left_much`; Ray spills up to 2,000 objects at once.
+_MOST_FAILED = 4000
 
 
 class UnderWay:
@@ -106,22 +108,26 @@ class UnderWay:
         with self._lock:
             self._in_doubt.update(names)
 
-    def failed(self, node: NodeName) -> list[ObjectName]:
-        """The failed attempts of a node that may have left something."""
+    def left(self, node: NodeName) -> tuple[list[ObjectName], list[ObjectName]]:
+        """Return a node's failed attempts that may have left something, and those in doubt."""
         with self._lock:
-            return [name for name in self._failed if (name.session, name.node) == node]
+            failed, in_doubt = (
+                [name for name in names if (name.session, name.node) == node]
+                for names in (self._failed, self._in_doubt)
+            )
+        return failed, in_doubt
 
-    def in_doubt(self, node: NodeName) -> list[ObjectName]:
-        """The attempts of a node that are in doubt."""
+    def removed(self, failed: Iterable[ObjectName], in_doubt: Iterable[ObjectName]) -> None:
+        """Note that nothing is left of what `left` has returned."""
         with self._lock:
-            return [name for name in self._in_doubt if (name.session, name.node) == node]
+            self._failed.difference_update(failed)
+            self._in_doubt.difference_update(in_doubt)
 
-    def removed(self, names: Iterable[ObjectName]) -> None:
-        """Note that nothing is left of failed attempts."""
-        names = [*names]
+    @property
+    def has_left_much(self) -> bool:
+        """Whether no more may fail before something of what has failed is removed."""
         with self._lock:
-            self._failed.difference_update(names)
-            self._in_doubt.difference_update(names)
+            return max(len(self._failed), len(self._in_doubt)) >= _MOST_FAILED
 
     # --- budgets ---
 

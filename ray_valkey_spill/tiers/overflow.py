@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
@@ -388,6 +389,27 @@ class OverflowTier:
         """Remove everything of a session."""
         self._delete_directory(self._directory(session))
         self._remove_if_empty(self._directory())
+
+    # --- the directory of the URI ---
+
+    @_reading
+    def missing_directories(self) -> list[str]:
+        """Return the directories of the URI that do not exist, the lowest first.
+
+        Empty for a file system that all nodes reach by its URI: no mount can be missing there.
+        """
+        path = Path(self._open_fs()[1] or "/")
+        missing = []
+        while self._is_local and not path.exists():
+            missing.append(str(path))
+            path = path.parent
+            begin_step(self._patience.answer)
+        return missing
+
+    @_changing
+    def remove_directories(self, paths: Sequence[str]) -> None:
+        """Remove those of `paths`, in their order, that are empty."""
+        self._remove_if_empty(*paths)
 
     # --- signatures, by which nodes recognise a shared directory ---
 

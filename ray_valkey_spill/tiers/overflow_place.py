@@ -69,10 +69,16 @@ class SharedOverflow:
         """As `Tier.close_reading`: nothing is read ahead."""
 
     def remove(self, places: Sequence[Place]) -> None:
-        """As `Tier.remove`."""
+        """As `Tier.remove`. A file that cannot be removed does not hold up the others."""
         overflow = self._joined()
+        failure: OverflowUnavailableError | None = None
         for place in places:
-            overflow.remove(place)
+            try:
+                overflow.remove(place)
+            except OverflowUnavailableError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def mark_lost(self, place: Place) -> None:
         """As `Tier.mark_lost`: the file is removed."""
