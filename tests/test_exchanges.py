@@ -317,6 +317,52 @@ def test_a_server_that_restarts_empty_at_any_command_keeps_what_is_reported_afte
         assert number > 5
 
 
+@pytest.mark.parametrize("is_late", [False, True], ids=["at once", "late"])
+def test_a_failover_at_any_command_keeps_what_is_reported(tmp_path: Path, is_late: bool) -> None:
+    """To a replica that has carried out all commands before.
+
+    If it comes late, the primary has carried out that command too, and those that came with it;
+    its replies are not heard.
+    """
+    sizes = [100, 2 * CHUNK]
+    for number in itertools.count(1):
+        with contextlib.ExitStack() as stack:
+            rig = stack.enter_context(contextlib.closing(Rig(tmp_path / f"{number}")))
+            replica, replication = stack.enter_context(rig.replica())
+            params = {"max_bytes": 100 * MIB}
+            namespace = Namespace(rig, rig.node.url, rig.proxy, 0, params)
+            store = steady(namespace, sizes)
+            over: list[None] = []
+
+            def fail_over(
+                rig: Rig = rig, replica: Node = replica, replication: Proxy = replication
+            ) -> bool:
+                rig.client.ping()  # it has carried out what was passed on to it
+                rig.catch_up(replica)
+                replication.to_client.stall()
+                replica.client.replicaof("NO", "ONE")
+                rig.proxy.forward_to(replica.port)
+                rig.proxy.to_client.reset_after = 0 if is_late else None
+                over.append(None)  # noqa: B023
+                return is_late  # else the connection is cut
+
+            rig.proxy.before(fail_over, number=number)
+            urls, _ = spill(store, sizes)
+            rig.proxy.disarm()
+            if over:
+                server = Server(replica.url, replica.port, replica.client, replica.process)
+                namespace.server, namespace.url = server, server.url
+            namespace.check_outcome(urls, sizes)
+            namespace.check_outcome(spilled(store, sizes), sizes)
+            store.destroy(is_alive=lambda pid: False)
+            assert namespace.server.our_keys() == []
+            for each in namespace.stores:
+                each.close()
+        if not over:
+            break
+    assert number > 5
+
+
 # --- who is killed ---
 
 

@@ -513,7 +513,9 @@ def stays(session: str, referenced: int, unknown: int) -> str:
     """Say why objects of dead nodes stay whose owners were asked."""
     parts = [
         f"{amount(referenced, 'object')} that somebody references" if referenced else "",
-        f"{amount(unknown, 'object')} whose owners gave no answer" if unknown else "",
+        f"{amount(unknown, 'object')} whose owners gave no answer or are not known"
+        if unknown
+        else "",
     ]
     return f"Kept of dead nodes of {session}, which runs: {', and '.join(filter(None, parts))}"
 

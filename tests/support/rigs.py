@@ -153,6 +153,18 @@ class Rig(AnyRig):
     @contextlib.contextmanager
     def lagging_replica(self) -> Iterator[Node]:
         """A replica that has all there was a moment ago, and not what came since."""
+        with self.replica() as (replica, replication):
+            replication.to_client.stall()
+            wait_until(lambda: _offset(replica.client) < _offset(self.client))
+            yield replica
+
+    def catch_up(self, replica: Node) -> None:
+        """Wait until a replica has all that there is."""
+        wait_until(lambda: _offset(replica.client) == _offset(self.client))
+
+    @contextlib.contextmanager
+    def replica(self) -> Iterator[tuple[Node, Proxy]]:
+        """A replica, and the proxy through which it hears of the primary."""
         directory = self._directory / "replica"
         replica = self._new_node("replica")
         with proxy_to(self.node.port) as replication, contextlib.closing(replica):
@@ -160,9 +172,7 @@ class Rig(AnyRig):
             wait_until(replica.serves)
             replica.client.replicaof("127.0.0.1", replication.port)
             wait_until(lambda: replica.client.info("replication")["master_link_status"] == "up")
-            replication.to_client.stall()
-            wait_until(lambda: _offset(replica.client) < _offset(self.client))
-            yield replica
+            yield replica, replication
         shutil.rmtree(directory)
 
 
