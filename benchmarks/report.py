@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -87,6 +88,8 @@ def _document(results: dict[str, Any], directory: Path) -> str:
         first, last = min(dates), max(dates)
         when = first if first == last else f"{first} to {last}"
         parts.append(f"{when}, {next(iter(origins.values()))}")
+    if not (can_draw := importlib.util.find_spec("matplotlib") is not None):
+        note("without pictures, because matplotlib is not installed")
     parts += ["## At a glance", _table_of([goal for goal in goals if goal.is_first])]
     parts += ["## Further goals", _table_of([goal for goal in goals if not goal.is_first])]
     for name in (name for name in BENCHMARKS if name in results):
@@ -98,7 +101,7 @@ def _document(results: dict[str, Any], directory: Path) -> str:
             parts.append(f"The old code is commit {found['against']}.")
         parts.append(module.tables(found))
         draw = getattr(module, "pictures", None)
-        if draw is not None:
+        if draw is not None and can_draw:
             parts += [f"![{path.stem}]({path.name})" for path in draw(found, directory)]
     return "\n\n".join(parts) + "\n"
 
