@@ -394,7 +394,7 @@ def test_a_server_that_refuses_everything_is_not_asked_for_ever(server: Server) 
     """Each attempt would leave more to be removed, and more to be remembered."""
     params = {"url": server.url, "retry_timeout": 0.5, "username": "ray"}
     config = Config.load(params, {"RAY_VALKEY_SPILL_PASSWORD": "secret"})
-    sources = [source(b"x", number) for number in range(1000)]
+    sources = [source(b"x", number) for number in range(5000)]
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(contextlib.closing(Store(config, "session", "node")))
 
@@ -412,9 +412,9 @@ def test_a_server_that_refuses_everything_is_not_asked_for_ever(server: Server) 
         assert attempt() == 0
         assert all(sent[:4]) and not any(sent[4:])
         server.client.execute_command("ACL", "SETUSER", "ray", "+@all")
-        assert store.recover(lambda pid: True) == 4000
+        assert store.recover(lambda pid: True) == 20_000
         urls, failure = store.put(sources)
-        assert failure is None and len(urls) == 1000
+        assert failure is None and len(urls) == 5000
         store.destroy(lambda pid: False)
 
 

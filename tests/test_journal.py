@@ -130,6 +130,14 @@ def test_nothing_is_left_on_disk_when_nothing_is_to_be_done(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_postponed_comes_last() -> None:
+    journal = DeletionJournal(lambda: None, "node")
+    give_up(journal, "a", "b", "c")
+    journal.postpone("a")
+    journal.postpone("x")
+    assert journal.left() == ["b", "c", "a"]
+
+
 def test_the_file_has_little_more_than_what_is_left(tmp_path: Path) -> None:
     """Else one object that cannot be deleted would make it grow for ever."""
     journal = DeletionJournal(lambda: tmp_path, "node")

@@ -785,19 +785,6 @@ def test_a_damaged_chunk_is_read_a_second_time_by_itself(stores: Any, place: Pla
     assert asked[1:] == [[3, 4, 1500]]
 
 
-def test_a_file_that_cannot_be_removed_does_not_hold_up_others(stores: Any, tmp_path: Path) -> None:
-    place = Directory(tmp_path / "share")
-    store = stores(place.uri)
-    urls, _ = store.put([source(noise(CHUNK, n), n) for n in range(3)])
-    (first,) = (Path(path) for path in place.path.rglob(f"{0:056x}*"))
-    first.unlink()
-    first.mkdir()  # no file, so it is not removed as one
-    (first / "of somebody").touch()
-    with pytest.raises(OverflowUnavailableError):
-        store.delete(urls)
-    assert [path.name for path in place.path.rglob(f"{0:053x}*")] == [first.name]
-
-
 def test_an_object_marked_lost_stays_lost(stores: Any, place: Place_) -> None:
     store = stores(place.uri)
     (url,), _ = store.put([source(noise(3 * CHUNK))])

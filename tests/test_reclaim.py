@@ -311,6 +311,47 @@ def test_an_overflow_that_is_away_does_not_hold_up_what_is_in_valkey(
             assert not any(key for key in session.contents.our_keys() if FIRST.encode() in key)
 
 
+def test_a_file_that_cannot_be_used_does_not_hold_up_others(
+    server: Server, clock: Clock, tmp_path: Path
+) -> None:
+    """Neither of the same node nor of others. Faked: no disk here fails for a single file."""
+    params = {
+        "url": server.url,
+        "overflow_uri": (tmp_path / "overflow").as_uri(),
+        "max_bytes": 0,
+    }
+    with a_session(server, params, clock) as session:
+        session.put(FIRST, range(4))
+        session.put(SECOND, range(4, 8))
+        session.kill(FIRST, SECOND)
+        session.oracle.usual = UNREFERENCED
+        session.put(THIRD, [])
+        tier = session.nodes[THIRD].background._overflow.overflow
+        stat, remove = tier.stat, tier.remove
+
+        def failing(number: int, use: Any) -> Any:
+            def fail(place: Any) -> Any:
+                if place.name.object_id == object_id(number):
+                    raise OverflowUnavailableError("the disk is broken", "Replace it")
+                return use(place)
+
+            return fail
+
+        tier.stat, tier.remove = failing(0, stat), failing(5, remove)
+        reclaimer, failures = session.reclaimer(THIRD), 0
+        for _ in range(20):
+            try:
+                session.steps(reclaimer, 1)
+            except OverflowUnavailableError:
+                failures += 1
+                session.clock.now += 10
+        assert (session.left, failures > 0) == ({0, 5}, True)
+        assert session.counts.objects == {"unreferenced": 6}
+        tier.stat, tier.remove = stat, remove
+        session.steps(reclaimer, 20)
+        assert session.left == set()
+
+
 def test_suspects_are_asked_for_again_after_a_failure(session: Session) -> None:
     session.put(FIRST, range(3))
     session.kill(FIRST)

@@ -178,7 +178,8 @@ def _tokens() -> Finding:
 
 
 def _token_mode(subject: str, mode: str) -> Finding:
-    if mode.lower() not in ("disabled", "token"):
+    # Others have had other modes.
+    if mode.lower() not in ("disabled", "token") and _enables_tokens_by_itself():
         return Finding(
             WARNING,
             subject,

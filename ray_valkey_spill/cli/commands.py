@@ -43,7 +43,7 @@ from ray_valkey_spill.format.names import Keyspace, TierName
 from ray_valkey_spill.plugin.gcs import running_at
 from ray_valkey_spill.store.cleanup import CleanUp, Remains
 from ray_valkey_spill.store.observer import Observer, Reason
-from ray_valkey_spill.store.reclaim import reclaim_of_dead_nodes
+from ray_valkey_spill.store.reclaim import Owners, reclaim_of_dead_nodes
 
 __all__ = ["main"]
 
@@ -332,17 +332,22 @@ def gc(
         elif remains or not reclaimed.objects:
             _print_lines(rendering.outcome(remains, removed, dry_run=dry_run))
         _print_lines(rendering.reclaimed(reclaimed.objects, reclaimed.stored))
-    if look.unavailable is not None:
-        raise look.unavailable
+    if (failure := look.unavailable or reclaimed.failure) is not None:
+        raise failure
     if is_refused:
         sys.exit(1)
 
 
 class _Reclaimed(Observer):
-    """Counts the objects that were reclaimed, and their stored bytes."""
+    """Counts the objects that were reclaimed, and their stored bytes.
+
+    Attributes:
+        failure: why not all were asked for or removed that could be, if so.
+    """
 
     def __init__(self) -> None:
         self.objects = self.stored = 0
+        self.failure: SpillError | None = None
 
     def reclaimed(self, reason: Reason, objects: int, stored: int) -> None:
         self.objects += objects
@@ -372,13 +377,11 @@ def _reclaim(
     if left and address and not only_look:
         try:
             with joined(address) as (session, owners):
+                reason = f"they are not of the cluster at {address}"
                 if session in left:
-                    stays = reclaim_of_dead_nodes(config, session, owners, counts)
-                    if stays is not None:
+                    reason = f"the GCS at {address} gave no answer"
+                    if _reclaim_of(config, session, owners, counts, note):
                         del left[session]
-                        if any(stays):
-                            note(rendering.stays(session, *stays))
-            reason = f"they are not of the cluster at {address}"
         except SpillError as error:
             reason = str(error)
     elif left and only_look:
@@ -389,6 +392,31 @@ def _reclaim(
             f"were not asked who needs them: {reason}"
         )
     return counts
+
+
+def _reclaim_of(
+    config: Config,
+    session: str,
+    owners: Owners,
+    counts: _Reclaimed,
+    note: Callable[[str], None],
+) -> bool:
+    """Reclaim what dead nodes of one session have stored; return whether owners were asked.
+
+    Notes what stays, and why.
+    """
+    try:
+        left = reclaim_of_dead_nodes(config, session, owners, counts)
+    except SpillError as error:
+        counts.failure = error
+        note(f"Not all of what dead nodes of {session} have stored was asked for: {error.message}")
+        return True
+    if left is None:
+        return False
+    counts.failure = left.failure
+    if left.referenced or left.unknown:
+        note(rendering.stays(session, left.referenced, left.unknown))
+    return True
 
 
 # --- what the commands share ---

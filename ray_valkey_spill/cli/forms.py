@@ -14,6 +14,7 @@ from typing import Any
 from ray_valkey_spill.cli.options import Given
 from ray_valkey_spill.cli.ray_setting import CONFIG_VARIABLE
 from ray_valkey_spill.config import Address, Config, check_params, parameters
+from ray_valkey_spill.format.sealing import is_key
 from ray_valkey_spill.plugin.spilling_config import RAY_SETTINGS, spilling_config, system_config
 from ray_valkey_spill.tiers.preflight import acl_rules
 
@@ -38,13 +39,18 @@ _FILES = {
     "tls_key_file": ("ray-spill-tls", "tls.key"),
 }
 
-# A volume at one of these directories, or above, would hide files of the image or of Kubernetes.
-_TAKEN = [
-    PurePosixPath("/etc/ssl/certs"),
-    PurePosixPath("/home/ray"),
-    PurePosixPath("/tmp/ray"),  # noqa: S108 (where Ray has its sessions)
-    PurePosixPath("/usr/share/ca-certificates"),
-    PurePosixPath("/var/run/secrets/kubernetes.io"),
+# A volume at one of the first directories, or above, and one within the others, would hide files of
+# the image, of Ray or of Kubernetes.
+_USED = [
+    PurePosixPath(f"/{name}")
+    for name in (
+        *("bin", "boot", "dev", "etc/ssl/certs", "home/ray", "lib", "lib64", "opt", "proc", "root"),
+        *("run/secrets", "sbin", "srv", "sys", "tmp/ray", "usr", "var/run/secrets"),
+    )
+]
+_CLOSED = [
+    PurePosixPath(f"/{name}")
+    for name in ("home/ray", "run/secrets", "tmp/ray", "usr", "var/run/secrets")
 ]
 
 
@@ -99,10 +105,15 @@ def _notes(given: Given, params: Mapping[str, Any], username: str | None) -> Ite
         where = params.get("password_file") or "RAY_VALKEY_SPILL_PASSWORD in the environment"
         yield f"The password: {where}, on every node."
     for path in _files(params):
-        if not _can_be_mounted(path):
+        if not _can_be_mounted(path) and not is_key(path):
+            reason = (
+                "it would hide other files"
+                if PurePosixPath(path).is_absolute()
+                else "it is not absolute"
+            )
             yield (
-                f"The KubeRay form has no volume for {path}: it would hide files of the image. Use "
-                "a directory of its own, such as /etc/ray-spill, unless the image has this file."
+                f"The KubeRay form has no volume for {path}: {reason}. Use a directory of its own, "
+                "such as /etc/ray-spill, unless the image has this file."
             )
     yield "RAY_AUTH_MODE: the same for nodes and drivers: disabled, or token with RAY_AUTH_TOKEN."
 
@@ -178,13 +189,19 @@ def _server_label(address: Address) -> str:
 
 def _files(params: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
     """Return each file that `params` name, with its Secret and key."""
-    return {params[name]: source for name, source in _FILES.items() if name in params}
+    files = {params[name]: source for name, source in _FILES.items() if name in params}
+    certificate = params.get("tls_cert_file")
+    if certificate is not None and certificate == params.get("tls_key_file"):
+        files[certificate] = "ray-spill-tls", "tls.pem"
+    return files
 
 
 def _can_be_mounted(path: str) -> bool:
-    """Return whether a volume in the directory of `path` hides nothing else."""
+    """Return whether a volume in the directory of `path` hides nothing that may be there."""
     directory = PurePosixPath(path).parent
-    return directory.is_absolute() and not any(each.is_relative_to(directory) for each in _TAKEN)
+    hides = any(each.is_relative_to(directory) for each in _USED)
+    is_within = any(directory.is_relative_to(each) for each in _CLOSED)
+    return directory.is_absolute() and not hides and not is_within
 
 
 def _secret_volumes(files: Mapping[str, tuple[str, str]]) -> Iterator[_Volume]:

@@ -97,7 +97,7 @@ def _number(text: str, option: str) -> int:
 def _absolute(text: str, option: str) -> str:
     """Return the absolute path: processes of Ray have other working directories."""
     # A key in place of the path of its file stays as it is, for the error that does not show it.
-    return text if os.path.isabs(text) or is_key(text) else os.path.abspath(text)
+    return text if is_key(text) else os.path.abspath(os.path.expanduser(text))
 
 
 TEXT = _Value("text")

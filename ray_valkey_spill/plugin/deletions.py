@@ -72,6 +72,12 @@ class DeletionJournal:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
 
+    def postpone(self, url: str) -> None:
+        """Let a URL come last in `left`, because it cannot be deleted now."""
+        with self._lock:
+            if url in self._left:
+                self._left[url] = self._left.pop(url)
+
     def left(self) -> list[str]:
         """Return the URLs that this process has still to delete and is not deleting now."""
         with self._lock:
@@ -125,6 +131,8 @@ class DeletionJournal:
             new.write_bytes("".join(f"+{url}\n" for url in self._left).encode())
             new.replace(path)
         except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
             return False
         self._lines = len(self._left)
         return True

@@ -47,6 +47,8 @@ _LATEST_RENEWAL = 2 * RENEWAL
 _BETWEEN_SWEEPS = 600.0
 _ATTEMPTS_PER_WARNING = 6
 _DELETED_TOGETHER = 100
+# Objects of the overflow in a row that may fail to be deleted before the others are left, too.
+_FAILURES_IN_A_ROW = 3
 # Seconds between two checks whether an IO worker that has just started is connected.
 _BETWEEN_STARTS = 0.2
 # Seconds without a renewal after which a node that no process keeps has ended.
@@ -368,23 +370,23 @@ class Keeper:
             raise failure
 
     def _delete_singly(self, urls: Sequence[str]) -> None:
-        """Delete objects of the overflow, one of which cannot be deleted.
+        """Delete objects of the overflow, one of which cannot be deleted: it comes last next time.
 
         Raises:
-            OverflowUnavailableError: none of them could be.
+            OverflowUnavailableError: several in a row cannot be deleted.
         """
-        failure: OverflowUnavailableError | None = None
-        done = 0
+        in_a_row = 0
         for url in urls:
             try:
                 self._node.delete([url])
-            except OverflowUnavailableError as error:
-                failure = error
+            except OverflowUnavailableError:
+                self._journal.postpone(url)
+                in_a_row += 1
+                if in_a_row == _FAILURES_IN_A_ROW:
+                    raise
             else:
                 self._journal.done([url])
-                done += 1
-        if failure is not None and not done:
-            raise failure
+                in_a_row = 0
 
     def _tier_of(self, url: str) -> str:
         return [*self._needs(url), ""][0]

@@ -202,9 +202,9 @@ class ObjectStore:
 
         Returns:
             The URLs of the objects that were put, a prefix of `sources`; and the error that stopped
-            the rest, or None. Nothing is left of the rest, unless the server cannot be reached, or
-            refuses that it is removed: then `Node.recover` removes it. Until it has, no more is
-            tried once thousands of objects have failed so.
+            the rest, or None. Nothing is left of the rest, unless the server cannot be reached or
+            refuses to remove it: then `Node.recover` removes it. Once thousands of objects have
+            failed so, nothing more is put until it has.
         """
         if UNDER_WAY.has_left_much and self._failure is not None:
             return [], self._failure

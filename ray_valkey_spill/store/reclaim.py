@@ -43,7 +43,7 @@ from ray_valkey_spill.format.sealing import KeyRing
 from ray_valkey_spill.store.cleanup import LEASE
 from ray_valkey_spill.store.object_store import Failures, remove_from, tiers_of
 from ray_valkey_spill.store.observer import Observer, Reason
-from ray_valkey_spill.tiers.base import Tier
+from ray_valkey_spill.tiers.base import Stat, Tier
 from ray_valkey_spill.tiers.ledger import link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
@@ -124,10 +124,12 @@ USUAL_PACE = Pace()
 # second answer within so many seconds.
 _MOST_SUSPECTS, _LONGEST_SUSPICION = 50_000, 600.0
 # Owners to remember, so that a header is not read in each pass, and seconds until that begins anew:
-# only who reads a header notices that an object has no value any more.
+# only reading the header shows that an object has no value any more.
 _MOST_OWNERS, _REMEMBERED = 50_000, 900.0
 # Passes of `reclaim_of_dead_nodes`, at most.
-_MOST_PASSES = 20
+_MOST_PASSES = 5
+# Files in a row that the overflow may fail to read or remove before the others are left, too.
+_FAILURES_IN_A_ROW = 3
 # Chunks to look for, at most, because a forged name may claim millions.
 _MOST_CHUNKS = 10_000
 # Seconds between two checks by a node whether it has to ask for the objects of dead nodes, at most.
@@ -167,11 +169,13 @@ class Left(NamedTuple):
 
     Attributes:
         referenced: how many are referenced.
-        unknown: of how many the owner, or even who that is, is not known to have an answer.
+        unknown: how many have an owner who is not known or did not answer.
+        failure: why some of the overflow were not asked for, or not removed; None if all were.
     """
 
     referenced: int
     unknown: int
+    failure: OverflowUnavailableError | None = None
 
 
 class _KnownOwners:
@@ -190,9 +194,8 @@ class _KnownOwners:
         return None if owner is None else Owned(name.object_id, owner)
 
     def add(self, name: ObjectName, owner: bytes) -> None:
-        if len(self._owners) >= _MOST_OWNERS:
-            self._owners.clear()
-        self._owners[self._key(name)] = owner
+        if len(self._owners) < _MOST_OWNERS:
+            self._owners[self._key(name)] = owner
 
     def forget(self, name: ObjectName) -> None:
         self._owners.pop(self._key(name), None)
@@ -205,7 +208,8 @@ class _KnownOwners:
 class Reclaim:
     """Asks for objects, and removes those that nobody can need. For one thread.
 
-    Errors are those of the tiers. What could not be asked for or removed is found again.
+    Errors are those of the tiers. What could not be asked for or removed is found again. A file of
+    the overflow that cannot be read or removed does not hold up others: that is raised in the end.
 
     Args:
         valkey, overflow: the tiers of the thread; `overflow` is None if the session has none.
@@ -246,6 +250,9 @@ class Reclaim:
         self._known = _KnownOwners(clock)
         self.removed = 0
         self.asked: Counter[Verdict | None] = Counter()
+        self._failure: OverflowUnavailableError | None = None
+        self._failures_in_a_row = 0
+        self._unread: set[ObjectName] = set()
 
     def ask(self, items: Sequence[_Item]) -> None:
         """Ask for objects, and remove those of dead owners; remember the unreferenced ones.
@@ -253,6 +260,7 @@ class Reclaim:
         Those without any value are removed, too.
         """
         now = self.clock()
+        self._begin()
         owned = list(self._owned(items))
         without = [item for item, each in zip(items, owned) if each is None]
         gone = self._gone(without)
@@ -267,6 +275,28 @@ class Reclaim:
                 due = now + self.pace.confirmation
                 self._suspects.setdefault(item.place.name, _Suspect(item, now, due))
         self._remove("owner_dead", dead)
+        self._end()
+
+    def _begin(self) -> None:
+        self._failure, self._failures_in_a_row = None, 0
+        self._unread.clear()
+
+    def _end(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    @contextlib.contextmanager
+    def _past_failures(self) -> Iterator[None]:
+        """Keep the failure of one file for `_end`, unless several in a row have failed."""
+        try:
+            yield
+        except OverflowUnavailableError as error:
+            self._failure = self._failure or error
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row >= _FAILURES_IN_A_ROW:
+                raise
+        else:
+            self._failures_in_a_row = 0
 
     def confirm(self) -> bool:
         """Ask again for suspects that are due, and remove those that nobody references.
@@ -285,6 +315,7 @@ class Reclaim:
         return is_more
 
     def _confirm(self, items: Sequence[_Item], now: float) -> None:
+        self._begin()
         for item in items:
             suspect = self._suspects.pop(item.place.name)
             if now - suspect.since < _LONGEST_SUSPICION:
@@ -292,13 +323,15 @@ class Reclaim:
                 later = suspect._replace(due=now + self.pace.confirmation)
                 self._suspects[item.place.name] = later
         verdicts = dict(self._judged(items, self._owned(items)))
+        for item in items:
+            is_needed = verdicts.get(item, Verdict.REFERENCED) is Verdict.REFERENCED
+            if is_needed and item.place.name not in self._unread:
+                self._suspects.pop(item.place.name, None)
         dead = [item for item in items if verdicts.get(item) is Verdict.OWNER_DEAD]
         unreferenced = [item for item in items if verdicts.get(item) is Verdict.UNREFERENCED]
         self._remove("owner_dead", dead)
         self._remove("unreferenced", unreferenced)
-        for item in items:
-            if verdicts.get(item) is not Verdict.UNKNOWN:
-                self._suspects.pop(item.place.name, None)
+        self._end()
 
     @property
     def suspects(self) -> int:
@@ -336,7 +369,11 @@ class Reclaim:
                     value = next(in_valkey)
                     header = decode_without_payload(value or b"", key, self._key_ring)
                 else:
-                    (stat,) = self._tiers[place.tier].stat([place])
+                    self._unread.add(place.name)
+                    stat = Stat(None, [])
+                    with self._past_failures():
+                        (stat,) = self._tiers[place.tier].stat([place])
+                        self._unread.remove(place.name)
                     header, _ = decode_header(stat.header or b"", key, self._key_ring)
             except (LostObjectError, ConfigError):
                 yield None
@@ -348,11 +385,19 @@ class Reclaim:
             yield Owned(header.object_id, header.owner_address)
 
     def _remove(self, reason: Reason, items: Sequence[_Item]) -> None:
+        self._remove_some(reason, [item for item in items if item.place.tier == "valkey"])
+        for item in items:
+            if item.place.tier == "overflow":
+                with self._past_failures():
+                    self._remove_some(reason, [item])
+
+    def _remove_some(self, reason: Reason, items: Sequence[_Item]) -> None:
         if items:
             remove_from(self._tiers, [item.place for item in items], self._observer)
             self.removed += len(items)
             for item in items:
                 self._known.forget(item.place.name)
+                self._suspects.pop(item.place.name, None)
             self._observer.reclaimed(reason, len(items), sum(item.stored for item in items))
 
 
@@ -403,7 +448,7 @@ class DeadNodes:
 
     Attributes:
         stored: bytes that dead nodes had stored when they were last looked at.
-        failure: why this pass does without files in the overflow from some point on, if it does.
+        failure: why something in the overflow was not asked for, or not removed, in this pass.
     """
 
     def __init__(self, reclaim: Reclaim, session: str) -> None:
@@ -426,8 +471,12 @@ class DeadNodes:
         lists_files = now - self._listed >= self._reclaim.pace.listing_of_dead
         names = self._names(lists_files=lists_files)
         ledger = self._reclaim.valkey.ledger
-        since = ledger.time() - 1000 * LEASE
-        self._leased = {each.node_name for each in ledger.leases() if each.renewed >= since}
+        server_time = ledger.time()
+        self._leased = {
+            each.node_name
+            for each in ledger.leases()
+            if abs(each.renewed - server_time) <= 1000 * LEASE
+        }
         # After the names: a node is known to the GCS before it stores anything. So one that has
         # just joined is not taken for one that the GCS has forgotten.
         nodes = self._reclaim.owners.nodes()
@@ -452,19 +501,27 @@ class DeadNodes:
         names = self._reclaim.valkey.ledger.node_names() | {*self._file_bytes}
         overflow = self._reclaim.overflow
         if overflow is not None and lists_files:
-            with self._without_overflow():
+            with self._without_files():
                 names |= overflow.overflow.node_names()
         return {name for name in names if name.session == self._session}
 
     @contextlib.contextmanager
-    def _without_overflow(self) -> Iterator[None]:
-        """Go on without the overflow in this pass if it cannot be used."""
+    def _past_failures(self) -> Iterator[None]:
         try:
             yield
         except OverflowUnavailableError as error:
             self.failure = self.failure or error
-            for walk in self._walks:
-                walk.lists_files = False
+
+    @contextlib.contextmanager
+    def _without_files(self) -> Iterator[None]:
+        """Go on without the files of this pass if they cannot be listed."""
+        with self._past_failures():
+            try:
+                yield
+            except OverflowUnavailableError:
+                for walk in self._walks:
+                    walk.lists_files = False
+                raise
 
     def go_on(self, count: int) -> bool:
         """Ask for up to about `count` objects; return whether the pass goes on.
@@ -473,12 +530,13 @@ class DeadNodes:
         """
         while self._walks and count > 0:
             items: list[_Item] = []
-            with self._without_overflow():
+            with self._without_files():
                 items = self._walks[0].take(count)
-                self._reclaim.ask(items)
             count -= len(items)
-            if not items:
-                with self._without_overflow():
+            with self._past_failures():
+                if items:
+                    self._reclaim.ask(items)
+                else:
                     self._end(self._walks.pop(0))
         return bool(self._walks)
 
@@ -638,7 +696,7 @@ def reclaim_of_dead_nodes(
         What stays; None if it is not known which nodes are dead.
 
     Raises:
-        ServerError, OverflowUnavailableError: something may be left.
+        ServerError: something may be left.
     """
     keys = Keyspace.of(config)
     overflow = OverflowTier.of(config)
@@ -655,6 +713,7 @@ def reclaim_of_dead_nodes(
             valkey, shared, tiers, keys, ring, owners, observer, settled, time.monotonic
         )
         dead = DeadNodes(reclaim, session)
+        failure: OverflowUnavailableError | None = None
         for number in range(_MOST_PASSES):
             removed = reclaim.removed
             reclaim.asked.clear()
@@ -662,24 +721,34 @@ def reclaim_of_dead_nodes(
                 return None
             while dead.go_on(pace.of_dead):
                 pass
-            _confirm_all(reclaim, sleep)
+            failure = _confirm_all(reclaim, sleep) or dead.failure
             # The second pass also removes the nodes that are empty by then.
             if number and reclaim.removed == removed:
                 break
-        if dead.failure is not None:
-            raise dead.failure
         asked = reclaim.asked
-        return Left(
-            asked[Verdict.REFERENCED],
-            asked[Verdict.UNKNOWN] + asked[Verdict.UNREFERENCED] + asked[None],
-        )
+        # Of those that were unreferenced at first, what is no suspect any more is referenced now.
+        now_referenced = max(0, asked[Verdict.UNREFERENCED] - reclaim.suspects)
+        unknown = asked[Verdict.UNKNOWN] + asked[None] + reclaim.suspects
+        return Left(asked[Verdict.REFERENCED] + now_referenced, unknown, failure)
 
 
-def _confirm_all(reclaim: Reclaim, sleep: Callable[[float], None]) -> None:
-    """Ask for all suspects again, until those that are left have owners who do not answer."""
+def _confirm_all(
+    reclaim: Reclaim, sleep: Callable[[float], None]
+) -> OverflowUnavailableError | None:
+    """Ask for all suspects again, until those that are left have owners who do not answer.
+
+    Returns the first failure of the overflow, if there was one.
+    """
+    failure: OverflowUnavailableError | None = None
     left = 0
     while reclaim.suspects not in (0, left):
         left = reclaim.suspects
         sleep(reclaim.pace.confirmation)
-        while reclaim.confirm():
-            pass
+        is_more = True
+        while is_more:
+            try:
+                is_more = reclaim.confirm()
+            except OverflowUnavailableError as error:
+                failure = failure or error
+                break
+    return failure

@@ -18,7 +18,7 @@ _MOST_PUT = 10_000
 # Seconds within which a failover takes place that can lose a settlement.
 _SETTLED_FOR_GOOD = 60.0
 # Failed attempts to remember before `has_left_much`; Ray spills up to 2,000 objects at once.
-_MOST_FAILED = 4000
+_MOST_FAILED = 20_000
 
 
 class UnderWay:
@@ -125,7 +125,7 @@ class UnderWay:
 
     @property
     def has_left_much(self) -> bool:
-        """Whether no more may fail before something of what has failed is removed."""
+        """Whether so many have failed that some must be cleaned up before more are made."""
         with self._lock:
             return max(len(self._failed), len(self._in_doubt)) >= _MOST_FAILED
 

@@ -69,16 +69,10 @@ class SharedOverflow:
         """As `Tier.close_reading`: nothing is read ahead."""
 
     def remove(self, places: Sequence[Place]) -> None:
-        """As `Tier.remove`. A file that cannot be removed does not hold up the others."""
+        """As `Tier.remove`."""
         overflow = self._joined()
-        failure: OverflowUnavailableError | None = None
         for place in places:
-            try:
-                overflow.remove(place)
-            except OverflowUnavailableError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+            overflow.remove(place)
 
     def mark_lost(self, place: Place) -> None:
         """As `Tier.mark_lost`: the file is removed."""
