@@ -407,6 +407,9 @@ def test_config_makes_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "password_file": str(tmp_path / "pw"),
         "encryption_key_file": "/etc/keys",
     }
+    # Shells leave the tilde of `--option=~/file` as it is.
+    home = json.loads(cli("config", "--json", "--password-file=~/pw").stdout)
+    assert home["object_spilling_config"]["params"] == {"password_file": os.path.expanduser("~/pw")}
 
 
 def test_config_takes_parameters_whose_url_is_in_the_environment() -> None:

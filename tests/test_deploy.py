@@ -699,7 +699,11 @@ def test_the_kuberay_form_has_of_tls_the_keys_of_a_client_alone() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/ssl/certs/ca-certificates.crt", "/etc/ca.crt", "/ca.crt", "/home/ray/ca.crt"],
+    [
+        *("/etc/ssl/certs/ca-certificates.crt", "/etc/ca.crt", "/ca.crt", "/home/ray/ca.crt"),
+        *("/home/ray/anaconda3/ca/ca.crt", "/run/secrets/ca.crt", "/tmp/ray/tls/ca.crt"),
+        "/opt/ca.crt",
+    ],
 )
 def test_the_kuberay_form_hides_no_directory_of_the_image(path: str) -> None:
     params = {"url": "valkeys://h", "tls_ca_file": path}
@@ -708,6 +712,14 @@ def test_the_kuberay_form_hides_no_directory_of_the_image(path: str) -> None:
         assert "volumeMounts" not in pod["containers"][0]
     (note,) = (each for each in printed(**params)["notes"] if "no volume" in each)
     assert f"for {path}:" in note
+
+
+def test_the_kuberay_form_has_one_file_for_a_certificate_and_its_key() -> None:
+    both = dict.fromkeys(("tls_cert_file", "tls_key_file"), "/etc/tls/client.pem")
+    for pod in pods_of(form(url="valkeys://h", **both)):
+        (source,) = sources_of(pod)
+        assert source["name"] == "ray-spill-tls"
+        assert source["items"] == [{"key": "tls.pem", "path": "client.pem"}]
 
 
 @pytest.mark.parametrize(
