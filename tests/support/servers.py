@@ -343,12 +343,22 @@ def dead_port() -> int:
     return int(_dead_socket().getsockname()[1])
 
 
+# What this process was given: the server of a port may have been killed, to be started again.
+_given: set[int] = set()
+
+
 def free_ports(number: int) -> list[int]:
-    """As many, all different."""
+    """As many, all different, and of no use to the other processes of a test run."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = 12_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = {*range(20_000 + worker * share, 20_000 + (worker + 1) * share)}
     with contextlib.ExitStack() as held:
         ports: list[int] = []
         while len(ports) < number:
-            port = random.randrange(20_000, 32_000)
+            if own <= _given:
+                _given.clear()
+            port = random.choice([*(own - _given)])
+            _given.add(port)
             with contextlib.suppress(OSError):
                 held.enter_context(socket.create_server(("127.0.0.1", port)))
                 ports.append(port)
