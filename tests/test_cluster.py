@@ -255,7 +255,8 @@ def test_dead_and_foreign_nodes_among_several_do_not_matter(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     """Such as one that was restarted without its files: it serves nothing, and knows nobody."""
-    lonely = Node(tmp_path / "lonely", free_port(), {"cluster_enabled": True})
+    bus = {"cluster_enabled": True, "cluster_port": free_port()}
+    lonely = Node(tmp_path / "lonely", free_port(), bus)
     with contextlib.closing(lonely):
         lonely.start()
         wait_until(lonely.serves)
