@@ -115,6 +115,17 @@ class Session:
             reclaimer.step()
             self.clock.now += 10.0
 
+    def steps_past_failures(self, reclaimer: Reclaimer, count: int) -> int:
+        """As `steps`; returns in how many of them the overflow could not be used."""
+        failures = 0
+        for _ in range(count):
+            try:
+                self.steps(reclaimer, 1)
+            except OverflowUnavailableError:
+                failures += 1
+                self.clock.now += 10.0
+        return failures
+
     def answer(self, verdict: Verdict, numbers: Sequence[int]) -> None:
         self.oracle.answers |= {object_id(n): verdict for n in numbers}
 
@@ -295,14 +306,8 @@ def test_an_overflow_that_is_away_does_not_hold_up_what_is_in_valkey(
             session.put(THIRD, [])
             hidden = directory.rename(tmp_path / "hidden")
             directory.touch()
-            reclaimer, failures = session.reclaimer(THIRD), 0
-            for _ in range(6):
-                try:
-                    session.steps(reclaimer, 1)
-                except OverflowUnavailableError:
-                    failures += 1
-                    session.clock.now += 10
-            assert failures
+            reclaimer = session.reclaimer(THIRD)
+            assert session.steps_past_failures(reclaimer, 6)
             directory.unlink()
             hidden.rename(directory)
             assert session.left == {6, 7, 8}
@@ -338,14 +343,9 @@ def test_a_file_that_cannot_be_used_does_not_hold_up_others(
             return fail
 
         tier.stat, tier.remove = failing(0, stat), failing(5, remove)
-        reclaimer, failures = session.reclaimer(THIRD), 0
-        for _ in range(20):
-            try:
-                session.steps(reclaimer, 1)
-            except OverflowUnavailableError:
-                failures += 1
-                session.clock.now += 10
-        assert (session.left, failures > 0) == ({0, 5}, True)
+        reclaimer = session.reclaimer(THIRD)
+        assert session.steps_past_failures(reclaimer, 20)
+        assert session.left == {0, 5}
         assert session.counts.objects == {"unreferenced": 6}
         tier.stat, tier.remove = stat, remove
         session.steps(reclaimer, 20)

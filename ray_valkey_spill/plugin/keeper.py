@@ -29,7 +29,7 @@ from ray_valkey_spill.plugin.proc import is_alive
 from ray_valkey_spill.plugin.process import gcs_address, in_spill_worker, is_connected
 from ray_valkey_spill.store.cleanup import RENEWAL
 from ray_valkey_spill.store.node import Node
-from ray_valkey_spill.store.object_store import ObjectStore
+from ray_valkey_spill.store.object_store import FAILURES_IN_A_ROW, Failures, ObjectStore
 from ray_valkey_spill.store.reclaim import Owners
 
 __all__ = ["Keeper", "NodeLock"]
@@ -47,8 +47,6 @@ _LATEST_RENEWAL = 2 * RENEWAL
 _BETWEEN_SWEEPS = 600.0
 _ATTEMPTS_PER_WARNING = 6
 _DELETED_TOGETHER = 100
-# Objects of the overflow in a row that may fail to be deleted before the others are left, too.
-_FAILURES_IN_A_ROW = 3
 # Seconds between two checks whether an IO worker that has just started is connected.
 _BETWEEN_STARTS = 0.2
 # Seconds without a renewal after which a node that no process keeps has ended.
@@ -375,18 +373,12 @@ class Keeper:
         Raises:
             OverflowUnavailableError: several in a row cannot be deleted.
         """
-        in_a_row = 0
+        failures = Failures(OverflowUnavailableError, FAILURES_IN_A_ROW)
         for url in urls:
-            try:
+            self._journal.postpone(url)
+            with failures.kept():
                 self._node.delete([url])
-            except OverflowUnavailableError:
-                self._journal.postpone(url)
-                in_a_row += 1
-                if in_a_row == _FAILURES_IN_A_ROW:
-                    raise
-            else:
                 self._journal.done([url])
-                in_a_row = 0
 
     def _tier_of(self, url: str) -> str:
         return [*self._needs(url), ""][0]

@@ -8,6 +8,7 @@ compresses and seals objects.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import time
@@ -49,6 +50,7 @@ from ray_valkey_spill.tiers.overflow_place import MissingOverflow, SharedOverflo
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 __all__ = [
+    "FAILURES_IN_A_ROW",
     "Failures",
     "ObjectStore",
     "StoredObject",
@@ -58,6 +60,9 @@ __all__ = [
     "tiers_of",
 ]
 
+
+# Files in a row that the overflow may fail to read or remove before the others are left, too.
+FAILURES_IN_A_ROW = 3
 
 _NOT_OF_A_COMPONENT = re.compile(r"[^A-Za-z0-9_-]")
 
@@ -87,9 +92,17 @@ class _Lost(NamedTuple):
 
 
 class Failures:
-    """Collects the errors of several attempts. The end of its `with` raises the first one."""
+    """Collects the errors of several attempts. The end of its `with` raises the first one.
 
-    def __init__(self) -> None:
+    Args:
+        kind: the errors to collect; others are raised at once.
+        in_a_row: number of failed attempts in a row of which the last one is raised at once.
+    """
+
+    def __init__(self, kind: type[SpillError] = SpillError, in_a_row: float = math.inf) -> None:
+        self._kind = kind
+        self._most_in_a_row = in_a_row
+        self._in_a_row = 0
         self._first: SpillError | None = None
 
     def __enter__(self) -> Failures:
@@ -103,8 +116,13 @@ class Failures:
     def kept(self) -> Iterator[None]:
         try:
             yield
-        except SpillError as error:
+        except self._kind as error:
             self._first = self._first or error
+            self._in_a_row += 1
+            if self._in_a_row >= self._most_in_a_row:
+                raise
+        else:
+            self._in_a_row = 0
 
 
 class ObjectStore:

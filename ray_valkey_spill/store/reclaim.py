@@ -41,7 +41,12 @@ from ray_valkey_spill.format.header import decode_header, decode_without_payload
 from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place, TierName
 from ray_valkey_spill.format.sealing import KeyRing
 from ray_valkey_spill.store.cleanup import LEASE
-from ray_valkey_spill.store.object_store import Failures, remove_from, tiers_of
+from ray_valkey_spill.store.object_store import (
+    FAILURES_IN_A_ROW,
+    Failures,
+    remove_from,
+    tiers_of,
+)
 from ray_valkey_spill.store.observer import Observer, Reason
 from ray_valkey_spill.tiers.base import Stat, Tier
 from ray_valkey_spill.tiers.ledger import link_to
@@ -128,8 +133,6 @@ _MOST_SUSPECTS, _LONGEST_SUSPICION = 50_000, 600.0
 _MOST_OWNERS, _REMEMBERED = 50_000, 900.0
 # Passes of `reclaim_of_dead_nodes`, at most.
 _MOST_PASSES = 5
-# Files in a row that the overflow may fail to read or remove before the others are left, too.
-_FAILURES_IN_A_ROW = 3
 # Chunks to look for, at most, because a forged name may claim millions.
 _MOST_CHUNKS = 10_000
 # Seconds between two checks by a node whether it has to ask for the objects of dead nodes, at most.
@@ -250,8 +253,7 @@ class Reclaim:
         self._known = _KnownOwners(clock)
         self.removed = 0
         self.asked: Counter[Verdict | None] = Counter()
-        self._failure: OverflowUnavailableError | None = None
-        self._failures_in_a_row = 0
+        self._failures = self._new_failures()
         self._unread: set[ObjectName] = set()
 
     def ask(self, items: Sequence[_Item]) -> None:
@@ -259,8 +261,11 @@ class Reclaim:
 
         Those without any value are removed, too.
         """
+        with self._begin():
+            self._ask(items)
+
+    def _ask(self, items: Sequence[_Item]) -> None:
         now = self.clock()
-        self._begin()
         owned = list(self._owned(items))
         without = [item for item, each in zip(items, owned) if each is None]
         gone = self._gone(without)
@@ -275,28 +280,16 @@ class Reclaim:
                 due = now + self.pace.confirmation
                 self._suspects.setdefault(item.place.name, _Suspect(item, now, due))
         self._remove("owner_dead", dead)
-        self._end()
 
-    def _begin(self) -> None:
-        self._failure, self._failures_in_a_row = None, 0
+    def _begin(self) -> Failures:
+        """Begin to ask, and to collect the failures of single files."""
+        self._failures = self._new_failures()
         self._unread.clear()
+        return self._failures
 
-    def _end(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    @contextlib.contextmanager
-    def _past_failures(self) -> Iterator[None]:
-        """Keep the failure of one file for `_end`, unless several in a row have failed."""
-        try:
-            yield
-        except OverflowUnavailableError as error:
-            self._failure = self._failure or error
-            self._failures_in_a_row += 1
-            if self._failures_in_a_row >= _FAILURES_IN_A_ROW:
-                raise
-        else:
-            self._failures_in_a_row = 0
+    @staticmethod
+    def _new_failures() -> Failures:
+        return Failures(OverflowUnavailableError, FAILURES_IN_A_ROW)
 
     def confirm(self) -> bool:
         """Ask again for suspects that are due, and remove those that nobody references.
@@ -310,12 +303,11 @@ class Reclaim:
         is_more = next(due, None) is not None
         with Failures() as failures:
             for tier in self._tiers:
-                with failures.kept():
+                with failures.kept(), self._begin():
                     self._confirm([s.item for s in suspects if s.item.place.tier == tier], now)
         return is_more
 
     def _confirm(self, items: Sequence[_Item], now: float) -> None:
-        self._begin()
         for item in items:
             suspect = self._suspects.pop(item.place.name)
             if now - suspect.since < _LONGEST_SUSPICION:
@@ -331,7 +323,6 @@ class Reclaim:
         unreferenced = [item for item in items if verdicts.get(item) is Verdict.UNREFERENCED]
         self._remove("owner_dead", dead)
         self._remove("unreferenced", unreferenced)
-        self._end()
 
     @property
     def suspects(self) -> int:
@@ -371,7 +362,7 @@ class Reclaim:
                 else:
                     self._unread.add(place.name)
                     stat = Stat(None, [])
-                    with self._past_failures():
+                    with self._failures.kept():
                         (stat,) = self._tiers[place.tier].stat([place])
                         self._unread.remove(place.name)
                     header, _ = decode_header(stat.header or b"", key, self._key_ring)
@@ -388,7 +379,7 @@ class Reclaim:
         self._remove_some(reason, [item for item in items if item.place.tier == "valkey"])
         for item in items:
             if item.place.tier == "overflow":
-                with self._past_failures():
+                with self._failures.kept():
                     self._remove_some(reason, [item])
 
     def _remove_some(self, reason: Reason, items: Sequence[_Item]) -> None:
