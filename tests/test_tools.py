@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -1072,6 +1072,31 @@ main()
 """
 
 
+def gc_on_a_terminal(script: str, args: Sequence[str], answer: str | None) -> tuple[str, int, str]:
+    """Run a script of `gc`, and answer what it asks; None answers nothing.
+
+    Returns what the terminal had up to the question, the exit code, and stdout.
+    """
+    asked = ""
+    terminal, end = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *args], stdin=end, stdout=subprocess.PIPE, stderr=end
+        )
+        try:
+            if answer is not None:
+                asked = read_until(terminal, lambda text: b"[y/N]" in text).decode()
+                os.write(terminal, f"{answer}\n".encode())
+            text = process.communicate(timeout=60)[0].decode()
+        finally:
+            process.kill()
+            process.wait()
+    finally:
+        os.close(terminal)
+        os.close(end)
+    return asked, process.returncode, text
+
+
 @pytest.mark.parametrize(
     ("answer", "args", "code", "says", "left"),
     [
@@ -1086,30 +1111,13 @@ def test_gc_asks_on_a_terminal_before_it_removes(
     stock: Stock, answer: str | None, args: tuple[str, ...], code: int, says: str, left: int
 ) -> None:
     stock.put(SESSIONS[0], NODES[0], 1, 95)
-    terminal, end = pty.openpty()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", QUICK_GC, *stock.options, *args],
-            stdin=end,
-            stdout=subprocess.PIPE,
-            stderr=end,
-        )
-        try:
-            if answer is not None:
-                asked = read_until(terminal, lambda text: b"[y/N]" in text).decode()
-                assert re.search(r"Remove 2 objects \(.*\) of 1 dead node\? \[y/N\]", asked)
-                # The countdown is gone from the line by then.
-                assert "\rWatching the leases of 1 node: up to 0 s" in asked
-                assert "\r\x1b[KRemove" in asked
-                os.write(terminal, f"{answer}\n".encode())
-            printed_text = process.communicate(timeout=60)[0].decode()
-        finally:
-            process.kill()
-            process.wait()
-    finally:
-        os.close(terminal)
-        os.close(end)
-    assert process.returncode == code
+    asked, printed_code, printed_text = gc_on_a_terminal(QUICK_GC, [*stock.options, *args], answer)
+    if answer is not None:
+        assert re.search(r"Remove 2 objects \(.*\) of 1 dead node\? \[y/N\]", asked)
+        # The countdown is gone from the line by then.
+        assert "\rWatching the leases of 1 node: up to 0 s" in asked
+        assert "\r\x1b[KRemove" in asked
+    assert printed_code == code
     assert says in printed_text
     assert len(printed("ls", *stock.options)) == left
 
@@ -1130,28 +1138,13 @@ def test_gc_asks_on_a_terminal_before_it_asks_owners_for_what_may_go(
     with stock.ledger() as (ledger, _):
         ledger.renew(NodeName(SESSIONS[0], NODES[0]), "gcs:1", new=True)
     args = ["--address", "ray://127.0.0.1:10001", *(["--yes"] if yes else [])]
-    terminal, end = pty.openpty()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUNNING + QUICK_GC, *stock.options, *args],
-            stdin=end,
-            stdout=subprocess.PIPE,
-            stderr=end,
-        )
-        try:
-            if not yes:
-                asked = read_until(terminal, lambda text: b"[y/N]" in text).decode()
-                what = r"what nobody needs of 2 objects \(.*\) of dead nodes"
-                assert re.search(rf"Remove {what}\? \[y/N\]", asked)
-                os.write(terminal, b"n\n")
-            text = " ".join(process.communicate(timeout=60)[0].decode().split())
-        finally:
-            process.kill()
-            process.wait()
-    finally:
-        os.close(terminal)
-        os.close(end)
-    assert process.returncode == (0 if yes else 1)
+    answer = None if yes else "n"
+    asked, code, shown = gc_on_a_terminal(RUNNING + QUICK_GC, [*stock.options, *args], answer)
+    if not yes:
+        what = r"what nobody needs of 2 objects \(.*\) of dead nodes"
+        assert re.search(rf"Remove {what}\? \[y/N\]", asked)
+    text = " ".join(shown.split())
+    assert code == (0 if yes else 1)
     if yes:
         assert "Kept: 2 objects" in text and "Ray Client" in text and "port 6379" in text
         assert text.endswith("Nothing to remove.")
