@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -120,6 +121,19 @@ def test_once_the_gcs_has_ended_its_session_is_removed_and_no_other(
         assert [left_of(server, *other) for other in others] == before
     for name, namespace in others:
         destroy(server, name, NODE, namespace=namespace)
+
+
+def test_a_gcs_that_ends_as_soon_as_something_is_stored_has_been_seen(
+    server: Server, session: Path
+) -> None:
+    with gcs(session) as head:
+        Guard(session.name, lambda: session, {"url": server.url}).begin()
+        head.kill()
+        head.wait()
+        spill(server.url, OVER, NODE)
+        (session / f"ray_valkey_spill-{NODE}.keeper").touch()
+        wait_until(lambda: not guardians(session))
+    assert left_of(server, OVER) == 0
 
 
 def test_of_a_node_on_another_host_what_it_may_still_write_stays(
@@ -281,6 +295,16 @@ def test_there_is_one_however_often_it_is_started_and_another_when_it_is_killed(
         guard.ensure()
         (second,) = guardians(session)
         assert second != first
+
+
+def test_those_that_ask_at_the_same_time_do_not_keep_it_from_starting(session: Path) -> None:
+    with gcs(session), (session / "ray_valkey_spill.guardian").open("wb") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        assert not guardian.is_there(str(session))
+        start_guardian(session, {})
+        asking.close()
+        wait_until(lambda: guardian.recorded_gcs(str(session)))
+        assert guardian.is_there(str(session))
 
 
 def test_a_node_without_the_gcs_starts_none(session: Path) -> None:

@@ -131,6 +131,11 @@ def test_the_environment_lifts_the_disk_check_on_every_node(disk: Path) -> None:
 def test_the_heads_system_config_decides_for_every_node(disk: Path) -> None:
     """Also where users keep Ray's check; what the others fill is full for Ray, then."""
     with valkey_server() as server:
-        config = {**ray_valkey_spill.system_config(server.url), "local_fs_capacity_threshold": 0.95}
+        config = {
+            **ray_valkey_spill.system_config(server.url),
+            "local_fs_capacity_threshold": 0.95,
+            # Nothing is spilled before the store is full, which is when Ray looks at the disk.
+            "object_spilling_threshold": 1.0,
+        }
         printed = on_both_nodes(disk, [f"--system-config={json.dumps(config)}"], LIFTED)
     assert printed == "first is out of disk\nsecond is out of disk\n"

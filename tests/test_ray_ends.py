@@ -134,11 +134,10 @@ def started(command: Sequence[str], log: Path, **environment: str) -> subprocess
 
 
 @contextlib.contextmanager
-def driver(
-    url: str, directory: Path, of_environment: bool, then: str = "stay", **system: Any
-) -> Iterator[Session]:
-    """A driver that starts a Ray and spills."""
-    settings = {**system_config(url), **system}
+def starting(
+    log: Path, settings: dict[str, Any], of_environment: bool, then: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The process of a driver that starts a Ray with these settings and spills."""
     environment = {}
     if of_environment:
         environment["RAY_object_spilling_config"] = settings.pop("object_spilling_config")
@@ -151,9 +150,18 @@ def driver(
         "logging_level": "ERROR",
         "_system_config": settings,
     }
-    log = directory / "driver.log"
     process = started([_DRIVER, json.dumps(options), then], log, **environment)
     with ended(process):
+        yield process
+
+
+@contextlib.contextmanager
+def driver(
+    url: str, directory: Path, of_environment: bool, then: str = "stay", **system: Any
+) -> Iterator[Session]:
+    """A driver that starts a Ray and spills."""
+    log = directory / "driver.log"
+    with starting(log, {**system_config(url), **system}, of_environment, then) as process:
         wait_until(lambda: "session_" in log.read_text() or process.poll() is not None)
         assert "session_" in log.read_text(), log.read_text()
         yield Session(process, log, Path(log.read_text().split()[-1]))
@@ -259,6 +267,21 @@ def test_a_driver_whose_ray_destroys_nothing_leaves_nothing(
     ) as session:
         session.process.wait(timeout=60)
         wait_until(lambda: session.is_gone_from(spilling))
+
+
+def test_where_ray_validates_nothing_a_guardian_is_there_before_the_first_object(
+    spilling: Server, short_dir: Path
+) -> None:
+    """However soon the session then ends."""
+    settings = system_config(spilling.url, namespace="first")
+    settings["automatic_object_spilling_enabled"] = False
+    root = "ray:spill:first:"
+    with starting(short_dir / "driver.log", settings, True, "leave"):
+        wait_until(lambda: spilling.keys(f"{root}session_*"))
+        key, *_ = spilling.keys(f"{root}session_*")
+        session = key.decode()[len(root) :].partition(":")[0]
+        assert any(session in word for each in guardians() for word in each.cmdline())
+        wait_until(lambda: left_of(spilling, session, "first") == 0)
 
 
 def test_processes_of_a_head_that_end_one_by_one(spilling: Server, short_dir: Path) -> None:

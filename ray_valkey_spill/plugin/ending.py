@@ -17,6 +17,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,30 @@ class Guard:
         self._directory = directory
         self._params = params
         self._is_needed = True
+        self._is_begun = False
+        self._starting = threading.Lock()
+
+    def begin(self) -> None:
+        """Start a guardian unless there is one, or this process has done so before.
+
+        When it returns, what is stored from now on is removed however soon the session ends. Where
+        a head validates its storage, its guardian is older than its IO workers.
+        """
+        if not self._is_begun:
+            self.ensure()
 
     def ensure(self) -> None:
         """Start a guardian unless there is one."""
+        with self._starting:
+            self._ensure()
+            self._is_begun = True
+
+    def _ensure(self) -> None:
         directory = self._directory()
         if not self._is_needed or directory is None or guardian.is_ended(str(directory)):
             return
-        file = guardian.lock(str(directory))
-        if file is None:
+        if guardian.is_there(str(directory)):
             return
-        os.close(file)
         gcs = proc.gcs_of(self._session)
         # Neither changes while the node runs.
         self._is_needed = gcs is not None and proc.ends_with_gcs(gcs)

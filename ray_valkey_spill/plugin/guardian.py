@@ -28,7 +28,7 @@ __all__ = [
     "command",
     "is_ended",
     "is_over",
-    "lock",
+    "is_there",
     "mark_ended",
     "recorded_gcs",
     "withdraw_mark",
@@ -44,6 +44,8 @@ GAVE_UP = 2
 
 # Seconds for which a head that is starting may take until its GCS runs, and between two looks.
 _LONGEST_START, _BETWEEN_LOOKS = 120.0, 0.5
+# Seconds within which all who ask at the same time whether there is a guardian have their answer.
+_LONGEST_QUESTION = 1.0
 # Seconds between two looks at the GCS where the kernel does not report its end.
 _BETWEEN_POLLS = 2.0
 # Seconds from the end of the GCS until the session is over, unless it has another GCS by then.
@@ -74,18 +76,14 @@ def command(removal: str, directory: str, starter: int) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _RUN, package, removal, directory, str(starter)]
 
 
-def lock(directory: str) -> int | None:
-    """Take the lock of the session's guardian; None if there is one, or no file can be locked."""
-    try:
-        file = os.open(os.path.join(directory, _LOCK), os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(file)
-        return None
-    return file
+def is_there(directory: str) -> bool:
+    """Whether the session has a guardian, or none can be started because no file can be locked."""
+    # Shared: processes that ask at the same time are no guardians to each other.
+    file = _lock(directory, fcntl.LOCK_SH)
+    if file is None:
+        return True
+    os.close(file)
+    return False
 
 
 def recorded_gcs(directory: str) -> proc.Process | None:
@@ -125,13 +123,16 @@ def main() -> None:
     removal, directory, starter = sys.argv[1], sys.argv[2], int(sys.argv[3])
     order = sys.stdin.buffer.read()
     identity = proc.identity_of(starter)
+    session = os.path.basename(directory)
+    # Found before the starter goes on: what it stores then is removed, however soon the GCS ends.
+    gcs = proc.gcs_of(session)
     if os.fork():
         os._exit(0)
-    file = lock(directory)
-    if file is None or identity is None:
+    file = _become_guardian(directory)
+    if file is None:
         return
-    session = os.path.basename(directory)
-    gcs = _first_gcs(session, proc.Process(starter, identity))
+    if gcs is None and identity is not None:
+        gcs = _first_gcs(session, proc.Process(starter, identity))
     if gcs is None:
         return
     while gcs is not None:
@@ -147,6 +148,27 @@ def main() -> None:
         time.sleep(_GRACE)
         gcs = proc.gcs_of(session)
     _remove_all(removal, directory, order)
+
+
+def _lock(directory: str, kind: int) -> int | None:
+    try:
+        file = os.open(os.path.join(directory, _LOCK), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file
+
+
+def _become_guardian(directory: str) -> int | None:
+    """Take the lock; None if there is a guardian. Those who ask `is_there` hold it for a moment."""
+    deadline = time.monotonic() + _LONGEST_QUESTION
+    while (file := _lock(directory, fcntl.LOCK_EX)) is None and time.monotonic() < deadline:
+        time.sleep(_LONGEST_QUESTION / 50)
+    return file
 
 
 def _first_gcs(session: str, starter: proc.Process) -> proc.Process | None:

@@ -137,6 +137,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._new_restorer,
             self._still_waits,
         )
+        self._guard = Guard(session_name, self._session_dir, params)
         self._keeper: Keeper | None = None
         self._config: Config | None = None
         self._keys: Keyspace | None = None
@@ -159,7 +160,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._new_store = functools.partial(self._new_store, overflow=self._store.overflow)
         if self._in_io_worker:
             self._node = Node(config, session_name, node_id, self._metrics, beside=self._store)
-            self._keeper = self._new_keeper(Guard(session_name, self._session_dir, params))
+            self._keeper = self._new_keeper()
             self._keeper.start()
             return
         self._node = Node(config, session_name, node_id, patience=_DESTROY_PATIENCE)
@@ -175,12 +176,12 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             start_guardian(self._caller.directory, params)
             end_at_exit(config, self._caller.directory)
 
-    def _new_keeper(self, guard: Guard) -> Keeper:
+    def _new_keeper(self) -> Keeper:
         return Keeper(
             self._node,
             self._store,
             NodeLock(self._session_dir, self._shared),
-            guard,
+            self._guard,
             self._journal,
             self._deferred,
             self._outages,
@@ -204,6 +205,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         if not object_refs:
             return []
         self._start_keeper()
+        if self._in_io_worker:
+            self._guard.begin()
         urls = self._spill(object_refs, owner_addresses)
         if not urls:
             self._outages.pause()
