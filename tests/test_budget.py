@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support.rigs import Rig
-from support.samples import noise, source
+from support.samples import get, noise, source
 from support.servers import PRODUCTS, Server, server_of, valkey_server, wait_until
 from support.stores import Store
 
@@ -114,6 +115,11 @@ class Tenant:
     def granted(self) -> int:
         """Bytes that all writers are granted."""
         return self.ledger.totals().granted
+
+    def looked(self, budget: Budget) -> bool:
+        """Whether a writer's look at the room was due, which it has taken then."""
+        asked = list(self._link.run(budget.looks()))
+        return bool([budget.hear(request) for request in asked])
 
     def look(self) -> Look:
         keys = self.keys
@@ -817,6 +823,39 @@ def test_neighbours_that_grow_meanwhile_stop_the_writing_of_a_large_object(
     server.client.delete("session:1")
 
 
+def test_the_more_writers_the_fewer_bytes_until_each_looks_again(
+    tenant: Any, server: Server
+) -> None:
+    """So that what all of them write, while neighbours fill the server, stays within the margin."""
+    limit = 1024 * MIB
+    server.client.config_set("maxmemory", limit)
+    ours = tenant()
+    with contextlib.ExitStack() as stack:
+        budgets = [stack.enter_context(ours.batch(f"{number}-x")) for number in range(6)]
+        for budget in budgets:
+            budget.require(20 * MIB)
+        written = 0
+        for budget in budgets:
+            while not ours.looked(budget):
+                budget.take(MIB // 2)
+                written += MIB // 2
+        assert margin(limit) / 4 < written < margin(limit)
+    server.client.config_set("maxmemory", 0)
+
+
+def test_a_batch_that_takes_long_looks_again(tenant: Any, server: Server) -> None:
+    server.client.config_set("maxmemory", 1024 * MIB)
+    ours = tenant()
+    with ours.batch() as budget:
+        budget.take(MIB)
+        assert not ours.looked(budget)
+        time.sleep(1.1)
+        budget.take(1)
+        assert ours.looked(budget)
+        assert not ours.looked(budget)
+    server.client.config_set("maxmemory", 0)
+
+
 def test_room_is_left_for_a_replication_backlog_that_fills_up() -> None:
     """It counts as used memory, and takes a copy of whatever is written until it is full."""
     size = {"maxmemory": "100mb", "repl_backlog_size": "40mb", "repl_diskless_sync_delay": 0}
@@ -832,6 +871,24 @@ def test_room_is_left_for_a_replication_backlog_that_fills_up() -> None:
                 with pytest.raises(ServerFullError):
                     budget.require(50 * MIB)
                 budget.require(30 * MIB)
+
+
+def test_a_large_spill_waits_for_its_replicas_again_and_again() -> None:
+    """A server drops a replica that lags by too many bytes."""
+    quick = {"repl_diskless_sync_delay": 0}
+    with (
+        valkey_server(**quick) as primary,
+        contextlib.closing(Tenant(primary, min_replicas=1, chunk_size=MIB)) as ours,
+        valkey_server(replicaof=f"127.0.0.1 {primary.port}"),
+    ):
+        wait_until(lambda: primary.client.info("replication")["connected_slaves"] == 1)
+        primary.client.config_resetstat()
+        data = noise(100 * MIB)
+        (url,), failure = ours.store().put([source(data)])
+        assert failure is None
+        # The last one is that of the end.
+        assert primary.client.info("commandstats")["cmdstat_wait"]["calls"] == 100 // 32 + 1
+        assert get(ours.store(), url) == data
 
 
 # --- many writers ---

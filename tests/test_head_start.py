@@ -209,6 +209,21 @@ def test_a_server_without_room_for_a_trial_evicts_nothing_for_it(server: Server)
     assert server.client.delete("session:1") == 1
 
 
+def test_what_is_tried_goes_by_itself_if_the_trial_is_killed(server: Server) -> None:
+    found: list[int] = []
+
+    def look() -> bool:
+        found.extend(server.client.ttl(key) for key in server.our_keys())
+        return True
+
+    with proxy_to(server.port) as proxy:
+        config = Config.load({"url": proxy.url}, {})
+        proxy.before(look, b"GET", number=3)
+        preflight.run_all(config)
+    assert len(found) == 1
+    assert 0 < found[0] <= 60
+
+
 # --- the storage, as Ray makes it ---
 
 

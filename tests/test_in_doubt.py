@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -31,6 +32,18 @@ from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.units import MIB
 
 CHUNK = 100_000
+
+
+class Unreadable:
+    """Data of an object that cannot be read, for a reason that nobody expects."""
+
+    def __len__(self) -> int:
+        return 3 * CHUNK
+
+    def __getitem__(self, part: object) -> memoryview:
+        raise MemoryError
+
+
 # The replies to one registration and to two chunks and their header. The next one says what is
 # settled.
 BEFORE_SETTLED = len(b":1\r\n") + 3 * len(b"+OK\r\n")
@@ -460,3 +473,38 @@ def test_with_a_budget_what_is_settled_again_counts(server: Server) -> None:
         assert ours.ledger.totals().stored > before + 2 * CHUNK
         ours.store.delete([url])
         assert ours.ledger.totals().stored == before
+
+
+def test_after_an_error_that_nobody_expects_what_is_left_can_be_found_and_removed(
+    server: Server,
+) -> None:
+    config = Config.load({"url": server.url, "chunk_size": CHUNK}, {})
+    bad = dataclasses.replace(source(b"", 1), data=Unreadable())
+    with contextlib.closing(Store(config, "session", "node")) as store:
+        assert not store.background.has_left_something
+        with pytest.raises(MemoryError):
+            store.put([source(noise(100 * CHUNK)), bad])
+        assert server.spilled_keys() != []
+        assert store.background.has_left_something
+        store.background.recover_own()
+        assert not store.background.has_left_something
+        store.give_back()
+        assert server.spilled_keys() == []
+
+
+def test_a_break_in_the_middle_of_many_small_objects_downloads_none_of_them(
+    server: Server,
+) -> None:
+    with proxy_to(server.port) as proxy:
+        config = Config.load({"url": proxy.url, "chunk_size": CHUNK}, {})
+        with contextlib.closing(Store(config, "session", "node")) as store:
+            sources = [source(noise(80_000, number), number) for number in range(100)]
+            store.put(sources[:1])
+            proxy.to_server.reset_after = 4_000_000
+            before = proxy.to_client.bytes
+            urls, failure = store.put(sources)
+            assert failure is None
+            assert proxy.connections > 1
+            assert proxy.to_client.bytes - before < 80_000
+            assert get(store, urls[99], 99) == sources[99].data
+            store.destroy(lambda pid: False)

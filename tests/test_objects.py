@@ -9,6 +9,7 @@ import contextlib
 import gc
 import secrets
 import shutil
+import threading
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
@@ -1041,3 +1042,28 @@ def test_memory_stays_bounded_whatever_the_size(backend: Backend, make: Any) -> 
     copied = backend.tag_size > 0 and not hasattr(AESGCM, "encrypt_into")
     assert peak < (32 << 20 if copied or not raw else 1 << 20)
     assert counted.max_memory() < (1 << 20 if raw and not backend.tag_size else 32 << 20)
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_where_no_more_threads_can_start_objects_are_compressed_all_the_same(
+    server: Server, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """Under a limit on processes, such as a container's."""
+    data = bytes(range(256)) * (1 << 16)
+    start, started = threading.Thread.start, []
+
+    def start_few(self: threading.Thread) -> None:
+        if len(started) == threads:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    config = Config.load({"url": server.url, "compression": "lz4"}, {})
+    with contextlib.closing(Store(config, "session", "node")) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start_few)
+            (url,), failure = store.put([source(data)])
+            assert failure is None
+            started.clear()
+            assert get(store, url) == data
+        store.destroy(lambda pid: False)

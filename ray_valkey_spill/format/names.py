@@ -134,7 +134,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Keyspace:
-    """The keys below `root`, which is `<key_prefix><namespace>:`. None of them may have a TTL."""
+    """The keys below `root`, which is `<key_prefix><namespace>:`. None of these has a TTL."""
 
     root: str
 

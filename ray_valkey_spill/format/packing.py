@@ -200,12 +200,18 @@ class Packer:
         return expected_ratio(data) if self._compression != "none" and data else 1.0
 
     def _start(self, size: int, work: Callable[..., _T], *args: Any) -> Future[_T] | _Done[_T]:
-        """Run `work` on `size` bytes in a thread, or here if that is faster."""
+        """Run `work` on `size` bytes in a thread, or here if that is faster or no thread starts."""
         if size < _WORTH_A_THREAD:
             return _Done(work(*args))
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-valkey-spill")
-        return self._pool.submit(work, *args)
+        try:
+            return self._pool.submit(work, *args)
+        except RuntimeError:  # a limit on processes, such as a container's
+            # The pool has taken the work all the same, and one of its threads may do it.
+            pool, self._pool = self._pool, None
+            pool.shutdown()
+            return _Done(work(*args))
 
     # --- values to objects ---
 

@@ -126,6 +126,7 @@ def main() -> None:
     session = os.path.basename(directory)
     # Found before the starter goes on: what it stores then is removed, however soon the GCS ends.
     gcs = proc.gcs_of(session)
+    is_needed = _ends_with(gcs)
     if os.fork():
         os._exit(0)
     file = _become_guardian(directory)
@@ -133,10 +134,11 @@ def main() -> None:
         return
     if gcs is None and identity is not None:
         gcs = _first_gcs(session, proc.Process(starter, identity))
+        is_needed = _ends_with(gcs)
     if gcs is None:
         return
     while gcs is not None:
-        if not proc.ends_with_gcs(gcs):
+        if not is_needed:
             return
         record = f"{gcs.pid} {gcs.identity}\n".encode()
         with contextlib.suppress(OSError):  # its disk may be full
@@ -147,6 +149,7 @@ def main() -> None:
             return
         time.sleep(_GRACE)
         gcs = proc.gcs_of(session)
+        is_needed = _ends_with(gcs)
     _remove_all(removal, directory, order)
 
 
@@ -169,6 +172,10 @@ def _become_guardian(directory: str) -> int | None:
     while (file := _lock(directory, fcntl.LOCK_EX)) is None and time.monotonic() < deadline:
         time.sleep(_LONGEST_QUESTION / 50)
     return file
+
+
+def _ends_with(gcs: proc.Process | None) -> bool:
+    return gcs is not None and proc.ends_with_gcs(gcs)
 
 
 def _first_gcs(session: str, starter: proc.Process) -> proc.Process | None:

@@ -198,7 +198,7 @@ class Keeper:
         self._failed_rounds = 0
         # The first renewal is left to the round.
         self._renewed = time.monotonic()
-        self._has_left_something = self._cannot_join = False
+        self._cannot_join = False
         self._swept = float("-inf")
         self._in_overflow: int | None = None
 
@@ -209,7 +209,6 @@ class Keeper:
 
     def clean_up_soon(self) -> None:
         """Remove the leftovers of a failed operation of this process as soon as possible."""
-        self._has_left_something = True
         self._rounds.wake()
 
     def stop(self) -> None:
@@ -330,20 +329,11 @@ class Keeper:
             self._deferred.adopt(lambda url: [*self._needs(url), VALKEY][0])
 
     def _recover(self) -> None:
-        self._remove_left(lambda: self._node.recover(is_alive))
+        self._node.recover(is_alive)
 
     def _recover_own(self) -> None:
-        if self._has_left_something:
-            self._remove_left(self._node.recover_own)
-
-    def _remove_left(self, recover: Callable[[], int]) -> None:
-        # Before: what fails meanwhile, in the other thread, is for the next round.
-        self._has_left_something = False
-        try:
-            recover()
-        except SpillError:
-            self._has_left_something = True
-            raise
+        if self._node.has_left_something:
+            self._node.recover_own()
 
     def _delete_again(self) -> None:
         """Retry deletions that failed. A failure of one tier does not hold up the other."""

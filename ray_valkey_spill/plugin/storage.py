@@ -205,7 +205,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         if not object_refs:
             return []
         self._start_keeper()
-        if self._in_io_worker:
+        if self._keeper is not None:
             self._guard.begin()
         urls = self._spill(object_refs, owner_addresses)
         if not urls:

@@ -418,9 +418,22 @@ class Link:
     # --- replicas ---
 
     @property
+    def min_replicas(self) -> int:
+        """How many replicas must have a write before it counts."""
+        return self._config.min_replicas
+
+    @property
     def has_replicas_to_await(self) -> bool:
         """Whether writes have to reach replicas, or append-only files."""
         return bool(self._config.min_replicas or self._config.wait_aof)
+
+    def replica_requests(self) -> Iterator[Request]:
+        """Yield a request to each server that waits, for half a second at most, for its replicas.
+
+        If nothing is sent until it has its reply, replicas lag by less than they would otherwise.
+        """
+        wanted = self._config.min_replicas
+        yield from self._to_all(lambda: command("WAIT", wanted, _WAIT))
 
     def behind(self) -> dict[Endpoint, tuple[int, int]]:
         """Wait for half a second, at most, for all writes over this link to be replicated.

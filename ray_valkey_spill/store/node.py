@@ -244,6 +244,13 @@ class Node:
             self._link.execute(*self._ledger.settlements(self._name, entries))
         return len(entries)
 
+    @property
+    def has_left_something(self) -> bool:
+        """Whether this process has failed attempts of which something may be left."""
+        return any(UNDER_WAY.left(self._name)) or any(
+            budget.stranded for budget in UNDER_WAY.budgets(self._name)
+        )
+
     def recover_own(self) -> int:
         """As `recover`, for this process only."""
         return self.recover(lambda pid: True)

@@ -36,8 +36,12 @@ IDLE = 10.0
 # Seconds after which a server without limits is looked at again: together with the values, and
 # before any value is written.
 _LOOK_AGAIN, _LOOK_FIRST = 1.0, 10.0
-# Seconds for which a look at a server holds on which others may lose keys to what is written.
+# Seconds for which a look at a server holds on which others may lose keys to what is written, and
+# after which a batch that takes longer looks again.
 _FLEETING = 1.0
+# Bytes, times the number of servers, that a writer writes between two looks at the room at least,
+# however many others write: a look at one server takes some 0.1 ms.
+_LEAST_BETWEEN_OWN_LOOKS = 2 * MIB
 # Share of the margin that others may use while a batch is written, without stopping it.
 _INTO_MARGIN = 1 / 2
 # Attempts to get a grant: another writer that asked at the same time may give its bytes back.
@@ -82,6 +86,7 @@ class Budget:
         # Bytes: granted for certain; written by this batch; written by earlier ones that may still
         # be there.
         self._granted = self._written = self._stranded = 0
+        self._began = float("-inf")
         # Whether the server may have a grant of this writer.
         self._is_granted = False
         self._expected = 0
@@ -102,8 +107,10 @@ class Budget:
         """Begin a batch of about `size` bytes."""
         self._in_use.acquire()
         self._expected = size
+        self._began = time.monotonic()
         self._looks, self._found = [], []
-        self._look_at, self._is_look_due = self._limits.between_looks, False
+        self._is_look_due = False
+        self._plan_look()
         # What is kept is only good as long as others cannot have filled the room.
         self._is_tight = self._is_tight or (
             self._limits.is_fleeting and self._is_older_than(_FLEETING)
@@ -141,8 +148,23 @@ class Budget:
 
     def looks(self) -> Iterable[Request]:
         """Return requests that look for room, if a look is due, to send with the values."""
-        is_due = self._is_look_due or self._written >= self._look_at
+        is_due = self._is_look_due or self._written >= self._look_at or self._takes_long()
         return self._new_looks() if is_due and not self._looks else ()
+
+    def _takes_long(self) -> bool:
+        """Whether the batch began, and the latest look was heard, so long ago that one is due."""
+        latest = max(self._began, self._looked_at)
+        return bool(self._limits.bounded) and time.monotonic() - latest > _FLEETING
+
+    def _plan_look(self) -> None:
+        """Set after how many bytes to look again: this writer's share of `between_looks`.
+
+        The share is that of its grant, and what others may write is as it was at the latest grant.
+        """
+        granted = max(1, self._granted - self._stranded)
+        between = self._limits.between_looks * granted / (granted + self._of_others)
+        least = _LEAST_BETWEEN_OWN_LOOKS * len(self._limits.memories)
+        self._look_at = self._written + max(least, between)
 
     def _new_looks(self) -> Iterator[Request]:
         self._is_look_due = False
@@ -163,7 +185,7 @@ class Budget:
         self._found.append(self._link.memory_of(request))
         if not self._looks:
             self._take_in(self._found)
-            self._look_at = self._written + self._limits.between_looks
+            self._plan_look()
             room = self._limits.room(self._ours, into_margin=_INTO_MARGIN)
             left = self._granted - self._stranded - self._written_at_look
             self._is_tight = room is not None and room < self._of_others + left
@@ -286,7 +308,7 @@ class Budget:
                 self._granted = grant.granted + granted
                 self._of_others = max(0, reply.unwritten - reply.granted - left)
                 self._is_tight = False
-                self._look_at = self._written + self._limits.between_looks
+                self._plan_look()
                 return
             if reply.granted < least:
                 break

@@ -58,6 +58,7 @@ logger = logging.getLogger("ray_valkey_spill")
 
 # Limits of one script, during which the server serves nobody else; and of one reply.
 _NAMES_PER_SCRIPT, _KEYS_PER_SCRIPT, _NODES_PER_SCRIPT = 100, 1000, 100
+_PENDING_PER_SCRIPT = 200
 _MEMBERS_PER_PAGE = 500
 _RECOUNTS = 5
 
@@ -305,7 +306,7 @@ class Ledger:
         start, stop = _range(str(node_name))
         while True:
             request = self._eval(
-                scripts.PENDING, self._accounts[:2], start, stop, _MEMBERS_PER_PAGE
+                scripts.PENDING, self._accounts[:2], start, stop, _PENDING_PER_SCRIPT
             )
             ((last, members),) = self._link.execute(request)
             if not last:

@@ -23,7 +23,7 @@ from ray_valkey_spill.errors import (
 from ray_valkey_spill.format.names import Keyspace, new_attempt
 from ray_valkey_spill.format.sealing import TAG_SIZE, KeyRing
 from ray_valkey_spill.protocol.link import Link
-from ray_valkey_spill.protocol.resp import command, fetch, store
+from ray_valkey_spill.protocol.resp import command, fetch
 from ray_valkey_spill.protocol.server_info import ServerInfo, fields_of
 from ray_valkey_spill.tiers.ledger import link_to
 from ray_valkey_spill.tiers.room import free_room, margin
@@ -56,6 +56,8 @@ COMMANDS = (
     *("ZADD", "ZRANGE", "ZRANGEBYLEX", "ZREM", "ZSCORE"),
     *("HDEL", "HGET", "HSCAN", "HSET", "HSETNX", "HVALS"),
 )
+# Seconds after which a string that was tried goes by itself, if this process is killed.
+_TRIAL = 60
 # Random keys to try until one lies on a given shard; enough for a thousand shards.
 _TRIES = 10_000
 
@@ -84,8 +86,10 @@ def acl_rules(config: Config) -> str:
     commands = [*COMMANDS, *_CLUSTER_COMMANDS]
     if config.address.db:
         commands.append("SELECT")
-    if config.wait_aof or config.min_replicas:
-        commands.append("WAITAOF" if config.wait_aof else "WAIT")
+    if config.min_replicas:
+        commands.append("WAIT")
+    if config.wait_aof:
+        commands.append("WAITAOF")
     keys = Keyspace.of(config)
     allowed = " ".join(f"+{name.lower()}" for name in commands)
     return f"~{keys.root}* ~{keys.namespaces} {allowed}"
@@ -306,7 +310,7 @@ def _try_commands(
         harmless["ASKING"] = command("ASKING")
     if config.wait_aof:
         harmless["WAITAOF"] = command("WAITAOF", 0, 0, 1)
-    elif config.min_replicas:
+    if config.min_replicas:
         harmless["WAIT"] = command("WAIT", 0, 1)
     for request in harmless.values():
         request.target = endpoint
@@ -314,7 +318,7 @@ def _try_commands(
         "ZADD": command("ZADD", index, 0, "x"),
         "HSET": command("HSET", table, "x", "x"),
         "HSETNX": command("HSETNX", table, "x", "x"),
-        "SET": command("SET", value, "x"),
+        "SET": command("SET", value, "x", "EX", _TRIAL),
     }
     list(link.run(harmless.values()))
     if unlink.error is None:
@@ -393,7 +397,7 @@ class _Trial:
         before = self._stats()
         is_written = False
         try:
-            self._probe.execute(store(self._key, [bytes(size)]))
+            self._probe.execute(command("SET", self._key, bytes(size), "EX", _TRIAL))
             is_written = True
             count = min(max(2, _UNDER_WAY // size), _MOST_CHUNKS)
             # Without `expected`, all are sent at once, however fast this process reads.

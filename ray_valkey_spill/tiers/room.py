@@ -32,7 +32,8 @@ _KEPT_SHARE, _KEPT_MARGIN_SHARE = 1 / 20, 1 / 2
 _LEAST_KEPT, _MOST_KEPT, _KEPT_BY_ONE_SHARE = 1 * MIB, 8 * MIB, 1 / 8
 # One grant is at most this share of the limit, or these bytes if they are more.
 _SHARE_AT_ONCE, _LEAST_AT_ONCE = 1 / 8, 16 * MIB
-# A writer looks at the room again after this share of the margin, or these bytes if they are more.
+# All writers together look at the room again after about this share of the margin, or these bytes
+# if they are more.
 _LEAST_BETWEEN_LOOKS, _BETWEEN_LOOKS_SHARE = 8 * MIB, 1 / 4
 
 
@@ -135,7 +136,7 @@ class Limits:
 
     @cached_property
     def between_looks(self) -> float:
-        """Bytes to write until the next look at the room."""
+        """Bytes that all writers together may write until the next looks at the room."""
         least = min((self._times(margin(each.maxmemory)) for each in self.bounded), default=0)
         if not least:
             return float("inf")

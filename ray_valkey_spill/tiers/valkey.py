@@ -32,6 +32,7 @@ from ray_valkey_spill.tiers import scripts
 from ray_valkey_spill.tiers.base import Stat
 from ray_valkey_spill.tiers.budget import Budget, Payments
 from ray_valkey_spill.tiers.ledger import Ledger, pages
+from ray_valkey_spill.units import MIB
 
 __all__ = ["ValkeyTier"]
 
@@ -41,6 +42,9 @@ _KEYS_PER_CHECK = 500
 # Objects to look up again together once something was missing.
 _OBJECTS_LOOKED_AT_AGAIN = 16
 _READINGS = 5
+# Bytes after which a spill waits for the replicas that it has to reach. A server drops a replica
+# that lags by too many (`client-output-buffer-limit replica`, by default 64 MiB for a minute).
+_BETWEEN_WAITS = 32 * MIB
 # Integers in the reply to a settlement.
 _SETTLED = 3
 # Bytes that hold the header of all but the largest objects.
@@ -113,10 +117,15 @@ class ValkeyTier:
                 under_way.append(None)
                 yield request
 
+        def waits() -> Iterator[Request]:
+            for request in self._link.replica_requests():
+                under_way.append(None)
+                yield request
+
         def requests() -> Iterator[Request]:
             breaks = self._link.breaks
             yield from registrations()
-            is_first = True
+            is_first, unheard, has_waited = True, 0, False
             for value, entry in values:
                 if self._link.breaks != breaks:
                     # The server that now takes the values may have lost what was registered.
@@ -124,10 +133,16 @@ class ValkeyTier:
                     yield from registrations()
                 request = store(value.key, value.parts)
                 request.fenced, is_first = is_first, False
+                # A server reads on while it waits, and does nothing.
+                request.guarded, has_waited = has_waited, False
                 under_way.append(entry)
                 if entry is not None:
                     written.append(entry)
                 yield request
+                unheard += value.length
+                if unheard >= _BETWEEN_WAITS and self._link.min_replicas:
+                    unheard, has_waited = 0, True
+                    yield from waits()
                 for look in budget.looks():
                     under_way.append(None)
                     yield look
@@ -200,8 +215,7 @@ class ValkeyTier:
         latest = self._link.breaks
         if latest == breaks or not entries:
             return
-        stats = list(self.measure([(entry.name, 0) for entry in entries]))
-        are_whole = all(stat.is_whole for stat in stats)
+        are_whole = not self._incomplete([entry.name for entry in entries])
         # An object that fell back to pending would be removed once this process has ended.
         settlements = list(self._link.run(self.ledger.settlements(node, entries)))
         settled = sum(request.integers(_SETTLED)[0] for request in settlements)
@@ -249,16 +263,33 @@ class ValkeyTier:
 
     def without_values(self, names: Sequence[ObjectName]) -> list[ObjectName]:
         """Return the objects that have no value, through `link.Link.confirmed`, without waiting."""
-
-        def lacking(names: Sequence[ObjectName], most: int | None = None) -> list[ObjectName]:
-            keys = [[*islice(self._keys.values(name), most)] for name in names]
-            replies = self._link.run(command("EXISTS", key) for key in chain.from_iterable(keys))
-            found = [[next(replies).result() for _ in each] for each in keys]
-            return [name for name, replied in zip(names, found) if not any(replied)]
-
         with self._link.hurried(0.0):
-            without_header = lacking(names, most=1)
-            return self._link.confirmed(lambda: lacking(without_header)) if without_header else []
+            without_header = [name for name, found in self._found(names, most=1) if not any(found)]
+            if not without_header:
+                return []
+            return self._link.confirmed(
+                lambda: [name for name, found in self._found(without_header) if not any(found)]
+            )
+
+    def _incomplete(self, names: Sequence[ObjectName]) -> list[ObjectName]:
+        """Return the objects that lack a value, through `link.Link.confirmed`."""
+
+        def look(names: Sequence[ObjectName]) -> list[ObjectName]:
+            return [name for name, found in self._found(names) if not all(found)]
+
+        missing = look(names)
+        if not missing:
+            return []
+        return self._link.confirmed(lambda: look(missing), lacks_nothing=lambda found: not found)
+
+    def _found(
+        self, names: Sequence[ObjectName], most: int | None = None
+    ) -> Iterator[tuple[ObjectName, list[int]]]:
+        """Yield each object with whether its values, or the first `most` of them, are there."""
+        keys = [[*islice(self._keys.values(name), most)] for name in names]
+        replies = self._link.run(command("EXISTS", key) for key in chain.from_iterable(keys))
+        for name, each in zip(names, keys):
+            yield name, [next(replies).result() for _ in each]
 
     def _stat(self, wanted: Sequence[tuple[ObjectName, int]]) -> Iterator[Stat]:
         def requests() -> Iterator[Request]:
