@@ -63,8 +63,8 @@ class Guard:
     def begin(self) -> None:
         """Start a guardian unless there is one, or this process has done so before.
 
-        When it returns, what is stored from now on is removed however soon the session ends. Where
-        a head validates its storage, its guardian is older than its IO workers.
+        On the host of the GCS, what is stored from then on is removed however soon the session
+        ends. Where a head validates its storage, its guardian is older than its IO workers.
         """
         if not self._is_begun:
             self.ensure()

@@ -125,6 +125,7 @@ class ValkeyTier:
         def requests() -> Iterator[Request]:
             breaks = self._link.breaks
             yield from registrations()
+            has_replicas = self._link.min_replicas > 0
             is_first, unheard, has_waited = True, 0, False
             for value, entry in values:
                 if self._link.breaks != breaks:
@@ -139,8 +140,8 @@ class ValkeyTier:
                 if entry is not None:
                     written.append(entry)
                 yield request
-                unheard += value.length
-                if unheard >= _BETWEEN_WAITS and self._link.min_replicas:
+                unheard += value.length if has_replicas else 0
+                if unheard >= _BETWEEN_WAITS:
                     unheard, has_waited = 0, True
                     yield from waits()
                 for look in budget.looks():
