@@ -87,6 +87,14 @@ class _Driver:
             return set()
         return set(self.latest.get("referenced", []))
 
+    def waits_for(self, object_id: str) -> bool:
+        """Whether its actor may have put the object while it waits for the reference.
+
+        An object's id has that of the actor whose task has put it.
+        """
+        putting = self.latest.get("putting")
+        return bool(putting) and putting in object_id and self.process.poll() is None
+
     def end(self, *, kill: bool) -> None:
         self.referenced()
         if kill:
@@ -143,7 +151,7 @@ class Run:
         self._spilled: dict[str, Entry] = {}
         # By node: when it was killed, in seconds since the epoch.
         self._killed: dict[str, float] = {}
-        self.longest = 0.0
+        self.longest, self.longest_details = 0.0, ""
 
     def go(self, minutes: float, between: float) -> None:
         """Let nodes and drivers come and go for some minutes, then let all drivers end."""
@@ -199,11 +207,15 @@ class Run:
         referenced = set[str]().union(*(driver.referenced() for driver in self._drivers))
         now = time.monotonic()
         stored = {entry.name.object_id for entry in entries}
+        waited_for = {i for i in stored if any(driver.waits_for(i) for driver in self._drivers)}
         # Of a task whose node was killed Ray stores an error, and spills that too.
         self._spilled |= {entry.name.object_id: entry for entry in entries if entry.size >= MIB}
-        self._since = {each: self._since.get(each, now) for each in stored - referenced}
-        excess = max((now - since for since in self._since.values()), default=0.0)
-        self.longest = max(self.longest, excess)
+        unreferenced = stored - referenced - waited_for
+        self._since = {each: self._since.get(each, now) for each in unreferenced}
+        oldest, since = min(self._since.items(), key=lambda item: item[1], default=("", now))
+        if now - since > self.longest:
+            self.longest = now - since
+            self.longest_details = f"{oldest} at {time.strftime('%H:%M:%S')}"
         in_excess = sum(e.size for e in entries if e.name.object_id in self._since)
         workers = list(_looks())
         self.samples.append(
@@ -254,6 +266,7 @@ class Run:
             "reads": sum(driver.latest.get("reads", 0) for driver in drivers),
             "wrong": sum(len(driver.latest.get("wrong", [])) for driver in drivers),
             "hung": sum(len(driver.latest.get("hung", [])) for driver in drivers),
+            "not_made_in_time": sum(len(driver.latest.get("late", [])) for driver in drivers),
             "hung_details": [each for driver in drivers for each in driver.latest.get("hung", [])],
             "lost": len(lost),
             "lost_details": [
@@ -261,6 +274,7 @@ class Run:
             ],
             "lost_by_ray": len(missing) - len(lost),
             "longest_excess_seconds": self.longest,
+            "longest_excess_details": [self.longest_details],
             "most_excess_mib": max(sample.excess for sample in self.samples),
             "most_stored_mib": max(sample.stored for sample in self.samples),
             "left_objects": len(self._since),
@@ -396,6 +410,8 @@ def _report(found: dict[str, Any]) -> str:
     columns = [["", "2nd third: median", "most", "last third: median", "most"]]
     columns += [[n, *(f"{each:,.2f}" for each in row)] for n, row in found["growth"].items()]
     parts = [table(rows), table(columns)]
+    for name in (name for name in found if name.endswith("_details")):
+        parts += [f"{name.removesuffix('_details')}: {each}" for each in found[name] if each]
     if not found["growth_is_judged"]:
         parts.append(f"Growth is not judged in less than {SHORTEST_JUDGED:g} minutes.")
     return "\n\n".join([*parts, "Failures: " + str(found["failures"])])

@@ -49,10 +49,13 @@ class Driver:
         self._live: dict[int, Any] = {}
         self._of_owner: list[int] = []
         self._owner: Any = None
+        # The id of the actor, while it puts objects and this driver does not know them.
+        self._putting = ""
         self._numbers = iter(range(seed * 10**7, (seed + 1) * 10**7))
         self._wrong: list[int] = []
         self._missing: list[tuple[str, str]] = []
         self._hung: list[str] = []
+        self._late: list[str] = []
         self._reads = 0
 
     def run(self) -> None:
@@ -85,11 +88,15 @@ class Driver:
         try:
             if self._owner is None:
                 self._owner = Owner.remote()
+            self._putting = self._owner._actor_id.hex()
+            self._write()
             refs = ray.get(self._owner.put.remote(numbers), timeout=HANG)
         except ray.exceptions.RayError:
             # Its node was killed, and it with that.
             self._forget_owner()
             return
+        finally:
+            self._putting = ""
         self._live |= dict(zip(numbers, refs))
         self._of_owner += numbers
         self._write()
@@ -112,7 +119,10 @@ class Driver:
         try:
             found = ray.get(ref, timeout=HANG)
         except ray.exceptions.GetTimeoutError:
-            self._hung.append(f"{ref.hex()} until {time.strftime('%H:%M:%S')}")
+            # What no task has made yet waits for a processor, and not for its storage.
+            is_made, _ = ray.wait([ref], timeout=0, fetch_local=False)
+            waits = self._hung if is_made else self._late
+            waits.append(f"{ref.hex()} until {time.strftime('%H:%M:%S')}")
             del self._live[number]
         except ray.exceptions.OwnerDiedError:
             self._forget_owner()
@@ -132,10 +142,12 @@ class Driver:
     def _write(self) -> None:
         state = {
             "referenced": [ref.hex() for ref in self._live.values()],
+            "putting": self._putting,
             "reads": self._reads,
             "wrong": self._wrong,
             "missing": self._missing,
             "hung": self._hung,
+            "late": self._late,
         }
         new = self._state.with_suffix(".new")
         new.write_text(json.dumps(state))
