@@ -269,10 +269,18 @@ LEAD = 0.2
 WRITERS = (1, MOST_WRITERS)
 
 
-def by_code(compared: Sequence[Checkout], rounds: int, seconds: float) -> dict[str, Any]:
+def by_code(
+    compared: Sequence[Checkout], numbers: Sequence[int], rounds: int, seconds: float
+) -> dict[str, Any]:
     """What the neighbour waits beside processes of each checkout, by what they do and how many.
 
     Each has the defaults of its checkout. The neighbour reads beside nobody right before.
+
+    Args:
+        compared: the checkouts.
+        numbers: of processes that work at once.
+        rounds: that are measured, after one that is not.
+        seconds: for which the neighbour reads.
     """
     found: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
@@ -280,7 +288,7 @@ def by_code(compared: Sequence[Checkout], rounds: int, seconds: float) -> dict[s
         reader = stack.enter_context(contextlib.closing(Process(neighbour, url)))
         teams = {
             checkout.name: [
-                stack.enter_context(checkout.contender("distance")) for _ in range(MOST_WRITERS)
+                stack.enter_context(checkout.contender("distance")) for _ in range(max(numbers))
             ]
             for checkout in compared
         }
@@ -288,7 +296,7 @@ def by_code(compared: Sequence[Checkout], rounds: int, seconds: float) -> dict[s
             for number, process in enumerate(team):
                 params = {"url": url, "namespace": f"{name}{number}"}
                 process.ask("open", params=params, size=OBJECT, count=1)
-        for writers in WRITERS:
+        for writers in numbers:
             for way in WAYS[1:]:
                 note(f"checkouts: {way}, {writers} writers")
                 found[f"{way}, {writers}"] = in_turn(
@@ -459,7 +467,7 @@ def _together(url: str, kinds: dict[str, Any], seconds: float) -> dict[str, Any]
 
 
 def measure(quick: bool, compared: Sequence[Checkout]) -> dict[str, Any]:
-    rounds, seconds = (1, 0.5) if quick else (3, 1.5)
+    rounds, seconds, numbers = (1, 0.5, WRITERS[:1]) if quick else (3, 1.5, WRITERS)
     before = os.getloadavg()
     # In processes of their own, for who has begun to yield goes on with that.
     by_yielding = [
@@ -474,7 +482,7 @@ def measure(quick: bool, compared: Sequence[Checkout]) -> dict[str, Any]:
             found for each in by_yielding if each for found in sweep(each, rounds, seconds)
         ],
         "contenders": [checkout.name for checkout in compared],
-        "by_code": by_code(compared, rounds, seconds) if len(compared) > 1 else {},
+        "by_code": by_code(compared, numbers, rounds, seconds) if len(compared) > 1 else {},
         "server": server_side(4 * seconds),
         "tenants": four_tenants(6 * seconds, mib=128 if quick else 256),
         "load_after": os.getloadavg(),
