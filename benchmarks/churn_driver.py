@@ -21,6 +21,8 @@ import ray
 MIB = 1 << 20
 # Seconds for which a read waits before it counts as hung.
 HANG = 120.0
+# Seconds for which an owner may take to say whether an object has been made.
+WAIT = 10.0
 
 
 def content(number: int) -> np.ndarray:
@@ -120,7 +122,7 @@ class Driver:
             found = ray.get(ref, timeout=HANG)
         except ray.exceptions.GetTimeoutError:
             # What no task has made yet waits for a processor, and not for its storage.
-            is_made, _ = ray.wait([ref], timeout=0, fetch_local=False)
+            is_made, _ = ray.wait([ref], timeout=WAIT, fetch_local=False)
             waits = self._hung if is_made else self._late
             waits.append(f"{ref.hex()} until {time.strftime('%H:%M:%S')}")
             del self._live[number]

@@ -209,7 +209,7 @@ def test_a_server_without_room_for_a_trial_evicts_nothing_for_it(server: Server)
     assert server.client.delete("session:1") == 1
 
 
-def test_what_is_tried_goes_by_itself_if_the_trial_is_killed(server: Server) -> None:
+def test_what_is_tried_expires_if_the_trial_is_killed(server: Server) -> None:
     found: list[int] = []
 
     def look() -> bool:

@@ -32,6 +32,9 @@ from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.units import MIB
 
 CHUNK = 100_000
+# The replies to one registration and to two chunks and their header. The next one says what is
+# settled.
+BEFORE_SETTLED = len(b":1\r\n") + 3 * len(b"+OK\r\n")
 
 
 class Unreadable:
@@ -42,11 +45,6 @@ class Unreadable:
 
     def __getitem__(self, part: object) -> memoryview:
         raise MemoryError
-
-
-# The replies to one registration and to two chunks and their header. The next one says what is
-# settled.
-BEFORE_SETTLED = len(b":1\r\n") + 3 * len(b"+OK\r\n")
 
 
 class Cut:

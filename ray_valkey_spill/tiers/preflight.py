@@ -56,7 +56,7 @@ COMMANDS = (
     *("ZADD", "ZRANGE", "ZRANGEBYLEX", "ZREM", "ZSCORE"),
     *("HDEL", "HGET", "HSCAN", "HSET", "HSETNX", "HVALS"),
 )
-# Seconds after which a string that was tried goes by itself, if this process is killed.
+# Seconds after which a string that was tried expires, if this process is killed before that.
 _TRIAL = 60
 # Random keys to try until one lies on a given shard; enough for a thousand shards.
 _TRIES = 10_000
