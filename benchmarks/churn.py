@@ -30,13 +30,23 @@ from typing import Any, NamedTuple
 import psutil
 import ray
 from ray.cluster_utils import Cluster
-from support.clusters import add_node, cluster, io_workers, kill_node, own_memory
+from support.clusters import (
+    add_node,
+    cluster_with,
+    io_workers,
+    kill_node,
+    own_memory,
+    system_config,
+)
 from support.servers import BOOKS, ROOT, Server, valkey_server
 
 from benchmarks.common import MIB, lines, machine, note, results_only, table
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
 
 NODES, DRIVERS = 3, 2
+# Of a node, for tasks. Each runs the tasks of one driver only, and Ray ends idle ones beyond the
+# number of processors: else most of the machine's time goes into the start of workers.
+WORKERS = {"num_workers_soft_limit": 6}
 BETWEEN_SAMPLES = 3.0
 # Seconds for which an object may stay after its last reference went, and those by which a driver's
 # list of its references and a sample may be late.
@@ -359,7 +369,7 @@ def churn(
     with (
         tempfile.TemporaryDirectory(prefix="rvs-churn-") as directory,
         valkey_server() as server,
-        cluster(server.url, nodes=NODES) as nodes,
+        cluster_with(system_config(server.url) | WORKERS, NODES) as nodes,
     ):
         run = Run(server, nodes, Path(directory), limit, seed)
         try:
