@@ -1,7 +1,7 @@
 """Nodes, drivers and actors that come and go all the time; nothing may be lost, or stay.
 
-Drivers keep several times what the object stores hold. Every minute or so a node other than the
-head is killed and another one started; now and then a driver is killed, or ends. What is on the
+Drivers keep up to four times what the object stores hold. Every minute or so a node other than
+the head is killed and another one started; now and then a driver is killed, or ends. What is on the
 server is compared with what is referenced, every few seconds.
 
 `python -m benchmarks.churn --minutes 120 --into DIRECTORY` draws both over time, and fails if an
@@ -58,8 +58,8 @@ METADATA = ("pending", "index", "usage", "writers", "totals", "leases", "overflo
 # each is by how much its median may rise from the second third of a run to the last at least; more
 # than that is growth if it is also more than a quarter.
 MOST_GROWTH = {
-    "server": 150.0,  # MiB; half of what a driver references
-    "metadata": 0.25,  # MiB; a thousand objects, of which there are 600 at most
+    "server": 300.0,  # MiB; half of what a driver references
+    "metadata": 0.25,  # MiB; a thousand objects, of which 1,200 are referenced at most
     "workers": 64.0,  # MiB; the data under way
     "threads": 8,  # of LZ4
     "sockets": 16,  # connections to owners
@@ -431,7 +431,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--between", type=float, default=60, help="seconds between two events")
-    parser.add_argument("--limit", type=int, default=300, help="MiB that a driver references")
+    parser.add_argument("--limit", type=int, default=600, help="MiB that a driver references")
     parser.add_argument("--seed", type=int, default=random.getrandbits(16))
     parser.add_argument("--into", type=Path, default=Path(__file__).parent, help="for the picture")
     parser.add_argument("--quick", action="store_true", help="two minutes and the end")
