@@ -684,15 +684,42 @@ def test_check_is_readable_at_eighty_columns(server: Server) -> None:
 
 
 @pytest.fixture
-def nothing_left(short_dir: Path) -> Iterator[dict[str, str]]:
-    """An environment whose home and temporary directories must be empty afterwards."""
-    home, temporary = short_dir / "h", short_dir / "t"
-    home.mkdir()
+def home(short_dir: Path) -> Path:
+    directory = short_dir / "h"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def old_token(home: Path) -> None:
+    """What `ray.init()` of another cluster has left there."""
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("f" * 64)
+
+
+@pytest.fixture
+def nothing_left(
+    home: Path, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, str]]:
+    """An environment that must be as it was afterwards: without processes, and without a token.
+
+    Its home directory must have what it had, and its temporary directory nothing.
+    """
+    # With a token of ours, Ray would not make one.
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name)
+    temporary = short_dir / "t"
     temporary.mkdir()
+    before = contents(home)
     yield {"HOME": str(home), "TMPDIR": str(temporary)}
     wait_until(lambda: list(temporary.iterdir()) == [])
-    assert list(home.iterdir()) == []
+    assert contents(home) == before
     wait_until(lambda: not started_with(home))
+
+
+def contents(directory: Path) -> dict[Path, bytes | None]:
+    """All files, and all directories, below it."""
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
 
 
 def started_with(home: Path) -> list[str]:
@@ -722,6 +749,7 @@ def test_demo_shows_a_gibibyte_spilled_and_restored(nothing_left: dict[str, str]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("old_token")
 def test_demo_that_is_interrupted_leaves_nothing_either(nothing_left: dict[str, str]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "ray_valkey_spill", "demo"],

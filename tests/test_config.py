@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import ray_valkey_spill
 from ray_valkey_spill import spilling_config, system_config
 from ray_valkey_spill.config import Config, Endpoint, parameters
 from ray_valkey_spill.errors import ConfigError
@@ -510,3 +512,17 @@ def test_a_wrong_parameter_is_found_when_the_config_is_made() -> None:
         spilling_config(chunk_size="1")
     with pytest.raises(ConfigError, match="did you mean 'namespace'"):
         system_config(namespaces="a")
+
+
+@pytest.mark.parametrize("make", [spilling_config, system_config])
+def test_a_wrong_url_is_reported_without_frames_of_this_package(
+    make: Callable[..., object],
+) -> None:
+    """But that of the function that was called, which no exception can be without."""
+    with pytest.raises(ConfigError) as caught:
+        make(url="host:6379")
+    package = Path(ray_valkey_spill.__file__).parent
+    ours = [entry for entry in caught.traceback if package in Path(entry.path).parents]
+    assert [entry.name for entry in ours] == [make.__name__]
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import valkey
+from support.clock import Clock
 from support.proxy import Hold, Proxy, proxy_to
 from support.rigs import Rig
 from support.samples import get, noise, object_id, source
@@ -26,6 +27,7 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ServerFullError, SpillError
 from ray_valkey_spill.format.names import Entry, Keyspace
 from ray_valkey_spill.store.object_store import StoredObject
+from ray_valkey_spill.tiers import budget
 from ray_valkey_spill.tiers.room import cost, member_cost
 from ray_valkey_spill.units import KIB, MIB
 
@@ -249,6 +251,25 @@ def test_a_connection_cut_at_any_command_of_a_delete_costs_nothing(
         assert namespace.check() == set()
         namespace.proxy.disarm()
         urls = spilled(store, sizes)
+
+
+@batches
+@pytest.mark.parametrize("limit", [LIMITS["no limit"], LIMITS["max_bytes"]])
+def test_a_connection_cut_at_any_reply_to_a_delete_costs_nothing(
+    namespace: Namespace, sizes: list[int]
+) -> None:
+    store = steady(namespace, sizes)
+    way = namespace.proxy.to_client
+    for size in itertools.count(1):
+        urls = spilled(store, sizes)
+        way.reset_after = size
+        store.delete(urls)
+        is_over = way.reset_after is not None
+        way.reset_after = None
+        assert namespace.check() == set()
+        if is_over:
+            assert size > 5
+            return
 
 
 # --- what is refused ---
@@ -545,6 +566,39 @@ def test_a_writer_without_a_grant_asks_for_one_first(
     is_limited = limit != LIMITS["no limit"]
     assert cost == Cost(1 + is_limited, counted(eval=2 + is_limited, set=1))
     store.delete(urls)
+
+
+@pytest.mark.parametrize(
+    ("limit", "policy", "pause", "exchanges"),
+    [
+        (LIMITS["maxmemory"], "noeviction", 5.0, 1),
+        (LIMITS["maxmemory"], "volatile-lru", 0.1, 1),
+        (LIMITS["maxmemory"], "volatile-lru", 2.0, 2),
+        (LIMITS["both"], "volatile-lru", 5.0, 1),
+        (LIMITS["no limit"], "noeviction", 5.0, 1),
+        (LIMITS["no limit"], "noeviction", 11.0, 2),
+    ],
+)
+def test_a_spill_looks_first_where_others_may_have_filled_the_room_in_a_pause(
+    namespace: Namespace,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+    pause: float,
+    exchanges: int,
+) -> None:
+    """And would lose keys to it, or where nobody knows of a limit yet."""
+    clock = Clock()
+    monkeypatch.setattr(budget, "time", clock)
+    namespace.client.config_set("maxmemory-policy", policy)
+    namespace.client.set("session:1", "", ex=3600)
+    store = steady(namespace, [1000])
+    clock.sleep(pause)
+    urls: list[str] = []
+    cost = cost_of([namespace.proxy], lambda: urls.extend(spilled(store, [1000])))
+    asks = policy == "volatile-lru" and exchanges == 2
+    assert cost == Cost(exchanges, counted(eval=2 + asks, set=1))
+    store.delete(urls)
+    namespace.client.config_set("maxmemory-policy", "noeviction")
 
 
 @contextlib.contextmanager

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from support.clock import Clock
+from support.owners import Oracle
 from support.samples import get, noise, source
 from support.servers import Server
 from support.stores import Store
@@ -15,6 +17,7 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Entry, NodeName, ObjectName
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import CleanUp
+from ray_valkey_spill.store.reclaim import Pace
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.units import MIB
 
@@ -130,6 +133,34 @@ def test_a_round_of_an_idle_node_is_a_handful_of_commands(fleet: Fleet) -> None:
     assert sent == _ROUND
     fleet.add_others(200)
     assert fleet.calls(do_a_round) == alone
+
+
+def test_an_idle_node_reclaims_at_the_same_cost_beside_two_hundred_others(fleet: Fleet) -> None:
+    """A minute of it, with looks at the leases: other nodes come before it to look after the dead.
+
+    What the one node of a session that does look after them reads grows with their number.
+    """
+    clock, first = Clock(), [f"{number:056x}" for number in range(3)]
+    owners = Oracle(NODE, *first)
+    urls, _ = fleet.store.put([source(noise(1000))])
+    reclaimer = fleet.store.background.reclaimer(owners, Pace(age=0.0), clock.monotonic)
+
+    def do_a_minute() -> None:
+        for node in (*first, NODE):
+            lease = {f"{NodeName(SESSION, node)}:{GCS}": 1000 * time.time()}
+            fleet.client.zadd(fleet.store.keys.leases, lease)
+        for _ in range(6):
+            reclaimer.step()
+            clock.sleep(10.0)
+
+    fleet.add_others(1)
+    do_a_minute()
+    alone = fleet.calls(do_a_minute)
+    assert alone["zrange"] >= 1
+    assert owners.asked
+    fleet.add_others(200)
+    assert fleet.calls(do_a_minute) == alone
+    fleet.store.delete(urls)
 
 
 # --- metadata of version 0.1 ---

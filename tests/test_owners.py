@@ -135,9 +135,13 @@ def test_many_owners_that_died_together_are_found_in_one_call(owner: Any) -> Non
     assert verdicts == [Verdict.REFERENCED] * COUNT + [Verdict.OWNER_DEAD] * len(wanted)
 
 
-def test_a_cluster_is_not_joined_through_ray_client() -> None:
-    with pytest.raises(SpillError, match=r"Ray Client.*Give --address"):
-        joined("ray://127.0.0.1:10001").__enter__()
+@pytest.mark.parametrize(
+    ("address", "kind"), [("ray://127.0.0.1:10001", "Ray Client"), ("local", "no address")]
+)
+def test_a_cluster_is_joined_by_an_address_of_its_gcs_alone(address: str, kind: str) -> None:
+    """Through Ray Client no owner can be asked, and for "local" Ray would start a new cluster."""
+    with pytest.raises(SpillError, match=rf"{kind}.*Give --address"):
+        joined(address).__enter__()
 
 
 def test_whoever_has_taken_over_an_address_does_not_speak_for_its_predecessor(owner: Any) -> None:

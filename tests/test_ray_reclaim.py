@@ -322,7 +322,7 @@ if any("SPILL_WORKER" in argument for argument in sys.orig_argv):
 """
 
 
-def test_gc_joins_a_cluster_and_of_an_object_spilled_twice_the_old_copy_goes(
+def test_gc_joins_a_cluster_and_what_was_spilled_twice_goes_with_its_last_reference(
     spilling: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a cluster whose living node has not spilled yet: nobody reclaims there but `gc`."""
@@ -386,8 +386,8 @@ def _expect_gc_to_leave(server: Server, address: str, dead: str, needed: set[str
     command = [sys.executable, "-m", "ray_valkey_spill", "gc", "--yes", "--url", server.url]
     # They watch leases for a minute, both at the same time; then one asks each owner twice.
     processes = [
-        subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
-        for options in ([], ["--address", address])
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **env})
+        for env in ({}, {"RAY_ADDRESS": address})
     ]
     alone, joined = (" ".join(process.communicate()[0].split()) for process in processes)
     assert [process.returncode for process in processes] == [0, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.clock import Clock
+from support.owners import Oracle
 from support.samples import METADATA, noise, object_id
 from support.servers import Server
 from support.stores import Store
@@ -27,7 +29,6 @@ from ray_valkey_spill.store.cleanup import LEASE
 from ray_valkey_spill.store.observer import Observer, Reason
 from ray_valkey_spill.store.reclaim import (
     Left,
-    Owned,
     Pace,
     Reclaimer,
     Verdict,
@@ -40,29 +41,6 @@ SIZES = [100, 30_000]  # inline, and in chunks
 # No age, since the objects of a test are new.
 PACE = Pace(age=0.0)
 REFERENCED, UNREFERENCED = Verdict.REFERENCED, Verdict.UNREFERENCED
-
-
-class Oracle:
-    """Owners that say what a test wants.
-
-    Attributes:
-        alive: the ids of nodes, and whether each is alive; None if the GCS does not answer.
-        answers: by object id; for others `usual`.
-        asked: all that was asked for.
-    """
-
-    def __init__(self, *alive: str) -> None:
-        self.alive: dict[str, bool] | None = dict.fromkeys(alive, True)
-        self.answers: dict[str, Verdict] = {}
-        self.usual = REFERENCED
-        self.asked: list[Owned] = []
-
-    def nodes(self) -> Mapping[str, bool] | None:
-        return None if self.alive is None else dict(self.alive)
-
-    def verdicts(self, wanted: Sequence[Owned]) -> list[Verdict]:
-        self.asked += wanted
-        return [self.answers.get(owned.object_id, self.usual) for owned in wanted]
 
 
 class Counts(Observer):
@@ -389,6 +367,37 @@ def test_a_node_asks_for_its_own_objects_which_are_older_than_a_while(session: S
     assert session.left == {*range(14)} - {3, 4, 5}
 
 
+def test_a_step_asks_for_a_slice_of_its_own_and_of_the_dead_nodes_objects(
+    session: Session,
+) -> None:
+    """So that it never takes a core for long, however many objects there are."""
+    session.put(FIRST, range(20))
+    session.put(SECOND, range(20, 30))
+    session.kill(FIRST)
+    reclaimer = session.reclaimer(pace=dataclasses.replace(PACE, own=2, of_dead=3))
+    asked: set[int] = set()
+    for _ in range(12):
+        session.oracle.asked.clear()
+        session.steps(reclaimer, 1)
+        numbers = [int(owned.object_id, 16) for owned in session.oracle.asked]
+        assert len(numbers) <= 2 + 3
+        asked |= {*numbers}
+    assert asked == {*range(30)}
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [(0.1, 11), (5.0, 5)])
+def test_the_longer_a_pass_over_dead_nodes_takes_the_longer_the_next_one_waits(
+    session: Session, monkeypatch: pytest.MonkeyPatch, seconds: float, passes: int
+) -> None:
+    """Here in 220 seconds: at least 15 between two, and ten times what one takes of a core."""
+    session.put(FIRST, range(3))
+    session.put(SECOND, [])
+    session.kill(FIRST)
+    monkeypatch.setattr(time, "thread_time", itertools.count(0.0, seconds).__next__)
+    session.steps(session.reclaimer(), 22)
+    assert len(session.oracle.asked) == 3 * passes
+
+
 def test_only_the_copy_that_was_asked_for_goes(session: Session) -> None:
     """The same object, spilled again, has another name; and what is pending is not asked for."""
     session.put(FIRST, [1])
@@ -679,14 +688,13 @@ def test_many_objects_of_a_dead_node_go_within_two_minutes(session: Session) -> 
     kept = range(0, count, 100)
     session.answer(REFERENCED, kept)
     reclaimer = session.reclaimer()
-    began, worked = session.clock.now, time.thread_time()
+    began = session.clock.now
     while len(session.left) > len(kept):
         session.steps(reclaimer, 1)
         # A keeper's rounds are up to 13 s apart.
         session.clock.now += 3.0
         assert session.clock.now - began < 120
     assert session.left == {*kept}
-    print(f"{(time.thread_time() - worked) / count * 1e6:.0f} us an object")
 
 
 _NOT_CONNECTED = """

@@ -191,10 +191,12 @@ def joined(address: str) -> Iterator[tuple[str, RayOwners]]:
     Raises:
         SpillError: that is not possible from here.
     """
-    if address.startswith("ray://"):
+    # Ray takes "local" for a new cluster.
+    if address == "local" or address.startswith("ray://"):
+        kind = "no address" if address == "local" else "that of Ray Client"
         raise SpillError(
-            f"cannot join the Ray cluster at {address}, which is that of Ray Client",
-            "Give --address the host:port of the GCS, usually with port 6379",
+            f"cannot join the Ray cluster at {address}, which is {kind}",
+            'Give --address the host:port of the GCS, usually with port 6379, or "auto"',
         )
     try:
         ray.init(

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray_valkey_spill._startup import STORAGE_TYPE
 from ray_valkey_spill.config import check_params
+from ray_valkey_spill.errors import ConfigError
 
 __all__ = ["RAY_SETTINGS", "spilling_config", "system_config"]
 
@@ -32,7 +33,11 @@ def spilling_config(url: str | None = None, **params: Any) -> str:
     """
     given = {"url": url, **params}
     given = {name: value for name, value in given.items() if value is not None}
-    check_params(given)
+    try:
+        check_params(given)
+    except ConfigError as error:
+        # Its message names the fix; frames in this package would only hide it.
+        raise error.with_traceback(None) from None
     return json.dumps({"type": STORAGE_TYPE, "params": given})
 
 
@@ -43,4 +48,8 @@ def system_config(url: str | None = None, **params: Any) -> dict[str, str | int]
     local disk is not nearly full. To keep that check, override it:
     `{**system_config(…), "local_fs_capacity_threshold": 0.95}`.
     """
-    return {"object_spilling_config": spilling_config(url, **params), **RAY_SETTINGS}
+    try:
+        config = spilling_config(url, **params)
+    except ConfigError as error:
+        raise error.with_traceback(None) from None
+    return {"object_spilling_config": config, **RAY_SETTINGS}
