@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, results_only
+from benchmarks.common import origin, origin_line, results_only
 from benchmarks.serving import Process
 
 __all__ = ["OLD", "Checkout", "checkouts", "contenders", "heads", "in_turn", "main", "side_by_side"]
@@ -116,9 +116,8 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     compared = checkouts(options.against and options.against.resolve())
     with results_only() as output:
-        results = {"machine": machine(), **measure(options.quick, compared)}
+        results = {**origin(), **measure(options.quick, compared)}
         if options.json:
             print(json.dumps(results, indent=2), file=output)
             return
-        machine_line = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-        print(machine_line, tables(results), sep="\n\n", file=output)
+        print(origin_line(results), tables(results), sep="\n\n", file=output)

@@ -40,7 +40,7 @@ from support.clusters import (
 )
 from support.servers import BOOKS, ROOT, Server, valkey_server
 
-from benchmarks.common import MIB, lines, machine, note, results_only, table
+from benchmarks.common import MIB, lines, note, origin, origin_line, results_only, table
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
 
 NODES, DRIVERS = 3, 2
@@ -413,7 +413,7 @@ def _draw(samples: list[_Sample], into: Path) -> None:
     )
 
 
-def _report(found: dict[str, Any]) -> str:
+def _report(about: dict[str, Any], found: dict[str, Any]) -> str:
     names = [name for name, value in found.items() if isinstance(value, int | float)]
     rows = [["what", "value"], *([name, f"{found[name]:,.0f}"] for name in names)]
     rows += [[f"events: {name}", str(count)] for name, count in found["events"].items()]
@@ -424,7 +424,7 @@ def _report(found: dict[str, Any]) -> str:
         parts += [f"{name.removesuffix('_details')}: {each}" for each in found[name] if each]
     if not found["growth_is_judged"]:
         parts.append(f"Growth is not judged in less than {SHORTEST_JUDGED:g} minutes.")
-    return "\n\n".join([*parts, "Failures: " + str(found["failures"])])
+    return "\n\n".join([*parts, f"Failures: {found['failures']}", origin_line(about)])
 
 
 def main() -> None:
@@ -439,11 +439,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.minutes, options.between, options.limit = 2, 20, 150
+    about = origin()
     with results_only() as output:
         found, samples = churn(options.minutes, options.between, options.limit, options.seed)
-        results = {"machine": machine(), "runs": [found]}
+        results = {**about, "runs": [found]}
         print(
-            json.dumps(results, indent=2) if options.json else _report(found),
+            json.dumps(results, indent=2) if options.json else _report(about, found),
             file=output,
             flush=True,
         )

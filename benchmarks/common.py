@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -209,13 +210,45 @@ def machine() -> dict[str, str]:
 
 
 def commit_of(checkout: Path) -> str:
-    """The commit of a checkout, with a mark if files differ; "unknown" where there is no git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    """The commit of a checkout, with a mark if files differ; "unknown" where there is no git.
+
+    Results do not count: those of one benchmark would else mark the next one's.
+    """
+    results = [f":(exclude,top)benchmarks/*.{suffix}" for suffix in ("md", "png", "json", "jsonl")]
     try:
-        found = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+        commit = _git(checkout, "describe", "--always", "--abbrev=10", "--exclude=*")
+        status = ("status", "--porcelain", "--untracked-files=no")
+        is_changed = _git(checkout, *status, "--", ":(top)", *results)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{commit}-dirty" if is_changed else commit
+
+
+def _git(checkout: Path, *command: str) -> str:
+    found = subprocess.run(
+        ["git", *command], cwd=checkout, capture_output=True, text=True, check=True
+    )
     return found.stdout.strip()
+
+
+def origin() -> dict[str, Any]:
+    """When, of which code, and where something is measured."""
+    return {
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        "commit": commit_of(Path(__file__).parent),
+        "machine": machine(),
+    }
+
+
+def origin_line(found: Mapping[str, Any]) -> str:
+    """What `origin` has returned, on a line."""
+    return f"{found['date']}, {code_line(found)}"
+
+
+def code_line(found: Mapping[str, Any]) -> str:
+    """As `origin_line`, without the date."""
+    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    return f"commit {found['commit']}; {machine}"
 
 
 def main(
@@ -229,12 +262,11 @@ def main(
     parser.add_argument("--quick", action="store_true", help="fewer rounds and cases")
     options = parser.parse_args()
     with results_only() as output:
-        results = {"machine": machine(), **measure(options.quick)}
+        results = {**origin(), **measure(options.quick)}
         if options.json:
             print(json.dumps(results, indent=2), file=output)
             return
-        machine_line = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-        print(machine_line, tables(results), sep="\n\n", file=output)
+        print(origin_line(results), tables(results), sep="\n\n", file=output)
 
 
 @contextlib.contextmanager

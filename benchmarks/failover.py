@@ -32,7 +32,7 @@ from support.proxy import Proxy, proxy_to
 from support.servers import Node, wait_until
 from support.topologies import SentinelGroup, sentinel_servers
 
-from benchmarks.common import KIB, machine, note, results_only, table
+from benchmarks.common import KIB, note, origin, origin_line, results_only, table
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import LostObjectError, ServerError
 from ray_valkey_spill.format.packing import SourceObject
@@ -305,8 +305,9 @@ ROWS = {
 }
 
 
-def report(machine: dict[str, str], runs: list[dict[str, Any]]) -> str:
+def report(found: dict[str, Any]) -> str:
     """Markdown."""
+    runs = found["runs"]
     summary = (
         f"A store puts, reads, compares and drops objects while its primaries are killed. There "
         f"are {REPLICAS} replicas and three Sentinels (seed {runs[0]['seed']}). A replica follows "
@@ -317,10 +318,13 @@ def report(machine: dict[str, str], runs: list[dict[str, Any]]) -> str:
     )
     head = ["", *(f"`min_replicas` {run['min_replicas']}" for run in runs)]
     rows = [[name, *(text.format(**run) for run in runs)] for name, text in ROWS.items()]
-    about = "{cpu}, {memory}, kernel {kernel}, Python {python}".format(**machine)
     written = "Written by `python -m benchmarks.failover`."
     return "\n\n".join(
-        ["# Failover", written, summary, *failures(runs), table([head, *rows]), about]
+        [
+            *("# Failover", written, summary),
+            *failures(runs),
+            *(table([head, *rows]), origin_line(found)),
+        ]
     )
 
 
@@ -332,12 +336,13 @@ def main() -> None:
     parser.add_argument("--render", type=Path, help="report on this JSON file instead")
     options = parser.parse_args()
     if options.render:
-        print(report(**json.loads(options.render.read_text())))
+        print(report(json.loads(options.render.read_text())))
         return
     with results_only() as output:
+        found = origin()
         runs = [failover(number, options.kills, options.seed) for number in range(REPLICAS + 1)]
-        results = json.dumps({"machine": machine(), "runs": runs}, indent=2)
-        print(results if options.json else report(machine(), runs), file=output)
+        found["runs"] = runs
+        print(json.dumps(found, indent=2) if options.json else report(found), file=output)
     sys.exit(bool(failures(runs)))
 
 

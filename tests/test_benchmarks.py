@@ -17,6 +17,7 @@ from support.servers import Server
 
 from benchmarks import fleet
 from benchmarks.churn import KEYS, Left, grown, growth, left
+from benchmarks.common import commit_of
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.store.object_store import ObjectStore
 
@@ -208,6 +209,22 @@ def test_churn_fails_where_a_median_grows_by_a_quarter_and_by_more_than_its_boun
     assert failures("server", 400.0, 800.0) == ["server grew from 400.00 to 800.00"]
     assert failures("session_files", 40, 80) == ["session_files grew from 40.00 to 80.00"]
     assert failures("sockets", 0, 20) == ["sockets grew from 0.00 to 20.00"]
+
+
+def test_a_commit_is_marked_if_anything_but_results_has_changed(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("code.py", "benchmarks/wire.py", "benchmarks/RESULTS.md"):
+        (tmp_path / name).write_text("")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init"], ["add", "."], [*who, "commit", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    commit = commit_of(tmp_path)
+    assert len(commit) == 10
+    (tmp_path / "benchmarks" / "RESULTS.md").write_text("4 GB/s")
+    assert commit_of(tmp_path / "benchmarks") == commit
+    (tmp_path / "code.py").write_text("pass")
+    assert commit_of(tmp_path / "benchmarks") == f"{commit}-dirty"
+    assert commit_of(Path("/")) == "unknown"
 
 
 @pytest.fixture
