@@ -840,6 +840,19 @@ def test_the_image_has_the_clusters_ray_and_a_python_that_will_do() -> None:
         assert image.endswith(f":{version}")
 
 
+def test_the_image_keeps_what_it_has_and_is_checked_in_the_end() -> None:
+    text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
+    (run,) = re.findall(r"^RUN .*$", text, re.MULTILINE)
+    steps = [" ".join(step.split()) for step in run.split("&&")]
+    listing, install = steps[:2]
+    listed = listing.rpartition(" > ")[2]
+    assert "pip list --format=freeze" in listing
+    assert f"pip install --no-cache-dir --constraint {listed} " in install
+    checks = steps[steps.index("pip check") :]
+    # What an older image's pyOpenSSL does not outlive is a newer cryptography.
+    assert any({"OpenSSL.SSL,", "cryptography,", "ray'"} <= {*check.split()} for check in checks)
+
+
 # What the locks of rayproject/ray have of our dependencies (python/deplocks/base_extra and
 # python/requirements_compiled.txt in Ray's repository, Ray 2.60). valkey and xxhash are not there.
 OF_RAYS_IMAGE = {

@@ -129,8 +129,10 @@ def config(acl: bool, as_json: bool, **options: Any) -> None:
 
 @cli.command(cls=Command)
 @parameter_options
-@click.option("--session", type=TEXT, metavar="PREFIX", help="Only sessions that begin so.")
-@click.option("--node", type=TEXT, metavar="PREFIX", help="Only nodes whose ids begin so.")
+@click.option(
+    "--session", type=TEXT, metavar="PREFIX", help="Only sessions whose names have this prefix."
+)
+@click.option("--node", type=TEXT, metavar="PREFIX", help="Only nodes whose ids have this prefix.")
 @click.option("--tier", type=click.Choice(["valkey", "overflow"]), help="Only this tier.")
 @click.option(
     "--older-than", type=DURATION, metavar="AGE", help="Only objects of at least 90s, 10m, 2h, 3d."
@@ -142,7 +144,7 @@ def config(acl: bool, as_json: bool, **options: Any) -> None:
     show_default=True,
     help="By node and id; or the oldest, or the largest as data or as stored, first.",
 )
-@click.option("--limit", type=NUMBER, metavar="NUMBER", help="No more objects than so many.")
+@click.option("--limit", type=NUMBER, metavar="NUMBER", help="At most so many objects.")
 @timeout_option
 @_json_option
 def ls(
@@ -254,7 +256,9 @@ def inspect(key: str, timeout: float, as_json: bool, **options: Any) -> None:
 
 @cli.command(cls=Command)
 @parameter_options
-@click.option("--session", type=TEXT, metavar="PREFIX", help="Only sessions that begin so.")
+@click.option(
+    "--session", type=TEXT, metavar="PREFIX", help="Only sessions whose names have this prefix."
+)
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @click.option("--yes", is_flag=True, help="Remove without asking. Only a terminal is asked.")
 @click.option(

@@ -143,7 +143,7 @@ timeout_option = click.option(
     default="5",
     show_default=True,
     metavar="SECONDS",
-    help="Give up on a server that does not answer for so long.",
+    help="Give up on a server that does not answer within this time.",
 )
 
 
