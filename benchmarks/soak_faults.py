@@ -251,6 +251,13 @@ def _the_overflow_hangs(scene: Scene) -> Iterator[HasStruck]:
 
 
 @contextlib.contextmanager
+def _the_overflow_fails(scene: Scene) -> Iterator[HasStruck]:
+    assert scene.target.share is not None
+    with faults.fails(scene.target.share) as has_struck:
+        yield has_struck
+
+
+@contextlib.contextmanager
 def _the_server_is_full(scene: Scene) -> Iterator[HasStruck]:
     """Ray may hear of it from the package, before the server refuses anything."""
     before = _failures()
@@ -274,6 +281,7 @@ _MOMENT = {"lasts": False}
 _DESTROYS = {"lasts": False, "destroys": True}
 _WITH_PASSWORD = frozenset({"tls"})
 _CLUSTER, _SENTINEL = frozenset({"cluster"}), frozenset({"sentinel"})
+_OVERFLOW = frozenset({"overflow"})
 
 TABLE = [
     Strike("an IO worker is killed", _an_io_worker_is_killed, ALL, lasts=False, times=3),
@@ -319,7 +327,8 @@ TABLE = [
     _server(faults.forbids_set, ALL),
     _server(faults.forbids_get, ALL),
     _server(faults.forbids_unlink, ALL),
-    Strike("the overflow hangs", _the_overflow_hangs, frozenset({"overflow"}), times=2),
+    Strike("the overflow hangs", _the_overflow_hangs, _OVERFLOW, times=2),
+    Strike("the overflow fails", _the_overflow_fails, _OVERFLOW),
     _server(faults.loses_a_primary, TOPOLOGIES, times=2),
     _server(faults.loses_a_replica, TOPOLOGIES),
     _server(faults.has_a_primary_that_stands_still, TOPOLOGIES),

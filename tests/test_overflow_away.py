@@ -144,6 +144,24 @@ def _works(use: Callable[[OverflowTier, Place], object], *args: Any) -> bool:
 
 
 @needs_fuse
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_every_use_of_a_share_that_answers_with_errors_fails_and_works_again_after_it(
+    tier: OverflowTier, share: HangingDirectory, use: Callable[[OverflowTier, Place], object]
+) -> None:
+    """What cannot be read is never taken for lost."""
+    place = write(tier)
+    share.fail()
+    with pytest.raises(OverflowUnavailableError):
+        use(tier, place)
+    assert share.refused
+    share.go_on()
+    wait_until(lambda: _works(use, tier, place))
+    assert tier.is_signed(SESSION, "signed")
+    if use is not USES["remove"]:
+        assert read(tier, place) == DATA
+
+
+@needs_fuse
 @pytest.mark.parametrize("op", [Op.MKDIR, Op.CREATE, Op.WRITE, Op.FLUSH, Op.RENAME])
 def test_a_write_that_comes_back_to_life_leaves_nothing(
     tier: OverflowTier, share: HangingDirectory, op: Op

@@ -418,7 +418,9 @@ def loses_a_sentinel(rig: TopologyRig) -> Iterator[HasStruck]:
     assert isinstance(rig.servers, SentinelGroup)
     (killed, *_) = rig.servers.sentinels
     killed.kill()
-    yield lambda: True
+    # Only who connects asks a Sentinel.
+    disconnected = rig.disconnect()
+    yield lambda: disconnected > 0
     killed.start()
     wait_until(killed.serves)
 
@@ -431,6 +433,15 @@ def hangs(share: HangingDirectory) -> Iterator[HasStruck]:
     """The overflow answers nothing, while Valkey is well."""
     share.hang()
     yield lambda: bool(share.held)
+    share.go_on()
+
+
+@contextlib.contextmanager
+def fails(share: HangingDirectory) -> Iterator[HasStruck]:
+    """The overflow answers everything with an error, while Valkey is well."""
+    before = share.refused
+    share.fail()
+    yield lambda: share.refused > before
     share.go_on()
 
 

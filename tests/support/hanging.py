@@ -1,7 +1,8 @@
-"""A directory that can stand still, as a share does whose server is away: a FUSE file system.
+"""A directory that can stand still, or fail, as a share whose server is away: a FUSE file system.
 
-It passes on what is asked to another directory, or keeps it waiting. It speaks the kernel's own
-protocol (linux/fuse.h) over /dev/fuse, so that it needs the right to mount and no library.
+It passes on what is asked to another directory, keeps it waiting, or answers with an error. It
+speaks the kernel's own protocol (linux/fuse.h) over /dev/fuse, so that it needs the right to mount
+and no library.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Op(IntEnum):
 
 
 _WITHOUT_REPLY = {Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT}
+# What is closed is closed behind the share too, whether it fails or not.
+_NEVER_FAIL = {Op.INIT, Op.RELEASE, Op.RELEASEDIR}
 
 
 class HangingDirectory:
@@ -88,8 +91,18 @@ class HangingDirectory:
         """Keep what is asked from now on waiting: `ops`, or everything."""
         self._tell(f"hang {' '.join(op.name for op in ops or Op)}")
 
+    def fail(self) -> None:
+        """Answer everything with an error (EIO) from now on."""
+        self._tell("fail yes")
+
+    @property
+    def refused(self) -> int:
+        """How many errors `fail` has answered with so far."""
+        return int(self._tell("refused"))
+
     def go_on(self) -> None:
         """Do what was asked meanwhile, and all that follows."""
+        self._tell("fail")
         self._tell("hang")
 
     def close(self) -> None:
@@ -116,6 +129,7 @@ class _Server:
         self.behind = behind
         self._held: list[bytes] = []
         self._hanging: set[Op] = set()
+        self._is_failing, self._refused = False, 0
         self._paths = {1: "."}
         libc = ctypes.CDLL(None, use_errno=True)
         libc.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
@@ -142,6 +156,11 @@ class _Server:
     def _obey(self, words: list[str]) -> None:
         if not words:
             sys.exit()
+        if words[0] == "refused":
+            print(self._refused, flush=True)
+            return
+        if words[0] == "fail":
+            self._is_failing = len(words) > 1
         if words[0] == "hang":
             self._hanging = {Op[name] for name in words[1:]}
             held, self._held = self._held, []
@@ -169,6 +188,9 @@ class _Server:
         try:
             if op not in [*Op]:
                 raise OSError(errno.ENOSYS, "not here")
+            if self._is_failing and op not in _NEVER_FAIL:
+                self._refused += 1
+                raise OSError(errno.EIO, "fails")
             handle = getattr(self, f"_{Op(op).name.lower()}")
             reply = handle(self._paths.get(node, "gone"), request[_REQUEST.size :])
         except OSError as failure:
