@@ -26,7 +26,7 @@ def report(runs: Runs) -> str:
         "Written by `python -m benchmarks.soak --render`.",
         _summary(runs, operations, len(failures)),
         "\n".join(failures),
-        "How often each fault has struck (has hit a client, or killed what it uses), by kind of server:",
+        "How often each fault has struck (hit a client, or killed what it uses), by server:",
         _matrix(runs),
         table([["operation", "times"], *rows]),
         _reclaimed(runs),

@@ -308,6 +308,7 @@ def test_config_prints_forms_that_work_when_pasted() -> None:
     printed = json.loads(result.stdout)
     spilling = {"type": "valkey", "params": {"url": "valkey://host:7000", "chunk_size": 65536}}
     assert printed["object_spilling_config"] == spilling
+    assert any('"unstable API"' in note for note in printed["notes"])
     assert json.loads(printed["system_config"]["object_spilling_config"]) == spilling
     forms = printed["forms"]
 

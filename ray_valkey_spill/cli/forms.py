@@ -116,6 +116,10 @@ def _notes(given: Given, params: Mapping[str, Any], username: str | None) -> Ite
                 "such as /etc/ray-spill, unless the image has this file."
             )
     yield "RAY_AUTH_MODE: the same for nodes and drivers: disabled, or token with RAY_AUTH_TOKEN."
+    yield (
+        'Ray will warn of an "unstable API". Ignore it: the "stable API" that it suggests spills '
+        "to a directory instead."
+    )
 
 
 def _environment(spilling: str) -> str:
