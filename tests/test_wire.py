@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.clock import Clock
 from support.proxy import Proxy, answering, proxy_to
 from support.servers import (
     PRODUCTS,
@@ -190,6 +191,51 @@ def test_requests_are_drawn_only_as_far_ahead_as_the_window_allows(link: Link) -
     # The window has at most 8 MiB, where the server is far or the machine is busy.
     for done, _ in enumerate(link.run(requests())):
         assert drawn - done <= 10
+
+
+def drawn_ahead(link: Link) -> int:
+    """How many values of 64 KiB are drawn before there is a reply to the first one."""
+    drawn, ahead = 0, 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal drawn
+        for _ in range(200):
+            drawn += 1
+            yield store(KEY, [bytes(64 << 10)])
+
+    for done, _ in enumerate(link.run(requests())):
+        ahead = ahead if done else drawn
+    return ahead
+
+
+def test_what_is_under_way_follows_the_round_trip_while_a_connection_lives(
+    server: Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still, but for what the proxy lets pass at each command."""
+    clock = Clock()
+    for module in ("connection", "link"):
+        monkeypatch.setattr(f"ray_valkey_spill.protocol.{module}.time", clock)
+
+    def ahead_after(looks: int, round_trip: float) -> int:
+        def take_time() -> None:
+            clock.sleep(round_trip)
+            proxy.before(take_time)
+
+        proxy.before(take_time)
+        for _ in range(looks):
+            clock.sleep(1.1)
+            wire.execute(command("STRLEN", KEY))
+        proxy.disarm()
+        return drawn_ahead(wire)
+
+    with contextlib.closing(link_to(config(proxy.url))) as wire:
+        near = ahead_after(2, 0.0)
+        # A busy machine looks far for a moment, so this is believed only step by step.
+        assert ahead_after(2, 0.01) <= 2 * near
+        assert ahead_after(40, 0.01) >= 4 * near
+        assert ahead_after(2, 0.0) <= 2 * near
+    assert proxy.connections == 1
+    server.client.delete(KEY)
 
 
 def test_two_runs_may_alternate(link: Link) -> None:
