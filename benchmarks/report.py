@@ -7,7 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def main() -> None:
         against = options.against if name in _COMPARING else None
         results[name] = _run(name, options.quick, against)
         raw.write_text(json.dumps(results, indent=1) + "\n")
-    (options.into / "RESULTS.md").write_text(_document(results, options.into))
+    (options.into / "RESULTS.md").write_text(document(results, _draw(results, options.into)))
 
 
 def _run(name: str, quick: bool, against: Path | None) -> dict[str, Any]:
@@ -72,7 +72,17 @@ def _run(name: str, quick: bool, against: Path | None) -> dict[str, Any]:
     return {**json.loads(result.stdout), **({"against": commit_of(against)} if against else {})}
 
 
-def _document(results: dict[str, Any], directory: Path) -> str:
+def _draw(results: dict[str, Any], directory: Path) -> dict[str, list[Path]]:
+    """Draw the pictures of each benchmark that has some."""
+    if importlib.util.find_spec("matplotlib") is None:
+        note("without pictures, because matplotlib is not installed")
+        return {}
+    drawing = {name: getattr(BENCHMARKS[name], "pictures", None) for name in results}
+    return {name: draw(results[name], directory) for name, draw in drawing.items() if draw}
+
+
+def document(results: dict[str, Any], pictures: Mapping[str, Sequence[Path]]) -> str:
+    """Markdown of the results, with the pictures of each benchmark."""
     goals = [*_goals(results)]
     parts = ["# Benchmark results", _PREFACE]
     origins = {name: code_line(found) for name, found in results.items()}
@@ -82,8 +92,6 @@ def _document(results: dict[str, Any], directory: Path) -> str:
         first, last = min(dates), max(dates)
         when = first if first == last else f"{first} to {last}"
         parts.append(f"{when}, {next(iter(origins.values()))}")
-    if not (can_draw := importlib.util.find_spec("matplotlib") is not None):
-        note("without pictures, because matplotlib is not installed")
     parts += ["## At a glance", _table_of([goal for goal in goals if goal.is_first])]
     parts += ["## Further goals", _table_of([goal for goal in goals if not goal.is_first])]
     for name in (name for name in BENCHMARKS if name in results):
@@ -94,9 +102,7 @@ def _document(results: dict[str, Any], directory: Path) -> str:
         if "against" in found:
             parts.append(f"The old code is commit {found['against']}.")
         parts.append(module.tables(found))
-        draw = getattr(module, "pictures", None)
-        if draw is not None and can_draw:
-            parts += [f"![{path.stem}]({path.name})" for path in draw(found, directory)]
+        parts += [f"![{path.stem}]({path.name})" for path in pictures.get(name, ())]
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from support.servers import Server
 from benchmarks import fleet
 from benchmarks.churn import KEYS, Left, grown, growth, left
 from benchmarks.common import commit_of
+from benchmarks.report import document
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.store.object_store import ObjectStore
 
@@ -236,29 +238,37 @@ def results() -> dict[str, Any]:
     return found
 
 
-def rendered(results: dict[str, Any], directory: Path) -> str:
-    (directory / "results.json").write_text(json.dumps(results))
-    command = [sys.executable, "-m", "benchmarks.report", "--render", "--into", str(directory)]
+def rendered(results: dict[str, Any]) -> str:
+    return document(results, {})
+
+
+def test_the_report_is_drawn_from_the_committed_results(tmp_path: Path) -> None:
+    for name in ("results.json", "RESULTS.md"):
+        shutil.copy(ROOT / "benchmarks" / name, tmp_path)
+    before = (tmp_path / "RESULTS.md").read_text()
+    command = [sys.executable, "-m", "benchmarks.report", "--render", "--into", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
-    return (directory / "RESULTS.md").read_text()
+    # Without pictures where there is no matplotlib.
+    text = re.sub(r"!\[.*\n\n?", "", before).strip()
+    assert re.sub(r"!\[.*\n\n?", "", (tmp_path / "RESULTS.md").read_text()).strip() == text
 
 
 def test_the_report_names_machine_and_commit_once_also_for_several_days(
-    results: dict[str, Any], tmp_path: Path
+    results: dict[str, Any],
 ) -> None:
-    assert "\n\n2026-01-02, commit abc; cpu one\n\n" in rendered(results, tmp_path)
+    assert "\n\n2026-01-02, commit abc; cpu one\n\n" in rendered(results)
     results["wire"]["date"] = "2026-01-05"
-    shown = rendered(results, tmp_path)
+    shown = rendered(results)
     assert "\n\n2026-01-02 to 2026-01-05, commit abc; cpu one\n\n" in shown
     assert shown.count("commit abc") == 1
     results["wire"]["commit"] = "def"
-    shown = rendered(results, tmp_path)
+    shown = rendered(results)
     assert "## wire\n\n2026-01-05, commit def; cpu one\n\n" in shown
     assert shown.count("2026-01-02, commit abc; cpu one") == len(results) - 1
 
 
 def test_the_report_has_goals_for_each_size_and_for_what_is_found_and_for_the_default(
-    results: dict[str, Any], tmp_path: Path
+    results: dict[str, Any],
 ) -> None:
     pinned = [each for each in results["neighbours"]["settings"] if each["window"] is not None]
     default = {**pinned[0], "window": None, "chunk_size": Config().chunk_size}
@@ -266,7 +276,7 @@ def test_the_report_has_goals_for_each_size_and_for_what_is_found_and_for_the_de
         default[way] = {**default[way], "of_idle_p99": 1.23}
     results["neighbours"]["settings"] = [{**default, "writers": 1, "yielding": False}, *pinned]
     results["wire"]["found_ms"] = 0.2
-    shown = rendered(results, tmp_path)
+    shown = rendered(results)
     assert row("`find` of an object of 25 MB, ms", shown) == ["≤ 0.25", "0.20", ""]
     for size in ("4 KiB", "900 KiB"):
         assert f"server's time of a spill of {size} beside" in shown
@@ -275,7 +285,7 @@ def test_the_report_has_goals_for_each_size_and_for_what_is_found_and_for_the_de
     assert row(beside, shown) == ["≤ 3", "1.23", ""]
 
     results["wire"]["found_ms"] = 0.3
-    shown = rendered(results, tmp_path)
+    shown = rendered(results)
     *figures, why = row("`find` of an object of 25 MB, ms", shown)
     assert figures == ["≤ 0.25", "0.30"]
     assert why.startswith("missed: ")
@@ -289,7 +299,7 @@ def test_the_report_has_a_reason_for_each_goal_that_is_missed() -> None:
 
 
 def test_the_report_can_be_drawn_from_results_that_lack_newer_figures(
-    results: dict[str, Any], tmp_path: Path
+    results: dict[str, Any],
 ) -> None:
     results["wire"].pop("found_ms", None)
     settings = results["neighbours"]["settings"]
@@ -300,7 +310,7 @@ def test_the_report_can_be_drawn_from_results_that_lack_newer_figures(
         for figures in beside.values():
             for key in [key for key in figures if key.startswith("first: ") or key == "asked"]:
                 del figures[key]
-    shown = rendered(results, tmp_path)
+    shown = rendered(results)
     assert "`find`" not in shown
     assert row("a neighbour's GET beside 1 that spill: p99, of that beside nobody", shown)
     assert "idle nodes, % of the server's core" in shown
