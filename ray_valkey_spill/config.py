@@ -85,6 +85,12 @@ def _string(value: Any) -> str:
     return value
 
 
+def _path(value: Any) -> str:
+    """As `_string`, for what names a file; raises a ValueError for other text."""
+    os.fsencode(_string(value))
+    return str(value)
+
+
 def _utf8(value: Any) -> str:
     """As `_string`, for what a server or pyarrow takes; raises a ValueError for other text."""
     _string(value).encode()
@@ -152,7 +158,7 @@ _CODECS = ("auto", "lz4", "none")
 
 _STRING = _Kind("a non-empty string", _utf8, "NAME")
 _URL = _Kind("a non-empty string", _string, "URL")
-_FILE = _Kind("a non-empty string", _string, "FILE")
+_FILE = _Kind("a non-empty string", _path, "FILE")
 _BOOLEAN = _Kind(
     "true or false", _boolean, "[true|false]", _boolean_text, choices=("true", "false")
 )
@@ -507,6 +513,9 @@ def _ill_typed(called: str, kind: _Kind, value: Any) -> str:
     return f"{called} must be {kind.expected}, not {json_text(value)}"
 
 
+_AS_IPV6 = "as in valkey://[::1]:6379/0"
+
+
 def _parse_url(url: Any, called: str, *, from_config: bool, port: int) -> Address:
     """Parse `url`. No error shows it, since it may hold a password."""
     if not isinstance(url, str) or not url:
@@ -519,7 +528,8 @@ def _parse_url(url: Any, called: str, *, from_config: bool, port: int) -> Addres
         # The error quotes the url, which may hold a password.
         raise ConfigError(
             f"{called} cannot be parsed",
-            "Percent-encode every character of its user name and password but letters and digits",
+            "Percent-encode every character of its user name and password but letters and digits, "
+            f"and give an IPv6 address in brackets, {_AS_IPV6}",
         ) from None
     if has_password and from_config:
         raise _password_refused(f"a password in {called}")
@@ -588,6 +598,10 @@ def _endpoints(hosts: list[str], called: str, default_port: int) -> tuple[Endpoi
             one = urlsplit(f"//{text}")
             host, port = one.hostname, one.port
         except ValueError:
+            if "[" in text or text.count(":") > 1:
+                raise ConfigError(
+                    f"an IPv6 address in {called} needs brackets, {_AS_IPV6}"
+                ) from None
             raise ConfigError(f"a port in {called} must be a number from 1 to 65535") from None
         if not host or port == 0:
             raise ConfigError(

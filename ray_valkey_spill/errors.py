@@ -59,7 +59,9 @@ class SpillError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         message = escaped(message)
-        super().__init__(f"{message.rstrip('.')}. {hint}" if hint else message)
+        text = message.rstrip(".")
+        end = "" if text.endswith("?") else "."
+        super().__init__(f"{text}{end} {hint}" if hint else message)
         self.message = message
         self.hint = hint
 

@@ -16,7 +16,7 @@ from typing import Any
 from ray_valkey_spill import __version__, _startup
 from ray_valkey_spill.cli import ray_setting
 from ray_valkey_spill.cli.options import given
-from ray_valkey_spill.cli.waiting import reach
+from ray_valkey_spill.cli.waiting import Waiting, reach
 from ray_valkey_spill.config import Config, Endpoint, parameters
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError, SpillError
 from ray_valkey_spill.format.names import Keyspace
@@ -38,11 +38,11 @@ __all__ = ["FAILED", "OK", "WARNING", "Finding", "run"]
 
 OK, WARNING, FAILED = "ok", "warn", "failed"
 
-_DEFAULT_TOKEN = Path("~/.ray/auth_token")
+_DEFAULT_TOKEN = "~/.ray/auth_token"  # noqa: S105
 # Of the pod's service account, which Ray uses if RAY_ENABLE_K8S_TOKEN_AUTH is set.
 _POD_TOKENS = (
-    Path("/var/run/secrets/ray.io/serviceaccount/token"),
-    Path("/var/run/secrets/kubernetes.io/serviceaccount/token"),
+    "/var/run/secrets/ray.io/serviceaccount/token",
+    "/var/run/secrets/kubernetes.io/serviceaccount/token",
 )
 _ROUND_TRIPS = 200
 _PROBE_SIZE = 32 * MIB
@@ -80,7 +80,7 @@ def run(
     """
     yield _attempt("Ray", _ray)
     yield _hook()
-    yield (setting := _attempt("Ray's setting", lambda: ray_setting.describe(os.environ)))
+    yield (setting := _attempt("Ray's setting", lambda: _setting(options.get("url"))))
     yield _tokens()
     try:
         config = given(options).load()
@@ -98,7 +98,8 @@ def run(
         return
     except SpillError:
         pass  # the checks below say more
-    link = link_to(config, unreachable_timeout=timeout, any_role=True)
+    config = replace(config, retry_timeout=min(config.retry_timeout, timeout))
+    link = link_to(config, waiting=Waiting(timeout, notify), any_role=True)
     try:
         yield from _server(config, link)
     finally:
@@ -127,6 +128,21 @@ def _ray() -> str:
     function = getattr(module, _startup.RAY_FUNCTION, None)
     require_compatible(module, getattr(function, "ray_valkey_spill_original", function))
     return f"Ray {metadata.version('ray')} fits ray-valkey-spill {__version__}"
+
+
+def _setting(url: str | None) -> str | Finding:
+    """Describe the setting of Ray's in this environment, beside the `url` that was given."""
+    text = ray_setting.describe(os.environ)
+    if url is None or not os.environ.get(ray_setting.CONFIG_VARIABLE):
+        return text
+    if ray_setting.params_from_environment(os.environ).get("url") == url:
+        return text
+    return Finding(
+        WARNING,
+        "Ray's setting",
+        f"{text}. Its url is not the one that is checked here",
+        "Leave --url out to check the server of the setting",
+    )
 
 
 def _hook() -> Finding:
@@ -163,7 +179,7 @@ def _tokens() -> Finding:
         found = "RAY_AUTH_TOKEN is set"
     elif path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
         found = f"RAY_AUTH_TOKEN_PATH is {path}"
-    elif _DEFAULT_TOKEN.expanduser().exists():
+    elif os.path.exists(os.path.expanduser(_DEFAULT_TOKEN)):
         found = f"{_DEFAULT_TOKEN} exists"
     else:
         return Finding(OK, subject, "none here, so nodes do not ask each other for one")
@@ -205,14 +221,16 @@ def _has_token() -> bool:
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return bool(token.strip())
     if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return _has_text(Path(path))
+        return _has_text(path)
     in_pod = os.environ.get("RAY_ENABLE_K8S_TOKEN_AUTH", "").lower() in ("1", "true")
-    return any(map(_has_text, [*(_POD_TOKENS if in_pod else ()), _DEFAULT_TOKEN.expanduser()]))
+    # Of a user without a home directory, `expanduser` leaves the path as it is.
+    default = os.path.expanduser(_DEFAULT_TOKEN)
+    return any(map(_has_text, [*(_POD_TOKENS if in_pod else ()), default]))
 
 
-def _has_text(path: Path) -> bool:
+def _has_text(path: str) -> bool:
     try:
-        return bool(path.read_bytes().strip())
+        return bool(Path(path).read_bytes().strip())
     except OSError:
         return False
 
@@ -316,13 +334,22 @@ def _server(config: Config, link: Link) -> Iterator[Finding]:
 
 def _memory(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> Finding:
     memory = MemoryInfo.of_all(infos.values())
-    budget = (
+    budget, has_overflow = config.max_bytes, config.overflow_uri is not None
+    if budget is not None and budget < config.chunk_size and not has_overflow:
+        return Finding(
+            FAILED,
+            "memory",
+            f"a budget (max_bytes) of {budget:,} bytes has no room for a chunk, and there is no "
+            "overflow",
+            "Raise max_bytes, or set overflow_uri",
+        )
+    allowed = (
         "no budget (max_bytes)"
         if config.max_bytes is None
         else f"a budget of {_mib(config.max_bytes)}"
     )
     if not memory.maxmemory:
-        detail = f"no maxmemory, {_mib(memory.used)} used, {budget}"
+        detail = f"no maxmemory, {_mib(memory.used)} used, {allowed}"
         if config.max_bytes is not None:
             return Finding(OK, "memory", detail)
         return Finding(
@@ -331,7 +358,7 @@ def _memory(config: Config, infos: Mapping[Endpoint, ServerInfo]) -> Finding:
             f"{detail}: spilling may fill the machine",
             "Set maxmemory below the memory that the server may have, or max_bytes",
         )
-    detail = f"maxmemory {_mib(memory.maxmemory)}, {_mib(memory.used)} used, {budget}"
+    detail = f"maxmemory {_mib(memory.maxmemory)}, {_mib(memory.used)} used, {allowed}"
     left = sum(margin(info.memory.maxmemory) for info in infos.values())
     free = _free(infos) or 0
     detail += f": {_mib(free)} free for spilling without evictions, {_mib(left)} left to others"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TextIO
 
 import click
 
@@ -36,7 +38,7 @@ from ray_valkey_spill.cli.options import (
     parameter_options,
     timeout_option,
 )
-from ray_valkey_spill.cli.waiting import reach
+from ray_valkey_spill.cli.waiting import Waiting, reach
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, SpillError
 from ray_valkey_spill.format.names import Keyspace, TierName
@@ -162,7 +164,8 @@ def ls(
 
     An object's stored size is what the budget counts for it; in the overflow, its file's length.
     """
-    with contextlib.closing(Inventory(_reached(options, timeout))) as inventory:
+    config, waiting = _reached(given(options).load(), timeout)
+    with contextlib.closing(Inventory(config, waiting=waiting)) as inventory:
         now = inventory.time()
         selection = Selection(session or "", node or "", tier, older_than, sort, limit)
         items = inventory.select(selection, now)
@@ -198,9 +201,9 @@ def stats(
     it is alive, silent (its lease is not renewed) or dead (according to its GCS, where that can be
     asked from here), and since when. With --json and --watch, each look is one line.
     """
-    config = _reached(options, timeout)
+    config, waiting = _reached(given(options).load(), timeout)
     with contextlib.closing(
-        Overview(config) if all_namespaces else Inventory(config, running_at)
+        Overview(config, waiting) if all_namespaces else Inventory(config, running_at, waiting)
     ) as source:
         if watch is None:
             found = source.statistics()
@@ -209,7 +212,7 @@ def stats(
             else:
                 _print_lines(_statistics_lines(found))
             return
-        redraws = sys.stdout.isatty() and not as_json
+        redraws = _is_a_terminal(sys.stdout) and not as_json
         if redraws:
             click.echo(_CLEAR, nl=False, color=True)
         while True:
@@ -238,8 +241,8 @@ def inspect(key: str, timeout: float, as_json: bool, **options: Any) -> None:
     """
     config = given(options).load()
     target = parse_target(key, Keyspace.of(config))
-    reach(config, timeout, _notify)
-    with contextlib.closing(Inspector(config)) as inspector:
+    config, waiting = _reached(config, timeout)
+    with contextlib.closing(Inspector(config, waiting)) as inspector:
         keys = inspector.keys
         found = inspector.inspect(target)
         now = inspector.time()
@@ -299,8 +302,8 @@ def gc(
         if not as_json:
             click.echo(rendering.note(text))
 
-    config = _reached(options, timeout)
-    look = CleanUp(config, running_at)
+    config, waiting = _reached(given(options).load(), timeout)
+    look = CleanUp(config, running_at, waiting)
     with contextlib.closing(look):
         with _countdown() as watching:
             found = look.find(
@@ -432,11 +435,11 @@ def _statistics_lines(found: Statistics | OverviewStatistics) -> Iterator[str]:
     return rendering.statistics(found)
 
 
-def _reached(options: Mapping[str, Any], timeout: float) -> Config:
-    """Return the config that the options and the environment give, once its server serves."""
-    config = given(options).load()
+def _reached(config: Config, timeout: float) -> tuple[Config, Waiting]:
+    """Return once the server serves: the config with `timeout`, and what links wait by."""
+    config = replace(config, retry_timeout=min(config.retry_timeout, timeout))
     reach(config, timeout, _notify)
-    return config
+    return config, Waiting(timeout, _notify)
 
 
 def _notify(text: str) -> None:
@@ -446,7 +449,12 @@ def _notify(text: str) -> None:
 
 def _is_terminal() -> bool:
     """Whether somebody is there to be asked, and sees the question."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
+    return _is_a_terminal(sys.stdin) and _is_a_terminal(sys.stderr)
+
+
+def _is_a_terminal(stream: TextIO | None) -> bool:
+    """Whether a standard stream is one; Python has None for one that was closed before."""
+    return stream is not None and stream.isatty()
 
 
 def _confirm(remains: list[Remains], kept: list[Remains]) -> bool:
@@ -465,7 +473,7 @@ def _kept_amount(nodes: Sequence[Remains]) -> str:
 @contextlib.contextmanager
 def _countdown() -> Iterator[Callable[[int, float], None]]:
     """Show how long a watch lasts, on stderr: counting down on a terminal, once elsewhere."""
-    on_terminal = sys.stderr.isatty()
+    on_terminal = _is_a_terminal(sys.stderr)
     last = float("inf")
 
     def watching(nodes: int, seconds: float) -> None:
@@ -561,6 +569,10 @@ def main() -> None:
 
     Exit codes: 1 for a failure, 2 for a wrong option or parameter, 130 for Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may not have every character, such as the arrow before a hint.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         # Otherwise click exits with 1 at Ctrl-C.
         sys.exit(cli(prog_name="ray-valkey-spill", standalone_mode=False))
@@ -573,3 +585,8 @@ def main() -> None:
     except SpillError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        # Such as a full disk behind stdout. What is left of the output would fail again at exit.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)

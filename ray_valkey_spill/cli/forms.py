@@ -14,7 +14,8 @@ from typing import Any
 from ray_valkey_spill.cli.options import Given
 from ray_valkey_spill.cli.ray_setting import CONFIG_VARIABLE
 from ray_valkey_spill.config import Address, Config, check_params, parameters
-from ray_valkey_spill.format.sealing import is_key
+from ray_valkey_spill.errors import ConfigError
+from ray_valkey_spill.format.sealing import is_key, key_in_place_of_its_file
 from ray_valkey_spill.plugin.spilling_config import RAY_SETTINGS, spilling_config, system_config
 from ray_valkey_spill.tiers.preflight import acl_rules
 
@@ -79,6 +80,8 @@ def of(given: Given) -> Forms:
         ConfigError: no environment can make them valid.
     """
     address = check_params(given.params, called=given.called)
+    if is_key(given.params.get("encryption_key_file") or ""):
+        raise key_in_place_of_its_file()
     params = {name: value for name, value in given.params.items() if value is not None}
     spilling = spilling_config(**params)
     arguments = ", ".join(f"{name}={value!r}" for name, value in params.items())
@@ -105,7 +108,7 @@ def _notes(given: Given, params: Mapping[str, Any], username: str | None) -> Ite
         where = params.get("password_file") or "RAY_VALKEY_SPILL_PASSWORD in the environment"
         yield f"The password: {where}, on every node."
     for path in _files(params):
-        if not _can_be_mounted(path) and not is_key(path):
+        if not _can_be_mounted(path):
             reason = (
                 "it would hide other files"
                 if PurePosixPath(path).is_absolute()
@@ -139,6 +142,8 @@ def _environment(spilling: str) -> str:
 def acl(config: Config) -> dict[str, str]:
     """Return the least that a user needs, as text for each place that takes it."""
     user = config.address.username or _USER
+    if re.search(r"\s", user):
+        raise ConfigError(f"no ACL user can have the name {user!r}", "Give one without spaces")
     rules = acl_rules(config)
     return {
         "user": user,
@@ -166,7 +171,7 @@ def _kuberay(spilling: str, params: Mapping[str, Any], address: Address) -> str:
     if "password_file" not in params:
         env.append(
             "name: RAY_VALKEY_SPILL_PASSWORD\nvalueFrom: {secretKeyRef: "
-            f"{{name: {_PASSWORDS}, key: {user}, optional: true}}}}"
+            f"{{name: {_PASSWORDS}, key: {_scalar(user)}, optional: true}}}}"
         )
     files = {
         path: (secret, key or user)
@@ -219,14 +224,14 @@ def _secret_volumes(files: Mapping[str, tuple[str, str]]) -> Iterator[_Volume]:
             (each for each in directories if where.is_relative_to(each)),
             key=lambda each: len(each.parts),
         )
-        item = f"{{key: {key}, path: {where.relative_to(directory)}}}"
+        item = f"{{key: {_scalar(key)}, path: {_scalar(str(where.relative_to(directory)))}}}"
         source = f"secret:\n  name: {secret}\n  items: [{item}]"
         by_directory[directory] = by_directory.get(directory, "") + _item(source)
     for number, (directory, sources) in enumerate(by_directory.items(), 1):
         name = "spill-secrets" if number == 1 else f"spill-secrets-{number}"
         # A directory: a file that is mounted by subPath never changes.
         yield _Volume(
-            f"name: {name}\nmountPath: {directory}\nreadOnly: true",
+            f"name: {name}\nmountPath: {_scalar(str(directory))}\nreadOnly: true",
             f"name: {name}\nprojected:\n  defaultMode: 0400\n  sources:\n"
             + indent(sources, 4 * " "),
         )
@@ -236,7 +241,7 @@ def _overflow_volumes(uri: str | None) -> Iterator[_Volume]:
     """Yield the volume of an overflow that is a directory."""
     if uri is not None and uri.startswith("/"):
         yield _Volume(
-            f"name: spill-overflow\nmountPath: {uri}",
+            f"name: spill-overflow\nmountPath: {_scalar(uri)}",
             "name: spill-overflow\n"
             f"persistentVolumeClaim: {{claimName: {_OVERFLOW_CLAIM}}}  # ReadWriteMany",
         )
@@ -279,6 +284,16 @@ def _template(container: str, server: str, env: list[str], volumes: list[_Volume
         f"    valkey-server: {json.dumps(server)}  # the same as on Valkey's pod\n"
         "spec:\n" + "".join(f"  {line}\n" for line in spec)
     )
+
+
+# Words that YAML, in one version or another, takes for something else.
+_NO_STRINGS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
+
+
+def _scalar(text: str) -> str:
+    """Return text as YAML takes it: quoted, unless it is plain."""
+    is_plain = re.fullmatch("[A-Za-z/][A-Za-z0-9_./-]*", text) and text.lower() not in _NO_STRINGS
+    return text if is_plain else json.dumps(text)
 
 
 def _list(key: str, mappings: list[str]) -> list[str]:

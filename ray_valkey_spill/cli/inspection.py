@@ -6,7 +6,7 @@ Reads only keys below the namespace's root, whatever key a user gives.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 # The state of an object by the ledger; of a file in the overflow, by its name.
+# Chunks to measure, at most, of an object without a header.
+_MOST_CHUNKS = 10_000
 STORED, HALF_WRITTEN, UNKNOWN = "stored", "half-written", "not in the ledger"
 
 _OVERFLOW_PREFIX = "overflow:"
@@ -198,9 +200,11 @@ class Inspector:
     ConfigError if the file with the keys that open objects cannot be read.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self, config: Config, waiting: Callable[[SpillError], None] = lambda error: None
+    ) -> None:
         self.keys = Keyspace.of(config)
-        self._link = link_to(config)
+        self._link = link_to(config, waiting=waiting)
         self._tier = ValkeyTier(self._link, self.keys)
         self._ledger = self._tier.ledger
         self._overflow = OverflowTier.of(config)
@@ -250,7 +254,6 @@ class Inspector:
             }
         else:
             entries = self._in_ledger(str(name))
-            # The name of a key that is not in the ledger may claim any number of chunks.
             if not entries and self._link.execute(command("STRLEN", self.keys.header(name))) != [0]:
                 yield self._inspect_in_valkey(name, None, UNKNOWN, target.size)
         for known, entry in entries.items():
@@ -275,7 +278,11 @@ class Inspector:
     def _inspect_in_valkey(
         self, name: ObjectName, entry: Entry | None, state: str, size: int | None
     ) -> Inspection:
-        (stat,) = self._tier.measure([(name, 0)])
+        stat = Stat(None, [])
+        # A forged name may claim millions of chunks.
+        length = command("STRLEN", self.keys.header(name))
+        if name.chunks <= _MOST_CHUNKS or self._link.execute(length) != [0]:
+            (stat,) = self._tier.measure([(name, 0)])
         return self._inspection(name, self.keys.header(name), "valkey", state, entry, stat, size)
 
     def _in_overflow(self, overflow: OverflowTier, target: Target) -> Iterator[Inspection]:

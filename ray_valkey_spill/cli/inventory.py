@@ -6,7 +6,6 @@ others have there.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,12 @@ from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import ServerRefusedError
+from ray_valkey_spill.errors import (
+    ServerError,
+    ServerRefusedError,
+    ServerUnavailableError,
+    SpillError,
+)
 from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, Place, TierName
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
@@ -362,10 +366,11 @@ def percent(part: int, whole: int | None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class NamespaceStatistics:
-    """One of several namespaces; `statistics` is None if this user may not read it."""
+    """One of several namespaces; `statistics` is None if it cannot be read, and `failure` why."""
 
     name: str
     statistics: Statistics | None
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +390,7 @@ class OverviewStatistics:
                 {
                     "namespace": each.name,
                     "statistics": each.statistics and each.statistics.as_dict(),
+                    "failure": each.failure or None,
                 }
                 for each in self.namespaces
             ],
@@ -402,19 +408,21 @@ class Inventory:
     Args:
         config: server, namespace and overflow.
         ask_gcs: see `gcs.running_at`. Without it, no node is known to be dead.
+        waiting: see `link.Link`.
     """
 
     def __init__(
         self,
         config: Config,
         ask_gcs: Callable[[str], RunningSession | None] = lambda address: None,
+        waiting: Callable[[SpillError], None] = lambda error: None,
     ) -> None:
         self._ask_gcs = ask_gcs
         # By address of a GCS: when it was asked, and its answer.
         self._asked: dict[str, tuple[float, RunningSession | None]] = {}
         self.keys = Keyspace.of(config)
         self._config = config
-        self._link = link_to(config)
+        self._link = link_to(config, waiting=waiting)
         self._tier = ValkeyTier(self._link, self.keys)
         self._ledger = self._tier.ledger
         self._overflow = OverflowTier.of(config)
@@ -558,11 +566,15 @@ class Overview:
     """Reads what all namespaces below a key prefix have stored.
 
     Finds them by the list that their nodes keep on the server. Errors are those of `Inventory`.
+    Arguments too, but that no GCS is asked.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self, config: Config, waiting: Callable[[SpillError], None] = lambda error: None
+    ) -> None:
         self._config = config
-        self._link = link_to(config)
+        self._waiting = waiting
+        self._link = link_to(config, waiting=waiting)
         self._ledger = Ledger(self._link, Keyspace.of(config))
         self._inventories: dict[str, Inventory] = {}
 
@@ -577,18 +589,24 @@ class Overview:
         return OverviewStatistics(
             Servers.of(self._config, self._link),
             self._config.key_prefix,
-            [NamespaceStatistics(name, self._of(name)) for name in names],
+            [self._of(name) for name in names],
         )
 
-    def _of(self, namespace: str) -> Statistics | None:
+    def _of(self, namespace: str) -> NamespaceStatistics:
         is_own = namespace == self._config.namespace
         if namespace not in self._inventories:
             self._inventories[namespace] = Inventory(
                 # The budget of another namespace is not known here.
                 self._config
                 if is_own
-                else replace(self._config, namespace=namespace, max_bytes=None)
+                else replace(self._config, namespace=namespace, max_bytes=None),
+                waiting=self._waiting,
             )
-        with contextlib.suppress(ServerRefusedError):
-            return self._inventories[namespace].statistics()
-        return None
+        try:
+            return NamespaceStatistics(namespace, self._inventories[namespace].statistics())
+        except ServerUnavailableError:
+            raise
+        except ServerRefusedError:
+            return NamespaceStatistics(namespace, None, "this user may not read it")
+        except ServerError as error:
+            return NamespaceStatistics(namespace, None, str(error))

@@ -97,7 +97,15 @@ def _number(text: str, option: str) -> int:
 def _absolute(text: str, option: str) -> str:
     """Return the absolute path: processes of Ray have other working directories."""
     # A key in place of the path of its file stays as it is, for the error that does not show it.
-    return text if is_key(text) else os.path.abspath(os.path.expanduser(text))
+    if is_key(text):
+        return text
+    try:
+        return os.path.abspath(os.path.expanduser(text))
+    except OSError as error:  # the working directory was removed
+        raise ConfigError(
+            f"{option} {text!r} is relative to a directory that is not there: {error.strerror}",
+            "Give an absolute path",
+        ) from None
 
 
 TEXT = _Value("text")

@@ -255,7 +255,7 @@ def overview(found: OverviewStatistics) -> Iterator[str]:
     rows: list[Sequence[str] | str] = []
     for each in found.namespaces:
         if each.statistics is None:
-            rows.append(f"{each.name}: this user may not read it")
+            rows.append(f"{each.name}: {each.failure}")
             continue
         living = sum(node.has_fresh_lease for node in each.statistics.nodes)
         rows += _tier_rows(

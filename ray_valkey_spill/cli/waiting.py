@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -15,16 +16,49 @@ from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.tiers.ledger import link_to
 
-__all__ = ["reach", "within"]
+__all__ = ["Waiting", "reach", "within"]
 
 # Seconds after which a silent command seems to hang.
 _NOTICE_AFTER = 2.0
 # Seconds in which the link's own error, which names the cause, may still arrive.
 _GRACE = 0.2
-_HINT = "Start it, or correct its url; --timeout waits longer"
+_HINT = (
+    "Start it, or correct its url (valkeys:// if it wants TLS, valkey:// if not); --timeout waits "
+    "longer"
+)
+# Seconds without a failure after which the next one begins another wait.
+_NEXT_WAIT = 5.0
 
 _T = TypeVar("_T")
 _Waiting = Callable[[SpillError], None]
+
+
+class Waiting:
+    """Is called with the error that a link retries; tells once of each wait that is not short.
+
+    Args:
+        timeout: seconds for which the link retries.
+        notify: is called with the reason.
+    """
+
+    def __init__(self, timeout: float, notify: Callable[[str], None]) -> None:
+        self._timeout = timeout
+        self._notify = notify
+        self._since = self._last = float("-inf")
+        self._is_told = False
+
+    def __call__(self, error: SpillError) -> None:
+        now = time.monotonic()
+        if now - self._last > _NEXT_WAIT:
+            self._since, self._is_told = now, False
+        self._last = now
+        if not self._is_told and now - self._since >= _NOTICE_AFTER:
+            self._is_told = True
+            self._notify(_notice(self._timeout, error.message))
+
+
+def _notice(timeout: float, reason: str) -> str:
+    return f"Waiting for up to {timeout:g} s: {reason}"
 
 
 def reach(
@@ -84,11 +118,13 @@ def within(
             with contextlib.suppress(FutureTimeoutError):
                 return outcome.result(_NOTICE_AFTER)
             reason = failures[-1].message if failures else f"{server} does not answer"
-            notify(f"Waiting for up to {timeout:g} s: {reason}")
+            notify(_notice(timeout, reason))
             return outcome.result(timeout - _NOTICE_AFTER + _GRACE)
         return outcome.result(timeout + _GRACE)
     except FutureTimeoutError:
-        message = f"{server} does not answer (waited for {timeout:g} s)"
-        raise ServerUnavailableError(failures[-1].message if failures else message, _HINT) from None
+        message, hint = f"{server} does not answer (waited for {timeout:g} s)", ""
+        if failures:
+            message, hint = failures[-1].message, failures[-1].hint
+        raise ServerUnavailableError(message, hint or _HINT) from None
     except ServerUnavailableError as error:
         raise ServerUnavailableError(error.message, error.hint or _HINT) from None

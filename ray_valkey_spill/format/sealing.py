@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, LostObjectError
 
-__all__ = ["TAG_SIZE", "Key", "KeyRing", "Seal", "is_key"]
+__all__ = ["TAG_SIZE", "Key", "KeyRing", "Seal", "is_key", "key_in_place_of_its_file"]
 
 _Buffer = bytes | bytearray | memoryview
 
@@ -190,6 +190,14 @@ class KeyRing:
         )
 
 
+def key_in_place_of_its_file() -> ConfigError:
+    """Return the error for a key that was given as the path of a file; it does not show the key."""
+    return ConfigError(
+        "encryption_key_file is a key, but must be the path of a file with keys",
+        "Make a new key: this one has been on command lines",
+    )
+
+
 def is_key(text: str) -> bool:
     """Whether `text`, given as the path of a file with keys, is itself a key."""
     return _secret(text.encode(errors="replace")) is not None
@@ -228,10 +236,7 @@ def _secret(text: bytes) -> bytes | None:
 
 def _unreadable(path: str, error: OSError) -> ConfigError:
     if is_key(path):
-        return ConfigError(
-            "encryption_key_file is a key, but must be the path of a file with keys",
-            "Make a new key: this one has been on command lines",
-        )
+        return key_in_place_of_its_file()
     return ConfigError(
         f"encryption_key_file {path} cannot be read: {error.strerror}",
         "Every node needs it, with the same keys, readable by the user that Ray runs as",

@@ -174,9 +174,12 @@ def _refused(
     config: Config, endpoint: Endpoint, error: Exception, sentinel: bool = False
 ) -> ServerError:
     username = config.address.username
+    hint = "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has them"
+    if "without any password configured" in str(error):
+        hint = "Unset RAY_VALKEY_SPILL_PASSWORD (or password_file), or give the username it is of"
+    if sentinel:
+        hint = "Give Sentinels no password, or user and password as the servers have them"
     return ServerRefusedError(
         f"{endpoint} refuses {f'user {username!r}' if username else 'the default user'}: {error}",
-        "Give Sentinels no password, or user and password as the servers have them"
-        if sentinel
-        else "Set RAY_VALKEY_SPILL_PASSWORD (or password_file) and username as the server has them",
+        hint,
     )

@@ -386,4 +386,8 @@ def reply_error(text: str) -> ServerError:
         return ServerRefusedError(text, "`ray-valkey-spill check` lists what the user may not do")
     if code == "ERR" and any(phrase in text for phrase in _REFUSED_IN_A_SCRIPT):
         return ServerRefusedError(text, "`ray-valkey-spill check` lists what the user may not do")
+    if text.startswith("ERR unknown command"):
+        # What follows quotes the command's arguments, such as a script.
+        text, _, _ = text.partition(", with args")
+        return ServerError(text, "`ray-valkey-spill check` lists what the server has to know")
     return ServerError(text)

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import OverflowUnavailableError
+from ray_valkey_spill.errors import OverflowUnavailableError, SpillError
 from ray_valkey_spill.format.names import Keyspace, NodeName
 from ray_valkey_spill.store.liveness import (
     UNKNOWN,
@@ -97,13 +97,19 @@ class CleanUp:
     Args:
         config: server, namespace and overflow.
         running_at: see `gcs.running_at`.
+        waiting: see `link.Link`.
 
     Attributes:
         unavailable: error of the overflow since the latest `find` began; None if it was usable.
     """
 
-    def __init__(self, config: Config, running_at: Callable[[str], RunningSession | None]) -> None:
-        self._link = link_to(config)
+    def __init__(
+        self,
+        config: Config,
+        running_at: Callable[[str], RunningSession | None],
+        waiting: Callable[[SpillError], None] = lambda error: None,
+    ) -> None:
+        self._link = link_to(config, waiting=waiting)
         self._tier = ValkeyTier(self._link, Keyspace.of(config))
         self._ledger = self._tier.ledger
         self._overflow = OverflowTier.of(config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 __all__ = ["UNKNOWN", "UNREACHABLE", "RunningSession", "has_run_here", "is_loopback"]
@@ -41,4 +40,5 @@ def has_run_here(session: str) -> bool:
     """
     # The environment may have changed since the session began.
     directories = {os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"}  # noqa: S108
-    return any(Path(each, "ray", session).is_dir() for each in directories if each)
+    # Unlike `Path.is_dir`, it takes what it may not look into for none.
+    return any(os.path.isdir(os.path.join(each, "ray", session)) for each in directories if each)
