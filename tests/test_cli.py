@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pwd
 import re
 import shlex
 import signal
@@ -240,6 +241,40 @@ def test_check_says_what_a_head_would_use(server: Server) -> None:
     assert found["Ray's setting"]["hint"] == "Unset RAY_object_spilling_directory"
 
 
+def test_check_says_that_a_head_would_use_another_server(server: Server) -> None:
+    code, found = findings("--url", server.url, **setting(url="valkey://other"))
+    assert code == 0
+    assert found["Ray's setting"]["status"] == "warn"
+    assert "Its url is not the one that is checked here" in found["Ray's setting"]["detail"]
+    _, found = findings("--url", server.url, **setting(url=server.url))
+    assert found["Ray's setting"]["status"] == "ok"
+
+
+def test_check_works_for_a_user_without_a_home(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As containers run with a user id of their own."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    no_token = {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": ""}
+    for mode, status in (("", "ok"), ("token", "warn")):
+        code, found = findings("--url", server.url, **no_token, RAY_AUTH_MODE=mode)
+        assert (code, found["Ray's tokens"]["status"]) == (0, status)
+
+
+def test_check_fails_where_a_budget_has_no_room_for_a_chunk(server: Server, tmp_path: Path) -> None:
+    code, found = findings("--url", server.url, "--max-bytes", "1KiB")
+    assert (code, found["memory"]["status"]) == (1, "failed")
+    assert found["memory"]["hint"] == "Raise max_bytes, or set overflow_uri"
+    overflow = ("--overflow-uri", str(tmp_path))
+    code, found = findings("--url", server.url, "--max-bytes", "0", *overflow)
+    assert (code, found["memory"]["status"]) != (1, "failed")
+
+
 # --- a server that is away ---
 
 
@@ -260,6 +295,15 @@ def test_a_command_says_what_it_waits_for_and_gives_up_in_time() -> None:
             os.kill(pid, signal.SIGCONT)
 
 
+def test_a_command_gives_up_in_time_on_a_server_that_answers_and_does_not_serve() -> None:
+    with valkey_server(min_replicas_to_write=1) as server:
+        for command in (["stats"], ["inspect", "00"]):
+            result = cli(*command, "--url", server.url, "--timeout", "3.5")
+            assert result.returncode == 1
+            assert "Waiting for up to 3.5 s: " in result.stderr
+            assert re.search(r"NOREPLICAS.* \(tried for 3\.\d s\)", result.stderr)
+
+
 def test_a_command_gives_up_on_a_replica_in_time() -> None:
     # Not of the server that tests share: it would keep 10 MiB for its replicas.
     with (
@@ -269,6 +313,7 @@ def test_a_command_gives_up_on_a_replica_in_time() -> None:
         result = cli("ls", "--url", replica.url, "--timeout", "0.5")
         assert result.returncode == 1
         assert "is a replica, which takes no writes" in result.stderr
+        assert "Start it" not in result.stderr
         assert "tried for 30 s" not in result.stderr
         _, found = findings("--url", replica.url)
         assert found["topology"]["status"] == "failed"
@@ -279,6 +324,39 @@ def test_a_command_names_why_a_server_cannot_be_reached() -> None:
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert re.match("Error: valkey://127.0.0.1:1/0 cannot be reached: .*refused", line)
+
+
+def test_a_password_that_a_server_does_not_want_is_named(server: Server) -> None:
+    result = cli("stats", "--url", server.url, RAY_VALKEY_SPILL_PASSWORD="bad")
+    assert result.returncode == 1
+    assert result.stderr.rstrip().endswith(
+        "Are you sure your configuration is correct? Unset RAY_VALKEY_SPILL_PASSWORD (or "
+        "password_file), or give the username it is of"
+    )
+
+
+# --- where it is printed ---
+
+
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "ray_valkey_spill", "config"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ") and "No space left" in line
+
+
+def test_characters_that_a_terminal_lacks_are_replaced() -> None:
+    away = ("--url", "valkey://127.0.0.1:1", "--timeout", "1")
+    result = in_its_own_process("check", *away, PYTHONIOENCODING="latin1")
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "? Start it, or correct its url" in result.stdout
 
 
 @pytest.mark.parametrize("args", [("ls",), ("gc", "--json"), ("stats", "--watch"), ("check",)])
@@ -374,6 +452,32 @@ def test_the_kuberay_form_is_that_of_deploy() -> None:
         (container,), (other, *_) = ours["containers"], theirs["containers"]
         for what in ("name", "env", "volumeMounts"):
             assert container[what] == other[what]
+
+
+def test_the_kuberay_form_is_yaml_whatever_the_values() -> None:
+    options = ["--overflow-uri", "/mnt/a: b #c", "--password-file", "/etc/a, b/pw}"]
+    options += ["--username", "a,b}"]
+    form = yaml.safe_load(json.loads(cli("config", *options, "--json").stdout)["forms"]["KubeRay"])
+    spec = pod(form["headGroupSpec"])
+    mounts = {each["mountPath"] for each in spec["containers"][0]["volumeMounts"]}
+    assert mounts == {"/mnt/a: b #c", "/etc/a, b"}
+    (source,) = (each["projected"] for each in spec["volumes"] if "projected" in each)
+    ((item,),) = (each["secret"]["items"] for each in source["sources"])
+    assert item == {"key": "a,b}", "path": "pw}"}
+
+
+def test_config_shows_no_key_that_was_given_in_place_of_its_file() -> None:
+    key = "5e" * 32
+    result = cli("config", "--encryption-key-file", key)
+    assert result.returncode == 2
+    assert "encryption_key_file is a key" in result.stderr
+    assert key not in result.stdout + result.stderr
+
+
+def test_permissions_are_not_printed_for_a_name_that_no_user_has() -> None:
+    result = cli("config", "--acl", "--username", "a b")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "no ACL user can have the name 'a b'" in result.stderr
 
 
 def pod(group: Any) -> Any:

@@ -514,6 +514,18 @@ def test_a_wrong_parameter_is_found_when_the_config_is_made() -> None:
         system_config(namespaces="a")
 
 
+@pytest.mark.parametrize("url", ["valkey://::1:6379/0", "valkey://[::1/0", "valkey://a,::1:2"])
+def test_an_ipv6_address_without_brackets_is_named(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"brackets, as in valkey://\[::1\]:6379/0"):
+        load(url=url)
+
+
+@pytest.mark.parametrize("name", ["password_file", "tls_ca_file", "encryption_key_file"])
+def test_what_can_be_no_path_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        load(url="valkeys://host", **{name: "\ud800"})
+
+
 @pytest.mark.parametrize("make", [spilling_config, system_config])
 def test_a_wrong_url_is_reported_without_frames_of_this_package(
     make: Callable[..., object],

@@ -572,6 +572,22 @@ def test_stats_shows_that_a_namespace_may_not_be_read(stock: Stock) -> None:
         client.zrem(KEYS.namespaces, "of-others", "not:one")
 
 
+def test_stats_shows_all_namespaces_beside_one_that_cannot_be_read(stock: Stock) -> None:
+    stock.put(SESSIONS[0], NODES[0], 1)
+    client, other = stock.server.client, Keyspace("ray:spill:broken:")
+    client.zadd(KEYS.namespaces, {"broken": 0})
+    client.set(other.index, "x")
+    try:
+        broken, own = printed("stats", *stock.options, "--all-namespaces")["namespaces"]
+        assert own["statistics"]["valkey"]["objects"] == 1 and own["failure"] is None
+        assert broken["statistics"] is None
+        assert "WRONGTYPE" in broken["failure"]
+        assert "\nbroken: WRONGTYPE" in tool("stats", *stock.options, "--all-namespaces").stdout
+    finally:
+        client.delete(other.index)
+        client.zrem(KEYS.namespaces, "broken")
+
+
 def test_who_may_not_list_a_namespace_spills_all_the_same(stock: Stock) -> None:
     client = stock.server.client
     rules = preflight.acl_rules(Config.load({}, {})).replace(f" ~{KEYS.namespaces}", "")
@@ -833,6 +849,21 @@ def test_inspect_shows_every_attempt_of_an_object(stock: Stock) -> None:
     assert {each["url"] for each in found} == set(stock.urls[:4])
     text = tool("inspect", *stock.options, object_id(5)).stdout
     assert text.count(f"object        {object_id(5)}\n") == 4
+
+
+def test_inspect_does_not_look_for_millions_of_chunks_that_a_forged_name_claims(
+    stock: Stock,
+) -> None:
+    stock.put(SESSIONS[0], NODES[0], 1)
+    (member,) = stock.server.client.zrange(INDEX, 0, -1)
+    name = Entry.parse(member.decode()).name._replace(object_id="f" * 56, chunks=1 << 26)
+    forged = str(Entry(name, 1, 1))
+    stock.server.client.zadd(INDEX, {forged: 0})
+    try:
+        with pytest.raises(SpillError, match="its header is gone from the server"):
+            tool("inspect", *stock.options, name.object_id)
+    finally:
+        stock.server.client.zrem(INDEX, forged)
 
 
 def test_inspect_is_readable_at_eighty_columns(full: Stock) -> None:
@@ -1120,6 +1151,15 @@ def test_gc_asks_on_a_terminal_before_it_removes(
     assert printed_code == code
     assert says in printed_text
     assert len(printed("ls", *stock.options)) == left
+
+
+def test_gc_without_a_standard_input_removes_without_asking(stock: Stock) -> None:
+    stock.put(SESSIONS[0], NODES[0], 1, 95)
+    script = f"import os, sys; os.close(0); sys.stdin = None\n{QUICK_GC}"
+    command = [sys.executable, "-c", script, *stock.options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+    assert printed("ls", *stock.options) == []
 
 
 RUNNING = f"""

@@ -158,6 +158,12 @@ def test_an_error_reply_fails_its_command_alone(link: Link) -> None:
     assert second.result() == 0
 
 
+def test_a_command_that_the_server_lacks_is_named_without_its_arguments(link: Link) -> None:
+    with pytest.raises(ServerError, match="check` lists what the server has to know") as caught:
+        link.execute(command("NO-SUCH", "script", "x"))
+    assert caught.value.message == "ERR unknown command 'NO-SUCH'"
+
+
 def test_what_a_server_says_does_not_control_a_terminal(link: Link) -> None:
     with pytest.raises(ServerError, match=r"unknown command '\\x1b\[2J'") as caught:
         link.execute(command("\x1b[2J"))
