@@ -106,6 +106,10 @@ class ServerRefusedError(ServerError):
     """The server refuses: authentication, permission, or a read-only replica."""
 
 
+class MissingCommandError(ServerError):
+    """The server does not know a command."""
+
+
 class NotValkeyError(ServerError):
     """What answers at the address does not speak the Valkey protocol."""
 

@@ -159,7 +159,7 @@ def test_an_error_reply_fails_its_command_alone(link: Link) -> None:
 
 
 def test_a_command_that_the_server_lacks_is_named_without_its_arguments(link: Link) -> None:
-    with pytest.raises(ServerError, match="check` lists what the server has to know") as caught:
+    with pytest.raises(ServerError, match="check` lists what the server lacks") as caught:
         link.execute(command("NO-SUCH", "script", "x"))
     assert caught.value.message == "ERR unknown command 'NO-SUCH'"
 

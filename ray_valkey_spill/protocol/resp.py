@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray_valkey_spill.errors import (
+    MissingCommandError,
     NotValkeyError,
     ProtocolError,
     RedirectError,
@@ -389,5 +390,5 @@ def reply_error(text: str) -> ServerError:
     if text.startswith("ERR unknown command"):
         # What follows quotes the command's arguments, such as a script.
         text, _, _ = text.partition(", with args")
-        return ServerError(text, "`ray-valkey-spill check` lists what the server has to know")
+        return MissingCommandError(text, "`ray-valkey-spill check` lists what the server lacks")
     return ServerError(text)

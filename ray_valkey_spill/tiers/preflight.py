@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ray_valkey_spill.config import MIN_CHUNK_SIZE, Config, Endpoint
 from ray_valkey_spill.errors import (
     ConfigError,
+    MissingCommandError,
     NotValkeyError,
     ProtocolError,
     ServerError,
@@ -337,7 +338,8 @@ def _try_commands(
     if failed:
         # An error with a hint has nothing to do with the command.
         first, error = next(iter(failed.items()))
-        names = [first] if error.hint else [*failed]
+        is_missing = isinstance(error, MissingCommandError)
+        names = [*failed] if is_missing or not error.hint else [first]
         raise _failing(config, names, error, endpoint if is_cluster else None)
 
 
@@ -472,7 +474,7 @@ def _failing(
     """Return the error for a server that does not know commands, or on which they fail."""
     return ServerRefusedError(
         f"Valkey at {shard or config.address} fails {', '.join(names)}: {error.message}",
-        error.hint
+        ("" if isinstance(error, MissingCommandError) else error.hint)
         or f"Spilling needs {', '.join(names)}: look for rename-command, for a proxy that does not "
         "pass it on, or for a managed service that has it switched off",
     )
