@@ -439,6 +439,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.minutes, options.between, options.limit = 2, 20, 150
+    options.into.mkdir(parents=True, exist_ok=True)
     about = origin()
     with results_only() as output:
         found, samples = churn(options.minutes, options.between, options.limit, options.seed)
