@@ -141,7 +141,7 @@ def test_an_idle_node_reclaims_at_the_same_cost_beside_two_hundred_others(fleet:
     What the one node of a session that does look after them reads grows with their number.
     """
     clock, first = Clock(), [f"{number:056x}" for number in range(3)]
-    owners = Oracle(NODE, *first)
+    owners = Oracle(*first, NODE)
     urls, _ = fleet.store.put([source(noise(1000))])
     reclaimer = fleet.store.background.reclaimer(owners, Pace(age=0.0), clock.monotonic)
 

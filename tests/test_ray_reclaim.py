@@ -22,6 +22,7 @@ from support.clusters import MIB, OBJECT_STORE, cluster, kill_node, on
 from support.servers import INDEX, ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill.format.names import Entry, Keyspace
+from ray_valkey_spill.plugin.owners import RayOwners
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -333,6 +334,8 @@ def test_gc_joins_a_cluster_and_what_was_spilled_twice_goes_with_its_last_refere
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with cluster(spilling.url) as nodes:
         head, dead = (node.node_id for node in nodes.list_all_nodes())
+        # By when they started.
+        assert [*(RayOwners().nodes() or ())] == [head, dead]
         held = {
             kind: [produce.options(**on(1)).remote(i) for i in range(EACH)]
             for kind in ("kept", "dropped")

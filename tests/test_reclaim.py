@@ -432,6 +432,25 @@ def test_one_node_asks_for_the_dead_and_another_once_that_is_dead_too(session: S
     assert session.left == set()
 
 
+def test_the_node_that_started_first_goes_on_asking_while_others_come(session: Session) -> None:
+    """Whatever their ids: each one would begin anew."""
+    session.put(THIRD, range(4))
+    session.put(SECOND, range(4, 6))
+    assert session.oracle.alive is not None
+    session.oracle.alive = dict.fromkeys((SECOND, THIRD), True)
+    session.kill(THIRD)
+    second, first = session.reclaimer(SECOND), session.reclaimer(FIRST)
+    session.answer(UNREFERENCED, range(4))
+    session.steps(second, 1)
+    # One with a lower id comes.
+    session.oracle.alive |= {FIRST: True}
+    session.put(FIRST, [6])
+    session.steps(first, 3)
+    session.steps(second, 3)
+    assert (second.of_dead_nodes is None, first.of_dead_nodes is None) == (False, True)
+    assert session.left == {4, 5, 6}
+
+
 def test_a_node_stands_in_for_one_that_renews_its_lease_and_does_not_ask(session: Session) -> None:
     session.put(FIRST, range(4))
     session.put(SECOND, range(4, 6))

@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple, Protocol
 
 from ray_valkey_spill.config import Config
@@ -88,7 +88,10 @@ class Owners(Protocol):
     """Asks a Ray session who is alive and who needs what. Raises nothing."""
 
     def nodes(self) -> Mapping[str, bool] | None:
-        """Return the ids of the nodes, in hex, and whether each is alive; None if unknown."""
+        """Return the ids of the nodes, in hex, and whether each is alive; None if unknown.
+
+        Those that started first come first.
+        """
 
     def verdicts(self, wanted: Sequence[Owned]) -> list[Verdict]:
         """Return a verdict for each object, in order. Takes a bounded time."""
@@ -561,10 +564,11 @@ class Reclaimer:
     """The part of a node in reclaiming what its session has left. For one thread.
 
     Which node asks for the objects of dead nodes needs neither a lock nor a clock that others
-    share: it is the one with the lowest id of those that are alive according to the GCS and have
-    renewed their leases. While two nodes disagree, both ask, and removals are safe to repeat. The
-    higher a node is in that order, the more rarely it checks, so that all nodes of a large session
-    together check about as often as a few. Now and then the second and the third node make a pass
+    share: of those that are alive according to the GCS and have renewed their leases, it is the one
+    that started first, by the GCS's clock. So it stays the same while new nodes come and go. While
+    two nodes disagree, both ask, and removals are safe to repeat. The higher a node is in that
+    order, the more rarely it checks, so that all nodes of a large session together check about as
+    often as a few. Now and then the second and the third node make a pass
     too: a lease is renewed by whatever can, also where no owner can be asked.
 
     Args:
@@ -649,6 +653,7 @@ class Reclaimer:
         """Return how many nodes come before this one; None if it is not alive itself."""
         if not nodes.get(self._node.node):
             return None
+        earlier = {*takewhile(lambda node: node != self._node.node, nodes)}
         ledger = self._reclaim.valkey.ledger
         since = ledger.time() - 1000 * LEASE
         return len(
@@ -656,8 +661,8 @@ class Reclaimer:
                 lease.node_name.node
                 for lease in ledger.leases()
                 if lease.node_name.session == self._node.session
-                and lease.node_name.node < self._node.node
-                and nodes.get(lease.node_name.node)
+                and lease.node_name.node in earlier
+                and nodes[lease.node_name.node]
                 and lease.renewed >= since
             }
         )

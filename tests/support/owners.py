@@ -13,7 +13,8 @@ class Oracle:
     """Stands in for `Owners`.
 
     Attributes:
-        alive: the ids of nodes, and whether each is alive; None if the GCS does not answer.
+        alive: the ids of nodes, and whether each is alive, in the order in which they started; None
+            if the GCS does not answer.
         answers: by object id; for others `usual`.
         asked: all that was asked for.
     """
