@@ -132,7 +132,6 @@ class TestTwoNodes:
         results = ray.get([churn.run.remote(i) for i, churn in enumerate(churns)], timeout=120)
         assert all(count for count, _ in results)
 
-    @deletes_after_owners
     def test_what_killed_owners_had_spilled_goes_on_each_node(self, nodes: Server) -> None:
         churns = [Churn.options(**on(node)).remote() for node in (0, 1)]
         results = ray.get([churn.run.remote(i) for i, churn in enumerate(churns)], timeout=120)
