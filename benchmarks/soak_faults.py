@@ -17,6 +17,7 @@ import psutil
 from support import faults
 from support.clusters import add_node, failures, io_workers, kill_node, talks_to
 from support.faults import HasStruck
+from support.hanging import HangingDirectory
 from support.servers import wait_until
 
 from benchmarks.soak_driver import DROPS_OF_ALL, HANG, OWNERS_KILLED
@@ -244,20 +245,6 @@ def _of_servers(fault: faults.Fault) -> SceneFault:
 
 
 @contextlib.contextmanager
-def _the_overflow_hangs(scene: Scene) -> Iterator[HasStruck]:
-    assert scene.target.share is not None
-    with faults.hangs(scene.target.share) as has_struck:
-        yield has_struck
-
-
-@contextlib.contextmanager
-def _the_overflow_fails(scene: Scene) -> Iterator[HasStruck]:
-    assert scene.target.share is not None
-    with faults.fails(scene.target.share) as has_struck:
-        yield has_struck
-
-
-@contextlib.contextmanager
 def _the_server_is_full(scene: Scene) -> Iterator[HasStruck]:
     """Ray may hear of it from the package, before the server refuses anything."""
     before = _failures()
@@ -270,6 +257,16 @@ def _failures() -> int:
     with contextlib.suppress(OSError, ValueError):
         return failures()
     return 0
+
+
+def _of_the_overflow(
+    fault: Callable[[HangingDirectory], AbstractContextManager[HasStruck]],
+) -> SceneFault:
+    def strikes_it(scene: Scene) -> AbstractContextManager[HasStruck]:
+        assert scene.target.share is not None
+        return fault(scene.target.share)
+
+    return strikes_it
 
 
 def _server(fault: faults.Fault, kinds: frozenset[str], **options: Any) -> Strike:
@@ -327,8 +324,8 @@ TABLE = [
     _server(faults.forbids_set, ALL),
     _server(faults.forbids_get, ALL),
     _server(faults.forbids_unlink, ALL),
-    Strike("the overflow hangs", _the_overflow_hangs, _OVERFLOW, times=2),
-    Strike("the overflow fails", _the_overflow_fails, _OVERFLOW),
+    Strike("the overflow hangs", _of_the_overflow(faults.hangs), _OVERFLOW, times=2),
+    Strike("the overflow fails", _of_the_overflow(faults.fails), _OVERFLOW),
     _server(faults.loses_a_primary, TOPOLOGIES, times=2),
     _server(faults.loses_a_replica, TOPOLOGIES),
     _server(faults.has_a_primary_that_stands_still, TOPOLOGIES),

@@ -238,10 +238,6 @@ def results() -> dict[str, Any]:
     return found
 
 
-def rendered(results: dict[str, Any]) -> str:
-    return document(results, {})
-
-
 def test_the_report_is_drawn_from_the_committed_results(tmp_path: Path) -> None:
     for name in ("results.json", "RESULTS.md"):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path)
@@ -256,13 +252,13 @@ def test_the_report_is_drawn_from_the_committed_results(tmp_path: Path) -> None:
 def test_the_report_names_machine_and_commit_once_also_for_several_days(
     results: dict[str, Any],
 ) -> None:
-    assert "\n\n2026-01-02, commit abc; cpu one\n\n" in rendered(results)
+    assert "\n\n2026-01-02, commit abc; cpu one\n\n" in document(results, {})
     results["wire"]["date"] = "2026-01-05"
-    shown = rendered(results)
+    shown = document(results, {})
     assert "\n\n2026-01-02 to 2026-01-05, commit abc; cpu one\n\n" in shown
     assert shown.count("commit abc") == 1
     results["wire"]["commit"] = "def"
-    shown = rendered(results)
+    shown = document(results, {})
     assert "## wire\n\n2026-01-05, commit def; cpu one\n\n" in shown
     assert shown.count("2026-01-02, commit abc; cpu one") == len(results) - 1
 
@@ -276,7 +272,7 @@ def test_the_report_has_goals_for_each_size_and_for_what_is_found_and_for_the_de
         default[way] = {**default[way], "of_idle_p99": 1.23}
     results["neighbours"]["settings"] = [{**default, "writers": 1, "yielding": False}, *pinned]
     results["wire"]["found_ms"] = 0.2
-    shown = rendered(results)
+    shown = document(results, {})
     assert row("`find` of an object of 25 MB, ms", shown) == ["≤ 0.25", "0.20", ""]
     for size in ("4 KiB", "900 KiB"):
         assert f"server's time of a spill of {size} beside" in shown
@@ -285,7 +281,7 @@ def test_the_report_has_goals_for_each_size_and_for_what_is_found_and_for_the_de
     assert row(beside, shown) == ["≤ 3", "1.23", ""]
 
     results["wire"]["found_ms"] = 0.3
-    shown = rendered(results)
+    shown = document(results, {})
     *figures, why = row("`find` of an object of 25 MB, ms", shown)
     assert figures == ["≤ 0.25", "0.30"]
     assert why.startswith("missed: ")
@@ -310,7 +306,7 @@ def test_the_report_can_be_drawn_from_results_that_lack_newer_figures(
         for figures in beside.values():
             for key in [key for key in figures if key.startswith("first: ") or key == "asked"]:
                 del figures[key]
-    shown = rendered(results)
+    shown = document(results, {})
     assert "`find`" not in shown
     assert row("a neighbour's GET beside 1 that spill: p99, of that beside nobody", shown)
     assert "idle nodes, % of the server's core" in shown

@@ -16,7 +16,7 @@ from typing import Any
 from ray_valkey_spill import __version__, _startup
 from ray_valkey_spill.cli import ray_setting
 from ray_valkey_spill.cli.options import given
-from ray_valkey_spill.cli.waiting import Waiting, reach
+from ray_valkey_spill.cli.waiting import Waiting, limited, reach
 from ray_valkey_spill.config import Config, Endpoint, parameters
 from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError, SpillError
 from ray_valkey_spill.format.names import Keyspace
@@ -98,7 +98,7 @@ def run(
         return
     except SpillError:
         pass  # the checks below say more
-    config = replace(config, retry_timeout=min(config.retry_timeout, timeout))
+    config = limited(config, timeout)
     link = link_to(config, waiting=Waiting(timeout, notify), any_role=True)
     try:
         yield from _server(config, link)

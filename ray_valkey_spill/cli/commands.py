@@ -10,7 +10,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TextIO
 
 import click
@@ -38,7 +37,7 @@ from ray_valkey_spill.cli.options import (
     parameter_options,
     timeout_option,
 )
-from ray_valkey_spill.cli.waiting import Waiting, reach
+from ray_valkey_spill.cli.waiting import Waiting, limited, reach
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, SpillError
 from ray_valkey_spill.format.names import Keyspace, TierName
@@ -437,7 +436,7 @@ def _statistics_lines(found: Statistics | OverviewStatistics) -> Iterator[str]:
 
 def _reached(config: Config, timeout: float) -> tuple[Config, Waiting]:
     """Return once the server serves: the config with `timeout`, and what links wait by."""
-    config = replace(config, retry_timeout=min(config.retry_timeout, timeout))
+    config = limited(config, timeout)
     reach(config, timeout, _notify)
     return config, Waiting(timeout, _notify)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from typing import TypeVar
 
 from ray_valkey_spill.config import Config
@@ -16,7 +17,7 @@ from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.protocol.resp import command
 from ray_valkey_spill.tiers.ledger import link_to
 
-__all__ = ["Waiting", "reach", "within"]
+__all__ = ["Waiting", "limited", "reach", "within"]
 
 # Seconds after which a silent command seems to hang.
 _NOTICE_AFTER = 2.0
@@ -55,6 +56,11 @@ class Waiting:
         if not self._is_told and now - self._since >= _NOTICE_AFTER:
             self._is_told = True
             self._notify(_notice(self._timeout, error.message))
+
+
+def limited(config: Config, timeout: float) -> Config:
+    """Return the config by which links give up after `timeout` seconds, or earlier."""
+    return replace(config, retry_timeout=min(config.retry_timeout, timeout))
 
 
 def _notice(timeout: float, reason: str) -> str:

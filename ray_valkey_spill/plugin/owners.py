@@ -258,9 +258,11 @@ def _nodes() -> Mapping[str, bool]:
     client: Any = ray._private.worker.global_worker.gcs_client
     nodes = client.get_all_node_info(timeout=_NODES_TIMEOUT)
     alive = gcs_pb2.GcsNodeInfo.GcsNodeState.Value("ALIVE")
-    since = {node.hex(): getattr(info, "start_time_ms", 0) for node, info in nodes.items()}
-    is_alive = {node.hex(): info.state == alive for node, info in nodes.items()}
-    return {node: is_alive[node] for node in sorted(since, key=lambda node: (since[node], node))}
+    by_start = sorted(
+        (getattr(info, "start_time_ms", 0), node.hex(), info.state == alive)
+        for node, info in nodes.items()
+    )
+    return {node: is_alive for _, node, is_alive in by_start}
 
 
 def _has_ended(worker_id: bytes) -> bool:

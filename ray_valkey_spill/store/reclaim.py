@@ -568,8 +568,8 @@ class Reclaimer:
     that started first, by the GCS's clock. So it stays the same while new nodes come and go. While
     two nodes disagree, both ask, and removals are safe to repeat. The higher a node is in that
     order, the more rarely it checks, so that all nodes of a large session together check about as
-    often as a few. Now and then the second and the third node make a pass
-    too: a lease is renewed by whatever can, also where no owner can be asked.
+    often as a few. Now and then the second and the third node make a pass too: a lease is renewed
+    by whatever can, also where no owner can be asked.
 
     Args:
         reclaim: asks and removes.

@@ -338,8 +338,7 @@ def _try_commands(
     if failed:
         # An error with a hint has nothing to do with the command.
         first, error = next(iter(failed.items()))
-        is_missing = isinstance(error, MissingCommandError)
-        names = [*failed] if is_missing or not error.hint else [first]
+        names = [first] if _own_hint(error) else [*failed]
         raise _failing(config, names, error, endpoint if is_cluster else None)
 
 
@@ -468,13 +467,18 @@ def _not_permitted(
     )
 
 
+def _own_hint(error: ServerError) -> str:
+    """Return the error's hint; none for a missing command, since its hint leads to this check."""
+    return "" if isinstance(error, MissingCommandError) else error.hint
+
+
 def _failing(
     config: Config, names: list[str], error: ServerError, shard: Endpoint | None = None
 ) -> ServerRefusedError:
     """Return the error for a server that does not know commands, or on which they fail."""
     return ServerRefusedError(
         f"Valkey at {shard or config.address} fails {', '.join(names)}: {error.message}",
-        ("" if isinstance(error, MissingCommandError) else error.hint)
+        _own_hint(error)
         or f"Spilling needs {', '.join(names)}: look for rename-command, for a proxy that does not "
         "pass it on, or for a managed service that has it switched off",
     )
