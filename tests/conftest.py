@@ -14,7 +14,7 @@ import hypothesis
 import psutil
 import pytest
 from support.guardians import end_guardians
-from support.servers import Server, valkey_server
+from support.servers import PATIENCE, Server, valkey_server
 
 # For `benchmarks`. Last, for the package that is tested is the one that is installed.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -66,7 +66,7 @@ def _no_process_left() -> Iterator[None]:
     names = [process.name() for process in left]
     for process in left:
         process.kill()
-    psutil.wait_procs(left, timeout=60)
+    psutil.wait_procs(left, timeout=PATIENCE)
     assert not names, f"processes were left running: {names}"
 
 
@@ -77,7 +77,7 @@ def no_thread_left() -> Iterator[None]:
     yield
     left = [thread for thread in threading.enumerate() if thread not in before]
     for thread in left:
-        thread.join(timeout=60)
+        thread.join(timeout=PATIENCE)
     assert not [thread for thread in left if thread.is_alive()]
 
 

@@ -26,7 +26,7 @@ from ray_valkey_spill.store.object_store import ObjectStore
 ROOT = Path(__file__).parent.parent
 SHARDS = ["1 shard", "2 shards", "3 shards"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 
 def benchmark(name: str, *options: str) -> Any:

@@ -33,6 +33,7 @@ from support.guardians import end_guardians
 from support.rigs import Rig
 from support.samples import source
 from support.servers import (
+    PATIENCE,
     Server,
     dead_port,
     wait_until,
@@ -787,7 +788,7 @@ def test_no_module_is_taken_from_the_working_directory(
         module_command("ray_valkey_spill", "gc", "--help"),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert "--dry-run" in result.stdout, result.stderr
@@ -830,7 +831,7 @@ def doomed_cluster(params: dict[str, Any], directory: Path) -> Iterator[Callable
             end_guardians(driver.pid)
             for each in everybody:
                 each.kill()
-            psutil.wait_procs(everybody, timeout=60)
+            psutil.wait_procs(everybody, timeout=PATIENCE)
         driver.wait()
 
     try:

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
-from support.servers import Server, acl_user, valkey_server, wait_until
+from support.servers import PATIENCE, Server, acl_user, valkey_server, wait_until
 
 from ray_valkey_spill import __version__
 from ray_valkey_spill.cli.commands import cli as in_process
@@ -56,7 +56,7 @@ def in_its_own_process(*args: str, **env: str) -> subprocess.CompletedProcess[st
         [sys.executable, "-m", "ray_valkey_spill", *args],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
         env={**os.environ, **env},
         check=False,
     )
@@ -374,7 +374,7 @@ def test_an_interrupted_command_ends_with_130(args: tuple[str, ...]) -> None:
     with process.stderr:
         assert process.stderr.readline().startswith("Waiting for up to")
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=PATIENCE) == 130
         assert process.stderr.read().split() == ["Interrupted."]
 
 
@@ -868,7 +868,7 @@ def test_demo_that_is_interrupted_leaves_nothing_either(nothing_left: dict[str, 
         wait_until(lambda: list(spilling.glob("rvs-*/session_*/logs/io_worker*")))
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=PATIENCE)
     assert code == 130
 
 

@@ -26,6 +26,7 @@ from support.clusters import run_driver, starting_ray, system_config
 from support.proxy import proxy_to
 from support.samples import source
 from support.servers import (
+    PATIENCE,
     PRODUCTS,
     Server,
     acl_user,
@@ -316,7 +317,7 @@ def ray_start(
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         env={**os.environ, **(env or {})},
         check=False,
     )

@@ -15,7 +15,16 @@ import ray
 import valkey
 from ray.exceptions import ObjectLostError
 from support.clusters import OBJECT_STORE, local_ray, run_driver, spill
-from support.servers import BOOKS, FOREIGN, INDEX, Server, acl_user, valkey_server, wait_until
+from support.servers import (
+    BOOKS,
+    FOREIGN,
+    INDEX,
+    PATIENCE,
+    Server,
+    acl_user,
+    valkey_server,
+    wait_until,
+)
 from support.tenants import (
     MIB,
     Embeddings,
@@ -256,7 +265,7 @@ def test_ray_spills_at_full_speed_and_touches_nothing_of_the_neighbours(
         with local_ray(server.url, username="ray"), at_work(*others, pause=0.002):
             refs = [ray.put(data + i) for i in range(count)]
             for i, ref in enumerate(refs):
-                assert (ray.get(ref, timeout=60) == data + i).all()
+                assert (ray.get(ref, timeout=PATIENCE) == data + i).all()
             assert server.client.zcard(INDEX) > count // 3
             clients = server.client.client_list()
             assert {c["user"] for c in clients if c["lib-name"] != "valkey-py"} == {"ray"}
@@ -436,7 +445,7 @@ def test_in_ray_what_was_evicted_is_object_lost_error_and_the_rest_comes_back() 
         lost = 0
         for i, ref in enumerate(refs):
             try:
-                assert (ray.get(ref, timeout=60) == data + i).all()
+                assert (ray.get(ref, timeout=PATIENCE) == data + i).all()
             except ObjectLostError:
                 lost += 1
         assert 0 < lost < len(refs)

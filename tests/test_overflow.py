@@ -23,6 +23,7 @@ from support.clusters import MIB, expect_no_keys, local_ray
 from support.objectstores import BUCKET, CREDENTIALS, ObjectStoreServer, s3_server, s3_uri
 from support.samples import get, noise, source
 from support.servers import (
+    PATIENCE,
     Server,
     dead_port,
     valkey_server,
@@ -659,7 +660,7 @@ def test_a_place_that_never_answers_is_given_up_and_lets_the_process_end(
             [sys.executable, "-c", ENDLESS, uri],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
             check=False,
         )
         assert f"the overflow at {uri[:2]}://spilled/x" in told.stdout

@@ -17,6 +17,7 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from support.servers import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
         cwd="/",  # a checkout must not be importable by being the current directory
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
 
 

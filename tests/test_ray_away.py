@@ -30,7 +30,7 @@ from support.clusters import (
     title,
 )
 from support.proxy import Proxy, proxy_to
-from support.servers import Server, valkey_server, wait_until
+from support.servers import PATIENCE, Server, valkey_server, wait_until
 
 SIZE = MIB // 4
 MANY = 40
@@ -46,7 +46,7 @@ def put(numbers: range) -> list[Any]:
 
 def assert_equal(refs: list[Any], numbers: range) -> None:
     for ref, number in zip(refs, numbers):
-        assert (ray.get(ref, timeout=120) == value(number)).all()
+        assert (ray.get(ref, timeout=PATIENCE) == value(number)).all()
 
 
 @ray.remote(num_cpus=0)
@@ -155,7 +155,7 @@ class TestOneTierIsAway:
             wait_until(lambda: len(deferred()) > MANY // 2)
             assert_equal(tiers.near, range(10))
             assert not is_done(waiting)
-        assert ray.get(waiting, timeout=120) == MANY
+        assert ray.get(waiting, timeout=PATIENCE) == MANY
         assert_equal(tiers.far, range(100, 100 + MANY))
         wait_until(lambda: not deferred())
 
@@ -166,7 +166,7 @@ class TestOneTierIsAway:
             wait_until(lambda: len(deferred()) > len(tiers.near) // 2)
             assert_equal(tiers.far, range(100, 100 + MANY))
             assert not is_done(waiting)
-        assert ray.get(waiting, timeout=120) == len(tiers.near)
+        assert ray.get(waiting, timeout=PATIENCE) == len(tiers.near)
         assert_equal(tiers.near, range(10))
 
     def test_killed_io_workers_leave_what_they_had_deferred_to_others(self, tiers: Tiers) -> None:
@@ -181,7 +181,7 @@ class TestOneTierIsAway:
             wait_until(lambda: {*found} <= {*deferred()} and not killed & {*deferred().values()})
             # One that spills could wait for room that only it can make.
             assert {*deferred().values()} <= {*restore_workers()}
-        assert ray.get(waiting, timeout=120) == MANY
+        assert ray.get(waiting, timeout=PATIENCE) == MANY
         wait_until(lambda: not deferred())
 
     def test_an_object_that_is_deleted_is_waited_for_no_more(self, tiers: Tiers) -> None:
@@ -206,7 +206,7 @@ class TestOneTierIsAway:
             wait_until(lambda: refs[0].hex() in deferred())
             # As if another node had sent it.
             worker.put_file_like_object(metadata, len(copy), io.BytesIO(copy), refs[0], b"")
-            assert ray.get(waiting, timeout=120) == 1
+            assert ray.get(waiting, timeout=PATIENCE) == 1
         wait_until(lambda: not deferred())
 
 
@@ -240,7 +240,7 @@ def test_an_object_that_is_sealed_with_a_key_that_the_node_lacks_holds_up_only_i
         assert_equal(after, range(100, 110))
         assert not is_done(waiting)
         write(new, old)
-        assert ray.get(waiting, timeout=120) == MANY
+        assert ray.get(waiting, timeout=PATIENCE) == MANY
         assert_equal(before, range(MANY))
 
 
@@ -297,7 +297,7 @@ class Driver:
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
-            self.process.wait(120)
+            self.process.wait(PATIENCE)
         finally:
             self.process.kill()
             self.process.wait()

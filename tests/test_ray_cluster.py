@@ -37,7 +37,7 @@ from support.clusters import (
     talks_to,
     title,
 )
-from support.servers import BOOKS, INDEX, ROOT, Server, valkey_server, wait_until
+from support.servers import BOOKS, INDEX, PATIENCE, ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill.format.names import Keyspace
 
@@ -95,7 +95,7 @@ def kill_raylet(cluster: Cluster, number: int) -> None:
     started = psutil.Process(raylet.pid).children()
     node.kill_raylet(check_alive=False)
     raylet.wait()  # not every Ray does, and for its workers a zombie is alive
-    assert psutil.wait_procs(started, timeout=60)[1] == []
+    assert psutil.wait_procs(started, timeout=PATIENCE)[1] == []
     kill_node(cluster, number)
 
 
@@ -161,7 +161,7 @@ class TestTwoNodes:
         assert len(spilled) > count // 3
         # Read by tasks on the head, and by the driver there.
         assert all(ray.get([check.options(**on(0)).remote(i, r) for i, r in enumerate(refs)]))
-        assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(count))
+        assert [int(ray.get(ref, timeout=PATIENCE)[0]) for ref in refs] == list(range(count))
         del refs, spilled
         expect_no_keys(shared)
         assert head != other
@@ -172,7 +172,7 @@ class TestTwoNodes:
         refs = [ray.put(np.full(MIB, i)) for i in range(30)]
         spill(refs[:10], shared)
         nodes.remove_node(nodes.list_all_nodes()[1])
-        assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(30))
+        assert [int(ray.get(ref, timeout=PATIENCE)[0]) for ref in refs] == list(range(30))
 
     @pytest.mark.slow
     def test_a_shuffle_is_right_though_a_node_is_removed(
@@ -193,7 +193,7 @@ class TestTwoNodes:
         wait_until(lambda: ids[1] in nodes_of(shared))
         remove_node(nodes, 1)
         merged = [merge.remote(*(made[i][j] for i in range(maps))) for j in range(parts)]
-        for j, numbers in enumerate(ray.get(merged, timeout=300)):
+        for j, numbers in enumerate(ray.get(merged, timeout=PATIENCE)):
             assert numbers == [i * parts + j for i in range(maps)]
 
     @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ class TestTwoNodes:
         spilled = sorted(numbers[i] for i in shared.spilled_ids() & numbers.keys())
         kill_it(nodes, 1)
         for number in spilled:
-            assert (ray.get(refs[number], timeout=120) == number).all()
+            assert (ray.get(refs[number], timeout=PATIENCE) == number).all()
 
 
 HEAD = """
@@ -313,7 +313,7 @@ class TestOneNode:
                 if talks_to(process, shared.port):
                     kill(process.pid)
             refs += [ray.put(np.full(MIB, 20 + 10 * i + j)) for j in range(10)]
-        assert [int(ray.get(ref, timeout=120)[0]) for ref in refs] == list(range(50))
+        assert [int(ray.get(ref, timeout=PATIENCE)[0]) for ref in refs] == list(range(50))
 
     def test_an_io_worker_killed_while_it_restores_wedges_nothing(self, shared: Server) -> None:
         big = ray.put(np.arange(8 * MIB))
@@ -336,7 +336,7 @@ class TestOneNode:
                 kill(pid)
         finally:
             os.kill(shared.process._process.pid, signal.SIGCONT)
-        assert ray.get(result, timeout=120) == 8 * MIB - 1
+        assert ray.get(result, timeout=PATIENCE) == 8 * MIB - 1
         # Not before the end: Ray gives a delete up after four attempts within milliseconds, if
         # their workers are killed.
 
@@ -379,7 +379,7 @@ ray.shutdown()
         run_driver(starting_ray(system_config(spilling.url, namespace="second")) + script)
         assert spilling.our_keys("ray:spill:second:") == []
         assert before <= data_keys(spilling, "ray:spill:first:")
-        assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(30))
+        assert [int(ray.get(ref, timeout=PATIENCE)[0]) for ref in refs] == list(range(30))
         del refs
     assert spilling.our_keys("ray:spill:first:") == []
 

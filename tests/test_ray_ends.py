@@ -21,7 +21,7 @@ import pytest
 import ray
 from support.clusters import MIB, kill, local_ray, run_driver, system_config
 from support.guardians import end_guardians, guardians, left_of
-from support.servers import ROOT, Node, Server, free_port, valkey_server, wait_until
+from support.servers import PATIENCE, ROOT, Node, Server, free_port, valkey_server, wait_until
 
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.plugin import proc
@@ -74,7 +74,7 @@ _CHECKING = """
 import json, sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR", namespace="ends")
 holder = ray.get_actor("holder")
-print("right:", ray.get(holder.check.remote(json.loads(sys.argv[2])), timeout=240))
+print("right:", ray.get(holder.check.remote(json.loads(sys.argv[2])), timeout=300))
 if len(sys.argv) > 3:
     ray.get(holder.drop_later.remote(json.loads(sys.argv[3]), sys.argv[4]))
 """
@@ -182,7 +182,7 @@ def start_node(
     process = started(
         [
             *(_RAY, "start", "--block", "--num-cpus=1", "--object-store-memory=100000000"),
-            *("--node-ip-address=127.0.0.1", *arguments),
+            *("--node-ip-address=127.0.0.1", "--include-log-monitor=false", *arguments),
         ],
         log,
         **environment,
@@ -218,7 +218,7 @@ def spilling() -> Iterator[Server]:
             refs = [ray.put(np.full(MIB, i)) for i in range(30)]
             yield server
             assert len(guardians(living)) == 1
-            assert [int(ray.get(ref, timeout=60)[0]) for ref in refs] == list(range(30))
+            assert [int(ray.get(ref, timeout=PATIENCE)[0]) for ref in refs] == list(range(30))
             del refs
         assert server.our_keys() == []
         server.assert_foreign_untouched()
@@ -250,7 +250,7 @@ def test_a_signal_ends_heads_and_drivers_and_their_data_go(
             wait_until(lambda: len(guardians(session.directory)) == 1)  # noqa: B023
         for session, other in ((one, two), (two, None)):
             session.process.send_signal(number)
-            session.process.wait(timeout=60)
+            session.process.wait(timeout=PATIENCE)
             # Those that end in order have done it by themselves.
             if number == signal.SIGTERM or (number == signal.SIGINT and session is one):
                 assert left_of(spilling, session.directory.name) == 0, session.log.read_text()
@@ -265,7 +265,7 @@ def test_a_driver_whose_ray_destroys_nothing_leaves_nothing(
     with driver(
         spilling.url, short_dir, True, "leave", automatic_object_spilling_enabled=False
     ) as session:
-        session.process.wait(timeout=60)
+        session.process.wait(timeout=PATIENCE)
         wait_until(lambda: session.is_gone_from(spilling))
 
 
@@ -342,7 +342,7 @@ def test_a_head_that_comes_back_with_its_session_finds_all_that_was_spilled(
         for name, number in (("2.log", signal.SIGTERM), ("3.log", signal.SIGKILL)):
             assert guardians(session) == []
             first.send_signal(number)
-            first.wait(timeout=60)
+            first.wait(timeout=PATIENCE)
             if number == signal.SIGKILL:
                 kill_all(third)
                 gate.touch()

@@ -28,7 +28,7 @@ from support.clusters import (
 from support.faults import forbids_unlink
 from support.proxy import Proxy, proxy_to
 from support.rigs import Rig
-from support.servers import INDEX, ROOT, Server, valkey_server, wait_until
+from support.servers import INDEX, PATIENCE, ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill.format.names import Entry
 
@@ -73,7 +73,7 @@ def test_a_full_server_holds_puts_up_tells_why_and_lets_them_go_on() -> None:
             [sys.executable, "-c", script, server.url],
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=PATIENCE,
             check=False,
         )
         assert result.returncode == 0, result.stderr
@@ -128,7 +128,7 @@ class TestAway:
         assert ray.wait(results, num_returns=3, timeout=0)[0] == []
         proxy.refusing = False
         # Ray's own retries would be minutes away by now.
-        assert ray.get(results, timeout=60) == [0, 1, 2]
+        assert ray.get(results, timeout=PATIENCE) == [0, 1, 2]
 
     def test_what_a_failover_has_made_pending_again_stays(self, server: Server) -> None:
         """It has lost the last command of a spill alone: all values are there."""
@@ -253,7 +253,7 @@ def test_io_workers_killed_at_every_step_lose_and_wedge_and_leave_nothing(
             unheard_of: set[str] = set()
             while {path.name for path in killed.iterdir()} < STEPS:
                 refs = [ray.put(np.full(MIB // 2, i)) for i in range(50)]
-                assert [int(ray.get(ref, timeout=200)[-1]) for ref in refs] == list(range(50))
+                assert [int(ray.get(ref, timeout=PATIENCE)[-1]) for ref in refs] == list(range(50))
                 unheard_of |= entries(server) & settled_by_the_killed(killed)
                 del refs
             # Ray has spilled those objects again. Of these copies only their owner can tell that

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import ray
 from support.clusters import MIB, expect_no_keys, io_workers, local_ray
-from support.servers import Server, valkey_server
+from support.servers import PATIENCE, Server, valkey_server
 
 # What an IO worker may grow by, whatever the object's size.
 ALLOWANCE = 64 * MIB
@@ -31,7 +31,6 @@ def spilling() -> Iterator[tuple[Server, dict[int, int]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("compressible", [False, True])
 def test_three_quarters_of_a_gibibyte_in_bounded_memory(
     spilling: tuple[Server, dict[int, int]], compressible: bool
@@ -44,7 +43,7 @@ def test_three_quarters_of_a_gibibyte_in_bounded_memory(
     second = ray.put(np.zeros(500 * MIB, np.uint8))  # there is no room for both
     assert ref.hex() in server.spilled_ids()
     del second
-    got = ray.get(ref, timeout=300)
+    got = ray.get(ref, timeout=PATIENCE)
     assert np.array_equal(got, value)
     for process in io_workers():
         if process.pid in idle:

@@ -11,12 +11,9 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError
 from support.clusters import MIB, expect_no_keys, local_ray, spill
-from support.servers import Server, valkey_server
+from support.servers import PATIENCE, Server, valkey_server
 
 from ray_valkey_spill.format.header import FORMAT_VERSION
-
-# Far above what it takes, and far below Ray's retries for hours.
-PATIENCE = 60
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ import pytest
 import ray
 from packaging.version import Version
 from support.clusters import MIB, OBJECT_STORE, cluster, kill_node, on
-from support.servers import INDEX, ROOT, Server, valkey_server, wait_until
+from support.servers import INDEX, PATIENCE, ROOT, Server, valkey_server, wait_until
 
 from ray_valkey_spill.format.names import Entry, Keyspace
 from ray_valkey_spill.plugin.owners import RayOwners
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 # Workers cannot import it, and what its tasks and actors use comes with them.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -87,7 +87,7 @@ def values(refs: Refs) -> dict[str, int]:
     found = {}
     for ref in refs:
         try:
-            found[ref.hex()] = int(ray.get(ref, timeout=100)[0])
+            found[ref.hex()] = int(ray.get(ref, timeout=PATIENCE)[0])
         except ray.exceptions.ObjectLostError:
             continue
     # An exception refers to the frames it came through, and so to `refs`, until this.
@@ -177,7 +177,7 @@ def spill_some(server: Server, node: str, kinds: Mapping[str, Mapping[str, int]]
         if i > OBJECT_STORE // (8 * MIB) and not unspilled():
             break
     with contextlib.suppress(AssertionError):
-        wait_until(lambda: not unspilled(), timeout=30)
+        wait_until(lambda: not unspilled(), timeout=PATIENCE)
     assert unspilled() == []
     ids = {ref.hex() for ref in filler}
     filler.clear()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.clusters import ray_start, run_driver
-from support.servers import free_ports, valkey_server, wait_until
+from support.servers import PATIENCE, free_ports, valkey_server, wait_until
 
 import ray_valkey_spill
 from ray_valkey_spill.plugin.gcs import running_at
@@ -154,5 +154,5 @@ def test_a_node_without_the_package_is_found_and_joins_once_it_has_it(short_dir:
         wait_until(lambda: message in log.read_text() or driver.poll() is not None)
         assert driver.poll() is None, log.read_text()
         install(short_dir / "venv")
-        assert driver.wait(timeout=120) == 0, log.read_text()
+        assert driver.wait(timeout=PATIENCE) == 0, log.read_text()
         assert "right: True" in log.read_text()

@@ -33,7 +33,7 @@ from support.clusters import (
     system_config,
 )
 from support.proxy import Proxy, proxy_to
-from support.servers import INDEX, Server, valkey_server, wait_until
+from support.servers import INDEX, PATIENCE, Server, valkey_server, wait_until
 
 HERE = Path(__file__).parent
 
@@ -121,7 +121,7 @@ class TestTwoNodes:
         assert (held == 7).all()
         del held
         spill([ref], nodes)
-        assert (ray.get(ref, timeout=60) == 7).all()
+        assert (ray.get(ref, timeout=PATIENCE) == 7).all()
 
     @deletes_after_owners
     def test_with_one_io_worker_each_way_puts_gets_and_drops_do_not_block_one_another(
@@ -129,12 +129,12 @@ class TestTwoNodes:
         nodes: Server,
     ) -> None:
         churns = [Churn.options(**on(node)).remote() for node in (0, 1)]
-        results = ray.get([churn.run.remote(i) for i, churn in enumerate(churns)], timeout=120)
+        results = ray.get([churn.run.remote(i) for i, churn in enumerate(churns)], timeout=PATIENCE)
         assert all(count for count, _ in results)
 
     def test_what_killed_owners_had_spilled_goes_on_each_node(self, nodes: Server) -> None:
         churns = [Churn.options(**on(node)).remote() for node in (0, 1)]
-        results = ray.get([churn.run.remote(i) for i, churn in enumerate(churns)], timeout=120)
+        results = ray.get([churn.run.remote(i) for i, churn in enumerate(churns)], timeout=PATIENCE)
         assert {m.decode().split(":")[1] for m in nodes.client.zrange(INDEX, 0, -1)} == {
             node["NodeID"] for node in ray.nodes()
         }
@@ -142,7 +142,7 @@ class TestTwoNodes:
         ray.kill(churns[1])
         for churn in churns:
             with pytest.raises(RayActorError):
-                ray.get(churn.run.remote(0), timeout=60)
+                ray.get(churn.run.remote(0), timeout=PATIENCE)
         expect_no_keys(nodes)
 
     def test_results_of_one_task_may_exceed_the_object_store(self, nodes: Server) -> None:
@@ -152,17 +152,19 @@ class TestTwoNodes:
 
         refs = parts.options(**on(1)).remote()
         for i, ref in enumerate(refs):
-            assert (ray.get(ref, timeout=60) == i).all()
+            assert (ray.get(ref, timeout=PATIENCE) == i).all()
 
     def test_room_is_made_for_arguments_from_another_node(self, nodes: Server) -> None:
         there = [make.options(**on(1)).remote(i) for i in range(9)]
         ray.wait(there, num_returns=9, fetch_local=False)
         for round_ in range(3):
             arguments = [ray.put(np.full(8 * MIB, round_, np.uint8)) for _ in range(8)]
-            assert ray.get(total.options(**on(1)).remote(*arguments), timeout=60) == 8 * round_
+            assert (
+                ray.get(total.options(**on(1)).remote(*arguments), timeout=PATIENCE) == 8 * round_
+            )
             del arguments
         wait_until(lambda: nodes.spilled_ids() & {ref.hex() for ref in there})
-        assert ray.get(total.options(**on(0)).remote(*there), timeout=60) == sum(range(9))
+        assert ray.get(total.options(**on(0)).remote(*there), timeout=PATIENCE) == sum(range(9))
 
     def test_copies_of_what_another_node_has_are_dropped_and_not_spilled(
         self, nodes: Server
@@ -171,7 +173,7 @@ class TestTwoNodes:
         refs = [make.options(**on(i % 2)).remote(i) for i in range(16)]
         for _ in range(3):
             for i, ref in enumerate(refs):
-                assert int(ray.get(ref, timeout=60)[-1]) == i
+                assert int(ray.get(ref, timeout=PATIENCE)[-1]) == i
         assert nodes.spilled_ids() == set()
 
     def test_rays_own_figures_tell_what_was_spilled_and_restored(self, nodes: Server) -> None:
@@ -179,7 +181,7 @@ class TestTwoNodes:
         # The store holds one of them.
         refs = [ray.put(np.full(60 * MIB, i, np.uint8)) for i in range(4)]
         wait_until(lambda: figures() == (spilled + 3, restored))
-        assert int(ray.get(refs[0], timeout=60)[-1]) == 0
+        assert int(ray.get(refs[0], timeout=PATIENCE)[-1]) == 0
         wait_until(lambda: figures() == (spilled + 4, restored + 1))
 
     def test_results_are_awaited_while_others_are_made_and_spilled(self, nodes: Server) -> None:
@@ -203,7 +205,7 @@ def test_spilling_begins_at_the_threshold_that_is_set(own_server: Server) -> Non
         refs = [ray.put(np.full(8 * MIB, i, np.uint8)) for i in range(4)]
         # The store is not a half full.
         wait_until(lambda: own_server.spilled_ids() >= {ref.hex() for ref in refs[:2]})
-        assert [int(array[-1]) for array in ray.get(refs, timeout=60)] == list(range(4))
+        assert [int(array[-1]) for array in ray.get(refs, timeout=PATIENCE)] == list(range(4))
 
 
 @pytest.fixture(scope="class")
@@ -234,14 +236,14 @@ class TestBehindAProxy:
             refs.append(ray.put(np.full(MIB, i)))
             proxy.reset()
         for i in range(20):
-            assert (ray.get(refs[i], timeout=60) == i).all()
+            assert (ray.get(refs[i], timeout=PATIENCE) == i).all()
             proxy.reset()
 
     @pytest.mark.slow
     def test_a_slow_server_delays_and_loses_nothing(self, proxy: Proxy) -> None:
         proxy.to_server.delay = 0.005
         refs = [ray.put(np.full(MIB, i)) for i in range(15)]
-        assert [int(ray.get(ref, timeout=120)[-1]) for ref in refs] == list(range(15))
+        assert [int(ray.get(ref, timeout=PATIENCE)[-1]) for ref in refs] == list(range(15))
 
 
 def test_the_system_config_wins_over_the_environment(own_server: Server) -> None:
@@ -288,12 +290,12 @@ def test_an_object_that_died_with_its_node_is_lost_and_others_are_spilled_still(
         ray.wait([ref], fetch_local=False)
         kill_node(made, 1)
         with pytest.raises(ObjectLostError):
-            ray.get(ref, timeout=60)
+            ray.get(ref, timeout=PATIENCE)
         others = [ray.put(np.full(MIB, i)) for i in range(20)]
         spill(others[:5], own_server)
-        assert [int(ray.get(other, timeout=60)[-1]) for other in others] == list(range(20))
+        assert [int(ray.get(other, timeout=PATIENCE)[-1]) for other in others] == list(range(20))
         with pytest.raises(ObjectLostError):
-            ray.get(ref, timeout=60)
+            ray.get(ref, timeout=PATIENCE)
 
 
 def test_every_test_that_the_table_names_exists() -> None:

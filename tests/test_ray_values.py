@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import ray
 from support.clusters import MIB, expect_no_keys, local_ray, spill
-from support.servers import Server, valkey_server
+from support.servers import PATIENCE, Server, valkey_server
 
 from ray_valkey_spill.format.packing import INLINE_LIMIT
 
@@ -32,7 +32,7 @@ def spilling() -> Iterator[Server]:
 def roundtrip(server: Server, *values: Any) -> list[Any]:
     refs = [ray.put(value) for value in values]
     spill(refs, server)
-    got = ray.get(refs, timeout=60)
+    got = ray.get(refs, timeout=PATIENCE)
     del refs
     expect_no_keys(server)
     return got
@@ -123,8 +123,8 @@ def test_nested_references_stay_alive(spilling: Server) -> None:
     outer = ray.put({"inner": inner, "pad": bytes(200_000)})
     spill([outer, *inner], spilling)
     del inner
-    found = ray.get(outer, timeout=60)["inner"]
-    assert [int(ray.get(ref, timeout=60)[0]) for ref in found] == list(range(5))
+    found = ray.get(outer, timeout=PATIENCE)["inner"]
+    assert [int(ray.get(ref, timeout=PATIENCE)[0]) for ref in found] == list(range(5))
     del outer, found
     expect_no_keys(spilling)
 
@@ -149,7 +149,7 @@ def test_results_of_tasks_actors_and_generators(spilling: Server) -> None:
     refs += [actor.method.remote(i) for i in range(4)]
     refs += list(generator.remote())
     spill(refs, spilling)
-    assert [int(value[-1]) for value in ray.get(refs, timeout=60)] == [0, 1, 2, 3] * 3
+    assert [int(value[-1]) for value in ray.get(refs, timeout=PATIENCE)] == [0, 1, 2, 3] * 3
     del refs, actor
     expect_no_keys(spilling)
 
@@ -162,8 +162,8 @@ def test_exceptions_as_values_and_as_results(spilling: Server) -> None:
     raised, returned = fails.remote(), ray.put(ValueError("y" * 200_000))
     spill([raised, returned], spilling)
     with pytest.raises(ValueError, match=r"x{1000}"):
-        ray.get(raised, timeout=60)
-    assert ray.get(returned, timeout=60).args == ("y" * 200_000,)
+        ray.get(raised, timeout=PATIENCE)
+    assert ray.get(returned, timeout=PATIENCE).args == ("y" * 200_000,)
     del raised, returned
     expect_no_keys(spilling)
 
@@ -173,7 +173,7 @@ def test_two_thousand_small_objects(spilling: Server) -> None:
     refs = [ray.put(i.to_bytes(4, "big") * 15_000) for i in range(2000)]
     spill(refs, spilling)
     for i in range(0, 2000, 500):
-        values = ray.get(refs[i : i + 500], timeout=120)
+        values = ray.get(refs[i : i + 500], timeout=PATIENCE)
         assert values == [j.to_bytes(4, "big") * 15_000 for j in range(i, i + 500)]
     del refs
     expect_no_keys(spilling)
@@ -186,9 +186,9 @@ def test_spilled_arguments_and_wait(spilling: Server) -> None:
 
     refs = [ray.put(np.full(200_000, i)) for i in range(6)]
     spill(refs, spilling)
-    ready, pending = ray.wait(refs, num_returns=6, timeout=60)
+    ready, pending = ray.wait(refs, num_returns=6, timeout=PATIENCE)
     assert (len(ready), pending) == (6, [])
-    assert ray.get(total.remote(*refs), timeout=60) == 200_000 * 15
+    assert ray.get(total.remote(*refs), timeout=PATIENCE) == 200_000 * 15
     del refs, ready
     expect_no_keys(spilling)
 
@@ -197,6 +197,6 @@ def test_an_object_is_spilled_again_after_a_restore(spilling: Server) -> None:
     ref = ray.put(np.arange(1_000_000))
     for _ in range(3):
         spill([ref], spilling)
-        assert int(ray.get(ref, timeout=60)[-1]) == 999_999
+        assert int(ray.get(ref, timeout=PATIENCE)[-1]) == 999_999
     del ref
     expect_no_keys(spilling)

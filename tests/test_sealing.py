@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from ray.exceptions import ObjectLostError
 from support.clusters import MIB, local_ray, spill, title
 from support.samples import noise
-from support.servers import Server, wait_until
+from support.servers import PATIENCE, Server, wait_until
 from support.stores import Store
 
 from ray_valkey_spill.cli import commands
@@ -687,14 +687,14 @@ def test_ray_spills_sealed_takes_nothing_that_is_forged_and_waits_for_keys(
         for key, donor in zip(server.keys_of(refs[0].hex()), server.keys_of(refs[1].hex())):
             server.client.set(key, kept[donor])
         with pytest.raises(ObjectLostError):
-            ray.get(refs[0], timeout=60)
+            ray.get(refs[0], timeout=PATIENCE)
         # A key that is away for a while.
         write(file, OTHER)
         ray.wait(refs[1:2], timeout=0)
         wait_until(lambda: any("is not in encryption_key_file" in text for text in session_logs()))
         write(file, OTHER, secret)
         for ref, value in zip(refs[1:], values[1:]):
-            assert (ray.get(ref, timeout=60) == value).all()
+            assert (ray.get(ref, timeout=PATIENCE) == value).all()
         logs = session_logs()
     server.settle_foreign()
     assert logs

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support.servers import Server
+from support.servers import PATIENCE, Server
 
 import ray_valkey_spill
 from ray_valkey_spill import _startup
@@ -87,7 +87,7 @@ def python(code: str, *flags: str, fake: Path | None = None, **env: str) -> str:
         cwd="/",  # a checkout must not be importable by being the current directory
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.stderr == ""
     assert done.returncode == 0

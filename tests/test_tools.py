@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from support.cli import cli_runner
-from support.servers import FOREIGN, INDEX, ROOT, Server, valkey_server, wait_until
+from support.servers import FOREIGN, INDEX, PATIENCE, ROOT, Server, valkey_server, wait_until
 from support.stores import Store
 
 from ray_valkey_spill.cli import commands, rendering
@@ -731,7 +731,7 @@ def test_stats_watched_without_a_terminal_prints_again_until_interrupted(server:
         assert process.stdout is not None
         text = read_until(process.stdout.fileno(), lambda text: text.count(b"budget ") >= 3)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=PATIENCE) == 130
         process.stdout.close()
     assert b"\x1b" not in text
 
@@ -748,7 +748,7 @@ def test_stats_watched_on_a_terminal_is_redrawn_in_place(stock: Stock, no_color:
         ) as process:
             text = read_until(terminal, lambda text: text.count(b"\x1b[H") >= 4)
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 130
+            assert process.wait(timeout=PATIENCE) == 130
     finally:
         os.close(terminal)
         os.close(end)
@@ -1118,7 +1118,7 @@ def gc_on_a_terminal(script: str, args: Sequence[str], answer: str | None) -> tu
             if answer is not None:
                 asked = read_until(terminal, lambda text: b"[y/N]" in text).decode()
                 os.write(terminal, f"{answer}\n".encode())
-            text = process.communicate(timeout=60)[0].decode()
+            text = process.communicate(timeout=PATIENCE)[0].decode()
         finally:
             process.kill()
             process.wait()

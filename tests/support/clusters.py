@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 import ray_valkey_spill
 from ray_valkey_spill.cli.demo import shut_down
 from support.guardians import end_guardians
-from support.servers import Server, wait_until
+from support.servers import PATIENCE, Server, wait_until
 
 MIB = 1 << 20
 OBJECT_STORE = 100 * MIB
@@ -154,6 +154,7 @@ def ray_start(
             [
                 *(str(python), "-m", "ray.scripts.scripts", "start", "--block", *args),
                 *("--object-store-memory=100000000", "--num-cpus=1", "--node-ip-address=127.0.0.1"),
+                "--include-log-monitor=false",
                 *(["--no-monitor"] if "--head" in args else []),
             ],
             stdout=output,
@@ -168,7 +169,7 @@ def ray_start(
         if process.poll() is None:
             started = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
+            process.wait(timeout=PATIENCE)
             for child in psutil.wait_procs(started, timeout=10)[1]:
                 kill(child.pid)
         end_guardians(process.pid)
@@ -267,7 +268,7 @@ def run_driver(script: str, *args: str, env: dict[str, str] | None = None) -> st
         [sys.executable, "-c", script, *args],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
         env={**os.environ, **(env or {})},
         check=False,
     )

@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from support.servers import PATIENCE
+
 _PIECE = 1 << 16
 _HEAD = re.compile(rb"\*(\d+)\r\n\$(\d+)\r\n([^\r]+)\r\n")
 _ARGUMENT = re.compile(rb"\$(\d+)\r\n")
@@ -35,7 +37,7 @@ class Hold:
 
     def wait(self) -> None:
         """Wait until the command has come."""
-        assert self._reached.wait(timeout=60), "the command never came"
+        assert self._reached.wait(timeout=PATIENCE), "the command never came"
 
     def release(self) -> None:
         """Let it through, and all after it."""

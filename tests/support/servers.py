@@ -31,6 +31,10 @@ from ray_valkey_spill.format.names import Keyspace
 ROOT = "ray:spill:default:"
 INDEX = f"{ROOT}{{default}}:index"
 
+# Seconds for whatever must happen: far above what it takes, also on a machine that is busy with
+# other tests, and far below the hours for which Ray would try. A whole test has more: setup.cfg.
+PATIENCE = 300
+
 # What is kept of a node while it lives, whatever it has stored: its writers keep grants, which the
 # totals count, and its namespace is listed. And what metadata there are beside.
 OF_THE_LIVING = (b":leases", b":overflows", b":writers", b":totals", b":namespaces")
@@ -365,11 +369,10 @@ def free_ports(number: int) -> list[int]:
         return ports
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 120) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
     """Wait until `condition` holds; fail if it does not in time.
 
-    The time is for a machine that is busy with other tests. One that is expensive to look at is
-    looked at less often.
+    One that is expensive to look at is looked at less often.
     """
     deadline = time.monotonic() + timeout
     while True:
