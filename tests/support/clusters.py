@@ -154,7 +154,6 @@ def ray_start(
             [
                 *(str(python), "-m", "ray.scripts.scripts", "start", "--block", *args),
                 *("--object-store-memory=100000000", "--num-cpus=1", "--node-ip-address=127.0.0.1"),
-                "--include-log-monitor=false",
                 *(["--no-monitor"] if "--head" in args else []),
             ],
             stdout=output,
