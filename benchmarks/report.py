@@ -131,9 +131,10 @@ class Goal:
     @property
     def cells(self) -> list[str]:
         bound = f"≥ {self.at_least:g}" if self.at_least else f"≤ {self.at_most:g}"
-        is_met = self.at_least <= self.measured <= self.at_most
+        shown = f"{self.measured:.2f}"
+        is_met = self.at_least <= float(shown) <= self.at_most
         missed = f"missed: {self.why}" if self.why else "missed"
-        return [self.what, bound, f"{self.measured:.2f}", "" if is_met else missed]
+        return [self.what, bound, shown, "" if is_met else missed]
 
 
 def _table_of(goals: list[Goal]) -> str:
