@@ -392,6 +392,22 @@ def test_a_session_whose_gcs_cannot_be_asked_is_dead_only_after_long(
     namespace.expect_all(urls)
 
 
+def test_a_session_that_outlives_its_gcs_is_dead_only_after_long(namespace: Namespace) -> None:
+    """Nothing listens at the address of its GCS, until there is another head."""
+    urls = namespace.node(LIVING)
+    namespace.store(LIVING).background.note_outliving(lambda: False)
+    namespace.node(DEAD)
+    namespace.clock.at(9 * LEASE, lambda: namespace.renew(LIVING))
+    namespace.gc()
+    assert namespace.left_of(DEAD) == []
+    namespace.expect_all(urls)
+    # It has no other head.
+    began = namespace.clock.now
+    namespace.gc()
+    assert namespace.clock.now - began >= 10 * LEASE
+    assert namespace.client.zrange(namespace.keys.leases, 0, -1) == []
+
+
 def test_a_session_without_any_lease_is_dead_only_after_long(namespace: Namespace) -> None:
     """As when the server has lost its data, and nodes are cut off from it."""
     urls = [url for url in namespace.node(LIVING) if url.startswith("overflow:")]

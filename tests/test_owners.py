@@ -152,6 +152,18 @@ def test_whoever_has_taken_over_an_address_does_not_speak_for_its_predecessor(ow
     assert RayOwners().verdicts(predecessor) == [Verdict.UNKNOWN] * COUNT
 
 
+def test_an_owner_on_a_node_that_the_gcs_has_forgotten_is_dead(owner: Any) -> None:
+    """It remembers a thousand dead nodes, and each living one."""
+    _, wanted = made_by(owner)
+    address = Address.FromString(wanted[0].owner_address)
+    address.worker_id = secrets.token_bytes(28)
+    # The field has another name in earlier versions of Ray.
+    node_id = "node_id" if hasattr(address, "node_id") else "raylet_id"
+    setattr(address, node_id, secrets.token_bytes(28))
+    forgotten = [Owned(each.object_id, address.SerializeToString()) for each in wanted]
+    assert RayOwners().verdicts(forgotten) == [Verdict.OWNER_DEAD] * COUNT
+
+
 @pytest.mark.usefixtures("_cluster")
 def test_what_is_no_address_and_no_object_gives_no_verdict() -> None:
     mine = ray.put(1)

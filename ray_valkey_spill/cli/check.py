@@ -418,21 +418,21 @@ def _throughput(config: Config, free: int | None) -> str:
         raise ServerFullError(
             "not measured: there is no room for it", "Raise maxmemory or max_bytes"
         )
-    data = memoryview(os.urandom(size))
-    target = memoryview(bytearray(size))
+    # Compared as bytes: Python compares two memoryviews item by item.
+    data, target = os.urandom(size), bytearray(size)
     whose = replace(config, overflow_uri=None), "check", f"pid{os.getpid()}"
     store, node = ObjectStore(*whose), Node(*whose)
     spill, restore = [], []
     try:
         for _ in range(_PROBE_ROUNDS):
             start = time.perf_counter()
-            urls, failure = store.put([SourceObject("check", b"", b"", data)])
+            urls, failure = store.put([SourceObject("check", b"", b"", memoryview(data))])
             spill.append(time.perf_counter() - start)
             if failure is not None:
                 raise failure
             (url,) = urls
             start = time.perf_counter()
-            store.fill(store.find(url, "check"), target)
+            store.fill(store.find(url, "check"), memoryview(target))
             restore.append(time.perf_counter() - start)
             if target != data:
                 raise SpillError("the data that were read are not those that were written")

@@ -48,6 +48,10 @@ class Guard:
         session: name of the session.
         directory: returns the session's directory, or None if there is none.
         params: as in the spilling config.
+
+    Attributes:
+        outlives_gcs: whether the GCS runs on this host, and the session does not end with it, as
+            far as can be found out.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Guard:
         self._params = params
         self._is_needed = True
         self._is_begun = False
+        self.outlives_gcs = False
         self._starting = threading.Lock()
 
     def begin(self) -> None:
@@ -84,6 +89,7 @@ class Guard:
         gcs = proc.gcs_of(self._session)
         # Neither changes while the node runs.
         self._is_needed = gcs is not None and proc.ends_with_gcs(gcs)
+        self.outlives_gcs = gcs is not None and not self._is_needed and gcs.is_alive
         if self._is_needed:
             start_guardian(directory, self._params)
 

@@ -259,6 +259,7 @@ class Keeper:
             return [
                 self._renew_lease,
                 self._guard.ensure,
+                self._note_outliving,
                 self._remove_abandoned,
                 self._join_overflow,
                 self._measure_room,
@@ -280,6 +281,10 @@ class Keeper:
     def _renew_lease(self) -> None:
         self._node.renew_lease(gcs_address(), self._is_destroyed)
         self._note_renewal()
+
+    def _note_outliving(self) -> None:
+        if self._guard.outlives_gcs:
+            self._node.note_outliving(self._is_destroyed)
 
     def _note_renewal(self) -> None:
         self._renewed = time.monotonic()
@@ -382,9 +387,11 @@ class Keeper:
 
     def _reclaim(self) -> None:
         """Remove objects that nobody can need any more: see `reclaim`."""
-        self._reclaimer.step()
-        if self._reclaimer.of_dead_nodes is not None:
-            self._metrics.found_of_dead_nodes(self._reclaimer.of_dead_nodes)
+        try:
+            self._reclaimer.step()
+        finally:
+            if self._reclaimer.of_dead_nodes is not None:
+                self._metrics.found_of_dead_nodes(self._reclaimer.of_dead_nodes)
 
     # --- the lease, however long a round takes ---
 

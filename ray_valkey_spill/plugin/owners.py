@@ -47,6 +47,8 @@ _NODE_ID = "node_id" if "node_id" in common_pb2.Address.DESCRIPTOR.fields_by_nam
 # Owners to remember; the next ones begin anew.
 _MOST_REMEMBERED = 10_000
 
+# A question, as a log names it.
+_WHO_NEEDS = "who needs an object"
 # What a Ray of another shape raises.
 _OTHER_SHAPE = (AttributeError, TypeError, ImportError, LookupError)
 
@@ -68,7 +70,8 @@ class RayOwners:
     """The owners of the connected Ray session: see `reclaim.Owners`. For one thread."""
 
     def __init__(self) -> None:
-        self._is_off = False
+        # The questions for which this Ray has another shape.
+        self._off: set[str] = set()
         # Workers and nodes that are dead by the GCS's word, which is final.
         self._dead: set[bytes] = set()
         # By worker id: when it may be asked again, and the seconds that it rests until then.
@@ -78,7 +81,7 @@ class RayOwners:
 
     def nodes(self) -> Mapping[str, bool] | None:
         """As `Owners.nodes`; None also where Ray has another shape."""
-        nodes = self._tried(_nodes, None)
+        nodes = self._tried("which nodes are alive", _nodes, None)
         if nodes is not None:
             # Ids come back where somebody chooses them.
             self._dead -= {bytes.fromhex(node) for node, is_alive in nodes.items() if is_alive}
@@ -96,7 +99,7 @@ class RayOwners:
         for owner in random.sample([*by_owner], len(by_owner)):
             numbers = by_owner[owner]
             address = _address(owner)
-            if address is None or self._is_off:
+            if address is None or _WHO_NEEDS in self._off:
                 continue
             for start in range(0, len(numbers), _ASKED_TOGETHER):
                 some = numbers[start : start + _ASKED_TOGETHER]
@@ -120,7 +123,7 @@ class RayOwners:
         until, rest = self._silent.get(worker, (0.0, 0.0))
         if began < until or call.is_over(began):
             return unknown
-        verdicts = self._tried(lambda: self._ask(owner, object_ids), None)
+        verdicts = self._tried(_WHO_NEEDS, lambda: self._ask(owner, object_ids), None)
         if verdicts is not None:
             self._silent.pop(worker, None)
             return verdicts
@@ -156,26 +159,30 @@ class RayOwners:
         nodes = self.nodes()
         if nodes is None:
             return False
-        if nodes.get(node.hex()) is False:
+        # A node is known to the GCS before its processes exist. In the end it forgets a dead one
+        # (`maximum_gcs_dead_node_cached_count`).
+        has_own = nodes.get(self._tried(_WHO_NEEDS, _own_node, ""))
+        if not nodes.get(node.hex(), not has_own):
             self._dead.add(node)
             return True
-        if self._tried(lambda: _has_ended(worker), False):
+        if self._tried(_WHO_NEEDS, lambda: _has_ended(worker), False):
             self._dead.add(worker)
             return True
         return False
 
-    def _tried(self, ask: Callable[[], _T], otherwise: _T) -> _T:
+    def _tried(self, question: str, ask: Callable[[], _T], otherwise: _T) -> _T:
         """Return the result of `ask`; `otherwise` if it failed."""
-        if self._is_off:
+        if question in self._off:
             return otherwise
         try:
             return ask()
         except _OTHER_SHAPE as error:
-            self._is_off = True
+            self._off.add(question)
             logger.warning(
-                "this Ray (%s) cannot be asked who needs an object (%s: %s): what dead nodes have "
-                "spilled stays until their session ends",
+                "this Ray (%s) cannot be asked %s (%s: %s): what dead nodes have spilled stays "
+                "until their session ends",
                 ray.__version__,
+                question,
                 type(error).__name__,
                 error,
             )
@@ -263,6 +270,10 @@ def _nodes() -> Mapping[str, bool]:
         for node, info in nodes.items()
     )
     return {node: is_alive for _, node, is_alive in by_start}
+
+
+def _own_node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _has_ended(worker_id: bytes) -> bool:

@@ -8,8 +8,9 @@ renew while the server cannot be reached, so the watch then starts again.
 IO workers may be stopped or gone while their node lives. So the clean-up also asks the GCS of each
 session without a lease: a session is dead only if no GCS answers for it, and a node of a running
 session only if the GCS says so. If the GCS cannot be asked, because its host does not answer or no
-lease has its address, the session may be cut off from here, or paused with its machines. Then it is
-dead only after ten times as long. A GCS at a loopback address can be asked only on the session's
+lease has its address, the session may be cut off from here, or paused with its machines; and a
+session that outlives its GCS may be waiting for the next one. Then it is dead only after ten times
+as long. A GCS at a loopback address can be asked only on the session's
 own host; an answer at that address elsewhere proves nothing.
 
 A lagging server shows old leases, and shows stored objects as half-written. So the clean-up removes
@@ -38,7 +39,7 @@ from ray_valkey_spill.store.liveness import (
     has_run_here,
     is_loopback,
 )
-from ray_valkey_spill.tiers.ledger import Lease, Usage, link_to
+from ray_valkey_spill.tiers.ledger import OUTLIVES_GCS, Lease, Usage, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier
@@ -209,13 +210,15 @@ class CleanUp:
 
     def _running(self, session: str, addresses: Iterable[str]) -> RunningSession | None:
         """As `gcs.running_at`, for all possible addresses of a session's GCS."""
-        found = [self._ask(session, address) for address in sorted(addresses) if address]
+        addresses = {*addresses}
+        may_return = OUTLIVES_GCS in addresses
+        found = [self._ask(session, address) for address in sorted(addresses - {"", OUTLIVES_GCS})]
         for running in found:
             if running is not None and running.name == session:
                 return running
         if UNKNOWN in found:
             return UNKNOWN
-        return UNREACHABLE if UNREACHABLE in found or not found else None
+        return UNREACHABLE if may_return or UNREACHABLE in found or not found else None
 
     def _ask(self, session: str, address: str) -> RunningSession | None:
         running = self._running_at(address)

@@ -29,7 +29,7 @@ from ray_valkey_spill.store.reclaim import USUAL_PACE, Owners, Pace, Reclaim, Re
 from ray_valkey_spill.store.spill import LATE_ARRIVALS
 from ray_valkey_spill.store.under_way import UNDER_WAY
 from ray_valkey_spill.tiers.budget import IDLE
-from ray_valkey_spill.tiers.ledger import link_to
+from ray_valkey_spill.tiers.ledger import OUTLIVES_GCS, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
@@ -97,6 +97,7 @@ class Node:
         self._valkey = ValkeyTier(self._link, self._keys)
         self._ledger = self._valkey.ledger
         self._lease = NodeLease(self._name, self._ledger)
+        self._outliving = NodeLease(self._name, self._ledger)
         self._late_valkey = ValkeyTier(lease_link, self._keys)
         self._late_lease = NodeLease(self._name, self._late_valkey.ledger)
         overflow = beside.overflow if beside is not None else OverflowTier.of(config)
@@ -140,6 +141,14 @@ class Node:
             self._late_lease.renew(gcs_address, is_destroyed)
         finally:
             self._late_valkey.close()
+
+    def note_outliving(self, is_destroyed: Callable[[], bool]) -> None:
+        """Take or renew a second lease: the session outlives its GCS, which is on this host.
+
+        Args:
+            is_destroyed: as for `NodeLease.renew`.
+        """
+        self._outliving.renew(OUTLIVES_GCS, is_destroyed)
 
     # --- overflow ---
 

@@ -110,8 +110,10 @@ class Pace:
             passes over very many are rarer.
         settling: from when a node was first seen dead until what its processes were writing is
             removed, and its lease: time for them to end. Its lease must have expired, too.
-        own, of_dead: objects in a slice. One of the node's own takes less than 1 % of a core if
-            there is a slice every ten seconds.
+        between_slices: between two slices, however often the keeper makes a round: it does so every
+            ten seconds, and more often after failures.
+        own, of_dead: objects in a slice. With those pauses, one of the node's own takes less than
+            1 % of a core.
         listing, listing_of_dead: between two listings of a node's files in the overflow. The
             totals are added up again as often as the files of dead nodes are listed.
     """
@@ -119,8 +121,9 @@ class Pace:
     age: float = 30.0
     confirmation: float = 15.0
     pause: float = 15.0
-    share: float = 10.0
+    share: float = 8.0
     settling: float = 20.0
+    between_slices: float = 9.0
     own: int = 200
     of_dead: int = 5000
     listing: float = 600.0
@@ -134,6 +137,8 @@ _MOST_SUSPECTS, _LONGEST_SUSPICION = 50_000, 600.0
 # Owners to remember, so that a header is not read in each pass, and seconds until that begins anew:
 # only reading the header shows that an object has no value any more.
 _MOST_OWNERS, _REMEMBERED = 50_000, 900.0
+# What the end of a walk over a dead node counts for, in objects.
+_COST_OF_A_NODE = 50
 # Passes of `reclaim_of_dead_nodes`, at most.
 _MOST_PASSES = 5
 # Chunks to look for, at most, because a forged name may claim millions.
@@ -268,14 +273,15 @@ class Reclaim:
             self._ask(items)
 
     def _ask(self, items: Sequence[_Item]) -> None:
-        now = self.clock()
         owned = list(self._owned(items))
         without = [item for item, each in zip(items, owned) if each is None]
         gone = self._gone(without)
         self._remove("gone", gone)
         self.asked[None] += len(without) - len(gone)
+        judged = list(self._judged(items, owned))
+        now = self.clock()
         dead = []
-        for item, verdict in self._judged(items, owned):
+        for item, verdict in judged:
             self.asked[verdict] += 1
             if verdict is Verdict.OWNER_DEAD:
                 dead.append(item)
@@ -526,7 +532,7 @@ class DeadNodes:
             items: list[_Item] = []
             with self._without_files():
                 items = self._walks[0].take(count)
-            count -= len(items)
+            count -= len(items) or _COST_OF_A_NODE
             with self._past_failures():
                 if items:
                     self._reclaim.ask(items)
@@ -554,8 +560,11 @@ class DeadNodes:
 
     def _tidy(self, walk: _Walk) -> None:
         node = walk.node
-        self._reclaim.valkey.remove_half_written(node)
-        self._reclaim.valkey.ledger.release_all(node)
+        ledger = self._reclaim.valkey.ledger
+        # The removal opens all connections anew, and asks whoever knows the primary.
+        if any(ledger.pending(node)):
+            self._reclaim.valkey.remove_half_written(node)
+        ledger.release_all(node)
         if self._reclaim.overflow is not None and walk.lists_files:
             self._reclaim.overflow.remove_parts(node, lambda pid: False)
 
@@ -585,17 +594,23 @@ class Reclaimer:
         self._node = node
         self._dead = DeadNodes(reclaim, node.session)
         self._own: _Walk | None = None
-        self._own_next = self._dead_next = self._listed = float("-inf")
+        self._next = self._own_next = self._dead_next = self._listed = float("-inf")
         self._is_in_pass = self._stands_in = False
         self._passed = reclaim.clock()
         self._seconds = 0.0  # of this pass over the objects of dead nodes, of a core
 
     def step(self) -> None:
-        """Ask for a slice. A failure in one part does not hold up the others.
+        """Ask for a slice, unless the last one is too young.
+
+        A failure in one part does not hold up the others.
 
         Raises:
             ServerError, OverflowUnavailableError: the next step continues.
         """
+        now = self._reclaim.clock()
+        if now < self._next:
+            return
+        self._next = now + self._reclaim.pace.between_slices
         with Failures() as failures:
             for part in (self._reclaim.confirm, self._ask_own, self._ask_of_dead):
                 with failures.kept():

@@ -40,6 +40,7 @@ from ray_valkey_spill.protocol.resp import Prepared, Request, command
 from ray_valkey_spill.tiers import scripts
 
 __all__ = [
+    "OUTLIVES_GCS",
     "Grant",
     "Kept",
     "Lease",
@@ -152,8 +153,17 @@ class Kept(NamedTuple):
     budget: int | None
 
 
+# In the place of an address, in a second lease of a node on the host of its GCS: the session
+# outlives its GCS. Version 0.1 takes it for the address of a host that does not answer.
+OUTLIVES_GCS = "outlives-gcs"
+
+
 class Lease(NamedTuple):
-    """A node of a session was alive at `renewed`, in ms by the server's clock."""
+    """A node of a session was alive at `renewed`, in ms by the server's clock.
+
+    Attributes:
+        gcs_address: host:port of the session's GCS, or `OUTLIVES_GCS`.
+    """
 
     node_name: NodeName
     gcs_address: str
