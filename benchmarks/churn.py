@@ -158,7 +158,8 @@ class Run:
         self._next_node = NODES
         # By id: when an object on the server was first seen to be referenced by nobody.
         self._since: dict[str, float] = {}
-        self._spilled: dict[str, Entry] = {}
+        # By object id: the names of its copies.
+        self._spilled: dict[str, set[ObjectName]] = {}
         # By node: when it was killed, in seconds since the epoch.
         self._killed: dict[str, float] = {}
         self.longest, self.longest_details = 0.0, ""
@@ -219,7 +220,9 @@ class Run:
         stored = {entry.name.object_id for entry in entries}
         waited_for = {i for i in stored if any(driver.waits_for(i) for driver in self._drivers)}
         # Of a task whose node was killed Ray stores an error, and spills that too.
-        self._spilled |= {entry.name.object_id: entry for entry in entries if entry.size >= MIB}
+        for entry in entries:
+            if entry.size >= MIB:
+                self._spilled.setdefault(entry.name.object_id, set()).add(entry.name)
         unreferenced = stored - referenced - waited_for
         self._since = {each: self._since.get(each, now) for each in unreferenced}
         oldest, since = min(self._since.items(), key=lambda item: item[1], default=("", now))
@@ -260,11 +263,10 @@ class Run:
 
         Of others that were in a killed node's memory Ray loses the only copy that it knows.
         """
-        entry = self._spilled.get(object_id)
-        if entry is None:
-            return False
-        killed = self._killed.get(entry.name.node, float("inf"))
-        return entry.name.time + REPORTED_WITHIN < killed
+        return any(
+            name.time + REPORTED_WITHIN < self._killed.get(name.node, float("inf"))
+            for name in self._spilled.get(object_id, ())
+        )
 
     def results(self) -> dict[str, Any]:
         drivers = [*self._ended, *self._drivers]
@@ -280,7 +282,8 @@ class Run:
             "hung_details": [each for driver in drivers for each in driver.latest.get("hung", [])],
             "lost": len(lost),
             "lost_details": [
-                f"{self._spilled[object_id].name}: {error}" for object_id, error in lost
+                f"{', '.join(map(str, self._spilled[object_id]))}: {error}"
+                for object_id, error in lost
             ],
             "lost_by_ray": len(missing) - len(lost),
             "longest_excess_seconds": self.longest,

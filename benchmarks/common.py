@@ -109,6 +109,11 @@ def interleave(
     return samples
 
 
+def same(left: memoryview, right: memoryview) -> bool:
+    """Whether both have the same bytes. Python itself compares memoryviews item by item."""
+    return bytes(left) == bytes(right)
+
+
 def cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime

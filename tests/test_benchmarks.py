@@ -76,7 +76,7 @@ def test_wire_compares_all_contenders_by_the_same_measures() -> None:
         for contender in (*case["spill"].values(), *case["restore"].values()):
             assert contender["gb_per_s_min"] <= contender["gb_per_s"] <= contender["gb_per_s_max"]
     assert found["found_ms"] > 0
-    zeros = found["cases"]["tcp, 64 MiB, zeros"]
+    zeros = found["cases"]["tcp, 16 MiB, zeros"]
     assert zeros["spill"]["auto"]["server_bytes"] < zeros["bytes"] / 50
 
 

@@ -530,7 +530,8 @@ def values(families: dict[str, Metric], exported: str, **labels: str) -> list[fl
 
 @contextlib.contextmanager
 def ray_that_reports(url: str, **params: Any) -> Iterator[Endpoint]:
-    with ray_with({**system_config(url, **params), "metrics_report_interval_ms": 1000}):
+    reporting = {"enable_metrics_collection": True, "metrics_report_interval_ms": 1000}
+    with ray_with({**system_config(url, **params), **reporting}):
         yield Endpoint()
 
 

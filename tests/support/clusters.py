@@ -34,6 +34,10 @@ _OF_TESTS = {
     "max_io_workers": 2,
     # Most tests run no task: workers are started when there is one.
     "prestart_worker_first_driver": False,
+    # Ray would else end workers that are idle, and start others with the next task.
+    "num_workers_soft_limit": 4,
+    # The tests of metrics want them.
+    "enable_metrics_collection": False,
     # A node is dead after five checks that found nobody. One that is only slow has longer.
     "health_check_period_ms": 500,
 }
@@ -158,7 +162,7 @@ def ray_start(
             ],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "RAY_max_io_workers": "1", **(env or {})},
         )
     try:
         wait_until(lambda: "--block" in log.read_text() or process.poll() is not None)

@@ -372,13 +372,12 @@ def free_ports(number: int) -> list[int]:
 def wait_until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
     """Wait until `condition` holds; fail if it does not in time.
 
-    One that is expensive to look at is looked at less often.
+    One that is expensive to look at is looked at less often, for others need the processors.
     """
     deadline = time.monotonic() + timeout
     while True:
-        start = time.monotonic()
+        before = time.thread_time()
         if condition():
             return
-        now = time.monotonic()
-        assert now < deadline, "waited in vain"
-        time.sleep(max(0.02, 2 * (now - start)))
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(min(1.0, max(0.02, 10 * (time.thread_time() - before))))
