@@ -408,6 +408,23 @@ def test_a_session_that_outlives_its_gcs_is_dead_only_after_long(namespace: Name
     assert namespace.client.zrange(namespace.keys.leases, 0, -1) == []
 
 
+@pytest.mark.parametrize("is_listening", [True, False])
+def test_a_session_whose_head_comes_back_while_it_is_watched_is_kept(
+    namespace: Namespace, is_listening: bool
+) -> None:
+    """Also where no node of it has spilled since, so that no lease changes."""
+    urls = namespace.node(LIVING)
+    if is_listening:
+        namespace.running[GCS[LIVING]] = UNREACHABLE
+    else:
+        namespace.store(LIVING).background.note_outliving(lambda: False)
+    back = RunningSession(LIVING, frozenset(["cc" * 28]))
+    namespace.clock.at(5 * LEASE, lambda: namespace.running.update({GCS[LIVING]: back}))
+    (remains,) = namespace.gc()
+    assert not remains.session_is_dead
+    namespace.expect_all(urls)
+
+
 def test_a_session_without_any_lease_is_dead_only_after_long(namespace: Namespace) -> None:
     """As when the server has lost its data, and nodes are cut off from it."""
     urls = [url for url in namespace.node(LIVING) if url.startswith("overflow:")]

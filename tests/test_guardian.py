@@ -233,11 +233,13 @@ def test_a_session_that_continues_with_the_next_head_has_no_guardian(
 ) -> None:
     with gcs(session, *arguments, config=config, **environment):
         found = proc.gcs_of(session.name)
-        assert found is not None and not proc.ends_with_gcs(found)
+        assert found is not None and proc.ends_with_gcs(found) is False
         start_guardian(session, {})
         wait_until(lambda: not guardians(session))
         assert guardian.recorded_gcs(str(session)) is None
-        Guard(session.name, lambda: session, {}).ensure()
+        guard = Guard(session.name, lambda: session, {})
+        guard.ensure()
+        assert guard.outlives_gcs
         assert guardians(session) == []
 
 
@@ -246,10 +248,10 @@ def test_a_gcs_in_memory_or_of_nobody_of_ours() -> None:
         found = proc.gcs_of("session_2")
         assert found is not None and found.pid == one.pid
         assert proc.ends_with_gcs(found)
-        assert not proc.ends_with_gcs(proc.Process(found.pid, "1"))
+        assert proc.ends_with_gcs(proc.Process(found.pid, "1")) is None
         assert proc.gcs_of("session_") is None and proc.gcs_of("session_22") is None
     # It has ended, and nothing can be found out any more.
-    assert not proc.ends_with_gcs(found)
+    assert proc.ends_with_gcs(found) is None
 
 
 def test_a_head_that_does_not_come_up_has_no_guardian(session: Path) -> None:

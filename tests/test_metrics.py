@@ -639,9 +639,9 @@ def test_a_nodes_endpoint_tells_what_the_server_and_the_overflow_hold(short_dir:
         for tier, again in (("valkey", 1), ("overflow", 0)):
             wait_until(
                 lambda tier=tier, again=again: (
-                    endpoint.moved("delete", tier)[0]
-                    == endpoint.moved("spill", tier)[0] + again
-                    == endpoint.moved("delete", tier)[1] // of_one
+                    endpoint.moved("delete", tier)[1]
+                    == endpoint.moved("delete", tier)[0] * of_one
+                    == (endpoint.moved("spill", tier)[0] + again) * of_one
                 )
             )
         assert on_server() == (0, 0, 0)

@@ -21,7 +21,16 @@ import pytest
 import ray
 from support.clusters import MIB, kill, local_ray, run_driver, system_config
 from support.guardians import end_guardians, guardians, left_of
-from support.servers import PATIENCE, ROOT, Node, Server, free_port, valkey_server, wait_until
+from support.servers import (
+    PATIENCE,
+    ROOT,
+    TARGET,
+    Node,
+    Server,
+    free_port,
+    valkey_server,
+    wait_until,
+)
 
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.plugin import proc
@@ -254,7 +263,7 @@ def test_a_signal_ends_heads_and_drivers_and_their_data_go(
             # Those that end in order have done it by themselves.
             if number == signal.SIGTERM or (number == signal.SIGINT and session is one):
                 assert left_of(spilling, session.directory.name) == 0, session.log.read_text()
-            wait_until(lambda: session.is_gone_from(spilling))  # noqa: B023
+            wait_until(lambda: session.is_gone_from(spilling), TARGET)  # noqa: B023
             if other is not None:
                 assert left_of(spilling, other.directory.name)
 
@@ -266,7 +275,7 @@ def test_a_driver_whose_ray_destroys_nothing_leaves_nothing(
         spilling.url, short_dir, True, "leave", automatic_object_spilling_enabled=False
     ) as session:
         session.process.wait(timeout=PATIENCE)
-        wait_until(lambda: session.is_gone_from(spilling))
+        wait_until(lambda: session.is_gone_from(spilling), TARGET)
 
 
 def test_where_ray_validates_nothing_a_guardian_is_there_before_the_first_object(
@@ -293,7 +302,7 @@ def test_processes_of_a_head_that_end_one_by_one(spilling: Server, short_dir: Pa
             process.terminate()
             # A zombie, or gone where its parent ended too.
             wait_until(lambda: not proc.is_alive(process.pid))  # noqa: B023
-        wait_until(lambda: session.is_gone_from(spilling))
+        wait_until(lambda: session.is_gone_from(spilling), TARGET)
 
 
 @pytest.mark.skipif(not shutil.which("redis-server"), reason="there is no redis-server here")
@@ -343,7 +352,7 @@ def test_a_head_that_comes_back_with_its_session_finds_all_that_was_spilled(
             assert guardians(session) == []
             first.send_signal(number)
             first.wait(timeout=PATIENCE)
-            # Others that clean up give it the time that a head takes to come back.
+            # Others that clean up give the session time until then.
             leases = server.client.zrange(LEASES, 0, -1)
             assert any(lease.endswith(b":outlives-gcs") for lease in leases)
             if number == signal.SIGKILL:
@@ -361,7 +370,7 @@ def test_a_head_that_comes_back_with_its_session_finds_all_that_was_spilled(
             assert "right: True" in printed
             assert server.spilled_ids() >= spilled
         # The third node is dead now by the GCS's word.
-        wait_until(lambda: not server.spilled_ids() & dropped)
+        wait_until(lambda: not server.spilled_ids() & dropped, TARGET)
         assert server.spilled_ids() >= spilled
 
 

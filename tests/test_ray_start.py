@@ -63,6 +63,7 @@ def test_two_nodes_started_by_hand_and_a_driver(short_dir: Path) -> None:
             ray_start(
                 *(f"--address={address}", '--resources={"second": 1}'),
                 log=short_dir / "node.log",
+                env={"RAY_max_io_workers": "4"},  # Ray's own default
             ),
         ):
             printed = run_driver(DRIVER, address, str(server.port))

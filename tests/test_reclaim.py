@@ -774,8 +774,10 @@ from ray.core.generated.common_pb2 import Address
 from ray_valkey_spill.plugin.owners import RayOwners
 from ray_valkey_spill.store.reclaim import Owned
 logging.basicConfig()
-ids = dict(worker_id=b"w" * 28, node_id=b"n" * 28)
-owner = Address(ip_address="127.0.0.1", port=1, **ids).SerializeToString()
+address = Address(ip_address="127.0.0.1", port=1, worker_id=b"w" * 28)
+# The field has another name in earlier versions of Ray.
+setattr(address, "node_id" if hasattr(address, "node_id") else "raylet_id", b"n" * 28)
+owner = address.SerializeToString()
 owners = RayOwners()
 for _ in range(2):
     print(owners.nodes(), owners.verdicts([Owned("ab" * 28, owner)])[0].name)

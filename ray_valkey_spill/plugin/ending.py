@@ -50,8 +50,7 @@ class Guard:
         params: as in the spilling config.
 
     Attributes:
-        outlives_gcs: whether the GCS runs on this host, and the session does not end with it, as
-            far as can be found out.
+        outlives_gcs: whether the GCS is known to run on this host and not to end the session.
     """
 
     def __init__(
@@ -88,8 +87,9 @@ class Guard:
             return
         gcs = proc.gcs_of(self._session)
         # Neither changes while the node runs.
-        self._is_needed = gcs is not None and proc.ends_with_gcs(gcs)
-        self.outlives_gcs = gcs is not None and not self._is_needed and gcs.is_alive
+        ends_with_gcs = gcs and proc.ends_with_gcs(gcs)
+        self._is_needed = bool(ends_with_gcs)
+        self.outlives_gcs = ends_with_gcs is False
         if self._is_needed:
             start_guardian(directory, self._params)
 

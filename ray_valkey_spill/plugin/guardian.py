@@ -175,7 +175,7 @@ def _become_guardian(directory: str) -> int | None:
 
 
 def _ends_with(gcs: proc.Process | None) -> bool:
-    return gcs is not None and proc.ends_with_gcs(gcs)
+    return bool(gcs and proc.ends_with_gcs(gcs))
 
 
 def _first_gcs(session: str, starter: proc.Process) -> proc.Process | None:

@@ -4,8 +4,8 @@ The owner of an object is the process that created its reference. It answers any
 connected to the cluster (Ray 2.60, `ReferenceCounter::FillObjectInformation`). An object that it
 does not know any more has no size, no location and no spilled copy in its answer.
 
-All this is internal to Ray. Where it has another shape, nothing is ever reclaimed, and one line in
-the log says so.
+All this is internal to Ray. Where a question has another shape, it is not asked again, and one line
+in the log says so; then nothing is reclaimed on its answer.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class RayOwners:
             return False
         # A node is known to the GCS before its processes exist. In the end it forgets a dead one
         # (`maximum_gcs_dead_node_cached_count`).
-        has_own = nodes.get(self._tried(_WHO_NEEDS, _own_node, ""))
+        has_own = nodes.get(self._tried("which node this is", _own_node, ""))
         if not nodes.get(node.hex(), not has_own):
             self._dead.add(node)
             return True
@@ -179,8 +179,8 @@ class RayOwners:
         except _OTHER_SHAPE as error:
             self._off.add(question)
             logger.warning(
-                "this Ray (%s) cannot be asked %s (%s: %s): what dead nodes have spilled stays "
-                "until their session ends",
+                "this Ray (%s) cannot be asked %s (%s: %s): what nobody needs any more, but Ray "
+                "does not delete, stays until the session ends",
                 ray.__version__,
                 question,
                 type(error).__name__,
@@ -273,7 +273,8 @@ def _nodes() -> Mapping[str, bool]:
 
 
 def _own_node() -> str:
-    return str(ray.get_runtime_context().get_node_id())
+    # Ray's public functions would start a Ray in a process that is just leaving its own.
+    return str(ray._private.worker.global_worker.current_node_id.hex())
 
 
 def _has_ended(worker_id: bytes) -> bool:

@@ -67,11 +67,11 @@ def gcs_of(session: str) -> Process | None:
     return None
 
 
-def ends_with_gcs(gcs: Process) -> bool:
+def ends_with_gcs(gcs: Process) -> bool | None:
     """Whether the session of a GCS ends when that process does.
 
     It does not if the GCS keeps its state elsewhere, in a Redis or in RocksDB: a head that is
-    started again then continues the session. Returns False if that cannot be found out.
+    started again then continues the session. Returns None if that cannot be found out.
     """
     try:
         arguments = _read(gcs.pid, "cmdline").split(b"\0")
@@ -82,7 +82,7 @@ def ends_with_gcs(gcs: Process) -> bool:
             if name == b"--config_list"
         ]
     except (OSError, ValueError):
-        return False
+        return None
     variables = dict(variable.partition(b"=")[::2] for variable in environment)
     has_redis = variables.get(b"RAY_REDIS_ADDRESS") or any(
         name.replace(b"-", b"_") == b"__redis_address" and value
@@ -93,7 +93,8 @@ def ends_with_gcs(gcs: Process) -> bool:
     for setting in settings:
         compact = b"".join(setting.split())
         kept = kept or (b'"gcs_storage":' in compact and b'"gcs_storage":"memory"' not in compact)
-    return gcs.is_alive and not has_redis and not kept
+    # Of a process that has just ended, there is nothing to read any more.
+    return not (has_redis or kept) if gcs.is_alive else None
 
 
 def _read(pid: int, name: str) -> bytes:

@@ -608,7 +608,7 @@ class _Caller:
         if self.is_validating or not self.is_head:
             return False
         gcs = gcs_of(self.directory.name)
-        return gcs is not None and ends_with_gcs(gcs)
+        return bool(gcs and ends_with_gcs(gcs))
 
 
 def _calling_node(session: str) -> _Caller | None:

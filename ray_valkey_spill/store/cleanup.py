@@ -156,6 +156,10 @@ class CleanUp:
         unasked = {node_name for node_name in silent if running[node_name.session] is UNREACHABLE}
         silent -= unasked - self._watch(unasked, _UNASKED * LEASE, watching)
         after = self._leases()
+        # A GCS may have come back meanwhile, perhaps at the address that a new node has noted.
+        for session in sorted({node_name.session for node_name in unasked & silent}):
+            leases = before[session] | after[session]
+            running[session] = self._running(session, {lease.gcs_address for lease in leases})
         usages = self._ledger.usages()
         self._dead = {}
         remains = []

@@ -600,7 +600,7 @@ class Reclaimer:
         self._seconds = 0.0  # of this pass over the objects of dead nodes, of a core
 
     def step(self) -> None:
-        """Ask for a slice, unless the last one is too young.
+        """Ask for a slice, unless the last one that worked is too young.
 
         A failure in one part does not hold up the others.
 
@@ -610,11 +610,11 @@ class Reclaimer:
         now = self._reclaim.clock()
         if now < self._next:
             return
-        self._next = now + self._reclaim.pace.between_slices
         with Failures() as failures:
             for part in (self._reclaim.confirm, self._ask_own, self._ask_of_dead):
                 with failures.kept():
                     part()
+        self._next = now + self._reclaim.pace.between_slices
 
     def _ask_own(self) -> None:
         now, pace = self._reclaim.clock(), self._reclaim.pace

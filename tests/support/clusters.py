@@ -29,8 +29,8 @@ OBJECT_STORE = 100 * MIB
 _OF_TESTS = {
     # So that small values too live in plasma and can be spilled.
     "max_direct_call_object_size": 0,
-    # More than one, of which each takes more than a second of a processor to start. What the tests
-    # do not configure, such as the demo, has Ray's four.
+    # More than one, of which each takes more than a second of a processor to start. The demo and
+    # the walk-through have Ray's four.
     "max_io_workers": 2,
     # Most tests run no task: workers are started when there is one.
     "prestart_worker_first_driver": False,
