@@ -37,7 +37,7 @@ from support.clusters import (
     talks_to,
     title,
 )
-from support.servers import BOOKS, INDEX, PATIENCE, ROOT, TARGET, Server, valkey_server, wait_until
+from support.servers import BOOKS, INDEX, PATIENCE, ROOT, SOON, Server, valkey_server, wait_until
 
 from ray_valkey_spill.format.names import Keyspace
 
@@ -244,7 +244,7 @@ def test_a_head_that_was_killed_and_started_again_removes_what_is_left_of_its_pa
     monkeypatch.chdir(tmp_path)
     with local_ray(spilling.url):
         refs = [ray.put(np.full(MIB, i)) for i in range(30)]
-        wait_until(lambda: not past & data_keys(spilling), TARGET)
+        wait_until(lambda: not past & data_keys(spilling), SOON)
         assert [int(ray.get(ref)[0]) for ref in refs] == list(range(30))
         wait_until(lambda: not clean_ups())
     assert spilling.our_keys() == []

@@ -24,7 +24,7 @@ from support.guardians import end_guardians, guardians, left_of
 from support.servers import (
     PATIENCE,
     ROOT,
-    TARGET,
+    SOON,
     Node,
     Server,
     free_port,
@@ -263,7 +263,7 @@ def test_a_signal_ends_heads_and_drivers_and_their_data_go(
             # Those that end in order have done it by themselves.
             if number == signal.SIGTERM or (number == signal.SIGINT and session is one):
                 assert left_of(spilling, session.directory.name) == 0, session.log.read_text()
-            wait_until(lambda: session.is_gone_from(spilling), TARGET)  # noqa: B023
+            wait_until(lambda: session.is_gone_from(spilling), SOON)  # noqa: B023
             if other is not None:
                 assert left_of(spilling, other.directory.name)
 
@@ -275,7 +275,7 @@ def test_a_driver_whose_ray_destroys_nothing_leaves_nothing(
         spilling.url, short_dir, True, "leave", automatic_object_spilling_enabled=False
     ) as session:
         session.process.wait(timeout=PATIENCE)
-        wait_until(lambda: session.is_gone_from(spilling), TARGET)
+        wait_until(lambda: session.is_gone_from(spilling), SOON)
 
 
 def test_where_ray_validates_nothing_a_guardian_is_there_before_the_first_object(
@@ -302,7 +302,7 @@ def test_processes_of_a_head_that_end_one_by_one(spilling: Server, short_dir: Pa
             process.terminate()
             # A zombie, or gone where its parent ended too.
             wait_until(lambda: not proc.is_alive(process.pid))  # noqa: B023
-        wait_until(lambda: session.is_gone_from(spilling), TARGET)
+        wait_until(lambda: session.is_gone_from(spilling), SOON)
 
 
 @pytest.mark.skipif(not shutil.which("redis-server"), reason="there is no redis-server here")
@@ -370,7 +370,7 @@ def test_a_head_that_comes_back_with_its_session_finds_all_that_was_spilled(
             assert "right: True" in printed
             assert server.spilled_ids() >= spilled
         # The third node is dead now by the GCS's word.
-        wait_until(lambda: not server.spilled_ids() & dropped, TARGET)
+        wait_until(lambda: not server.spilled_ids() & dropped, SOON)
         assert server.spilled_ids() >= spilled
 
 
