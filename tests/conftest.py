@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# Of every node, every few seconds, Ray would look at the processes, for a dashboard.
+# Ray would look at each node's processes every few seconds, for its dashboard.
 os.environ["REPORTER_UPDATE_INTERVAL_MS"] = "3600000"
 
 

@@ -25,7 +25,7 @@ from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.server_info import MemoryInfo, ServerInfo
 from ray_valkey_spill.store.cleanup import LEASE
 from ray_valkey_spill.store.liveness import RunningSession
-from ray_valkey_spill.tiers.ledger import OUTLIVES_GCS, Grant, Lease, Ledger, Usage, link_to
+from ray_valkey_spill.tiers.ledger import Grant, Lease, Ledger, Usage, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
@@ -529,9 +529,9 @@ class Inventory:
             of_session = [lease for lease in leases if lease.node_name.session == session]
             # Whoever has renewed last knows the address of a GCS that has moved.
             of_session.sort(key=lambda lease: -lease.renewed)
-            for address in dict.fromkeys(lease.gcs_address for lease in of_session):
-                if address in ("", OUTLIVES_GCS):
-                    continue
+            for address in dict.fromkeys(
+                each.gcs_address for each in of_session if each.has_address
+            ):
                 running = self._running_at(address)
                 if running is not None and running.name == session:
                     names = {node.node_name for node in nodes if node.node_name.session == session}

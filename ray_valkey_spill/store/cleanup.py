@@ -10,8 +10,8 @@ session without a lease: a session is dead only if no GCS answers for it, and a 
 session only if the GCS says so. If the GCS cannot be asked, because its host does not answer or no
 lease has its address, the session may be cut off from here, or paused with its machines; and a
 session that outlives its GCS may be waiting for the next one. Then it is dead only after ten times
-as long. A GCS at a loopback address can be asked only on the session's
-own host; an answer at that address elsewhere proves nothing.
+as long. A GCS at a loopback address can be asked only on the session's own host; an answer at that
+address elsewhere proves nothing.
 
 A lagging server shows old leases, and shows stored objects as half-written. So the clean-up removes
 nothing on the word of one: see `link.Link.confirmed`.
@@ -150,7 +150,7 @@ class CleanUp:
         before = self._leases()
         silent = self._watch(node_names, LEASE, watching)
         running = {
-            session: self._running(session, {lease.gcs_address for lease in before[session]})
+            session: self._running(session, before[session])
             for session in sorted({node_name.session for node_name in silent})
         }
         unasked = {node_name for node_name in silent if running[node_name.session] is UNREACHABLE}
@@ -158,8 +158,7 @@ class CleanUp:
         after = self._leases()
         # A GCS may have come back meanwhile, perhaps at the address that a new node has noted.
         for session in sorted({node_name.session for node_name in unasked & silent}):
-            leases = before[session] | after[session]
-            running[session] = self._running(session, {lease.gcs_address for lease in leases})
+            running[session] = self._running(session, before[session] | after[session])
         usages = self._ledger.usages()
         self._dead = {}
         remains = []
@@ -212,11 +211,11 @@ class CleanUp:
                 self.unavailable = error
         return otherwise
 
-    def _running(self, session: str, addresses: Iterable[str]) -> RunningSession | None:
-        """As `gcs.running_at`, for all possible addresses of a session's GCS."""
-        addresses = {*addresses}
-        may_return = OUTLIVES_GCS in addresses
-        found = [self._ask(session, address) for address in sorted(addresses - {"", OUTLIVES_GCS})]
+    def _running(self, session: str, leases: Collection[Lease]) -> RunningSession | None:
+        """As `gcs.running_at`, for all addresses of a session's GCS that its leases have."""
+        addresses = {lease.gcs_address for lease in leases if lease.has_address}
+        may_return = any(lease.gcs_address == OUTLIVES_GCS for lease in leases)
+        found = [self._ask(session, address) for address in sorted(addresses)]
         for running in found:
             if running is not None and running.name == session:
                 return running

@@ -10,7 +10,7 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace, NodeName
 from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import Failures, node_name
-from ray_valkey_spill.tiers.ledger import OUTLIVES_GCS, link_to
+from ray_valkey_spill.tiers.ledger import link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier
@@ -46,9 +46,11 @@ class EndingSession:
 
     def gcs_addresses(self) -> set[str]:
         """Return the addresses at which the session's nodes have reached its GCS."""
-        leases = self._ledger.leases()
-        found = {each.gcs_address for each in leases if each.node_name.session == self._session}
-        return found - {"", OUTLIVES_GCS}
+        return {
+            lease.gcs_address
+            for lease in self._ledger.leases()
+            if lease.node_name.session == self._session and lease.has_address
+        }
 
     def remove(self, is_here: Callable[[str], bool], is_alive: Callable[[int], bool]) -> bool:
         """Remove the session's data; return whether nothing of it is left.

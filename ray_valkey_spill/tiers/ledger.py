@@ -169,6 +169,11 @@ class Lease(NamedTuple):
     gcs_address: str
     renewed: int
 
+    @property
+    def has_address(self) -> bool:
+        """Whether `gcs_address` is one at which a GCS can be asked."""
+        return self.gcs_address not in ("", OUTLIVES_GCS)
+
 
 def link_to(
     config: Config,

@@ -36,7 +36,7 @@ _OF_TESTS = {
     "prestart_worker_first_driver": False,
     # Ray would else end workers that are idle, and start others with the next task.
     "num_workers_soft_limit": 4,
-    # The tests of metrics want them.
+    # Only the tests of metrics read any, and turn this on.
     "enable_metrics_collection": False,
     # A node is dead after five checks that found nobody. One that is only slow has longer.
     "health_check_period_ms": 500,
