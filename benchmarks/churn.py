@@ -196,7 +196,11 @@ class Run:
 
     def _strike(self) -> None:
         kind = self._random.choices(["node", "driver killed", "driver ended"], [6, 1, 1])[0]
-        note(f"{time.monotonic() - self._began:.0f} s: {kind}")
+        last = self.samples[-1]
+        note(
+            f"{time.monotonic() - self._began:.0f} s: {kind}; {last.stored:,.0f} MiB stored, "
+            f"{last.excess:,.0f} referenced by nobody, so far for {self.longest:.0f} s at most"
+        )
         self.events[kind] = self.events.get(kind, 0) + 1
         if kind == "node":
             number = self._random.randrange(1, NODES)
