@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,12 +38,13 @@ from support.servers import (
     PATIENCE,
     Server,
     dead_port,
+    valkey_server,
     wait_until,
 )
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import LostObjectError
+from ray_valkey_spill.errors import LostObjectError, OverflowUnavailableError
 from ray_valkey_spill.format.names import Keyspace, NodeName, ObjectName, new_attempt
 from ray_valkey_spill.plugin import gcs
 from ray_valkey_spill.plugin.gcs import running_at
@@ -50,6 +53,7 @@ from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.cleanup import LEASE, RENEWAL, CleanUp, Remains
 from ray_valkey_spill.store.liveness import UNKNOWN, UNREACHABLE, RunningSession
+from ray_valkey_spill.store.session import EndingSession
 from ray_valkey_spill.tiers.ledger import Grant, Ledger, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.valkey import ValkeyTier
@@ -426,10 +430,10 @@ def test_a_session_whose_head_comes_back_while_it_is_watched_is_kept(
 
 
 def test_a_session_without_any_lease_is_dead_only_after_long(namespace: Namespace) -> None:
-    """As when the server has lost its data, and nodes are cut off from it."""
-    urls = [url for url in namespace.node(LIVING) if url.startswith("overflow:")]
+    """As when the server has lost some of its data, and nodes are cut off from it."""
+    urls = namespace.node(LIVING)
     namespace.node(DEAD)
-    namespace.lose_all()
+    namespace.client.delete(namespace.keys.leases)
     store = namespace.store(LIVING)
     namespace.clock.at(9 * LEASE, lambda: namespace.come_to_life(store, LIVING))
     namespace.gc()
@@ -584,22 +588,26 @@ def test_a_session_that_comes_to_life_while_its_files_are_removed_keeps_those_of
     assert {lease.node_name.node for lease in namespace.ledger.leases()} == {*NODES}
 
 
-def test_a_session_that_comes_to_life_after_its_files_were_removed_keeps_its_leases(
+def test_a_session_that_comes_to_life_after_its_files_were_removed_keeps_its_leases_and_place(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     namespace.node(LIVING)
     look = namespace.look()
     remains = look.find()
-    destroy = OverflowTier.destroy_session
+    destroy = OverflowTier.destroy
 
-    def and_it_comes_to_life(self: OverflowTier, session: str) -> None:
-        destroy(self, session)
+    def and_it_comes_to_life(self: OverflowTier, node_name: NodeName) -> int:
+        count = destroy(self, node_name)
         namespace.renew(LIVING)
+        return count
 
-    monkeypatch.setattr(OverflowTier, "destroy_session", and_it_comes_to_life)
+    monkeypatch.setattr(OverflowTier, "destroy", and_it_comes_to_life)
     assert look.remove(remains) == []
-    assert LIVING in namespace.ledger.overflows()
     assert [lease.node_name.node for lease in namespace.ledger.leases()] == [NODES[0]]
+    token = namespace.ledger.overflows()[LIVING]
+    assert [file for file in namespace.files() if file.endswith(("ending", token))] == [
+        f"{namespace.keys.root.rstrip(':')}/{LIVING}/place.{token}"
+    ]
 
 
 class Killed(BaseException):
@@ -619,6 +627,7 @@ def test_a_clean_up_that_is_killed_anywhere_is_completed_by_the_next(
             _kill_after(survived, patched)
             look.remove(remains)
             break
+        namespace.clock.now = 0
         namespace.gc()
         namespace.expect_nothing()
         survived += 1
@@ -641,9 +650,9 @@ def _kill_after(steps: int, patched: pytest.MonkeyPatch) -> None:
 
     for kind, name in [
         (Link, "run"),
+        (OverflowTier, "begin_end"),
         (OverflowTier, "destroy"),
         (OverflowTier, "destroy_session"),
-        (OverflowTier, "unsign"),
         (OverflowTier, "remove_parts"),
     ]:
         patched.setattr(kind, name, mortal(getattr(kind, name)))
@@ -700,12 +709,84 @@ def test_the_place_that_a_session_agreed_on_is_removed_if_nothing_else_is_left(
     namespace.expect_nothing()
 
 
-def test_a_place_that_the_server_has_forgotten_is_removed(namespace: Namespace) -> None:
-    store = namespace.store(DEAD)
-    store.join_overflow()
-    namespace.client.delete(namespace.keys.overflows)
-    assert namespace.look().sessions() == {DEAD}
-    assert namespace.gc() == []
+def test_what_an_overflow_has_of_a_session_of_another_server_is_kept_unless_it_is_named(
+    namespace: Namespace,
+) -> None:
+    with (
+        valkey_server() as server,
+        contextlib.closing(
+            Namespace(server.url, server.client, namespace.directory, namespace.clock)
+        ) as other,
+    ):
+        namespace.node(DEAD)
+        urls = other.node(LIVING)
+        before = other.left_of(LIVING)
+        assert namespace.look().sessions() == {DEAD}
+        assert {each.node_name.session for each in namespace.gc()} == {DEAD}
+        (told,) = namespace.told
+        assert re.fullmatch(f"Kept: the files of {LIVING} in .* give its whole name .*", told)
+        assert namespace.left_of(DEAD) == []
+        assert other.left_of(LIVING) == before
+        other.expect_all(urls)
+        look = namespace.look()
+        # As much of a name is no name.
+        assert look.find(named=LIVING[:-1]) == []
+        look.remove(look.find(named=LIVING))
+        assert [file for file in namespace.files() if LIVING in file] == []
+    namespace.expect_nothing()
+
+
+def test_a_dead_session_whose_overflow_is_not_mounted_is_found_when_it_is(
+    namespace: Namespace, tmp_path: Path
+) -> None:
+    namespace.node(DEAD)
+    away = namespace.directory.rename(tmp_path / "away")
+    namespace.directory.mkdir()
+    look = namespace.look()
+    (removed,) = look.remove(look.find())
+    assert (removed.usage.objects, removed.files) == (2, 0)
+    assert look.unavailable is not None
+    assert f"has nothing of session {DEAD} any more" in look.unavailable.message
+    assert namespace.data_keys() == []
+    assert namespace.ledger.overflows().keys() == {DEAD}
+    namespace.directory.rmdir()
+    away.rename(namespace.directory)
+    look = namespace.look()
+    assert [each.files for each in look.remove(look.find())] == [3]
+    assert look.unavailable is None
+    namespace.expect_nothing()
+
+
+def test_a_dead_session_whose_files_somebody_has_removed_is_forgotten_if_it_is_named(
+    namespace: Namespace,
+) -> None:
+    namespace.node(DEAD)
+    for path in namespace.directory.iterdir():
+        shutil.rmtree(path)
+    namespace.gc()
+    assert namespace.ledger.overflows().keys() == {DEAD}
+    look = namespace.look()
+    look.remove(look.find(named=DEAD))
+    assert look.unavailable is None
+    namespace.expect_nothing()
+
+
+def test_a_session_that_ends_while_its_overflow_is_not_mounted_says_so_and_ends_when_it_is(
+    namespace: Namespace, tmp_path: Path
+) -> None:
+    for node in NODES:
+        namespace.node(DEAD, node)
+    away = namespace.directory.rename(tmp_path / "away")
+    namespace.directory.mkdir()
+    # One of them was on this host.
+    ending = EndingSession(namespace.config, DEAD, 5)
+    with contextlib.closing(ending):
+        with pytest.raises(OverflowUnavailableError, match=f"has nothing of session {DEAD}"):
+            ending.remove(NODES[0].__eq__, lambda pid: False)
+        assert namespace.ledger.overflows().keys() == {DEAD}
+        namespace.directory.rmdir()
+        away.rename(namespace.directory)
+        assert ending.remove(lambda node: True, lambda pid: False)
     namespace.expect_nothing()
 
 
@@ -726,7 +807,10 @@ def test_what_is_left_of_a_session_is_found_with_and_without_the_overflow(
     del namespace.params["overflow_uri"]
     namespace.config = Config.load(namespace.params, {})
     namespace.gc()
-    assert namespace.client.keys(f"{namespace.keys.root}*") == []
+    # By which the files are found with the overflow.
+    assert namespace.client.keys(f"{namespace.keys.root}*") == [namespace.keys.overflows.encode()]
+    kept = f"Kept: the files of {DEAD} in its overflow. Give its overflow_uri"
+    assert namespace.told == [kept]
     namespace.params["overflow_uri"] = namespace.directory.as_uri()
     namespace.config = Config.load(namespace.params, {})
     namespace.gc()

@@ -306,7 +306,10 @@ def gc(
     with contextlib.closing(look):
         with _countdown() as watching:
             found = look.find(
-                note, wanted=lambda name: name.startswith(session or ""), watching=watching
+                note,
+                wanted=lambda name: name.startswith(session or ""),
+                named=session or "",
+                watching=watching,
             )
         remains = [each for each in found if not each.is_empty]
         if remains and not as_json:

@@ -18,9 +18,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, SpillError
@@ -29,7 +29,7 @@ from ray_valkey_spill.plugin.gcs import running_at
 from ray_valkey_spill.store.cleanup import CleanUp
 from ray_valkey_spill.store.session import EndingSession
 
-__all__ = ["Guard", "end", "end_at_exit", "start_guardian"]
+__all__ = ["Guard", "end", "end_at_exit", "session_log", "start_guardian"]
 
 logger = logging.getLogger("ray_valkey_spill")
 
@@ -103,23 +103,36 @@ def start_guardian(directory: Path, params: Mapping[str, Any]) -> None:
         directory: the session's; its name is that of the session.
         params: as in the spilling config. They reach the guardian through a pipe.
     """
-    with contextlib.ExitStack() as stack:
-        errors: Any = subprocess.DEVNULL
-        with contextlib.suppress(OSError):
-            log = directory / "logs" / "ray_valkey_spill-guardian.log"
-            errors = stack.enter_context(log.open("ab"))
+    with session_log(directory, "guardian") as log:
         try:
             subprocess.run(  # noqa: S603 (our own module)
                 guardian.command(__name__, str(directory), os.getpid()),
                 input=json.dumps(dict(params)).encode(),
                 stdout=subprocess.DEVNULL,
-                stderr=errors,
+                stderr=log,
                 start_new_session=True,
                 timeout=_LONGEST_START,
                 check=True,
             )
         except (OSError, subprocess.SubprocessError) as error:
             logger.warning("nobody watches for the end of this session: %s", error)
+
+
+@contextlib.contextmanager
+def session_log(directory: Path | None, name: str) -> Iterator[IO[bytes] | int]:
+    """Yield one of a session's logs, for a process to append to; if it cannot be opened, nothing.
+
+    Args:
+        directory: the session's, if it is known.
+        name: what the log is of.
+    """
+    with contextlib.ExitStack() as stack:
+        log: IO[bytes] | int = subprocess.DEVNULL
+        if directory is not None:
+            with contextlib.suppress(OSError):
+                path = directory / "logs" / f"ray_valkey_spill-{name}.log"
+                log = stack.enter_context(path.open("ab"))
+        yield log
 
 
 def end(config: Config, directory: Path, node: str = "", patience: float = _PATIENCE) -> bool:

@@ -40,7 +40,7 @@ from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.plugin import logs
 from ray_valkey_spill.plugin.deferred import DeferredRestores, Restore
 from ray_valkey_spill.plugin.deletions import DeletionJournal
-from ray_valkey_spill.plugin.ending import Guard, end, end_at_exit, start_guardian
+from ray_valkey_spill.plugin.ending import Guard, end, end_at_exit, session_log, start_guardian
 from ray_valkey_spill.plugin.gcs import running_at
 from ray_valkey_spill.plugin.guardian import is_ended
 from ray_valkey_spill.plugin.interpreter import module_command
@@ -82,6 +82,9 @@ _HOLD_DEFERRED = 1.0
 
 # A resource of one object: its uninterrupted read proves nothing about others, which may be larger.
 _WHOLE_READS = "uninterrupted reads"
+
+# The clean-up of dead sessions waits ten minutes for a server: nobody waits for the clean-up.
+_CLEAN_UP_TIMEOUT = "--timeout=600"
 
 # The methods of Ray's node that create a storage.
 _VALIDATING, _DESTROYING = "validate_external_storage", "destroy_external_storage"
@@ -171,7 +174,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             except SpillError as error:
                 raise error from None  # Ray would print the cause too; one message is enough
             _checked.add((session_name, config))
-            _clean_up(config, params, session_name)
+            directory = None if self._caller is None else self._caller.directory
+            _clean_up(config, params, session_name, directory)
         if self._caller is not None and self._caller.is_validating:
             start_guardian(self._caller.directory, params)
             end_at_exit(config, self._caller.directory)
@@ -630,10 +634,13 @@ def _calling_node(session: str) -> _Caller | None:
     return None
 
 
-def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
+def _clean_up(
+    config: Config, params: Mapping[str, Any], session: str, directory: Path | None
+) -> None:
     """Start a process that removes the data of dead sessions, if any session but this one has data.
 
-    It watches leases for a minute, longer than `ray start` runs.
+    It watches leases for a minute and more, longer than `ray start` runs, and also if the server is
+    away for a while. What it says is in a log in the session's directory.
     """
     look = CleanUp(config, running_at)
     try:
@@ -649,13 +656,14 @@ def _clean_up(config: Config, params: Mapping[str, Any], session: str) -> None:
             for name, value in params.items()
             if value is not None
         ]
-        process = subprocess.Popen(  # noqa: S603 (our own module, and checked parameters)
-            module_command("ray_valkey_spill", "gc", *options),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with session_log(directory, "gc") as log:
+            process = subprocess.Popen(  # noqa: S603 (our own module, and checked parameters)
+                module_command("ray_valkey_spill", "gc", _CLEAN_UP_TIMEOUT, *options),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         threading.Thread(target=process.wait, daemon=True).start()
 
 

@@ -13,6 +13,10 @@ session that outlives its GCS may be waiting for the next one. Then it is dead o
 as long. A GCS at a loopback address can be asked only on the session's own host; an answer at that
 address elsewhere proves nothing.
 
+Several servers may use one overflow, and what a server knows may be lost. So of a session that has
+files in the overflow, and nothing on this server, nothing is removed, unless the caller names it,
+or its removal has begun.
+
 A lagging server shows old leases, and shows stored objects as half-written. So the clean-up removes
 nothing on the word of one: see `link.Link.confirmed`.
 
@@ -118,6 +122,9 @@ class CleanUp:
         self.unavailable: OverflowUnavailableError | None = None
         # Leases of the dead sessions at the time of the judgement.
         self._dead: dict[str, set[Lease]] = {}
+        self._named = ""
+        # The error if a dead session's files are not in the overflow.
+        self._missing: OverflowUnavailableError | None = None
 
     def close(self) -> None:
         self._link.close()
@@ -125,14 +132,16 @@ class CleanUp:
             self._overflow.close()
 
     def sessions(self) -> set[str]:
-        """Return all sessions with data or metadata."""
-        return {node_name.session for node_name in self._node_names()}
+        """Return all sessions with data or metadata, but those that this server does not know."""
+        node_names, _ = self._node_names("")
+        return {node_name.session for node_name in node_names}
 
     def find(
         self,
         report: Callable[[str], None] = lambda text: None,
         *,
         wanted: Callable[[str], bool] = lambda session: True,
+        named: str = "",
         watching: Callable[[int, float], None] = lambda nodes, seconds: None,
     ) -> list[Remains]:
         """Watch for about as long as a lease lasts; returns what the dead have left.
@@ -142,11 +151,19 @@ class CleanUp:
         Args:
             report: is given lines on what is kept and why.
             wanted: whether a session, by its name, is looked at.
+            named: the session that the caller asks for by its whole name: it is looked at also if
+                this server knows nothing of it, and forgotten if its files are not in the overflow.
             watching: is called every second with the number of nodes that are watched, and for how
                 many seconds at most.
         """
-        self.unavailable = None
-        node_names = {node_name for node_name in self._node_names() if wanted(node_name.session)}
+        self.unavailable, self._named = None, named
+        node_names, unknown = self._node_names(named)
+        node_names = {node_name for node_name in node_names if wanted(node_name.session)}
+        for session in sorted(filter(wanted, unknown)):
+            report(
+                f"Kept: the files of {session} in the overflow. This server knows nothing of that "
+                "session: it may use another one. If it is over, give its whole name as --session"
+            )
         before = self._leases()
         silent = self._watch(node_names, LEASE, watching)
         running = {
@@ -179,12 +196,15 @@ class CleanUp:
                 for node_name in sorted(nodes)
                 if node_name.node
             ]
-        self._report_unavailability(report)
+        self._report_what_stays(report)
         return remains
 
-    def _report_unavailability(self, report: Callable[[str], None]) -> None:
+    def _report_what_stays(self, report: Callable[[str], None]) -> None:
         if self.unavailable is not None:
             report(f"Kept: all data in the overflow, since {self.unavailable.message}")
+        elif self._overflow is None:
+            for session in sorted(self._dead.keys() & self._ledger.overflows()):
+                report(f"Kept: the files of {session} in its overflow. Give its overflow_uri")
 
     def _leases(self) -> defaultdict[str, set[Lease]]:
         """Return the leases, by session."""
@@ -193,14 +213,21 @@ class CleanUp:
             leases[lease.node_name.session].add(lease)
         return leases
 
-    def _node_names(self) -> set[NodeName]:
-        node_names, sessions = self._ledger.node_names(), {*self._ledger.overflows()}
-        node_names |= self._of_overflow(OverflowTier.node_names, set())
-        sessions |= self._of_overflow(OverflowTier.sessions, set())
+    def _node_names(self, named: str) -> tuple[set[NodeName], set[str]]:
+        """Return the nodes to look at, and the sessions of the overflow that are unknown here."""
+        node_names = self._ledger.node_names()
+        sessions = {*self._ledger.overflows()} | {each.session for each in node_names}
+        in_overflow = self._of_overflow(OverflowTier.node_names, set[NodeName]())
+        others = self._of_overflow(OverflowTier.sessions, set[str]()) - sessions
+        unknown = {each for each in others - {named} if not self._is_ending(each)}
+        sessions |= others - unknown
+        node_names |= {each for each in in_overflow if each.session in sessions}
         # The token of its overflow may be all that is left of a session, and has no node.
-        return node_names | {
-            NodeName(session, "") for session in sessions - {o.session for o in node_names}
-        }
+        lone = sessions - {each.session for each in node_names}
+        return node_names | {NodeName(session, "") for session in lone}, unknown
+
+    def _is_ending(self, session: str) -> bool:
+        return self._of_overflow(lambda overflow: overflow.is_ending(session), False)
 
     def _of_overflow(self, use: Callable[[OverflowTier], _T], otherwise: _T) -> _T:
         """Return the result of `use` on the overflow; `otherwise` if it is missing or unusable."""
@@ -314,6 +341,7 @@ class CleanUp:
             The removed part of it. Data of a session that has come to life since are kept, and so
             are files in an overflow that cannot be used.
         """
+        self._missing = None
         remains = list(remains)
         removed = [each for each in remains if not each.session_is_dead]
         for each in removed:
@@ -324,6 +352,7 @@ class CleanUp:
                 removed += of_session
         if self.unavailable is not None:
             removed = [replace(each, files=0, file_bytes=0) for each in removed]
+        self.unavailable = self.unavailable or self._missing
         # Also for a clean-up or a node that was killed just before it did so.
         self._ledger.unlist_if_empty()
         return removed
@@ -338,28 +367,38 @@ class CleanUp:
         if not all(map(self._remove_from_valkey, node_names)):
             return False
         steps: list[Callable[[OverflowTier], object]] = [
-            functools.partial(OverflowTier.destroy, node_name=node_name) for node_name in node_names
+            functools.partial(OverflowTier.begin_end, session=session),
+            *(functools.partial(OverflowTier.destroy, node_name=each) for each in node_names),
         ]
-        steps.append(functools.partial(OverflowTier.destroy_session, session=session))
-        for step in steps:
+        is_here = self._of_overflow(lambda overflow: self._shared(session).is_here(), False)
+        for step in steps if is_here else ():
             if not self._is_dead(session):
-                return False
+                break
             self._of_overflow(step, None)
         if not self._is_dead(session):
+            self._of_overflow(lambda overflow: overflow.withdraw_end(session), None)
             return False
         if self.unavailable is None:
-            self._forget(session, node_names)
+            self._forget(session, node_names, is_here=is_here)
         return True
 
-    def _forget(self, session: str, node_names: Iterable[NodeName]) -> None:
-        """Remove the metadata of a dead session that has no data any more."""
+    def _forget(self, session: str, node_names: Iterable[NodeName], *, is_here: bool) -> None:
+        """Remove the metadata of a dead session that has no data any more.
+
+        If its files are not here, its token stays, by which the next clean-up finds them.
+        """
         for node_name in node_names:
             self._ledger.close_account(node_name)
-        if self._overflow is None:
+        if is_here:
+            self._of_overflow(lambda overflow: self._shared(session).end(), False)
+        elif session == self._named:
             self._ledger.forget_overflow(session)
-        else:
-            shared = SharedOverflow(self._overflow, session, self._ledger)
-            self._of_overflow(lambda overflow: shared.leave(), None)
+        elif self._overflow is not None:
+            self._missing = self._missing or self._overflow.nothing_of(session)
+
+    def _shared(self, session: str) -> SharedOverflow:
+        assert self._overflow is not None
+        return SharedOverflow(self._overflow, session, self._ledger)
 
     def _remove_from_valkey(self, node_name: NodeName) -> bool:
         """Remove a dead node's data in Valkey while its session is dead; return whether it is."""

@@ -351,7 +351,7 @@ class Node:
                 count += self._destroy_in_valkey(is_alive, patience)
             if self._overflow is not None:
                 with failures.kept():
-                    count += self._overflow.overflow.destroy(self._name)
+                    count += self._overflow.destroy(self._name)
                     self._overflow.leave()
         return count
 

@@ -38,6 +38,11 @@ class EndingSession:
         self._valkey = ValkeyTier(self._link, Keyspace.of(config))
         self._ledger = self._valkey.ledger
         self._overflow = OverflowTier.of(config)
+        self._shared = (
+            None
+            if self._overflow is None
+            else SharedOverflow(self._overflow, self._session, self._ledger)
+        )
 
     def close(self) -> None:
         self._valkey.close()
@@ -74,9 +79,8 @@ class EndingSession:
                         self._remove_stored(each)
         if self._nodes():
             return False
-        if self._overflow is not None:
-            self._overflow.destroy_session(self._session)
-            SharedOverflow(self._overflow, self._session, self._ledger).leave()
+        if self._shared is not None:
+            self._shared.end()
         self._ledger.unlist_if_empty()
         return self._session not in self._ledger.overflows()
 
@@ -90,5 +94,5 @@ class EndingSession:
 
     def _remove_stored(self, each: NodeName) -> None:
         self._valkey.remove_stored(each)
-        if self._overflow is not None:
-            self._overflow.destroy(each)
+        if self._shared is not None:
+            self._shared.destroy(each)

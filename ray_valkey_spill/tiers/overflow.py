@@ -10,7 +10,8 @@ its parts: `pyarrow` can neither list nor abort them.
 
 The files are their own index: those of a node are in one directory. The server has no metadata of
 them, because it is full when they are written. Beside the nodes' directories, the session's
-directory has a signature while the session uses the overflow: `<session>/place.<token>`.
+directory has a signature while the session uses the overflow: `<session>/place.<token>`. Once the
+session's files are being removed, it also has `<session>/ending`.
 
 A share with an unreachable server, or an object store that does not answer, blocks its callers
 indefinitely. So the threads of `steps` do all file system calls, and a call fails once it has made
@@ -62,8 +63,10 @@ _MOST_AT_ONCE = 1 * MIB  # per read, so that a slow share shows progress
 # may receive all writes only then.
 _SLOWEST = 10e6
 _PART = ".part"
-_SIGNATURE = "place."
+_SIGNATURE, _ENDING = "place.", "ending"
 _FILE = re.compile(r"([^/]+)\.([0-9]+)(\.part)?")
+# The name of a directory that is being removed: see `OverflowTier._delete_directory`.
+_BEING_REMOVED = re.compile(r".+\.[0-9a-f]{8}")
 # Attempts to remove a directory: others may still add or remove files they opened under its name.
 _DELETE_ATTEMPTS = 5
 # Google's client would silently retry for a quarter of an hour.
@@ -214,7 +217,7 @@ class OverflowTier:
                 begin_step(self._data_limit)
                 tail = _inline(file, size) if inline else _tail(file, size, place.name.chunks)
         except FileNotFoundError:
-            self._require_signature(place)
+            self._require_signature(place.name.session)
             return Stat(None, [])
         return Stat(tail, [], payload=0 if inline else size - len(tail))
 
@@ -239,9 +242,11 @@ class OverflowTier:
 
     @_changing
     def remove(self, place: Place) -> None:
-        """Remove an object; a missing object is not an error."""
-        with contextlib.suppress(FileNotFoundError):
+        """Remove an object; a missing object is not an error, unless the storage is missing."""
+        try:
             self._fs.delete_file(self._path(place))
+        except FileNotFoundError:
+            self._require_signature(place.name.session)
 
     @contextlib.contextmanager
     def _buffers(self, thread: StepThread) -> Iterator[list[memoryview]]:
@@ -258,7 +263,7 @@ class OverflowTier:
         try:
             return self._open_file(place)
         except FileNotFoundError:
-            self._require_signature(place)
+            self._require_signature(place.name.session)
             raise LostObjectError("its file is gone from the overflow") from None
 
     def _open_file(self, place: Place) -> Any:
@@ -385,6 +390,29 @@ class OverflowTier:
         self._remove_if_empty(self._directory(*node_name))
 
     @_changing
+    def begin_end(self, session: str) -> None:
+        """Mark the files of a session as to be removed, so that a clean-up completes that."""
+        names = self._file_names(session)
+        if _ENDING in names:
+            return
+        if names or self._list_directories(self._directory(session)):
+            begin_step(self._patience.answer)
+            with self._fs.open_output_stream(self._ending(session)) as file:
+                file.write(b"What this session has here is being removed.\n")
+
+    @_changing
+    def withdraw_end(self, session: str) -> None:
+        """Undo `begin_end`."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self._ending(session))
+
+    @_reading
+    def is_ending(self, session: str) -> bool:
+        """Whether the removal of a session's files has begun."""
+        is_moved = _BEING_REMOVED.fullmatch(session) is not None
+        return is_moved or self._exists(self._ending(session))
+
+    @_changing
     def destroy_session(self, session: str) -> None:
         """Remove everything of a session."""
         self._delete_directory(self._directory(session))
@@ -493,6 +521,9 @@ class OverflowTier:
     def _signature(self, session: str, token: str) -> str:
         return self._directory(session, f"{_SIGNATURE}{token}")
 
+    def _ending(self, session: str) -> str:
+        return self._directory(session, _ENDING)
+
     def _create(self, place: Place) -> _NewFile:
         path = self._path(place)
         limits = self._patience.answer, self._data_limit
@@ -517,19 +548,25 @@ class OverflowTier:
         for _ in range(len(self._undiscarded)):
             self._discard(self._undiscarded.popleft())
 
-    def _require_signature(self, place: Place) -> None:
+    def _require_signature(self, session: str) -> None:
         """Distinguish a missing file from missing storage, for example a share that is not mounted.
 
         Raises:
             OverflowUnavailableError: the session has no signature there.
         """
-        directory = self._directory(place.name.session)
-        names = [path.rpartition("/")[2] for path, _ in self._list(directory)]
-        if not any(name.startswith(_SIGNATURE) for name in names):
-            raise OverflowUnavailableError(
-                f"the overflow at {self} has nothing of session {place.name.session} any more",
-                "Mount the directory again; without its files the objects spilled there are lost",
-            )
+        if not any(name.startswith(_SIGNATURE) for name in self._file_names(session)):
+            raise self.nothing_of(session)
+
+    def _file_names(self, session: str) -> set[str]:
+        """Return the names of the files beside the directories of a session's nodes."""
+        return {path.rpartition("/")[2] for path, _ in self._list(self._directory(session))}
+
+    def nothing_of(self, session: str) -> OverflowUnavailableError:
+        """Return the error for a session whose files should be here."""
+        return OverflowUnavailableError(
+            f"the overflow at {self} has nothing of session {session} any more",
+            "Mount the directory again; without its files the objects spilled there are lost",
+        )
 
     def _list(self, directory: str, kind: Any = fs.FileType.File) -> list[tuple[str, int]]:
         """Return the paths and lengths of a directory's entries; empty if it does not exist."""

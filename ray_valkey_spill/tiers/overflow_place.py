@@ -115,6 +115,42 @@ class SharedOverflow:
             )
         self._agreed = agreed
 
+    def is_here(self) -> bool:
+        """Whether the session's files, if it has any, are here: a share may not be mounted."""
+        token = self._ledger.overflows().get(self._session)
+        return (
+            token is None
+            or self.overflow.is_signed(self._session, token)
+            or self.overflow.is_ending(self._session)
+        )
+
+    def destroy(self, node: NodeName) -> int:
+        """Remove everything of a node of the session; return the number of removed objects.
+
+        Raises:
+            OverflowUnavailableError: also if the session's files are not here.
+        """
+        if not self.is_here():
+            raise self.overflow.nothing_of(self._session)
+        return self.overflow.destroy(node)
+
+    def end(self) -> bool:
+        """Remove everything of the session; return False if a node of it has a lease.
+
+        If this is killed, the next clean-up completes it: see `OverflowTier.begin_end`.
+
+        Raises:
+            OverflowUnavailableError: also if the session's files are not here.
+        """
+        if not self.is_here():
+            raise self.overflow.nothing_of(self._session)
+        self.overflow.begin_end(self._session)
+        if not self._ledger.forget_overflow(self._session):
+            self.overflow.withdraw_end(self._session)
+            return False
+        self.overflow.destroy_session(self._session)
+        return True
+
     def leave(self) -> None:
         """Remove the session's token and signature, if no other node of it has a lease."""
         agreed = self._ledger.overflows().get(self._session)
