@@ -235,7 +235,8 @@ def test_a_session_that_continues_with_the_next_head_has_no_guardian(
         found = proc.gcs_of(session.name)
         assert found is not None and proc.ends_with_gcs(found) is False
         start_guardian(session, {})
-        wait_until(lambda: not guardians(session))
+        # Its command line goes before its lock does.
+        wait_until(lambda: not guardians(session) and not guardian.is_there(str(session)))
         assert guardian.recorded_gcs(str(session)) is None
         guard = Guard(session.name, lambda: session, {})
         guard.ensure()
