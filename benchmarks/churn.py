@@ -39,6 +39,7 @@ from support.clusters import (
     system_config,
 )
 from support.servers import BOOKS, ROOT, Server, valkey_server
+from support.session_files import shared_files
 
 from benchmarks.common import MIB, lines, note, origin, origin_line, results_only, table
 from ray_valkey_spill.format.names import Entry, Keyspace, ObjectName
@@ -366,7 +367,7 @@ def _looks() -> Iterator[_Look]:
 def _session_files() -> int:
     """The number of this package's files in the session's directory."""
     session = Path(ray._private.worker._global_node.get_session_dir_path())
-    return sum(1 for _ in session.glob("ray_valkey_spill-*"))
+    return sum(1 for _ in shared_files(session).iterdir())
 
 
 def churn(

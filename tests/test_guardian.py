@@ -22,6 +22,7 @@ from support.guardians import end_guardians, guardians, left_of
 from support.proxy import proxy_to
 from support.samples import source
 from support.servers import Server, wait_until
+from support.session_files import shared_files
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
@@ -84,6 +85,11 @@ def destroy(server: Server, session: str, node: str, **params: Any) -> None:
         store.destroy(lambda pid: False)
 
 
+def note_keeper(session: Path, node: str) -> None:
+    """Leave what an IO worker of a node on this host leaves."""
+    (shared_files(session) / f"{node}.keeper").touch()
+
+
 def watched(session: Path, params: dict[str, Any]) -> psutil.Process:
     """Its guardian, once it has found the GCS."""
     start_guardian(session, params)
@@ -102,7 +108,7 @@ def test_once_the_gcs_has_ended_its_session_is_removed_and_no_other(
     """The server is away at first. Other sessions' names begin as this one's does."""
     with proxy_to(server.port) as proxy, gcs(session) as head:
         params = {"url": proxy.url, "retry_timeout": 0.2}
-        (session / f"ray_valkey_spill-{NODE}.keeper").touch()
+        note_keeper(session, NODE)
         others = [(f"{OVER}0", "default"), ("session_", "default"), (OVER, "elsewhere")]
         for name, namespace in [(OVER, "default"), *others]:
             spill(server.url, name, NODE, namespace=namespace)
@@ -131,7 +137,7 @@ def test_a_gcs_that_ends_as_soon_as_something_is_stored_has_been_seen(
         head.kill()
         head.wait()
         spill(server.url, OVER, NODE)
-        (session / f"ray_valkey_spill-{NODE}.keeper").touch()
+        note_keeper(session, NODE)
         wait_until(lambda: not guardians(session))
     assert left_of(server, OVER) == 0
 
@@ -140,20 +146,22 @@ def test_of_a_node_on_another_host_what_it_may_still_write_stays(
     server: Server, session: Path
 ) -> None:
     """With its lease, by which a clean-up finds it once the node no longer renews that."""
-    (session / f"ray_valkey_spill-{NODE}.keeper").touch()
+    note_keeper(session, NODE)
     config = Config.load({"url": server.url}, {})
     keys = Keyspace.of(config)
     for node in (NODE, OTHER):
         spill(server.url, OVER, node)
         name = ObjectName(OVER, node, "0a" * 28, f"{0:011x}{NOBODY:08x}{0:08x}", 0)
         server.client.zadd(keys.pending, {str(name): 0})
+    # Anybody may have made this file.
+    (session / f"ray_valkey_spill-{OTHER}.keeper").touch()
     assert not end(config, session)
     assert guardian.is_ended(str(session)) and not guardian.is_over(str(session))
     (pending,) = server.client.zrange(keys.pending, 0, -1)
     (lease,) = server.client.zrange(keys.leases, 0, -1)
     assert OTHER.encode() in pending and OTHER.encode() in lease
     assert server.client.zrange(keys.index, 0, -1) == []
-    (session / f"ray_valkey_spill-{OTHER}.keeper").touch()
+    note_keeper(session, OTHER)
     assert end(config, session)
     assert guardian.is_over(str(session))
     assert server.our_keys() == []
@@ -235,7 +243,8 @@ def test_a_session_that_continues_with_the_next_head_has_no_guardian(
         found = proc.gcs_of(session.name)
         assert found is not None and proc.ends_with_gcs(found) is False
         start_guardian(session, {})
-        wait_until(lambda: not guardians(session))
+        # Its command line goes before its lock does.
+        wait_until(lambda: not guardians(session) and not guardian.is_there(str(session)))
         assert guardian.recorded_gcs(str(session)) is None
         guard = Guard(session.name, lambda: session, {})
         guard.ensure()
@@ -300,7 +309,8 @@ def test_there_is_one_however_often_it_is_started_and_another_when_it_is_killed(
 
 
 def test_those_that_ask_at_the_same_time_do_not_keep_it_from_starting(session: Path) -> None:
-    with gcs(session), (session / "ray_valkey_spill.guardian").open("wb") as asking:
+    lock = shared_files(session) / "guardian"
+    with gcs(session), lock.open("wb") as asking:
         fcntl.flock(asking, fcntl.LOCK_SH)
         assert not guardian.is_there(str(session))
         start_guardian(session, {})

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.io_worker import io_workers
 from support.servers import Server, wait_until
+from support.session_files import shared_files
 from support.stores import Lease, Store
 
 from ray_valkey_spill.config import Config
@@ -69,13 +70,13 @@ def test_a_lease_that_is_taken_just_after_the_node_was_destroyed_is_ended(server
 
 @pytest.mark.slow
 def test_the_lease_is_renewed_while_recovery_is_stuck(server: Server, tmp_path: Path) -> None:
-    directory = tmp_path
+    directory = shared_files(tmp_path)
     # What a dead IO worker seems to have left cannot be read before this test writes to it.
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    os.mkfifo(directory / f"ray_valkey_spill-{NODE}-{dead.pid}-abcd.deletions")
+    os.mkfifo(directory / f"{NODE}-{dead.pid}-abcd.deletions")
     lease = Lease(server, Keyspace.of(Config.load({"url": server.url}, {})))
-    with io_workers(1, directory, NODE, {"url": server.url}) as (worker,):
+    with io_workers(1, tmp_path, NODE, {"url": server.url}) as (worker,):
         wait_until(lambda: list(directory.glob(f"*-{worker.process.pid}-*.deletions")))
         (taken,) = directory.glob("*.deletions")
         for _ in range(2):

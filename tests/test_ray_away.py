@@ -31,6 +31,7 @@ from support.clusters import (
 )
 from support.proxy import Proxy, proxy_to
 from support.servers import PATIENCE, Server, valkey_server, wait_until
+from support.session_files import shared_files
 
 SIZE = MIB // 4
 MANY = 40
@@ -70,7 +71,7 @@ def restore_workers() -> list[int]:
 def deferred() -> dict[str, int]:
     """The ids of the objects whose restore is deferred, and the processes that have them."""
     found = {}
-    for path in session_dir().glob("ray_valkey_spill-*.restores/*"):
+    for path in shared_files(session_dir()).glob("*.restores/*"):
         # Others are being written, or given up.
         if not path.suffix:
             with contextlib.suppress(FileNotFoundError):

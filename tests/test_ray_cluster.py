@@ -38,6 +38,7 @@ from support.clusters import (
     title,
 )
 from support.servers import BOOKS, INDEX, PATIENCE, ROOT, SOON, Server, valkey_server, wait_until
+from support.session_files import shared_files
 
 from ray_valkey_spill.format.names import Keyspace
 
@@ -396,7 +397,7 @@ def test_a_node_destroyed_after_its_driver_has_left_gets_no_lease_again(
         spill([ray.put(np.full(MIB, i)) for i in range(8)], spilling)
         ray.shutdown()
         made.head_node.destroy_external_storage()
-        assert (session_dir / "ray_valkey_spill.destroyed").read_text()
+        assert (shared_files(session_dir) / "destroyed").read_text()
         # IO workers still live, and renew a lease each few seconds. One that was spilling meanwhile
         # may have put more, but not without it.
         renewed = [False]

@@ -44,7 +44,7 @@ import pathlib, threading, time, valkey
 def make_room():
     session = pathlib.Path(ray._private.worker._global_node.get_session_dir_path())
     while not any('"heard": true' in path.read_text()
-                  for path in session.glob("ray_valkey_spill-*.outages")):
+                  for path in session.glob("ray_valkey_spill/*.outages")):
         time.sleep(0.1)
     time.sleep(3)  # for more attempts, of which nothing is to be heard
     print("room", flush=True)

@@ -97,7 +97,7 @@ class _Claims:
     cannot be written, each IO worker has all that Ray asks it for.
 
     Args:
-        directory: returns the session's directory, or None if there is none.
+        directory: returns the directory of shared files, or None if there is none.
         name: of the directory in it that the files are in.
         identity_of: returns the identity of the process with an id, among all that had that id or
             will have it; None if none has it now.

@@ -1,4 +1,4 @@
-"""A journal of an IO worker's pending deletions, in a file of the session directory.
+"""A journal of an IO worker's pending deletions, in a file that its node shares.
 
 Ray requests a deletion once, whatever its outcome. If the IO worker is killed before it is done,
 another IO worker of the node finds the file and deletes the objects.

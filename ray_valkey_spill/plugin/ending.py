@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from ray_valkey_spill.config import Config
 from ray_valkey_spill.errors import ConfigError, SpillError
-from ray_valkey_spill.plugin import guardian, proc
+from ray_valkey_spill.plugin import guardian, proc, shared_files
 from ray_valkey_spill.plugin.gcs import running_at
 from ray_valkey_spill.store.cleanup import CleanUp
 from ray_valkey_spill.store.session import EndingSession
@@ -105,6 +105,8 @@ def start_guardian(directory: Path, params: Mapping[str, Any]) -> None:
     """
     with session_log(directory, "guardian") as log:
         try:
+            # Checked here, because users do not see the guardian's log.
+            stack.enter_context(shared_files.opened(str(directory)))
             subprocess.run(  # noqa: S603 (our own module)
                 guardian.command(__name__, str(directory), os.getpid()),
                 input=json.dumps(dict(params)).encode(),
@@ -148,11 +150,13 @@ def end(config: Config, directory: Path, node: str = "", patience: float = _PATI
         SpillError: something is left.
     """
     guardian.mark_ended(str(directory))
-    # Each IO worker that keeps a node makes such a file.
-    here = {path.stem.removeprefix("ray_valkey_spill-") for path in directory.glob("*.keeper")}
+    here = {node}
+    with contextlib.suppress(OSError), shared_files.opened(str(directory)) as files:
+        # Each IO worker that keeps a node makes such a file.
+        here |= {path.stem for path in Path(files).glob("*.keeper")}
     session = EndingSession(config, directory.name, patience)
     with contextlib.closing(session):
-        is_complete = session.remove(lambda each: each in here | {node}, proc.is_alive)
+        is_complete = session.remove(lambda each: each in here, proc.is_alive)
     if is_complete:
         guardian.mark_ended(str(directory), complete=True)
     return is_complete

@@ -20,8 +20,9 @@ import os
 import select
 import sys
 import time
+from typing import Literal, TextIO
 
-from ray_valkey_spill.plugin import proc
+from ray_valkey_spill.plugin import proc, shared_files
 
 __all__ = [
     "GAVE_UP",
@@ -34,9 +35,9 @@ __all__ = [
     "withdraw_mark",
 ]
 
-# In the session's directory. The lock file has the id and identity of the GCS that is watched. The
-# mark says that the session is being destroyed, and whether that is complete.
-_LOCK, _MARK = "ray_valkey_spill.guardian", "ray_valkey_spill.destroyed"
+# Files that the session's processes share. The lock file has the id and identity of the GCS that is
+# watched. The mark says that the session is being destroyed, and whether that is complete.
+_LOCK, _MARK = "guardian", "destroyed"
 _COMPLETE = "nothing is left\n"
 
 # Exit code of the removal if trying again would not help.
@@ -88,7 +89,7 @@ def is_there(directory: str) -> bool:
 
 def recorded_gcs(directory: str) -> proc.Process | None:
     """Return the GCS with which the session ends, which a guardian has found; None if none has."""
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(directory, _LOCK)) as file:
+    with contextlib.suppress(OSError, ValueError), _open(directory, _LOCK) as file:
         pid, identity = file.read().split()
         return proc.Process(int(pid), identity)
     return None
@@ -96,24 +97,26 @@ def recorded_gcs(directory: str) -> proc.Process | None:
 
 def mark_ended(directory: str, *, complete: bool = False) -> None:
     """Stop the session's IO workers on this host from storing more; report what is done."""
-    with contextlib.suppress(OSError), open(os.path.join(directory, _MARK), "a") as file:
+    with contextlib.suppress(OSError), _open(directory, _MARK, "a") as file:
         file.write(_COMPLETE if complete else "")
 
 
 def withdraw_mark(directory: str) -> None:
     """Take back what `mark_ended` has said: the session goes on."""
-    with contextlib.suppress(OSError):
-        os.unlink(os.path.join(directory, _MARK))
+    with contextlib.suppress(OSError), shared_files.opened(directory) as files:
+        os.unlink(os.path.join(files, _MARK))
 
 
 def is_ended(directory: str) -> bool:
     """Whether the session's data are being removed, or were."""
-    return os.path.exists(os.path.join(directory, _MARK))
+    with contextlib.suppress(OSError), shared_files.opened(directory) as files:
+        return os.path.exists(os.path.join(files, _MARK))
+    return False
 
 
 def is_over(directory: str) -> bool:
     """Whether nothing is left to do for the session."""
-    with contextlib.suppress(OSError), open(os.path.join(directory, _MARK)) as file:
+    with contextlib.suppress(OSError), _open(directory, _MARK) as file:
         return file.read() != ""
     return False
 
@@ -153,9 +156,15 @@ def main() -> None:
     _remove_all(removal, directory, order)
 
 
+def _open(directory: str, name: str, mode: Literal["r", "a"] = "r") -> TextIO:
+    with shared_files.opened(directory) as files:
+        return open(os.path.join(files, name), mode)
+
+
 def _lock(directory: str, kind: int) -> int | None:
     try:
-        file = os.open(os.path.join(directory, _LOCK), os.O_RDWR | os.O_CREAT, 0o600)
+        with shared_files.opened(directory) as files:
+            file = os.open(os.path.join(files, _LOCK), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError:
         return None
     try:

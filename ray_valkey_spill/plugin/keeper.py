@@ -1,8 +1,8 @@
 """The background work of an IO worker, and of its node.
 
-A node has up to eight IO workers. The one that holds the lock file in the session's directory keeps
-the node: it renews the lease, cleans up after killed IO workers, and measures. Each IO worker does
-for itself only what no other can do.
+A node has up to eight IO workers. The one that holds the lock file keeps the node: it renews the
+lease, cleans up after killed IO workers, and measures. Each IO worker does for itself only what no
+other can do.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class NodeLock:
     be opened or locked, each IO worker keeps the node.
 
     Args:
-        directory: returns the session's directory, or None if there is none.
-        name: prefix of the names of this node's files, which no other node has.
+        directory: returns the directory of shared files, or None if there is none.
+        name: prefix of the names of this node's files: its id.
     """
 
     def __init__(self, directory: Callable[[], Path | None], name: str) -> None:
@@ -116,7 +116,7 @@ class NodeLock:
         Nodes on one host do, and a killed one leaves its files behind.
 
         Args:
-            is_dead: whether the node with that prefix is certain to be dead.
+            is_dead: whether the node with that id is certain to be dead.
         """
         directory = self._directory()
         if directory is None:
@@ -295,9 +295,8 @@ class Keeper:
     def _remove_abandoned(self) -> None:
         nodes = functools.cache(self._owners.nodes)
 
-        def is_dead(prefix: str) -> bool:
+        def is_dead(node: str) -> bool:
             alive = nodes()
-            node = prefix.rpartition("-")[2]
             return alive is not None and not alive.get(node)
 
         self._lock.remove_abandoned(is_dead)

@@ -95,7 +95,7 @@ def resource_of(error: SpillError) -> str:
 
 
 class _SharedState:
-    """A small JSON object in a file of the session directory, shared by the IO workers of a node.
+    """A small JSON object in a file that the IO workers of a node share.
 
     Args:
         directory: returns the file's directory, or None to share nothing. The file is created when

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private.utils import push_error_to_driver
 
+from ray_valkey_spill.plugin import shared_files
+
 __all__ = [
     "Drivers",
+    "SharedDirectory",
     "gcs_address",
     "in_io_worker",
     "in_spill_worker",
@@ -26,7 +33,7 @@ _JOBS_TIMEOUT = 2.0
 
 
 def session_dir(session: str, calling_node: Path | None) -> Path | None:
-    """Return Ray's directory of the session, where IO workers share files; None if it is unknown.
+    """Return Ray's directory of the session; None if it is unknown.
 
     Args:
         session: name of the session.
@@ -38,6 +45,40 @@ def session_dir(session: str, calling_node: Path | None) -> Path | None:
     node = ray._private.worker._global_node
     is_it = node is not None and node.session_name == session
     return Path(node.get_session_dir_path()) if is_it else None
+
+
+class SharedDirectory:
+    """Returns the directory in which the session's processes share files: see `shared_files`.
+
+    Stays open from the first use on, so that nobody can replace it, for as long as this object
+    lives. Thread-safe.
+
+    Args:
+        find: returns the session's directory, or None if it is unknown.
+    """
+
+    def __init__(self, find: Callable[[], Path | None]) -> None:
+        self._find = find
+        self._path: Path | None = None
+        self._is_reported = False
+        self._lock = threading.Lock()
+
+    def __call__(self) -> Path | None:
+        """Return a path to it; None if it cannot be used, for which one log line has the reason."""
+        with self._lock:
+            if self._path is None and (session := self._find()) is not None:
+                try:
+                    self._open(session)
+                except OSError as error:  # also a full disk: the next call tries again
+                    if not self._is_reported:
+                        logger.warning("the IO workers of this node share no files: %s", error)
+                    self._is_reported = True
+            return self._path
+
+    def _open(self, session: Path) -> None:
+        file = shared_files.open_directory(str(session))
+        weakref.finalize(self, os.close, file).atexit = False
+        self._path = Path(shared_files.path_of(file))
 
 
 def is_connected() -> bool:

@@ -51,6 +51,7 @@ from ray_valkey_spill.plugin.owners import RayOwners
 from ray_valkey_spill.plugin.proc import ends_with_gcs, gcs_of, identity_of, is_alive
 from ray_valkey_spill.plugin.process import (
     Drivers,
+    SharedDirectory,
     gcs_address,
     in_io_worker,
     is_connected,
@@ -121,21 +122,19 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         if self._in_io_worker:
             logs.set_default_format()
         self._node_id = node_id
-        self._shared = f"ray_valkey_spill-{node_id}"
         self._caller = _calling_node(session_name)
         calling_node = None if self._caller is None else self._caller.directory
         self._session_dir = functools.partial(session_dir, session_name, calling_node)
-        self._outages = Outages(self._session_dir, f"{self._shared}.outages", Drivers())
-        self._losses = Losses(
-            self._session_dir, f"{self._shared}.losses", Drivers(), self._place_of
-        )
-        self._journal = DeletionJournal(self._session_dir, self._shared)
+        self._shared = SharedDirectory(self._session_dir)
+        self._outages = Outages(self._shared, f"{node_id}.outages", Drivers())
+        self._losses = Losses(self._shared, f"{node_id}.losses", Drivers(), self._place_of)
+        self._journal = DeletionJournal(self._shared, node_id)
         self._metrics = _Observer(
             lambda: self._in_io_worker and is_connected(), self._outages, self._losses
         )
         self._deferred = DeferredRestores(
-            self._session_dir,
-            f"{self._shared}.restores",
+            self._shared,
+            f"{node_id}.restores",
             identity_of,
             self._new_restorer,
             self._still_waits,
@@ -184,7 +183,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         return Keeper(
             self._node,
             self._store,
-            NodeLock(self._session_dir, self._shared),
+            NodeLock(self._shared, self._node_id),
             self._guard,
             self._journal,
             self._deferred,

@@ -22,6 +22,7 @@ import ray_valkey_spill
 from ray_valkey_spill.cli.demo import shut_down
 from support.guardians import end_guardians
 from support.servers import PATIENCE, Server, wait_until
+from support.session_files import shared_files
 
 MIB = 1 << 20
 OBJECT_STORE = 100 * MIB
@@ -259,7 +260,7 @@ def failures() -> int:
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     return sum(
         outage["failures"]
-        for path in session.glob("ray_valkey_spill-*.outages")
+        for path in shared_files(session).glob("*.outages")
         if (text := path.read_text())
         for outage in json.loads(text).values()
     )
