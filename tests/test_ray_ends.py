@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from support.clusters import MIB, kill, local_ray, run_driver, system_config
+from support.clusters import MIB, in_turn, kill, local_ray, run_driver, system_config
 from support.guardians import end_guardians, guardians, left_of
 from support.servers import (
     PATIENCE,
@@ -169,9 +169,11 @@ def driver(
     url: str, directory: Path, of_environment: bool, then: str = "stay", **system: Any
 ) -> Iterator[Session]:
     """A driver that starts a Ray and spills."""
-    log = directory / "driver.log"
-    with starting(log, {**system_config(url), **system}, of_environment, then) as process:
-        wait_until(lambda: "session_" in log.read_text() or process.poll() is not None)
+    log, settings = directory / "driver.log", {**system_config(url), **system}
+    with contextlib.ExitStack() as stack:
+        with in_turn():
+            process = stack.enter_context(starting(log, settings, of_environment, then))
+            wait_until(lambda: "session_" in log.read_text() or process.poll() is not None)
         assert "session_" in log.read_text(), log.read_text()
         yield Session(process, log, Path(log.read_text().split()[-1]))
 
@@ -188,16 +190,17 @@ def start_node(
     stack: contextlib.ExitStack, arguments: Sequence[str], log: Path, **environment: str
 ) -> subprocess.Popen[bytes]:
     """`ray start --block`, with all of which it is over when the stack is closed."""
-    process = started(
-        [
-            *(_RAY, "start", "--block", "--num-cpus=1", "--object-store-memory=100000000"),
-            *("--node-ip-address=127.0.0.1", "--include-log-monitor=false", *arguments),
-        ],
-        log,
-        **environment,
-    )
-    stack.enter_context(ended(process))
-    wait_until(lambda: "--block" in log.read_text() or process.poll() is not None)
+    with in_turn():
+        process = started(
+            [
+                *(_RAY, "start", "--block", "--num-cpus=1", "--object-store-memory=100000000"),
+                *("--node-ip-address=127.0.0.1", "--include-log-monitor=false", *arguments),
+            ],
+            log,
+            **environment,
+        )
+        stack.enter_context(ended(process))
+        wait_until(lambda: "--block" in log.read_text() or process.poll() is not None)
     assert process.poll() is None, log.read_text()
     return process
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,30 @@ def starting_ray(system_config: dict[str, Any] | None = None, **options: Any) ->
         options: of `ray.init`, in the place of what tests have.
     """
     options = {**_init_options(system_config), **options}
-    return f"import os, sys\nimport numpy as np, psutil, ray\nray.init(**{options!r})\n"
+    return f"""
+import fcntl, os, sys
+import numpy as np, psutil, ray
+with open({_turn()!r}, "w") as turn:
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    ray.init(**{options!r})
+"""
+
+
+def _turn() -> str:
+    """The path of a file that whoever starts a node locks; tests that run at once share two.
+
+    Ray gives itself half a minute for a node. If each of many tests starts one, it takes as long.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return str(Path(tempfile.gettempdir()) / f"ray-valkey-spill-tests-{number % 2}.lock")
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """In the meantime few others start a node."""
+    with open(_turn(), "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 def _init_options(
@@ -90,7 +115,8 @@ def ray_with(
 ) -> Iterator[None]:
     """`ray.init` of a node alone, all of which has ended afterwards."""
     try:
-        ray.init(**_init_options(system_config, object_store, num_cpus))
+        with in_turn():
+            ray.init(**_init_options(system_config, object_store, num_cpus))
         yield
     finally:
         shut_down()
@@ -133,13 +159,14 @@ def cluster_with(system_config: dict[str, Any], nodes: int, **options: Any) -> I
 
 
 def add_node(cluster: Cluster, number: int, **options: Any) -> None:
-    cluster.add_node(
-        num_cpus=2,
-        object_store_memory=OBJECT_STORE,
-        resources={f"node{number}": 100},
-        **_NODE_OPTIONS,
-        **options,
-    )
+    with in_turn():
+        cluster.add_node(
+            num_cpus=2,
+            object_store_memory=OBJECT_STORE,
+            resources={f"node{number}": 100},
+            **_NODE_OPTIONS,
+            **options,
+        )
 
 
 @contextlib.contextmanager
@@ -154,29 +181,31 @@ def ray_start(
     Args:
         env: what its environment has beside ours.
     """
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [
-                *(str(python), "-m", "ray.scripts.scripts", "start", "--block", *args),
-                *("--object-store-memory=100000000", "--num-cpus=1", "--node-ip-address=127.0.0.1"),
-                *(["--no-monitor"] if "--head" in args else []),
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "RAY_max_io_workers": "1", **(env or {})},
-        )
-    try:
-        wait_until(lambda: "--block" in log.read_text() or process.poll() is not None)
+    with contextlib.ExitStack() as stack:
+        with log.open("w") as output, in_turn():
+            options = ["--object-store-memory=100000000", "--num-cpus=1"]
+            options += ["--node-ip-address=127.0.0.1", *(["--no-monitor"] * ("--head" in args))]
+            process = subprocess.Popen(
+                [str(python), "-m", "ray.scripts.scripts", "start", "--block", *args, *options],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "RAY_max_io_workers": "1", **(env or {})},
+            )
+            stack.callback(_end_node, process)
+            wait_until(lambda: "--block" in log.read_text() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         yield
-    finally:
-        if process.poll() is None:
-            started = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=PATIENCE)
-            for child in psutil.wait_procs(started, timeout=10)[1]:
-                kill(child.pid)
-        end_guardians(process.pid)
+
+
+def _end_node(process: subprocess.Popen[bytes]) -> None:
+    """End a `ray start --block` in order, and what is left of it then."""
+    if process.poll() is None:
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=PATIENCE)
+        for child in psutil.wait_procs(started, timeout=10)[1]:
+            kill(child.pid)
+    end_guardians(process.pid)
 
 
 def on(node: int) -> dict[str, Any]:
