@@ -103,10 +103,9 @@ def start_guardian(directory: Path, params: Mapping[str, Any]) -> None:
         directory: the session's; its name is that of the session.
         params: as in the spilling config. They reach the guardian through a pipe.
     """
-    with session_log(directory, "guardian") as log:
-        try:
-            # Checked here, because users do not see the guardian's log.
-            stack.enter_context(shared_files.opened(str(directory)))
+    try:
+        # Checked here, because users do not see the guardian's log.
+        with shared_files.opened(str(directory)), session_log(directory, "guardian") as log:
             subprocess.run(  # noqa: S603 (our own module)
                 guardian.command(__name__, str(directory), os.getpid()),
                 input=json.dumps(dict(params)).encode(),
@@ -116,8 +115,8 @@ def start_guardian(directory: Path, params: Mapping[str, Any]) -> None:
                 timeout=_LONGEST_START,
                 check=True,
             )
-        except (OSError, subprocess.SubprocessError) as error:
-            logger.warning("nobody watches for the end of this session: %s", error)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("nobody watches for the end of this session: %s", error)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,8 @@ _BETWEEN_ROUNDS, _BETWEEN_ATTEMPTS = RENEWAL, 2.0
 # longer than a lease, with many objects to remove or a slow overflow. So another thread renews the
 # lease if nobody has for this many seconds.
 _LATEST_RENEWAL = 2 * RENEWAL
+# Seconds between two looks of an IO worker that does not keep the node at what it has left.
+_BETWEEN_LOOKS = 300.0
 # Seconds between two listings of the overflow.
 _BETWEEN_SWEEPS = 600.0
 _ATTEMPTS_PER_WARNING = 6
@@ -200,6 +202,8 @@ class Keeper:
         self._renewed = time.monotonic()
         self._cannot_join = False
         self._swept = float("-inf")
+        # When this process last looked for what it has left, and how many breaks there were.
+        self._recovered, self._breaks = time.monotonic(), 0
         self._in_overflow: int | None = None
 
     def start(self) -> None:
@@ -336,8 +340,12 @@ class Keeper:
         self._node.recover(is_alive)
 
     def _recover_own(self) -> None:
-        if self._node.has_left_something:
+        # What the server has lost, started from a snapshot, nobody tells.
+        breaks, now = self._store.breaks + self._node.breaks, time.monotonic()
+        is_due = breaks != self._breaks or now - self._recovered >= _BETWEEN_LOOKS
+        if is_due or self._node.has_left_something:
             self._node.recover_own()
+            self._breaks, self._recovered = breaks, now
 
     def _delete_again(self) -> None:
         """Retry deletions that failed. A failure of one tier does not hold up the other."""

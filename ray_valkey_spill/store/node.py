@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -38,6 +39,8 @@ __all__ = ["Node", "Room"]
 # Seconds for which to retry an unavailable server: background work is repeated anyway.
 _PATIENCE = 1.0
 _DESTROY_PAUSE = 0.05
+# Seconds; what a killed writer had begun to write longer ago was put, if it is whole and pending.
+_LONGEST_PUT = 600.0
 _PID = re.compile("[0-9]{1,10}")
 
 
@@ -196,6 +199,10 @@ class Node:
     def recover(self, is_alive: Callable[[int], bool]) -> int:
         """Remove the leftovers of this process's failed puts, and of this node's killed processes.
 
+        A server that was started from a snapshot may have lost that objects were settled, and that
+        grants were released, long ago. What is pending, but was put for all that can be known, is
+        settled again: Ray may need it. Grants of which this process knows nothing are released.
+
         Args:
             is_alive: whether the process of this node with that id may still put objects.
 
@@ -208,13 +215,15 @@ class Node:
         is_left = functools.partial(_is_left, is_alive=is_alive)
         # Before the pending set is read, because a grant covers what its writer has written.
         budgets = [(budget, budget.stranded) for budget in UNDER_WAY.budgets(self._name)]
-        grants = [w for w in self._ledger.grants_of(self._name) if self._has_ended(w, is_alive)]
+        writers = [*self._ledger.grants_of(self._name)]
+        grants = [writer for writer in writers if self._has_ended(writer, is_alive)]
         failed, in_doubt = UNDER_WAY.left(self._name)
         left = {name for page in self._ledger.pending(self._name) for name in page if is_left(name)}
         count = 0
         if left or in_doubt:
             # The server may still have in its sockets what was sent, and carry it out later.
             time.sleep(LATE_ARRIVALS)
+            self._settle_whole(filter(_may_be_put, left))
             # What is pending now, after its writer was seen dead, was never reported as put; at
             # first the writer may have died between that and this. If a failover has made it
             # pending again, its writer has died before it could `settle_again`.
@@ -224,10 +233,23 @@ class Node:
             self._valkey.remove_objects(in_doubt)
         UNDER_WAY.removed(failed, in_doubt)
         self._ledger.release(self._name, grants)
+        for writer in {*writers} - {*grants}:
+            if (known := UNDER_WAY.budget(writer)) is not None:
+                known.release_unknown(self._ledger)
         for budget, stranded in budgets:
             if stranded:  # else a put that is under way would hold this up
                 budget.recovered(stranded)
         return count + len({*in_doubt} - left)
+
+    def _settle_whole(self, names: Iterable[ObjectName]) -> None:
+        """Settle those of some pending objects that have all their values, and can be read."""
+        entries = []
+        wanted = [(name, 0) for name in names]
+        for (name, _), stat in zip(wanted, self._valkey.measure(wanted)):
+            with contextlib.suppress(LostObjectError):
+                entries.append(self._valkey.entry(name, stat, self._key_ring))
+        if entries:
+            self._link.execute(*self._ledger.settlements(self._name, entries))
 
     def settle_again(self) -> int:
         """Settle objects again that this process has put lately, and that are pending.
@@ -275,7 +297,7 @@ class Node:
         if not _PID.fullmatch(pid):
             return True
         if int(pid) == os.getpid():
-            return not UNDER_WAY.has_writer(writer)
+            return UNDER_WAY.budget(writer) is None
         return not is_alive(int(pid))
 
     def delete(self, urls: Iterable[str]) -> None:
@@ -380,6 +402,13 @@ def _is_left(name: ObjectName, is_alive: Callable[[int], bool]) -> bool:
     if name.writer == os.getpid():
         return UNDER_WAY.has_left(name)
     return not is_alive(name.writer)
+
+
+def _may_be_put(name: ObjectName) -> bool:
+    """Whether a pending object that was left by its writer may have been put, long ago."""
+    if name.writer == os.getpid():
+        return UNDER_WAY.has_forgotten(name)
+    return time.time() - name.time > _LONGEST_PUT
 
 
 def _is_written(name: ObjectName, is_alive: Callable[[int], bool]) -> bool:

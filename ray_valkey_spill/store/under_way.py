@@ -13,7 +13,8 @@ from ray_valkey_spill.tiers.budget import Budget
 
 __all__ = ["UNDER_WAY", "UnderWay"]
 
-# Objects whose settlement may have to be repeated; older ones are left pending if it is lost.
+# Objects whose settlement may have to be repeated; of older ones it is found out whether they were
+# put: see `UnderWay.has_forgotten`.
 _MOST_PUT = 10_000
 # Seconds within which a failover takes place that can lose a settlement.
 _SETTLED_FOR_GOOD = 60.0
@@ -56,14 +57,21 @@ class UnderWay:
             return name in self._attempts
 
     def has_left(self, name: ObjectName) -> bool:
-        """Whether a pending object of this process id is to be removed.
+        """Whether a pending object of this process id is left by its writer.
 
-        It is if its attempt has failed, or was that of an earlier process with the same id.
+        It is unless its attempt is under way, or was put lately.
         """
         with self._lock:
-            if name in self._attempts or name in self._put:
-                return False
-            return name in self._failed or name.time < self._began
+            return name not in self._attempts and name not in self._put
+
+    def has_forgotten(self, name: ObjectName) -> bool:
+        """Whether a pending object of this process id was put, as far as is still known here.
+
+        If so, the server has lost that it was settled long ago: it was started from a snapshot.
+        """
+        with self._lock:
+            known = self._attempts, self._put, self._failed, self._in_doubt
+            return name.time >= self._began and not any(name in each for each in known)
 
     # --- what was put ---
 
@@ -136,10 +144,10 @@ class UnderWay:
         with self._lock:
             self._budgets[writer] = budget
 
-    def has_writer(self, writer: str) -> bool:
-        """Whether a writer of this process may still use its grant."""
+    def budget(self, writer: str) -> Budget | None:
+        """Return the budget of a writer of this process; None if its store is gone."""
         with self._lock:
-            return writer in self._budgets
+            return self._budgets.get(writer)
 
     def budgets(self, node: NodeName) -> list[Budget]:
         """Return the budgets of a node's writers in this process."""

@@ -262,6 +262,18 @@ class Budget:
         finally:
             self._in_use.release()
 
+    def release_unknown(self, ledger: Ledger) -> None:
+        """Release a grant that the server has of this writer, if the writer knows of none.
+
+        The release was lost in a failover, or in the start from an older snapshot.
+        """
+        if self._in_use.acquire(blocking=False):
+            try:
+                if not self._is_granted:
+                    ledger.release(self.node, [self._writer])
+            finally:
+                self._in_use.release()
+
     # --- helpers ---
 
     def _is_unlimited(self) -> bool:

@@ -16,22 +16,29 @@ from itertools import chain, islice
 from typing import TypeVar
 
 from ray_valkey_spill.errors import (
+    ConfigError,
     LostObjectError,
     NotValkeyError,
     SpillError,
     UnconfirmedError,
 )
 from ray_valkey_spill.format.codec import copy_into
-from ray_valkey_spill.format.header import TRAILER_SIZE, header_size, largest_header
+from ray_valkey_spill.format.header import (
+    TRAILER_SIZE,
+    decode_header,
+    header_size,
+    largest_header,
+)
 from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place
 from ray_valkey_spill.format.packing import INLINE_LIMIT, Receive
-from ray_valkey_spill.format.sealing import TAG_SIZE
+from ray_valkey_spill.format.sealing import TAG_SIZE, KeyRing
 from ray_valkey_spill.protocol.link import Link
 from ray_valkey_spill.protocol.resp import Request, command, fetch, store
 from ray_valkey_spill.tiers import scripts
 from ray_valkey_spill.tiers.base import Stat
 from ray_valkey_spill.tiers.budget import Budget, Payments
 from ray_valkey_spill.tiers.ledger import Ledger, pages
+from ray_valkey_spill.tiers.room import cost, member_cost
 from ray_valkey_spill.units import MIB
 
 __all__ = ["ValkeyTier"]
@@ -261,6 +268,29 @@ class ValkeyTier:
                 lambda: list(self._stat(again)),  # noqa: B023
                 lacks_nothing=lambda stats: all(stat.is_whole for stat in stats),
             )
+
+    def entry(self, name: ObjectName, stat: Stat, keys: KeyRing | None) -> Entry:
+        """Return the entry of an object that was found by its name alone.
+
+        Args:
+            name: the object.
+            stat: what there is of it.
+            keys: as for `decode_header`. If they lack its key, what is stored counts as its size.
+
+        Raises:
+            LostObjectError: it is damaged, or not whole.
+        """
+        if stat.header is None or not stat.is_whole:
+            raise LostObjectError("not all of its values are there")
+        key = self._keys.header(name)
+        lengths = [len(stat.header), *stat.chunk_sizes]
+        size = sum(lengths)
+        with contextlib.suppress(ConfigError):
+            size = decode_header(stat.header, key, keys)[0].size
+        stored = sum(
+            cost(len(key), length) for key, length in zip(self._keys.values(name), lengths)
+        )
+        return Entry(name, size, stored + member_cost(len(str(name))))
 
     def without_values(self, names: Sequence[ObjectName]) -> list[ObjectName]:
         """Return the objects that have no value, through `link.Link.confirmed`, without waiting."""
