@@ -435,6 +435,16 @@ def test_a_step_may_take_as_long_as_it_makes_progress(workshop: StepThreads) -> 
     assert workshop.run(steps) == 10
 
 
+def test_however_many_hang_others_are_tried(workshop: StepThreads) -> None:
+    """What hangs in a share that was unmounted lazily never returns."""
+    never = threading.Event()
+    for _ in range(5):
+        with pytest.raises(StalledError):
+            workshop.run(never.wait)
+    assert workshop.run(lambda: "mounted again") == "mounted again"
+    never.set()
+
+
 def test_what_is_given_up_stops_at_its_next_step_and_only_its_end_is_done(
     workshop: StepThreads,
 ) -> None:

@@ -19,9 +19,10 @@ from typing import Any, Generic, TypeVar
 
 __all__ = ["Job", "StalledError", "StepThread", "StepThreads", "begin_step"]
 
-# Threads that may hang at a time. A step can hang forever, for example on a share that was lazily
-# unmounted and mounted again, so other threads are tried before it returns.
-_MOST_HUNG = 3
+# A step can hang forever, for example on a share that was lazily unmounted and mounted again, so
+# other threads are tried before it returns. With so many hung ones, each further one doubles the
+# pause, up to these seconds: a thread costs little, but a share can be away for days.
+_FEW_HUNG, _LONGEST_PAUSE = 3, 3600.0
 _NOW = float("-inf")
 
 # In a thread of a `StepThread`: that `StepThread`.
@@ -98,8 +99,8 @@ class StepThreads:
     """Threads for jobs with steps that may hang. Thread-safe.
 
     There are as many threads as are used at a time. While one hangs, further jobs fail at once with
-    `StalledError`, until its step returns. Meanwhile one job every `retry` seconds is tried in
-    another thread, unless too many hang; if it ends, jobs are accepted again.
+    `StalledError`, until its step returns. Meanwhile one job every `retry` seconds, and less often
+    while several hang, is tried in another thread; if it ends, jobs are accepted again.
 
     Args:
         name: part of the threads' names.
@@ -153,9 +154,9 @@ class StepThreads:
     def _take(self) -> StepThread:
         with self.lock:
             if self._hung:
-                if len(self._hung) >= _MOST_HUNG or time.monotonic() < self._retry_at:
+                if time.monotonic() < self._retry_at:
                     raise StalledError(max(thread.seconds_at_step for thread in self._hung))
-                self._retry_at = time.monotonic() + self._retry
+                self._retry_at = time.monotonic() + self._pause
             if self._idle:
                 thread = self._idle.pop()
                 thread.hangs = False
@@ -167,11 +168,17 @@ class StepThreads:
             raise OSError(errno.EAGAIN, str(error)) from error
         return thread
 
+    @property
+    def _pause(self) -> float:
+        """Seconds until another thread is tried."""
+        doubled = max(0, len(self._hung) + 1 - _FEW_HUNG)
+        return min(self._retry * 2.0**doubled, max(self._retry, _LONGEST_PAUSE))
+
     def _put_back(self, thread: StepThread) -> None:
         with self.lock:
             if thread.is_busy:
                 self._hung.add(thread)
-                self._retry_at = time.monotonic() + self._retry
+                self._retry_at = time.monotonic() + self._pause
             else:
                 self._idle.append(thread)
                 self._retry_at = _NOW
