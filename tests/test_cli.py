@@ -246,8 +246,14 @@ def test_check_says_that_a_head_would_use_another_server(server: Server) -> None
     assert code == 0
     assert found["Ray's setting"]["status"] == "warn"
     assert "Its url is not the one that is checked here" in found["Ray's setting"]["detail"]
-    _, found = findings("--url", server.url, **setting(url=server.url))
-    assert found["Ray's setting"]["status"] == "ok"
+    # Without the number of the default database, it is the same.
+    for url in (server.url, server.url.removesuffix("/0")):
+        _, found = findings("--url", server.url, **setting(url=url))
+        assert found["Ray's setting"]["status"] == "ok"
+    others = setting(url=server.url, namespace="other", max_bytes=10)
+    _, found = findings("--url", server.url, **others)
+    expected = "Its namespace, max_bytes are not those that are checked here"
+    assert expected in found["Ray's setting"]["detail"]
 
 
 def test_check_works_for_a_user_without_a_home(
@@ -379,6 +385,16 @@ def test_an_interrupted_command_ends_with_130(args: tuple[str, ...]) -> None:
 
 
 # --- config ---
+
+
+def test_config_names_what_the_environment_has_and_its_forms_lack() -> None:
+    env = {"RAY_VALKEY_SPILL_NAMESPACE": "other", "RAY_VALKEY_SPILL_CHUNK_SIZE": "65536"}
+    result = cli("config", "--url", "valkey://host:7000", "--namespace", "mine", "--json", **env)
+    (note,) = (each for each in json.loads(result.stdout)["notes"] if "Set here" in each)
+    assert note == (
+        "Set here, and not part of this: RAY_VALKEY_SPILL_CHUNK_SIZE. Set the same on every node, "
+        "or give options instead."
+    )
 
 
 def test_config_prints_forms_that_work_when_pasted() -> None:
@@ -631,7 +647,7 @@ def test_check_names_missing_permissions(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "token", ["a file", {"RAY_AUTH_TOKEN": "ab" * 32}, {"RAY_AUTH_TOKEN_PATH": "/etc/token"}]
+    "token", [".ray/auth_token", {"RAY_AUTH_TOKEN": "ab" * 32}, {"RAY_AUTH_TOKEN_PATH": "token"}]
 )
 def test_check_warns_of_a_token_that_only_some_commands_of_ray_send(
     server: Server, short_dir: Path, token: str | dict[str, str]
@@ -640,11 +656,14 @@ def test_check_warns_of_a_token_that_only_some_commands_of_ray_send(
     none = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": ""}
     env = {**none, "HOME": str(short_dir)}
     assert findings("--url", server.url, **env)[1]["Ray's tokens"]["status"] == "ok"
-    if isinstance(token, str):
-        (short_dir / ".ray").mkdir()
-        (short_dir / ".ray/auth_token").write_text("ab" * 32)
-    else:
+    (short_dir / ".ray").mkdir()
+    if isinstance(token, dict):
         env |= token
+    path = token if isinstance(token, str) else token.get("RAY_AUTH_TOKEN_PATH")
+    if path is not None:
+        (short_dir / path).write_text("ab" * 32)
+    if env["RAY_AUTH_TOKEN_PATH"]:
+        env["RAY_AUTH_TOKEN_PATH"] = str(short_dir / "token")
     code, found = findings("--url", server.url, **env)
     assert code == 0
     assert found["Ray's tokens"]["status"] == "warn"
@@ -666,6 +685,10 @@ def test_check_warns_of_a_token_that_only_some_commands_of_ray_send(
         (
             {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/none"},
             "needs a token, and RAY_AUTH_TOKEN_PATH, /none, has none",
+        ),
+        (
+            {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN_PATH": "/none"},
+            "RAY_AUTH_TOKEN_PATH, /none, has none, so Ray does not start",
         ),
     ],
 )

@@ -823,12 +823,30 @@ def test_inspect_finds_what_is_in_the_overflow(full: Stock) -> None:
     assert_fits(text)
     assert f"file          {row['path']}\n" in text
     assert "on the server" not in text
-    with pytest.raises(OverflowUnavailableError, match="Give overflow_uri"):
+    with pytest.raises(OverflowUnavailableError, match="Give --overflow-uri"):
         tool("inspect", "--url", full.server.url, row["url"])
-    with pytest.raises(SpillError, match="If there is an overflow, give overflow_uri"):
+    with pytest.raises(SpillError, match="If there is an overflow, give --overflow-uri"):
         tool("inspect", "--url", full.server.url, row["name"])
     os.truncate(row["path"], 100)
     assert damaged(full, row["url"])["problems"] == ["its header is cut off (0 bytes)"]
+
+
+def test_what_is_in_an_overflow_that_is_not_there_is_not_taken_for_nothing(
+    full: Stock, tmp_path: Path
+) -> None:
+    server = ("--url", full.server.url)
+    for command in ("ls", "stats"):
+        assert tool(command, *full.options).stderr == ""
+        for option, fix in (
+            ((), "give its --overflow-uri"),
+            (("--overflow-uri", str(tmp_path / "typo")), "it is not there now"),
+        ):
+            told = " ".join(tool(command, *server, *option).stderr.split())
+            sessions = f"{SESSIONS[0]} and 1 other session"
+            assert told == f"Not counted: what {sessions} may have in an overflow: {fix}."
+    assert tool("ls", *server, "--tier", "valkey").stderr == ""
+    with pytest.raises(SpillError, match="no overflow is given"):
+        tool("ls", *server, "--tier", "overflow")
 
 
 def test_inspect_of_what_is_in_valkey_needs_no_overflow(full: Stock, tmp_path: Path) -> None:
@@ -1187,7 +1205,7 @@ def test_gc_asks_on_a_terminal_before_it_asks_owners_for_what_may_go(
     assert code == (0 if yes else 1)
     if yes:
         assert "Kept: 2 objects" in text and "Ray Client" in text and "port 6379" in text
-        assert text.endswith("Nothing to remove.")
+        assert text.endswith("Nothing else to remove.")
     else:
         assert text.endswith("Removed nothing.")
     assert len(printed("ls", *stock.options)) == 2
@@ -1216,7 +1234,7 @@ def test_gc_removes_of_a_running_session_only_what_is_half_written_of_the_dead(
     (row,) = printed("ls", *stock.options)
     assert row["url"] == url
     assert printed("stats", *stock.options)["valkey"]["half_written"] == 0
-    assert tool("gc", *stock.options).stdout.endswith("\nNothing to remove.\n")
+    assert tool("gc", *stock.options).stdout.endswith("\nNothing else to remove.\n")
 
 
 @pytest.mark.usefixtures("quick")

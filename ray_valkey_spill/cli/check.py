@@ -18,7 +18,12 @@ from ray_valkey_spill.cli import ray_setting
 from ray_valkey_spill.cli.options import given
 from ray_valkey_spill.cli.waiting import Waiting, limited, reach
 from ray_valkey_spill.config import Config, Endpoint, parameters
-from ray_valkey_spill.errors import ServerFullError, ServerUnavailableError, SpillError
+from ray_valkey_spill.errors import (
+    ConfigError,
+    ServerFullError,
+    ServerUnavailableError,
+    SpillError,
+)
 from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.format.packing import SourceObject
 from ray_valkey_spill.format.sealing import KeyRing, is_key
@@ -80,7 +85,7 @@ def run(
     """
     yield _attempt("Ray", _ray)
     yield _hook()
-    yield (setting := _attempt("Ray's setting", lambda: _setting(options.get("url"))))
+    yield (setting := _attempt("Ray's setting", lambda: _setting(options)))
     yield _tokens()
     try:
         config = given(options).load()
@@ -130,19 +135,35 @@ def _ray() -> str:
     return f"Ray {metadata.version('ray')} fits ray-valkey-spill {__version__}"
 
 
-def _setting(url: str | None) -> str | Finding:
-    """Describe the setting of Ray's in this environment, beside the `url` that was given."""
+def _setting(options: Mapping[str, Any]) -> str | Finding:
+    """Describe the setting of Ray's in this environment, beside the options that were given."""
     text = ray_setting.describe(os.environ)
-    if url is None or not os.environ.get(ray_setting.CONFIG_VARIABLE):
+    if not os.environ.get(ray_setting.CONFIG_VARIABLE):
         return text
-    if ray_setting.params_from_environment(os.environ).get("url") == url:
+    of_ray = Config.load(ray_setting.params_from_environment(os.environ))
+    try:
+        checked = given(options).load()
+    except ConfigError:  # another finding says so
         return text
+    others = [
+        each.name
+        for each in parameters()
+        if _comparable(checked, each.name) != _comparable(of_ray, each.name)
+    ]
+    if not others:
+        return text
+    are_not = "is not the one that is" if len(others) == 1 else "are not those that are"
     return Finding(
         WARNING,
         "Ray's setting",
-        f"{text}. Its url is not the one that is checked here",
-        "Leave --url out to check the server of the setting",
+        f"{text}. Its {', '.join(others)} {are_not} checked here",
+        "Leave the options out to check the setting",
     )
+
+
+def _comparable(config: Config, name: str) -> Any:
+    """Return the value of a parameter; two urls of one address are equal."""
+    return config.address if name == "url" else getattr(config, name)
 
 
 def _hook() -> Finding:
@@ -175,14 +196,21 @@ def _tokens() -> Finding:
         return _token_mode(subject, mode)
     if not _enables_tokens_by_itself():
         return Finding(OK, subject, "this Ray wants none, unless RAY_AUTH_MODE says so")
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if not _has_token():
+        if path and not os.environ.get("RAY_AUTH_TOKEN"):
+            return Finding(
+                WARNING,
+                subject,
+                f"RAY_AUTH_TOKEN_PATH, {path}, has none, so Ray does not start "
+                "(AuthenticationError)",
+                "Put a token there, or set RAY_AUTH_MODE to disabled",
+            )
+        return Finding(OK, subject, "none here, so nodes do not ask each other for one")
     if os.environ.get("RAY_AUTH_TOKEN"):
         found = "RAY_AUTH_TOKEN is set"
-    elif path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        found = f"RAY_AUTH_TOKEN_PATH is {path}"
-    elif os.path.exists(os.path.expanduser(_DEFAULT_TOKEN)):
-        found = f"{_DEFAULT_TOKEN} exists"
     else:
-        return Finding(OK, subject, "none here, so nodes do not ask each other for one")
+        found = f"RAY_AUTH_TOKEN_PATH is {path}" if path else f"{_DEFAULT_TOKEN} exists"
     return Finding(
         WARNING,
         subject,

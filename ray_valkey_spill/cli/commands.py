@@ -136,7 +136,10 @@ def config(acl: bool, as_json: bool, **options: Any) -> None:
 @click.option("--node", type=TEXT, metavar="PREFIX", help="Only nodes whose ids have this prefix.")
 @click.option("--tier", type=click.Choice(["valkey", "overflow"]), help="Only this tier.")
 @click.option(
-    "--older-than", type=DURATION, metavar="AGE", help="Only objects of at least 90s, 10m, 2h, 3d."
+    "--older-than",
+    type=DURATION,
+    metavar="AGE",
+    help="Only objects at least this old: 90s, 10m, 2h, 3d.",
 )
 @click.option(
     "--sort",
@@ -145,7 +148,7 @@ def config(acl: bool, as_json: bool, **options: Any) -> None:
     show_default=True,
     help="By node and id; or the oldest, or the largest as data or as stored, first.",
 )
-@click.option("--limit", type=NUMBER, metavar="NUMBER", help="At most so many objects.")
+@click.option("--limit", type=NUMBER, metavar="NUMBER", help="Show at most this many objects.")
 @timeout_option
 @_json_option
 def ls(
@@ -164,6 +167,8 @@ def ls(
     An object's stored size is what the budget counts for it; in the overflow, its file's length.
     """
     config, waiting = _reached(given(options).load(), timeout)
+    if tier == "overflow" and config.overflow_uri is None:
+        raise SpillError("no overflow is given", "Give --overflow-uri")
     with contextlib.closing(Inventory(config, waiting=waiting)) as inventory:
         now = inventory.time()
         selection = Selection(session or "", node or "", tier, older_than, sort, limit)
@@ -172,6 +177,8 @@ def ls(
             _print_list(item.as_dict(inventory.keys, now) for item in items)
         else:
             _print_lines(rendering.listing(items, selection, now))
+        if tier != "valkey":
+            _notify_all(rendering.unseen(inventory.unseen(), config.overflow_uri))
 
 
 @cli.command(cls=Command)
@@ -187,7 +194,7 @@ def ls(
     is_flag=False,
     flag_value=f"{_WATCH_INTERVAL:g}",
     metavar="[SECONDS]",
-    help=f"Look again every so many seconds ({_WATCH_INTERVAL:g} unless given), until Ctrl-C.",
+    help=f"Look again after this many seconds ({_WATCH_INTERVAL:g} by default), until Ctrl-C.",
 )
 @timeout_option
 @_json_option
@@ -210,6 +217,8 @@ def stats(
                 _print_json(found.as_dict())
             else:
                 _print_lines(_statistics_lines(found))
+            if isinstance(source, Inventory):
+                _notify_all(rendering.unseen(source.unseen(), config.overflow_uri))
             return
         redraws = _is_a_terminal(sys.stdout) and not as_json
         if redraws:
@@ -236,7 +245,7 @@ def inspect(key: str, timeout: float, as_json: bool, **options: Any) -> None:
     KEY is the key of a header or a chunk, a URL that Ray has, an object's name as `ls --json`
     prints it, or an object's id in hex, which shows every attempt to spill it.
 
-    Exits with 1 if something of it is missing or wrong.
+    Exits with 1 if any part of it is missing or wrong.
     """
     config = given(options).load()
     target = parse_target(key, Keyspace.of(config))
@@ -262,7 +271,7 @@ def inspect(key: str, timeout: float, as_json: bool, **options: Any) -> None:
     "--session", type=TEXT, metavar="PREFIX", help="Only sessions whose names have this prefix."
 )
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
-@click.option("--yes", is_flag=True, help="Remove without asking. Only a terminal is asked.")
+@click.option("--yes", is_flag=True, help="Remove without asking. Otherwise it asks on a terminal.")
 @click.option(
     "--address",
     type=TEXT,
@@ -291,8 +300,8 @@ def gc(
     What a dead node of a running session has stored may still be needed. The nodes of the session
     remove what is not; so does this, where it can join the cluster (--address).
 
-    Exits with 0 if nothing is left to remove, or with --dry-run; with 1 if you answer no, or if
-    the overflow could not be cleaned up.
+    Exits with 0 if all that may be removed was, or with --dry-run would be; with 1 if you answer
+    no, or if something failed, such as the overflow.
     """
     notes: list[str] = []
 
@@ -339,7 +348,7 @@ def gc(
         if is_refused and not remains:
             click.echo("Removed nothing.")
         elif remains or not reclaimed.objects:
-            _print_lines(rendering.outcome(remains, removed, dry_run=dry_run))
+            _print_lines(rendering.outcome(remains, removed, dry_run=dry_run, is_all=not notes))
         _print_lines(rendering.reclaimed(reclaimed.objects, reclaimed.stored))
     if (failure := look.unavailable or reclaimed.failure) is not None:
         raise failure
@@ -447,6 +456,11 @@ def _reached(config: Config, timeout: float) -> tuple[Config, Waiting]:
 def _notify(text: str) -> None:
     """Print the reason for a wait to stderr, apart from the command's output."""
     click.echo(text, err=True)
+
+
+def _notify_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        _notify(line)
 
 
 def _is_terminal() -> bool:

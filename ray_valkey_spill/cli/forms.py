@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 from ray_valkey_spill.cli.options import Given
 from ray_valkey_spill.cli.ray_setting import CONFIG_VARIABLE
-from ray_valkey_spill.config import Address, Config, check_params, parameters
+from ray_valkey_spill.config import ENV_PREFIX, Address, Config, check_params, parameters
 from ray_valkey_spill.errors import ConfigError
 from ray_valkey_spill.format.sealing import is_key, key_in_place_of_its_file
 from ray_valkey_spill.plugin.spilling_config import RAY_SETTINGS, spilling_config, system_config
@@ -104,6 +105,16 @@ def _notes(given: Given, params: Mapping[str, Any], username: str | None) -> Ite
     if "url" not in params:
         (default,) = (each.default for each in parameters() if each.name == "url")
         yield f"No --url: each node uses its RAY_VALKEY_SPILL_URL, or else {default}."
+    if left_out := sorted(
+        variable
+        for each in parameters()
+        if each.name not in params
+        and os.environ.get(variable := f"{ENV_PREFIX}{each.name.upper()}")
+    ):
+        yield (
+            f"Set here, and not part of this: {', '.join(left_out)}. Set the same on every node, "
+            "or give options instead."
+        )
     if username:
         where = params.get("password_file") or "RAY_VALKEY_SPILL_PASSWORD in the environment"
         yield f"The password: {where}, on every node."

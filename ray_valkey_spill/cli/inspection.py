@@ -39,9 +39,9 @@ __all__ = [
     "parse_target",
 ]
 
-# The state of an object by the ledger; of a file in the overflow, by its name.
 # Chunks to measure, at most, of an object without a header.
 _MOST_CHUNKS = 10_000
+# The state of an object by the ledger; of a file in the overflow, by its name.
 STORED, HALF_WRITTEN, UNKNOWN = "stored", "half-written", "not in the ledger"
 
 _OVERFLOW_PREFIX = "overflow:"
@@ -80,7 +80,8 @@ def parse_target(text: str, keys: Keyspace) -> Target:
             f"{text!r} names no spilled object of this namespace",
             f"Give a key below {keys.root} (<session>:<node>:<object>.<attempt>.<n>, or that and "
             "the number of a chunk), the URL of such an object, a name as `ls --json` prints it, "
-            "or an object's id in hex; for another namespace, give namespace and key_prefix too",
+            "or an object's id in hex; for another namespace, also give --namespace and "
+            "--key-prefix",
         ) from None
 
 
@@ -229,7 +230,7 @@ class Inspector:
         """
         if target.tier == "overflow" and self._overflow is None:
             raise OverflowUnavailableError(
-                "the object is in the overflow, and no overflow_uri is given", "Give overflow_uri"
+                "the object is in the overflow, and no overflow_uri is given", "Give --overflow-uri"
             )
         found: list[Inspection] = []
         if target.tier != "overflow":
@@ -240,7 +241,7 @@ class Inspector:
             raise SpillError(
                 f"nothing of {target.name or f'object {target.object_id}'} is stored below "
                 f"{self.keys.root}" + (f" or in {self._overflow}" if self._overflow else ""),
-                "" if self._overflow else "If there is an overflow, give overflow_uri",
+                "" if self._overflow else "If there is an overflow, give --overflow-uri",
             )
         return found
 

@@ -27,6 +27,7 @@ from ray_valkey_spill.store.cleanup import LEASE
 from ray_valkey_spill.store.liveness import RunningSession
 from ray_valkey_spill.tiers.ledger import Grant, Lease, Ledger, Usage, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
+from ray_valkey_spill.tiers.overflow_place import SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
 __all__ = [
@@ -441,6 +442,18 @@ class Inventory:
         """All nodes that have something in the ledger or the overflow, in order."""
         in_overflow = self._overflow.node_names() if self._overflow else ()
         return sorted({*self._ledger.node_names(), *in_overflow})
+
+    def unseen(self) -> list[str]:
+        """Return the sessions with an overflow that is not given here, or not mounted."""
+        sessions = sorted(self._ledger.overflows())
+        overflow = self._overflow
+        if overflow is None:
+            return sessions
+        return [
+            session
+            for session in sessions
+            if not SharedOverflow(overflow, session, self._ledger).is_here()
+        ]
 
     def items(
         self,

@@ -485,12 +485,21 @@ def summary(remains: Sequence[Remains]) -> str:
     return f"{', '.join(first)} and {last} of {nodes}" if first else f"{last} of {nodes}"
 
 
+def unseen(sessions: Sequence[str], overflow_uri: str | None) -> Iterator[str]:
+    """Say which sessions have files in an overflow that is not given, or not mounted."""
+    if sessions:
+        first, others = sessions[0], amount(len(sessions) - 1, "other session")
+        whose = first if len(sessions) == 1 else f"{first} and {others}"
+        fix = "give its --overflow-uri" if overflow_uri is None else "it is not there now"
+        yield wrapped(f"Not counted: what {whose} may have in an overflow: {fix}.", first="")
+
+
 def outcome(
-    remains: Sequence[Remains], removed: Sequence[Remains], *, dry_run: bool
+    remains: Sequence[Remains], removed: Sequence[Remains], *, dry_run: bool, is_all: bool = True
 ) -> Iterator[str]:
-    """Say what was done about what was found."""
+    """Say what was done about what was found; `is_all` is false if more was found, and kept."""
     if not remains:
-        yield "Nothing to remove."
+        yield "Nothing to remove." if is_all else "Nothing else to remove."
     elif dry_run:
         yield wrapped(f"Would remove {summary(remains)}.", first="")
     elif not removed:

@@ -281,7 +281,8 @@ class ReplyReader:
             return reply_error(rest.decode(errors="replace"))
         if kind == b"*":
             return None if rest == b"-1" else self._array(_number(rest, least=0), depth)
-        raise NotValkeyError(f"a reply begins with {line[:20]!r}: this is not Valkey")
+        shown = line[:20].decode(errors="backslashreplace")
+        raise NotValkeyError(f'a reply begins with "{shown}": this is not Valkey')
 
     def _array(self, count: int, depth: int) -> list[Any]:
         if depth == _DEEPEST:
