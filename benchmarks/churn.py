@@ -166,8 +166,8 @@ class Run:
         self._spilled: dict[str, set[ObjectName]] = {}
         # By node: when it was killed, in seconds since the epoch.
         self._killed: dict[str, float] = {}
-        # The longest that an object stayed without a reference: with dead nodes, of which two minutes
-        # are promised, and with living ones, where Ray had not asked to delete it.
+        # Seconds that an object stayed without a reference, at most: on dead nodes, for which two
+        # minutes are promised, and on living ones, where Ray had not asked to delete it.
         self.longest = {DEAD: 0.0, LIVING: 0.0}
         self.longest_details = {DEAD: "", LIVING: ""}
 
@@ -206,8 +206,8 @@ class Run:
         last = self.samples[-1]
         note(
             f"{time.monotonic() - self._began:.0f} s: {kind}; {last.stored:,.0f} MiB stored, "
-            f"{last.excess:,.0f} referenced by nobody, so far for {self.longest[DEAD]:.0f} s at most "
-            f"of dead nodes, {self.longest[LIVING]:.0f} s of living ones"
+            f"{last.excess:,.0f} referenced by nobody, so far for {self.longest[DEAD]:.0f} s on "
+            f"dead nodes and {self.longest[LIVING]:.0f} s on living ones"
         )
         self.events[kind] = self.events.get(kind, 0) + 1
         if kind == "node":
