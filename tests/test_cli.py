@@ -384,6 +384,25 @@ def test_an_interrupted_command_ends_with_130(args: tuple[str, ...]) -> None:
         assert process.stderr.read().split() == ["Interrupted."]
 
 
+def test_a_command_that_is_interrupted_while_it_is_imported_has_no_traceback_either() -> None:
+    """As the import takes most of a second, that is when Ctrl-C often comes."""
+    script = """
+import sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ray_valkey_spill.cli.commands":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupts())
+from ray_valkey_spill.cli import main
+main()
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (130, "Interrupted.\n")
+
+
 # --- config ---
 
 

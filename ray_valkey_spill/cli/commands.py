@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import click
 
 from ray_valkey_spill import __version__
-from ray_valkey_spill.cli import forms, rendering
+from ray_valkey_spill.cli import INTERRUPTED, forms, rendering
 from ray_valkey_spill.cli.check import FAILED, Finding
 from ray_valkey_spill.cli.check import run as run_checks
 from ray_valkey_spill.cli.inspection import Inspector, parse_target
@@ -50,7 +50,6 @@ __all__ = ["main"]
 
 _INDENT = 22  # of the text of a finding
 _WATCH_INTERVAL = 2.0
-_INTERRUPTED = 130  # as shells report a process that SIGINT (2) ended
 
 # Terminal codes: clear the screen; move to its first line; clear the rest of a line, and all lines
 # below; cut long lines off, and wrap them again.
@@ -597,7 +596,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         click.echo("Interrupted.", err=True)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except SpillError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
