@@ -1245,7 +1245,7 @@ def test_every_command_works_beside_what_is_malformed(stock: Stock) -> None:
     for key in (KEYS.index, KEYS.pending):
         client.zadd(key, dict.fromkeys(["", "x", b"\xff", base, f"{base}.x", f"{base}.\n"], 0))
     for key in (KEYS.usage, KEYS.writers, KEYS.overflows):
-        client.hset(key, mapping={"": "", "x": "1 2 3 4", b"\xff": b"\xff", base: "x"})
+        client.hset(key, mapping={"": "", "x/": "1 2 3 4", b"\xff": b"\xff", base: "x"})
     client.zadd(KEYS.leases, {f"{SESSIONS[1]}:{NODES[0]}:": float("inf"), "x": 1})
     assert [row["url"] for row in printed("ls", *stock.options)] == urls
     (session,) = printed("stats", *stock.options)["sessions"]

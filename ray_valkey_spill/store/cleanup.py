@@ -394,7 +394,11 @@ class CleanUp:
         elif session == self._named:
             self._ledger.forget_overflow(session)
         elif self._overflow is not None:
-            self._missing = self._missing or self._overflow.nothing_of(session)
+            self._missing = self._missing or OverflowUnavailableError(
+                self._overflow.nothing_of(session).message,
+                "Mount it, and clean up again. If its files were removed for good, give the "
+                "session's whole name as --session",
+            )
 
     def _shared(self, session: str) -> SharedOverflow:
         assert self._overflow is not None
