@@ -771,6 +771,23 @@ def test_a_dead_session_whose_files_somebody_has_removed_is_forgotten_if_it_is_n
     namespace.expect_nothing()
 
 
+def test_a_session_that_gets_its_place_again_while_it_ends_leaves_nothing(
+    namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an IO worker that looks at its overflow just then."""
+    namespace.node(DEAD)
+    unsign = OverflowTier.unsign
+
+    def and_it_is_taken_again(self: OverflowTier, session: str, token: str) -> None:
+        unsign(self, session, token)
+        namespace.ledger.agree_on_overflow(session, token)
+
+    monkeypatch.setattr(OverflowTier, "unsign", and_it_is_taken_again)
+    with contextlib.closing(EndingSession(namespace.config, DEAD, 5)) as ending:
+        assert ending.remove(lambda node: True, lambda pid: False)
+    namespace.expect_nothing()
+
+
 def test_a_session_that_ends_while_its_overflow_is_not_mounted_says_so_and_ends_when_it_is(
     namespace: Namespace, tmp_path: Path
 ) -> None:

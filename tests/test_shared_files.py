@@ -208,8 +208,9 @@ def test_a_process_of_another_user_works_without_it(short_dir: Path) -> None:
     command = [sys.executable, "-c", AS_SOMEBODY, str(short_dir), str(SOMEBODY)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ended.stdout == "None False\n"
-    assert ended.stderr.count("\n") == 1
-    assert f"Permission denied: '{short_dir / NAME}'" in ended.stderr
+    # Ray may say something as well, if its files are of another user.
+    (told,) = (line for line in ended.stderr.splitlines() if "share no files" in line)
+    assert f"Permission denied: '{short_dir / NAME}'" in told
     assert not guardian.is_ended(str(short_dir))
 
 

@@ -307,6 +307,9 @@ class Keeper:
 
     def _join_overflow(self) -> None:
         """Join the overflow, and report it if it cannot be used, before a spill needs it."""
+        # Or the session would get its token again.
+        if self._is_destroyed():
+            return
         try:
             self._node.join_overflow()
         except OverflowUnavailableError as error:

@@ -70,6 +70,9 @@ class EndingSession:
             is_here: whether the node with that id runs, or ran, on this host.
             is_alive: as for `Node.recover`, for those nodes.
         """
+        # Later, its nodes may have taken the signature with them.
+        shared = self._shared
+        has_files = shared is None or shared.is_here()
         with Failures() as failures:
             for each in sorted(self._nodes()):
                 with failures.kept():
@@ -79,8 +82,10 @@ class EndingSession:
                         self._remove_stored(each)
         if self._nodes():
             return False
-        if self._shared is not None:
-            self._shared.end()
+        if shared is not None:
+            if not has_files:
+                raise shared.overflow.nothing_of(self._session)
+            shared.end()
         self._ledger.unlist_if_empty()
         return self._session not in self._ledger.overflows()
 

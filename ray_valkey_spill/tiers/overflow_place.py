@@ -137,13 +137,9 @@ class SharedOverflow:
     def end(self) -> bool:
         """Remove everything of the session; return False if a node of it has a lease.
 
-        If this is killed, the next clean-up completes it: see `OverflowTier.begin_end`.
-
-        Raises:
-            OverflowUnavailableError: also if the session's files are not here.
+        The session's files must have been here: see `is_here`. If this is killed, the next clean-up
+        completes it: see `OverflowTier.begin_end`.
         """
-        if not self.is_here():
-            raise self.overflow.nothing_of(self._session)
         self.overflow.begin_end(self._session)
         if not self._ledger.forget_overflow(self._session):
             self.overflow.withdraw_end(self._session)
