@@ -214,8 +214,9 @@ def report(found: dict[str, Any]) -> str:
         "After the shutdown {keys} keys and {files_and_directories} files and directories "
         "were left.".format(**run["left"])
     )
-    parts = ["# Overflow", summary, *run["failures"], table(speeds), table(tiers), memory, left]
-    return "\n\n".join([*parts, origin_line(found)])
+    written = "Written by `python -m benchmarks.overflow`."
+    parts = ["# Overflow", written, summary, *run["failures"], table(speeds), table(tiers)]
+    return "\n\n".join([*parts, memory, left, origin_line(found)])
 
 
 def main() -> None:
