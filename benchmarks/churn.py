@@ -5,10 +5,10 @@ the head is killed and another one started; now and then a driver is killed, or 
 server is compared with what is referenced, every few seconds.
 
 `python -m benchmarks.churn --minutes 120 --into DIRECTORY` draws both over time, and fails if an
-object that was on the server was lost or wrong, if a read hung, if an object stayed for longer than
-two minutes after its last reference went, if values or pending objects are left at the end, or, in
-a run of 20 minutes and more, if memory, metadata, threads, sockets or files keep growing. `--quick`
-takes four minutes.
+object that was on the server was lost or wrong, if a read hung, if an object stayed on a dead node
+for longer than two minutes after its last reference went, or on a living one for longer than four,
+if values or pending objects are left at the end, or, in a run of 20 minutes and more, if memory,
+metadata, threads, sockets or files keep growing. `--quick` takes four minutes.
 """
 
 from __future__ import annotations

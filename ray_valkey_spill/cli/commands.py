@@ -267,7 +267,11 @@ def inspect(key: str, timeout: float, as_json: bool, **options: Any) -> None:
 @cli.command(cls=Command)
 @parameter_options
 @click.option(
-    "--session", type=TEXT, metavar="PREFIX", help="Only sessions whose names have this prefix."
+    "--session",
+    type=TEXT,
+    metavar="PREFIX",
+    help="Only sessions whose names have this prefix. A whole name also means one of which only "
+    "files in the overflow are left.",
 )
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @click.option("--yes", is_flag=True, help="Remove without asking. Otherwise it asks on a terminal.")

@@ -307,7 +307,7 @@ class Keeper:
 
     def _join_overflow(self) -> None:
         """Join the overflow, and report it if it cannot be used, before a spill needs it."""
-        # Or the session would get its token again.
+        # Joining would give a session that is being removed its token again.
         if self._is_destroyed():
             return
         try:
@@ -343,7 +343,7 @@ class Keeper:
         self._node.recover(is_alive)
 
     def _recover_own(self) -> None:
-        # What the server has lost, started from a snapshot, nobody tells.
+        # A server that starts from a snapshot does not say what it has lost.
         breaks, now = self._store.breaks + self._node.breaks, time.monotonic()
         is_due = breaks != self._breaks or now - self._recovered >= _BETWEEN_LOOKS
         if is_due or self._node.has_left_something:

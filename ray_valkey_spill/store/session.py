@@ -37,17 +37,14 @@ class EndingSession:
         self._link = link_to(replace(config, retry_timeout=min(config.retry_timeout, patience)))
         self._valkey = ValkeyTier(self._link, Keyspace.of(config))
         self._ledger = self._valkey.ledger
-        self._overflow = OverflowTier.of(config)
-        self._shared = (
-            None
-            if self._overflow is None
-            else SharedOverflow(self._overflow, self._session, self._ledger)
-        )
+        self._shared: SharedOverflow | None = None
+        if (overflow := OverflowTier.of(config)) is not None:
+            self._shared = SharedOverflow(overflow, self._session, self._ledger)
 
     def close(self) -> None:
         self._valkey.close()
-        if self._overflow is not None:
-            self._overflow.close()
+        if self._shared is not None:
+            self._shared.overflow.close()
 
     def gcs_addresses(self) -> set[str]:
         """Return the addresses at which the session's nodes have reached its GCS."""

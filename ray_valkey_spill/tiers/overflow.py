@@ -217,7 +217,7 @@ class OverflowTier:
                 begin_step(self._data_limit)
                 tail = _inline(file, size) if inline else _tail(file, size, place.name.chunks)
         except FileNotFoundError:
-            self._require_signature(place.name.session)
+            self._require_signature(place)
             return Stat(None, [])
         return Stat(tail, [], payload=0 if inline else size - len(tail))
 
@@ -246,7 +246,7 @@ class OverflowTier:
         try:
             self._fs.delete_file(self._path(place))
         except FileNotFoundError:
-            self._require_signature(place.name.session)
+            self._require_signature(place)
 
     @contextlib.contextmanager
     def _buffers(self, thread: StepThread) -> Iterator[list[memoryview]]:
@@ -263,7 +263,7 @@ class OverflowTier:
         try:
             return self._open_file(place)
         except FileNotFoundError:
-            self._require_signature(place.name.session)
+            self._require_signature(place)
             raise LostObjectError("its file is gone from the overflow") from None
 
     def _open_file(self, place: Place) -> Any:
@@ -548,12 +548,13 @@ class OverflowTier:
         for _ in range(len(self._undiscarded)):
             self._discard(self._undiscarded.popleft())
 
-    def _require_signature(self, session: str) -> None:
+    def _require_signature(self, place: Place) -> None:
         """Distinguish a missing file from missing storage, for example a share that is not mounted.
 
         Raises:
             OverflowUnavailableError: the session has no signature there.
         """
+        session = place.name.session
         if not any(name.startswith(_SIGNATURE) for name in self._file_names(session)):
             raise self.nothing_of(session)
 

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def starting_ray(system_config: dict[str, Any] | None = None, **options: Any) ->
     return f"""
 import fcntl, os, sys
 import numpy as np, psutil, ray
-with open({_turn()!r}, "w") as turn:
+with open({_turn()!r}) as turn:
     fcntl.flock(turn, fcntl.LOCK_EX)
     ray.init(**{options!r})
 """
@@ -81,15 +80,16 @@ def _turn() -> str:
     """The path of a file that whoever starts a node locks; tests that run at once share two.
 
     Ray gives itself half a minute for a node. If each of many tests starts one, it takes as long.
+    Any two files do that are there anyway: nothing is written to them, and none is left.
     """
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    return str(Path(tempfile.gettempdir()) / f"ray-valkey-spill-tests-{number % 2}.lock")
+    return str(Path(__file__).with_name(("clusters.py", "servers.py")[number % 2]))
 
 
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
     """In the meantime few others start a node."""
-    with open(_turn(), "w") as turn:
+    with open(_turn()) as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         yield
 
@@ -183,10 +183,13 @@ def ray_start(
     """
     with contextlib.ExitStack() as stack:
         with log.open("w") as output, in_turn():
-            options = ["--object-store-memory=100000000", "--num-cpus=1"]
-            options += ["--node-ip-address=127.0.0.1", *(["--no-monitor"] * ("--head" in args))]
             process = subprocess.Popen(
-                [str(python), "-m", "ray.scripts.scripts", "start", "--block", *args, *options],
+                [
+                    *(str(python), "-m", "ray.scripts.scripts", "start", "--block", *args),
+                    *("--object-store-memory=100000000", "--num-cpus=1"),
+                    "--node-ip-address=127.0.0.1",
+                    *(["--no-monitor"] if "--head" in args else []),
+                ],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "RAY_max_io_workers": "1", **(env or {})},
