@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -84,6 +85,7 @@ class _Driver:
     def __init__(self, address: str, directory: Path, limit: int, seed: int) -> None:
         self._state = directory / f"driver-{seed}.json"
         self.latest: dict[str, Any] = {}
+        self.crashed = False
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "benchmarks.churn_driver"),
@@ -98,6 +100,7 @@ class _Driver:
         with contextlib.suppress(FileNotFoundError):
             self.latest = json.loads(self._state.read_text())
         if self.process.poll() is not None:
+            self.crashed = True
             return set()
         return set(self.latest.get("referenced", []))
 
@@ -114,6 +117,7 @@ class _Driver:
         if kill:
             self.process.kill()
         self.process.communicate()
+        self.crashed = self.crashed or (self.process.returncode != 0 and not kill)
         self._state.unlink(missing_ok=True)
 
 
@@ -294,7 +298,8 @@ class Run:
     def results(self) -> dict[str, Any]:
         drivers = [*self._ended, *self._drivers]
         missing = [m for d in drivers for m in d.latest.get("missing", [])]
-        lost = [m for m in missing if self._was_reported(m[0])]
+        declared = _declared_lost()
+        lost = [m for m in missing if self._was_reported(m[0]) or m[0] in declared]
         return {
             "seconds": self.samples[-1].seconds,
             "events": self.events,
@@ -305,9 +310,10 @@ class Run:
             "hung_details": [each for driver in drivers for each in driver.latest.get("hung", [])],
             "lost": len(lost),
             "lost_details": [
-                f"{', '.join(map(str, self._spilled[object_id]))}: {error}"
+                f"{', '.join(map(str, self._spilled.get(object_id, [object_id])))}: {error}"
                 for object_id, error in lost
             ],
+            "crashed": sum(driver.crashed for driver in drivers),
             "lost_by_ray": len(missing) - len(lost),
             "longest_excess_seconds": self.longest[DEAD],
             "longest_excess_on_living_nodes_seconds": self.longest[LIVING],
@@ -383,10 +389,26 @@ def _looks() -> Iterator[_Look]:
             )
 
 
+def _session() -> Path:
+    return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
 def _session_files() -> int:
     """The number of this package's files in the session's directory."""
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
-    return sum(1 for _ in shared_files(session).iterdir())
+    return sum(1 for _ in shared_files(_session()).iterdir())
+
+
+def _declared_lost() -> set[str]:
+    """The ids of the objects that IO workers found neither in Valkey nor anywhere else.
+
+    Also of some that were dropped while they were being restored, which no driver misses.
+    """
+    found: set[str] = set()
+    for log in (_session() / "logs").glob("io_worker*.err"):
+        for line in log.read_text(errors="replace").splitlines():
+            if "ObjectLostError for a reader" in line:
+                found |= {*re.findall("[0-9a-f]{56}", line)}
+    return found
 
 
 def churn(
@@ -404,8 +426,9 @@ def churn(
         finally:
             run.stop()
         found = run.results()
-    bad = ("lost", "wrong", "hung", "left_objects", "left_values", "left_pending")
+    bad = ("lost", "wrong", "hung", "crashed", "left_objects", "left_values", "left_pending")
     failures = [f"{name}: {found[name]}" for name in bad if found[name]]
+    failures += [f"{name}: 0" for name in ("reads", "most_stored_mib") if not found[name]]
     for name, bound in (
         ("longest_excess_seconds", MOST_EXCESS),
         ("longest_excess_on_living_nodes_seconds", MOST_EXCESS_OF_LIVING),

@@ -93,6 +93,10 @@ class Driver:
             self._putting = self._owner._actor_id.hex()
             self._write()
             refs = ray.get(self._owner.put.remote(numbers), timeout=HANG)
+        except ray.exceptions.GetTimeoutError:
+            self._hung.append(f"a put by an actor until {time.strftime('%H:%M:%S')}")
+            self._forget_owner()
+            return
         except ray.exceptions.RayError:
             # Its node was killed, and it with that.
             self._forget_owner()

@@ -74,15 +74,20 @@ class Sample:
 
 
 def nothing() -> None:
-    """A preparation that has nothing to do."""
+    """Of a contender that has nothing to do before or after a run."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`run` is measured; `prepare` runs before it each time, and is not."""
+    """`run` is measured; what comes before and after it each time is not.
+
+    Attributes:
+        counted: comes after each run that counts.
+    """
 
     run: Callable[[], object]
     prepare: Callable[[], object] = nothing
+    counted: Callable[[], object] = nothing
 
 
 def interleave(
@@ -107,6 +112,7 @@ def interleave(
                 if number >= warm_up and run >= uncounted:
                     samples[name].seconds.append(seconds)
                     samples[name].cpu.append(used)
+                    contender.counted()
     return samples
 
 

@@ -197,13 +197,15 @@ def throughput(compared: Sequence[Checkout], quick: bool) -> dict[str, Any]:
     more at a distance at which as many bytes are on their way as there.
     """
     try:
-        rate = _rate(_RATES[2:] if quick else _RATES)
-        distances = [_ROUND_TRIP]
-        if rate < _WANTED and not quick:
-            distances.append(_ROUND_TRIP * _WANTED / rate)
-        cases = [_throughput(compared, rate, distance, quick) for distance in distances]
+        with delay_line.link(_ROUND_TRIP / 2) as link:
+            link.limit(_WANTED)
     except (OSError, subprocess.CalledProcessError) as error:
         return {"unavailable": f"{type(error).__name__}: {error}", "cases": []}
+    rate = _rate(_RATES[2:] if quick else _RATES)
+    distances = [_ROUND_TRIP]
+    if rate < _WANTED and not quick:
+        distances.append(_ROUND_TRIP * _WANTED / rate)
+    cases = [_throughput(compared, rate, distance, quick) for distance in distances]
     return {"unavailable": None, "wanted": _WANTED, "rate": rate, "cases": cases}
 
 

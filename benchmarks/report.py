@@ -132,7 +132,7 @@ class Goal:
     def cells(self) -> list[str]:
         bound = f"≥ {self.at_least:g}" if self.at_least else f"≤ {self.at_most:g}"
         shown = f"{self.measured:.2f}"
-        is_met = self.at_least <= float(shown) <= self.at_most
+        is_met = self.at_least <= self.measured <= self.at_most
         missed = f"missed: {self.why}" if self.why else "missed"
         return [self.what, bound, shown, "" if is_met else missed]
 
@@ -206,11 +206,13 @@ def _wire_goals(found: dict[str, Any]) -> Iterator[Goal]:
 
 def _distance_goals(found: dict[str, Any]) -> Iterator[Goal]:
     batches = found["round_trips"]["maxmemory"]["batches"]
-    for size in ("128 KiB", "900 KiB"):
-        trips = batches[size]["steady"][NEW]
+    why = "so many bytes take the wire longer than a round trip"
+    for size, batch in batches.items():
+        is_first = size in ("128 KiB", "900 KiB")
         for way, most in (("spill", 2.0), ("restore", 1.2)):
             what = f"{size}, {way}, round trips, server with `maxmemory`"
-            yield Goal(what, trips[way], at_most=most, is_first=True)
+            trips = batch["steady"][NEW][way]
+            yield Goal(what, trips, at_most=most, why=why, is_first=is_first)
     for case in found["throughput"]["cases"][:1]:
         rates = case["steady"]
         for way in ("spill", "restore"):
@@ -231,7 +233,7 @@ def _fleet_goals(found: dict[str, Any]) -> Iterator[Goal]:
                 beside[nodes]["operations"][size][f"{way}: cpu"] for nodes in (few, many)
             )
             what = f"server's time of a {way} of {size} beside {many:,} nodes, of that beside {few}"
-            why = "from about a hundred nodes on a spill asks for room first"
+            why = "from about a hundred nodes on a spill asks for room first" * (way == "spill")
             yield Goal(what, busy / alone, at_most=1.2, why=why, is_first=way == "spill")
     core = 100 * fleet.together(beside[many], many, "cpu")
     yield Goal(f"{many:,} idle nodes, % of the server's core", core, at_most=5, is_first=True)

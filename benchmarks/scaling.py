@@ -237,7 +237,10 @@ def _chunk_sizes(url: str, sizes: list[int], rounds: int) -> dict[str, Any]:
         spill[str(size)] = Contender(lambda b=bench: b.spill([data]), bench.delete)
         restore[str(size)] = Contender(lambda b=bench: b.restore([target]))
     spilled, restored = interleave(spill, rounds), interleave(restore, rounds)
-    assert same(target, data)
+    for size, bench in benches.items():
+        target[:] = bytes(len(target))
+        bench.restore([target])
+        assert same(target, data), size
     memory = {}
     for size, bench in benches.items():
         bench.delete()

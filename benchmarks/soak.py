@@ -61,7 +61,7 @@ class Run:
     _next: list[Strike] = field(default_factory=list)
 
     def go_on_for(self, seconds: float) -> list[str]:
-        """Returns what went wrong, as soon as something does."""
+        """Ends as soon as something goes wrong; returns that, unless a driver knows it."""
         scene = self.scene
         while len(scene.drivers) < DRIVERS:
             scene.add_driver()
@@ -69,9 +69,8 @@ class Run:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(scene.random.uniform(0.5, 4))
-            for driver in scene.drivers:
-                if failure := driver.failure():
-                    return [failure]
+            if any(driver.failure() for driver in scene.drivers) or scene.failures:
+                return []  # `end` says what
             if not self._next:
                 self._next = a_round(self.kind, scene.random, self.before + self.struck)
             strike = self._next.pop()
@@ -86,15 +85,17 @@ class Run:
         return []
 
     def end(self) -> list[str]:
-        """Stop the drivers; returns what is left that should not be."""
+        """Stop the drivers; returns what went wrong with them, and what is left."""
+        failures = self.scene.failures
         for driver in self.scene.drivers:
             self.scene.operations += driver.stop()
+            failures += [driver.failed] if driver.failed else []
         try:
             wait_until(lambda: not self.scene.left(), RECLAIMED_WITHIN + NOTICED_WITHIN)
         except AssertionError:
             left = self.scene.left()
-            return [f"keys and files are left: {left[:5]}, {len(left)} in all"]
-        return []
+            return [*failures, f"keys and files are left: {left[:5]}, {len(left)} in all"]
+        return failures
 
     def _strike(self, strike: Strike) -> None:
         choices = self.scene.random

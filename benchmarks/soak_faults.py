@@ -41,6 +41,7 @@ class Scene:
         operations: what drivers have done that are no more.
         reclaimed: how many objects of dead nodes were removed once nobody referenced them, and how
             many seconds later.
+        failures: what had gone wrong with drivers before they were killed.
     """
 
     target: Target
@@ -51,6 +52,7 @@ class Scene:
     operations: collections.Counter[str] = field(default_factory=collections.Counter)
     dead_nodes: set[str] = field(default_factory=set)
     reclaimed: list[tuple[int, float]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def add_driver(self) -> None:
         seed = self.random.getrandbits(32)
@@ -63,6 +65,8 @@ class Scene:
         """Kill it, and start another one."""
         self.drivers.remove(driver)
         self.operations += driver.stop(kill=True)
+        if driver.failed is not None:
+            self.failures.append(driver.failed)
         self.add_driver()
 
     def kill_a_node(self) -> None:

@@ -25,10 +25,15 @@ MOST_GROWTH = {"memory": 64 * MIB, "threads": 8, "files": 16}
 
 
 class Driver:
-    """A process of `soak_driver`."""
+    """A process of `soak_driver`.
+
+    Attributes:
+        failed: what went wrong with it, once it was stopped; None if nothing did.
+    """
 
     def __init__(self, address: str, seed: int, destroyed: Path) -> None:
         self._latest: dict[str, Any] = {}
+        self.failed: str | None = None
         self.progress = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.soak_driver", address, str(seed), str(destroyed)],
@@ -75,14 +80,18 @@ class Driver:
     def failure(self) -> str | None:
         if self._process.poll() is not None:
             self._join()
-            return f"a driver ended: {''.join(self._errors[-30:])}"
+            return self._ended()
         if time.monotonic() - self.progress > HANG + 60:
             return f"a driver did nothing for {HANG + 60} seconds"
         return None
 
     def stop(self, *, kill: bool = False) -> collections.Counter[str]:
-        """End it, which without `kill` is after the step it is at; returns what it did."""
+        """End it, which without `kill` is after the step it is at; returns what it did.
+
+        What went wrong with it until then is in `failed`.
+        """
         assert self._process.stdin is not None
+        self.failed = self.failure()
         if kill:
             self._process.kill()
         with contextlib.suppress(BrokenPipeError):
@@ -90,10 +99,16 @@ class Driver:
         try:
             self._process.wait(HANG)
         except subprocess.TimeoutExpired:
+            self.failed = self.failed or f"a driver did not end within {HANG} seconds"
             self._process.kill()
             self._process.wait()
         self._join()
+        if self._process.returncode and not (kill or self.failed):
+            self.failed = self._ended()
         return self.operations
+
+    def _ended(self) -> str:
+        return f"a driver ended: {''.join(self._errors[-30:])}"
 
     def _join(self) -> None:
         for thread in self._threads:
@@ -115,6 +130,8 @@ class Watch(threading.Thread):
         self.join()
 
     def failures(self) -> list[str]:
+        if not self._first:
+            return ["no IO worker was looked at"]
         return [
             f"an IO worker grew by {self.growth[name]} ({name}): {self._grown[name]}"
             for name, most in MOST_GROWTH.items()
@@ -124,7 +141,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         while not self._stopping.wait(SAMPLE_INTERVAL):
             for worker in io_workers():
-                with contextlib.suppress(psutil.Error):
+                with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile
                     self._look_at(worker)
 
     def _look_at(self, worker: psutil.Process) -> None:
@@ -146,7 +163,7 @@ def _looks_of(worker: psutil.Process) -> _Looks:
     """What a process has: bytes of memory, threads by name, and open files by what they are."""
     process = Path(f"/proc/{worker.pid}")
     threads, files = collections.Counter[str](), collections.Counter[str]()
-    with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
         for thread in process.glob("task/*/comm"):
             threads[thread.read_text().strip()] += 1
         for file in process.glob("fd/*"):

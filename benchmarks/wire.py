@@ -176,13 +176,12 @@ class Bench:
             before = used_memory(self.client)
             results.spill_peak[name].append(peak_memory(self.spill[name].run))
             results.server_bytes[name].append(used_memory(self.client) - before)
-        for target in self.targets:
-            target[:] = bytes(len(target))
         for name, sample in interleave(self.restore, rounds, in_a_row=in_a_row).items():
             results.restore[name].extend(sample)
+            for target in self.targets:
+                target[:] = bytes(len(target))
             results.restore_peak[name].append(peak_memory(self.restore[name].run))
-        # Whoever came last has filled the targets.
-        assert all(map(same, self.targets, self.objects))
+            assert all(map(same, self.targets, self.objects)), name
         self._closing.close()
 
 
