@@ -471,59 +471,65 @@ def output_of_promtool(directory: Path, *command: str, **files: Any) -> str:
     return result.stdout
 
 
-if PROMTOOL:
+needs_promtool = pytest.mark.skipif(not PROMTOOL, reason="there is no promtool here")
 
-    @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
-    def test_alerts_fire_when_they_should(tmp_path: Path, scenario: Scenario) -> None:
-        tests = {
-            "rule_files": ["rules.yaml"],
-            "evaluation_interval": "15s",
-            "tests": [unit_test(scenario)],
-        }
-        output_of_promtool(
-            tmp_path, "test", "rules", "tests.yaml", rules=RULES["spec"], tests=tests
-        )
 
-    def test_prometheus_takes_the_rules(tmp_path: Path) -> None:
-        command = ("check", "rules", "--lint-fatal", "rules.yaml")
-        output = output_of_promtool(tmp_path, *command, rules=RULES["spec"])
-        assert f"{len(alerts())} rules found" in output
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+@needs_promtool
+def test_alerts_fire_when_they_should(tmp_path: Path, scenario: Scenario) -> None:
+    tests = {
+        "rule_files": ["rules.yaml"],
+        "evaluation_interval": "15s",
+        "tests": [unit_test(scenario)],
+    }
+    output_of_promtool(tmp_path, "test", "rules", "tests.yaml", rules=RULES["spec"], tests=tests)
 
-    def test_prometheus_takes_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
-        rules = [
-            {"record": "x", "expr": expression, "labels": {"of": name}}
-            for name, expression in dashboard_expressions().items()
-        ]
-        groups = {"groups": [{"name": "dashboard", "rules": rules}]}
-        output = output_of_promtool(tmp_path, "check", "rules", "rules.yaml", rules=groups)
-        assert f"{len(rules)} rules found" in output
 
-    def test_the_dashboard_counts_the_losses_of_its_range(tmp_path: Path) -> None:
-        """Of an hour: what was lost before, by IO workers that are still there or not, is not."""
-        (count,) = [
-            panel["targets"][0]
-            for panel in panels()
-            if (panel["title"], panel["type"]) == ("Objects lost", "stat")
-        ]
-        scraped = (
-            series("lost_objects_total", f'{WORKER},reason="missing"', "5x360 8x200")
-            | series("lost_objects_total", f'{OTHER},reason="missing"', "_x400 2x200")
-            | series("lost_objects_total", f'{SESSION},reason="damaged"', "7x200 stale")
-        )
-        test = {
-            "interval": "15s",
-            "input_series": [{"series": name, "values": each} for name, each in scraped.items()],
-            "promql_expr_test": [
-                {
-                    "expr": filled_in(count),
-                    "eval_time": f"{minute}m",
-                    "exp_samples": [{"labels": "{}", "value": lost}],
-                }
-                for minute, lost in ((30, 12), (80, 0), (110, 5))
-            ],
-        }
-        tests = {"evaluation_interval": "15s", "tests": [test]}
-        output_of_promtool(tmp_path, "test", "rules", "tests.yaml", tests=tests)
+@needs_promtool
+def test_prometheus_takes_the_rules(tmp_path: Path) -> None:
+    command = ("check", "rules", "--lint-fatal", "rules.yaml")
+    output = output_of_promtool(tmp_path, *command, rules=RULES["spec"])
+    assert f"{len(alerts())} rules found" in output
+
+
+@needs_promtool
+def test_prometheus_takes_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
+    rules = [
+        {"record": "x", "expr": expression, "labels": {"of": name}}
+        for name, expression in dashboard_expressions().items()
+    ]
+    groups = {"groups": [{"name": "dashboard", "rules": rules}]}
+    output = output_of_promtool(tmp_path, "check", "rules", "rules.yaml", rules=groups)
+    assert f"{len(rules)} rules found" in output
+
+
+@needs_promtool
+def test_the_dashboard_counts_the_losses_of_its_range(tmp_path: Path) -> None:
+    """Of an hour: what was lost before, by IO workers that are still there or not, is not."""
+    (count,) = [
+        panel["targets"][0]
+        for panel in panels()
+        if (panel["title"], panel["type"]) == ("Objects lost", "stat")
+    ]
+    scraped = (
+        series("lost_objects_total", f'{WORKER},reason="missing"', "5x360 8x200")
+        | series("lost_objects_total", f'{OTHER},reason="missing"', "_x400 2x200")
+        | series("lost_objects_total", f'{SESSION},reason="damaged"', "7x200 stale")
+    )
+    test = {
+        "interval": "15s",
+        "input_series": [{"series": name, "values": each} for name, each in scraped.items()],
+        "promql_expr_test": [
+            {
+                "expr": filled_in(count),
+                "eval_time": f"{minute}m",
+                "exp_samples": [{"labels": "{}", "value": lost}],
+            }
+            for minute, lost in ((30, 12), (80, 0), (110, 5))
+        ],
+    }
+    tests = {"evaluation_interval": "15s", "tests": [test]}
+    output_of_promtool(tmp_path, "test", "rules", "tests.yaml", tests=tests)
 
 
 # --- the dashboard ---

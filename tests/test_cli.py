@@ -594,6 +594,35 @@ def test_check_of_a_good_server(server: Server) -> None:
     assert "median" in found["latency"]["detail"]
 
 
+def test_check_names_a_ray_that_does_not_fit_what_it_is_installed_with(
+    server: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/__init__.py").write_text("raise TypeError('Descriptors cannot be created')")
+    result = in_its_own_process("check", "--url", server.url, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    said = " ".join(result.stdout.split())
+    assert "Ray cannot be imported (TypeError: Descriptors cannot be created)" in said
+    assert "Traceback" not in result.stderr
+
+
+def test_checks_with_the_same_process_id_do_not_disturb_each_other(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As process 1 of two containers. Each removes what its own node has."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    nodes = []
+    for _ in range(2):
+        with server.client.monitor() as monitor:
+            # A budget, so that little is tried.
+            assert findings("--url", server.url, "--max-bytes", "4MiB")[0] == 0
+            server.client.echo("over")
+            seen = " ".join(iter(lambda: monitor.next_command()["command"], "ECHO over"))
+        (node,) = set(re.findall(r"SET ray:spill:default:check:(\w\S*?):", seen))
+        nodes.append(node)
+    assert nodes[0] != nodes[1]
+
+
 def test_check_takes_the_server_from_the_environment(server: Server) -> None:
     code, found = findings(RAY_VALKEY_SPILL_URL=server.url)
     assert code == 0
@@ -879,7 +908,12 @@ def started_with(home: Path) -> list[str]:
 @pytest.mark.slow
 def test_demo_shows_a_gibibyte_spilled_and_restored(nothing_left: dict[str, str]) -> None:
     # Settings of the user's that must not reach the demo's own cluster.
-    other = {"RAY_VALKEY_SPILL_URL": "valkey://nowhere:1", "RAY_ADDRESS": "nowhere:2"}
+    other = {
+        "RAY_VALKEY_SPILL_URL": "valkey://nowhere:1",
+        "RAY_ADDRESS": "nowhere:2",
+        # Where a GCS keeps its state, with which Ray would continue the session there.
+        "RAY_REDIS_ADDRESS": "127.0.0.1:3",
+    }
     result = in_its_own_process("demo", "--json", **nothing_left, **other)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)

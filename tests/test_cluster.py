@@ -432,10 +432,12 @@ def patient(cluster: Cluster) -> Iterator[None]:
     """Have nodes wait for one that stands still."""
     for node in cluster.nodes:
         node.client.config_set("cluster-node-timeout", 60_000)
-    yield
-    cluster.wait_until_whole()
-    for node in cluster.nodes:
-        node.client.config_set("cluster-node-timeout", 1_500)
+    try:
+        yield
+        cluster.wait_until_whole()
+    finally:
+        for node in cluster.nodes:
+            node.client.config_set("cluster-node-timeout", 1_500)
 
 
 def _calls(node: Node, name: str) -> int:
@@ -1233,8 +1235,8 @@ def test_a_clean_up_removes_what_the_dead_have_on_all_shards(
     cluster: Cluster, objects: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cleanup, "LEASE", 0)
-    monkeypatch.setattr(cleanup, "_CONFIRMATION", 0)
-    monkeypatch.setattr(cleanup, "_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(cleanup, "CONFIRMATION", 0)
+    monkeypatch.setattr(cleanup, "BETWEEN_LOOKS", 0.01)
     objects.store.renew_lease("10.0.0.1:6379", lambda: False)
     objects.put(SIZE, 100)
     with contextlib.closing(CleanUp(config(cluster.url), lambda address: None)) as clean_up:

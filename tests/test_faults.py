@@ -123,7 +123,7 @@ def patience() -> float:
 @pytest.fixture
 def case(tmp_path: Path, patience: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[Struck]:
     # On a busy machine the wire seems long, and a whole object could be under way.
-    monkeypatch.setattr(connection, "_LARGEST_WINDOW", connection._SMALLEST_WINDOW)
+    monkeypatch.setattr(connection, "LARGEST_WINDOW", connection.SMALLEST_WINDOW)
     with contextlib.closing(Rig(tmp_path / "data")) as rig:
         params = {"url": rig.proxy.url, "chunk_size": CHUNK, "retry_timeout": patience}
         store = Store(Config.load(params, {}), "session", "node")
@@ -147,7 +147,7 @@ def test_what_passes_goes_unnoticed(case: Struck, fault: Fault) -> None:
 def test_a_server_that_stalls_is_noticed_by_a_timeout(
     case: Struck, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "_STALL_TIMEOUT", 0.2)
+    monkeypatch.setattr(connection, "STALL_TIMEOUT", 0.2)
     url = case.put(case.for_a_while(fault))
     assert isinstance(url, str), url
     assert case.rig.proxy.connections > 1

@@ -26,11 +26,13 @@ from support.session_files import shared_files
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
+from ray_valkey_spill.errors import OverflowUnavailableError
 from ray_valkey_spill.format.names import Keyspace, ObjectName
 from ray_valkey_spill.plugin import ending, guardian, proc
 from ray_valkey_spill.plugin.ending import Guard, end, start_guardian
 from ray_valkey_spill.store import cleanup
 from ray_valkey_spill.store.liveness import RunningSession
+from ray_valkey_spill.tiers.overflow import OverflowTier
 
 NODE, OTHER = "ab" * 28, "cd" * 28
 OVER = "session_1"
@@ -206,6 +208,32 @@ def test_a_session_whose_gcs_answers_is_kept(
     destroy(server, OVER, NODE)
 
 
+def test_what_is_in_valkey_goes_whatever_becomes_of_the_overflow(
+    server: Server, session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faked: no disk here fails for whoever looks for a file."""
+    params = {"url": server.url, "overflow_uri": (tmp_path / "overflow").as_uri()}
+    config = Config.load(params, {})
+    with contextlib.closing(Store(config, OVER, NODE)) as store:
+        store.begin_lease("127.0.0.1:1", lambda: False)
+        store.join_overflow()
+        _, failure = store.put([source(bytes(1000))])
+        assert failure is None
+        store.give_back()
+    note_keeper(session, NODE)
+
+    def fail(self: OverflowTier, session: str, token: str) -> bool:
+        raise OverflowUnavailableError("the disk is broken", "Replace it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OverflowTier, "is_signed", fail)
+        with pytest.raises(OverflowUnavailableError):
+            end(config, session)
+    assert server.spilled_keys() == []
+    assert end(config, session)
+    assert server.our_keys() == []
+
+
 def test_what_is_in_the_overflow_goes_as_well(server: Server, session: Path) -> None:
     overflow = session.parent / "overflow"
     overflow.mkdir()
@@ -250,6 +278,47 @@ def test_a_session_that_continues_with_the_next_head_has_no_guardian(
         guard.ensure()
         assert guard.outlives_gcs
         assert guardians(session) == []
+
+
+def test_where_a_gcs_is_back_is_noted_beside_where_it_was(server: Server, session: Path) -> None:
+    """Its nodes have spilled before, and none of them since. None seems to live for it."""
+    leases = Keyspace.of(Config.load({"url": server.url}, {})).leases
+    for node in (NODE, OTHER):
+        spill(server.url, OVER, node)
+    spill(server.url, f"{OVER}0", NODE)
+    before = dict(server.client.zrange(leases, 0, -1, withscores=True))
+    back = ["--redis_address=10.0.0.9", "--node-ip-address=10.1.2.3", "--gcs_server_port=6380"]
+    with gcs(session, *back):
+        start_guardian(session, {"url": server.url})
+        wait_until(lambda: not guardians(session))
+    after = dict(server.client.zrange(leases, 0, -1, withscores=True))
+    added = {
+        f"{OVER}:{node}:10.1.2.3:6380".encode(): before[f"{OVER}:{node}:127.0.0.1:1".encode()]
+        for node in (NODE, OTHER)
+    }
+    assert after == before | added
+    for name, node in ((OVER, NODE), (OVER, OTHER), (f"{OVER}0", NODE)):
+        destroy(server, name, node)
+    assert server.our_keys() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address"),
+    [
+        (["--node-ip-address=10.1.2.3", "--gcs_server_port=6380"], "10.1.2.3:6380"),
+        (["--node-ip-address=fd00::3", "--gcs_server_port=6380"], "[fd00::3]:6380"),
+        (["--node-ip-address=10.1.2.3", "--gcs_server_port=0"], None),
+        (["--gcs_server_port=6380"], None),
+        (["--node-ip-address=10.1.2.3"], None),
+    ],
+)
+def test_where_a_gcs_is_follows_from_how_it_was_started(
+    arguments: list[str], address: str | None
+) -> None:
+    with gcs(Path("/session_3"), *arguments):
+        found = proc.gcs_of("session_3")
+        assert found is not None and proc.address_of(found) == address
+    assert proc.address_of(found) is None
 
 
 def test_a_gcs_in_memory_or_of_nobody_of_ours() -> None:

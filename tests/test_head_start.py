@@ -22,12 +22,21 @@ import numpy as np
 import pytest
 import ray
 import valkey
-from support.clusters import run_driver, starting_ray, system_config
+from support.clusters import (
+    MIB,
+    clean_ups,
+    end_clean_ups,
+    ray_with,
+    run_driver,
+    starting_ray,
+    system_config,
+)
 from support.proxy import proxy_to
 from support.samples import source
 from support.servers import (
     PATIENCE,
     PRODUCTS,
+    SOON,
     Server,
     acl_user,
     dead_port,
@@ -36,6 +45,7 @@ from support.servers import (
     valkey_server,
     wait_until,
 )
+from support.stores import Store
 
 from ray_valkey_spill import ValkeyStorage
 from ray_valkey_spill.config import Config
@@ -44,7 +54,7 @@ from ray_valkey_spill.errors import (
     ServerRefusedError,
     ServerUnavailableError,
 )
-from ray_valkey_spill.plugin import storage
+from ray_valkey_spill.format.names import Keyspace
 from ray_valkey_spill.tiers import preflight
 
 # --- the checks themselves ---
@@ -131,6 +141,18 @@ def test_a_cluster_that_does_not_serve_is_refused() -> None:
         pytest.raises(ServerUnavailableError, match=r"CLUSTERDOWN.*CLUSTER INFO"),
     ):
         preflight.run_all(load(server, retry_timeout=0.5))
+
+
+def test_a_cluster_that_serves_a_few_slots_is_checked_as_far_as_it_goes() -> None:
+    """Those of its slots that nobody has are met by chance."""
+    config = {"cluster_enabled": True, "cluster_require_full_coverage": False}
+    with valkey_server(**config, cluster_port=free_port()) as server:
+        keys = Keyspace.of(load(server))
+        for key in (keys.index, f"{keys.root}preflight"):
+            slot = server.client.execute_command("CLUSTER", "KEYSLOT", key)
+            server.client.execute_command("CLUSTER", "ADDSLOTS", slot)
+        wait_until(lambda: server.client.cluster("INFO")["cluster_state"] == "ok")
+        assert preflight.run_all(load(server, retry_timeout=0.5)).product == "Valkey"
 
 
 def test_a_replica_is_refused() -> None:
@@ -228,11 +250,6 @@ def test_what_is_tried_expires_if_the_trial_is_killed(server: Server) -> None:
 # --- the storage, as Ray makes it ---
 
 
-@pytest.fixture(autouse=True)
-def _no_session_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_checked", set())
-
-
 @contextlib.contextmanager
 def nothing_listening() -> Iterator[str]:
     yield f"valkey://127.0.0.1:{dead_port()}"
@@ -298,6 +315,68 @@ def test_shutdown_goes_on_when_the_server_went_first(
         proxy.refusing = True
         ValkeyStorage("node", "session", **params).destroy_external_storage()
     assert "may be left on the server" in caplog.text
+
+
+@pytest.mark.slow
+def test_shutdown_goes_on_though_the_environment_has_changed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise Ray would end none of its processes, and never could."""
+    with acl_user([server.client], "~ray:* +@all"):
+        with monkeypatch.context() as changed:
+            changed.setenv("RAY_VALKEY_SPILL_PASSWORD", "secret")
+            with ray_with(system_config(server.url, username="ray")):
+                refs = [ray.put(np.full(MIB, i)) for i in range(30)]
+                assert server.our_keys() != []
+                changed.delenv("RAY_VALKEY_SPILL_PASSWORD")
+                changed.setenv("RAY_VALKEY_SPILL_MAX_BYTES", "lots")
+                del refs
+        assert server.our_keys() == []
+
+
+@pytest.mark.slow
+def test_a_head_start_cleans_up_where_its_own_config_says(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where variables say that Ray does not use. It leaves its own session alone."""
+    params = {"retry_timeout": 5}
+    for session in ("session_dead", "session_own"):
+        node = Store(load(server, **params), session, "ab" * 28)
+        with contextlib.closing(node):
+            node.begin_lease(f"127.0.0.1:{dead_port()}", lambda: False)
+            _, failure = node.put([source(bytes(1000))])
+            assert failure is None
+            node.give_back()
+    # By the server's clock their leases have run out long ago.
+    leases = Keyspace.of(load(server)).leases
+    for lease in server.client.zrange(leases, 0, -1):
+        server.client.zadd(leases, {lease: 1})
+    monkeypatch.setenv("RAY_VALKEY_SPILL_URL", server.url)
+    monkeypatch.setenv("RAY_object_spilling_config", json.dumps({"type": "filesystem"}))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    try:
+        ValkeyStorage("node", "session_own", **params)
+        assert len(clean_ups()) == 1
+        wait_until(lambda: not clean_ups(), SOON)
+    finally:
+        end_clean_ups()
+    left = b" ".join(server.our_keys())
+    assert b"session_own" in left and b"session_dead" not in left
+    with contextlib.closing(Store(load(server), "session_own", "ab" * 28)) as own:
+        own.destroy(lambda pid: False)
+    assert server.our_keys() == []
+
+
+def test_a_clean_up_that_cannot_be_started_stops_no_head(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(Store(load(server), "session_other", "ab" * 28)) as other:
+        _, failure = other.put([source(bytes(1000))])
+        assert failure is None
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        ValkeyStorage("node", "session_new", url=server.url)
+        assert "dead sessions are not cleaned up: " in caplog.text
+        other.destroy(lambda pid: False)
 
 
 # --- with the plain tools ---

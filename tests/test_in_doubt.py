@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.proxy import Proxy, proxy_to
 from support.samples import get, noise, source
-from support.servers import Server, acl_user, valkey_server, wait_until
+from support.servers import PATIENCE, Server, acl_user, valkey_server, wait_until
 from support.stores import Store
 from support.topologies import cluster_servers
 
@@ -555,6 +555,62 @@ def test_after_an_error_that_nobody_expects_what_is_left_can_be_found_and_remove
         store.background.recover_own()
         assert not store.background.has_left_something
         store.give_back()
+        assert server.spilled_keys() == []
+
+
+@pytest.mark.parametrize("step", ["begin", "put", "fail"])
+def test_whatever_fails_as_a_put_ends_the_next_one_is_not_held_up(
+    server: Server, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.load({"url": server.url, "chunk_size": CHUNK, "max_bytes": 100 * MIB}, {})
+    bad = dataclasses.replace(source(b"", 1), data=Unreadable())
+    with contextlib.closing(Store(config, "session", "node")) as store:
+        with monkeypatch.context() as patched:
+
+            def fail(names: object) -> None:
+                raise MemoryError
+
+            patched.setattr(UNDER_WAY, step, fail)
+            with pytest.raises(MemoryError):
+                store.put([bad if step == "fail" else source(noise(CHUNK))])
+        pool = ThreadPoolExecutor(1)
+        try:
+            urls, failure = pool.submit(store.put, [source(noise(CHUNK))]).result(PATIENCE)
+        finally:
+            pool.shutdown(wait=False)
+        assert failure is None and get(store, urls[0]) == noise(CHUNK)
+        store.destroy(lambda pid: False)
+        store.background.recover_own()
+        store.give_back()
+        assert server.spilled_keys() == []
+
+
+def test_what_a_server_will_not_remove_for_a_moment_stays_in_the_metadata(server: Server) -> None:
+    """Whoever removes what the metadata name would not find it again."""
+    with proxy_to(server.port) as proxy:
+        config = Config.load({"url": proxy.url, "chunk_size": CHUNK, "retry_timeout": 0.5}, {})
+        with contextlib.closing(Store(config, "session", "node")) as store:
+            store.put([source(noise(3 * CHUNK))])
+
+            def refuse() -> None:
+                server.client.config_set("min-replicas-to-write", 1)
+                proxy.refusing = True  # it is not tried again over another connection
+                proxy.before(accept, b"UNLINK")
+
+            def accept() -> None:
+                wait_until(lambda: "errorstat_NOREPLICAS" in server.client.info("errorstats"))
+                server.client.config_set("min-replicas-to-write", 0)
+
+            server.client.config_resetstat()
+            proxy.to_server.piece = 16  # else both come in one piece, and only one is waited for
+            proxy.before(refuse, b"UNLINK")
+            try:
+                with pytest.raises(ServerUnavailableError):
+                    store.destroy(lambda pid: False)
+            finally:
+                server.client.config_set("min-replicas-to-write", 0)
+            proxy.to_server.piece, proxy.refusing = 1 << 16, False
+            store.destroy(lambda pid: False)
         assert server.spilled_keys() == []
 
 

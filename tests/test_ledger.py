@@ -686,6 +686,30 @@ def test_a_lease_is_dated_by_the_server_and_renewed_only_where_there_is_one(
     assert lease.renewed >= before
 
 
+def test_an_address_more_changes_no_renewal_and_makes_no_lease(metadata: Metadata) -> None:
+    ledger, leases = metadata.ledger, metadata.keys.leases
+    for node_name, address in ((OWNER, GCS), (OWNER, "[::1]:6379"), (NEXT, GCS)):
+        ledger.renew(node_name, address, new=True)
+    before = dict(metadata.client.zrange(leases, 0, -1, withscores=True))
+    known = ledger.leases()
+    ledger.end_lease(NEXT, GCS)  # meanwhile
+    for _ in range(2):
+        ledger.add_address(known, "10.0.0.9:6379")
+    after = dict(metadata.client.zrange(leases, 0, -1, withscores=True))
+    del before[f"{NEXT}:{GCS}".encode()]
+    latest = max(before.values())
+    assert after == before | {f"{OWNER}:10.0.0.9:6379".encode(): latest}
+
+
+def test_leases_of_the_same_time_are_all_found(metadata: Metadata) -> None:
+    """More of them than are asked for at once, beside older and younger ones."""
+    metadata.client.config_set("maxmemory", 0)
+    times = {f"session_1:{number:04x}:{GCS}": min(max(number, 200), 1900) for number in range(2100)}
+    metadata.client.zadd(metadata.keys.leases, times)
+    found = [lease.node_name.node for lease in metadata.ledger.leases()]
+    assert sorted(found) == [f"{number:04x}" for number in range(2100)]
+
+
 def test_what_is_no_lease_of_ours_is_passed_over(metadata: Metadata) -> None:
     metadata.ledger.renew(OWNER, GCS, new=True)
     metadata.client.config_set("maxmemory", 0)

@@ -7,6 +7,7 @@ import logging
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -595,13 +596,14 @@ def test_a_nodes_endpoint_tells_what_the_server_and_the_overflow_hold(short_dir:
         # Failed: a share that is gone for a while.
         away = next(ref for ref in refs if ref.hex() in ids_in(overflow))
         overflow.rename(short_dir / "elsewhere")
-        reader = threading.Thread(target=ray.get, args=[away])
-        reader.start()
+        pool = ThreadPoolExecutor(1)
+        reader = pool.submit(ray.get, away, timeout=PATIENCE)
         wait_until(
             lambda: endpoint.total("failures_total", operation="restore", reason="overflow") > 0
         )
         (short_dir / "elsewhere").rename(overflow)
-        reader.join()
+        assert reader.result() is not None
+        pool.shutdown()
 
         # Broken connections: they are in use.
         breaks, stop = endpoint.total("connection_breaks_total"), threading.Event()

@@ -197,7 +197,7 @@ def test_everything_a_cluster_needs_works_with_the_advised_permissions(
         assert ledger.overflows().keys() == {"session_1"}
         assert ledger.recount(owner)
 
-        for name, seconds in (("LEASE", 0.2), ("_CONFIRMATION", 0.2), ("_BETWEEN_LOOKS", 0.1)):
+        for name, seconds in (("LEASE", 0.2), ("CONFIRMATION", 0.2), ("BETWEEN_LOOKS", 0.1)):
             monkeypatch.setattr(cleanup, name, seconds)
         look = CleanUp(config, lambda address: None)
         remains = look.find()

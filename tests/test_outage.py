@@ -50,7 +50,7 @@ class Clock:
 
 
 class Drivers:
-    """A fake: which drivers a real cluster notifies is for `test_ray_outage` to see."""
+    """A fake: which drivers a real cluster notifies is for `test_ray_away` to see."""
 
     def __init__(self) -> None:
         self.all: list[str] = []

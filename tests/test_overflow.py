@@ -32,7 +32,12 @@ from support.servers import (
 from support.stores import Store
 
 from ray_valkey_spill.config import Config
-from ray_valkey_spill.errors import ConfigError, LostObjectError, OverflowUnavailableError
+from ray_valkey_spill.errors import (
+    ConfigError,
+    LostObjectError,
+    OverflowUnavailableError,
+    ServerUnavailableError,
+)
 from ray_valkey_spill.format.names import Entry, Keyspace, NodeName, ObjectName, Place, new_attempt
 from ray_valkey_spill.format.packing import Receive
 from ray_valkey_spill.format.values import Value
@@ -773,7 +778,7 @@ def test_a_damaged_chunk_is_read_a_second_time_by_itself(stores: Any, place: Pla
     tier, asked = store._overflow.overflow, []
     read = tier.read
 
-    def bad_once(place: Place, sizes: Any, use: Callable[[Receive], Any]) -> Any:
+    def bad_once(place: Place, sizes: Any, use: Callable[[Receive], Any], *token: Any) -> Any:
         def bad(receive: Receive, wanted: Iterable[tuple[int, memoryview]]) -> Iterator[None]:
             wanted = list(wanted)
             asked.append([number for number, _ in wanted])
@@ -782,7 +787,7 @@ def test_a_damaged_chunk_is_read_a_second_time_by_itself(stores: Any, place: Pla
                     into[:] = bytes(len(into))
                 yield
 
-        return read(place, sizes, lambda receive: use(functools.partial(bad, receive)))
+        return read(place, sizes, lambda receive: use(functools.partial(bad, receive)), *token)
 
     tier.read = bad_once
     target = bytearray(found.header.size)
@@ -843,6 +848,60 @@ def test_nothing_is_written_where_a_share_was_mounted(stores: Any, tmp_path: Pat
     assert urls == []
     assert isinstance(failure, OverflowUnavailableError)
     assert place.is_empty()
+
+
+@pytest.fixture
+def refusing(server: Server) -> Iterator[Callable[[], None]]:
+    """The server takes no writes until this is called."""
+    server.client.config_set("min-replicas-to-write", 1)
+
+    def take() -> None:
+        server.client.config_set("min-replicas-to-write", 0)
+
+    yield take
+    take()
+
+
+def test_joins_that_fail_leave_no_signature(
+    stores: Any, place: Place_, refusing: Callable[[], None]
+) -> None:
+    store = stores(place.uri, retry_timeout=0.2)
+    for _ in range(3):
+        with pytest.raises(ServerUnavailableError):
+            store.join_overflow()
+    refusing()
+    store.join_overflow()
+    (signature,) = place.files()
+    assert signature.rpartition("/")[2].startswith("place.")
+
+
+def test_a_signature_below_a_mount_point_does_not_pass_for_that_of_the_share(
+    stores: Any, tmp_path: Path, refusing: Callable[[], None]
+) -> None:
+    """One that failed to join has left it there, before the share was mounted."""
+    place, share, bare = (Directory(tmp_path / name) for name in ("mnt", "share", "bare"))
+    place.path.mkdir()
+    share.path.mkdir()
+    store = stores(place.uri, retry_timeout=0.2)
+    with pytest.raises(ServerUnavailableError):
+        store.join_overflow()
+    refusing()
+    place.path.rename(bare.path)
+    share.path.rename(place.path)
+    (url,), _ = store.put([source(noise(3 * CHUNK))])
+    place.path.rename(share.path)
+    bare.path.rename(place.path)
+    before = place.files()
+    assert len(before) == 1
+    for use in (lambda: store.find(url, f"{0:056x}"), lambda: store.delete([url])):
+        with pytest.raises(OverflowUnavailableError):
+            use()
+    urls, failure = store.put([source(noise(3 * CHUNK))])
+    assert urls == [] and isinstance(failure, OverflowUnavailableError)
+    assert place.files() == before
+    place.path.rename(bare.path)
+    share.path.rename(place.path)
+    assert get(store, url) == noise(3 * CHUNK)
 
 
 def test_a_node_with_another_place_is_told_and_writes_and_reads_nothing_there(

@@ -83,10 +83,13 @@ def test_an_owner_says_whether_its_objects_are_referenced(owner: Any) -> None:
 
 
 def test_having_asked_is_no_reference(owner: Any) -> None:
-    before = ray._private.worker.global_worker.core_worker.get_all_reference_counts()
+    counts = ray._private.worker.global_worker.core_worker.get_all_reference_counts
+    mine = ray.put(b"mine")
+    before = counts()
+    assert mine.hex().encode() in before
     _, wanted = made_by(owner)
     RayOwners().verdicts(wanted)
-    after = ray._private.worker.global_worker.core_worker.get_all_reference_counts()
+    after = counts()
     assert not {owned.object_id.encode() for owned in wanted} & ({*after} - {*before})
 
 

@@ -106,7 +106,7 @@ def _command() -> Iterator[str]:
 
 
 def _options(command: click.Command, context: click.Context) -> Iterator[str]:
-    given = command.get_params(context)
+    given = [each for each in command.get_params(context) if not getattr(each, "hidden", False)]
     names = {each.name: [f"--{each.name.replace('_', '-')}"] for each in parameters()}
     of_parameters = [each for each in given if each.opts == names.get(each.name or "")]
     if len(of_parameters) == len(names):

@@ -191,9 +191,9 @@ def kill_once(step, note=""):
 
 def before_and_after(owner, name):
     method = getattr(owner, name)
-    def stepwise(self, *args):
+    def stepwise(self, *args, **options):
         kill_once(f"before {name}")
-        result = method(self, *args)
+        result = method(self, *args, **options)
         # Of a batch: what it has settled, of which Ray will never hear.
         kill_once(f"after {name}", " ".join(map(str, getattr(self, "stored", []))))
         return result
@@ -201,8 +201,8 @@ def before_and_after(owner, name):
 
 def in_the_middle(owner, name, after):
     method = getattr(owner, name)
-    def stepwise(self, *args):
-        for number, item in enumerate(method(self, *args)):
+    def stepwise(self, *args, **options):
+        for number, item in enumerate(method(self, *args, **options)):
             if number == after:
                 kill_once(f"in the middle of {name}")
             yield item

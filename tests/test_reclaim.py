@@ -314,10 +314,10 @@ def test_a_file_that_cannot_be_used_does_not_hold_up_others(
         stat, remove = tier.stat, tier.remove
 
         def failing(number: int, use: Any) -> Any:
-            def fail(place: Any) -> Any:
+            def fail(place: Any, *token: Any) -> Any:
                 if place.name.object_id == object_id(number):
                     raise OverflowUnavailableError("the disk is broken", "Replace it")
-                return use(place)
+                return use(place, *token)
 
             return fail
 
@@ -331,19 +331,27 @@ def test_a_file_that_cannot_be_used_does_not_hold_up_others(
         assert session.left == set()
 
 
+@contextlib.contextmanager
+def no_more_clients(session: Session) -> Iterator[None]:
+    """With a server that takes none, and all that the nodes had closed."""
+    client = session.contents.client
+    client.config_set("maxclients", 1)
+    try:
+        for store in session.nodes.values():
+            store.close()
+        yield
+    finally:
+        client.config_set("maxclients", 1000)
+
+
 def test_suspects_are_asked_for_again_after_a_failure(session: Session) -> None:
     session.put(FIRST, range(3))
     session.kill(FIRST)
     session.answer(UNREFERENCED, range(3))
     reclaimer = session.reclaimer()
     session.steps(reclaimer, 2)
-    client = session.contents.client
-    client.config_set("maxclients", 1)
-    for store in session.nodes.values():
-        store.close()
-    with pytest.raises(ServerError):
+    with no_more_clients(session), pytest.raises(ServerError):
         reclaimer.step()
-    client.config_set("maxclients", 1000)
     session.steps(reclaimer, 3)
     assert session.left == set()
 
@@ -668,13 +676,8 @@ def test_a_server_that_is_away_is_asked_again(session: Session) -> None:
     session.kill(FIRST)
     session.answer(Verdict.OWNER_DEAD, range(4))
     reclaimer = session.reclaimer()
-    client = session.contents.client
-    client.config_set("maxclients", 1)
-    for store in session.nodes.values():
-        store.close()
-    with pytest.raises(ServerError):
+    with no_more_clients(session), pytest.raises(ServerError):
         reclaimer.step()
-    client.config_set("maxclients", 1000)
     session.clock.now += 100
     session.steps(reclaimer)
     assert session.left == set()

@@ -98,7 +98,7 @@ def test_no_command_prints_a_secret(
         monkeypatch.setenv("RAY_VALKEY_SPILL_ENCRYPTION_KEY_FILE", str(key_file))
         for options in ([], ["--json"]):
             result = CliRunner().invoke(cli, [command, *options])
-            assert result.output
+            assert result.exit_code == 0, result.output
             assert not hidden(key_file).search(result.output_bytes)
 
 

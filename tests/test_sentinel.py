@@ -399,8 +399,10 @@ def test_a_connection_that_was_closed_for_being_idle_fails_no_put(
     store = stores(min_replicas=2)
     put(store, data)
     group.primary().client.config_set("timeout", 1)
-    wait_until(lambda: not waits(group))
-    group.primary().client.config_set("timeout", 0)
+    try:
+        wait_until(lambda: not waits(group))
+    finally:
+        group.primary().client.config_set("timeout", 0)
     assert get(store, put(store, data)) == data
 
 

@@ -9,6 +9,7 @@ import pkgutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -105,11 +106,11 @@ def fake_ray(directory: Path, external_storage: str) -> Path:
 
 
 @pytest.fixture
-def ray_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Ray's module as this process has it, with its global put back after the test."""
+def ray_module() -> Iterator[ModuleType]:
+    """Ray's module as this process has it, without a storage after the test."""
     module = importlib.import_module(_startup.RAY_MODULE)
-    monkeypatch.setattr(module, "_external_storage", module._external_storage)
-    return module
+    yield module
+    module.reset_external_storage()
 
 
 # --- at start ---
@@ -306,9 +307,10 @@ def test_other_types_are_still_rays(
 
 @pytest.mark.parametrize("config", [{}, None])
 def test_no_config_is_still_rays_null_storage(
-    ray_module: ModuleType, config: dict[str, object] | None
+    ray_module: ModuleType, config: dict[str, object] | None, tmp_path: Path
 ) -> None:
-    ray_module._external_storage = None
+    files = {"type": "filesystem", "params": {"directory_path": str(tmp_path)}}
+    ray_module.setup_external_storage(files, "ab", "s").destroy_external_storage()
     assert type(ray_module.setup_external_storage(config, "ab", "s")) is ray_module.NullStorage
     assert type(ray_module._external_storage) is ray_module.NullStorage
 

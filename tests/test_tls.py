@@ -173,8 +173,11 @@ def test_ray_takes_certificates_for_a_url_that_is_in_the_environment(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = importlib.import_module(RAY_MODULE)
-    monkeypatch.setattr(module, "_external_storage", None)
-    with start(tmp_path, client_certificate_required=True) as server:
+    with (
+        contextlib.ExitStack() as after,
+        start(tmp_path, client_certificate_required=True) as server,
+    ):
+        after.callback(module.reset_external_storage)
         params = server.certificates.params()
         monkeypatch.setenv("RAY_VALKEY_SPILL_URL", server.url)
         monkeypatch.setenv("RAY_VALKEY_SPILL_TLS_KEY_FILE", params.pop("tls_key_file"))

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 from support.cli import cli_runner
+from support.proxy import proxy_to
 from support.servers import FOREIGN, INDEX, PATIENCE, ROOT, Server, valkey_server, wait_until
 from support.stores import Store
 
@@ -659,6 +661,30 @@ def test_stats_says_which_nodes_are_dead_and_what_they_have(full: Stock) -> None
     assert_fits(text)
 
 
+def test_stats_shows_a_policy_that_it_does_not_know(server: Server) -> None:
+    with proxy_to(server.port) as proxy:
+        proxy.to_client.replaced[b"noeviction"] = b"some-other"
+        text = tool("stats", "--url", proxy.url).stdout
+    assert re.search(r"policy +some-other: not known to this version\n", text)
+
+
+def test_stats_asks_the_gcs_of_all_sessions_at_once(full: Stock) -> None:
+    """Where a host does not answer, each question takes seconds."""
+    together = threading.Barrier(len(SESSIONS))
+
+    def ask(address: str) -> RunningSession | None:
+        together.wait(PATIENCE)
+        return None
+
+    with full.ledger() as (ledger, _), contextlib.closing(Inventory(full.config(), ask)) as found:
+        full.server.client.delete(KEYS.leases)
+        for number, session in enumerate(SESSIONS):
+            lease = f"{NodeName(session, NODES[0])}:10.0.0.{number}:6379"
+            full.server.client.zadd(KEYS.leases, {lease: ledger.time() - 100_000})
+        assert {node.state for node in found.statistics().nodes} == {"silent"}
+    assert len(SESSIONS) > 1 and not together.broken
+
+
 def test_stats_is_readable_at_eighty_columns(full: Stock) -> None:
     text = tool("stats", *full.options, "--max-bytes", "1000000").stdout
     assert_fits(text)
@@ -1036,7 +1062,7 @@ def test_inspect_of_what_is_not_there_says_so(server: Server) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases run out at once, and one look shows that."""
-    for name, seconds in {"LEASE": 0.0, "_CONFIRMATION": 0.0, "_BETWEEN_LOOKS": 0.01}.items():
+    for name, seconds in {"LEASE": 0.0, "CONFIRMATION": 0.0, "BETWEEN_LOOKS": 0.01}.items():
         monkeypatch.setattr(cleanup, name, seconds)
 
 
@@ -1113,8 +1139,8 @@ def test_gc_says_that_nodes_had_nothing_stored(stock: Stock) -> None:
 QUICK_GC = """
 import sys
 from ray_valkey_spill.store import cleanup
-cleanup.LEASE = cleanup._CONFIRMATION = 0.0
-cleanup._BETWEEN_LOOKS = 0.01
+cleanup.LEASE = cleanup.CONFIRMATION = 0.0
+cleanup.BETWEEN_LOOKS = 0.01
 from ray_valkey_spill.cli import main
 sys.argv[1:1] = ["gc"]
 main()
@@ -1169,6 +1195,22 @@ def test_gc_asks_on_a_terminal_before_it_removes(
     assert printed_code == code
     assert says in printed_text
     assert len(printed("ls", *stock.options)) == left
+
+
+def test_gc_removes_nothing_where_nobody_would_see_its_question(stock: Stock) -> None:
+    stock.put(SESSIONS[0], NODES[0], 1, 95)
+    terminal, end = pty.openpty()
+    try:
+        command = [sys.executable, "-c", QUICK_GC, *stock.options]
+        result = subprocess.run(
+            command, stdin=end, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+    finally:
+        os.close(terminal)
+        os.close(end)
+    assert result.returncode == 1
+    assert "Give --yes or --dry-run" in " ".join(result.stderr.split())
+    assert len(printed("ls", *stock.options)) == 2
 
 
 def test_gc_without_a_standard_input_removes_without_asking(stock: Stock) -> None:

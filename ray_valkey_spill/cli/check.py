@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import secrets
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -128,11 +129,17 @@ def _attempt(subject: str, look: Callable[[], str | Finding]) -> Finding:
 def _ray() -> str:
     try:
         module = importlib.import_module(_startup.RAY_MODULE)
+        version = metadata.version("ray")
     except ImportError as error:
         raise SpillError(f"Ray cannot be imported ({error})", "pip install ray") from error
+    except Exception as error:  # such as of a dependency that does not fit it
+        raise SpillError(
+            f"Ray cannot be imported ({type(error).__name__}: {error})",
+            "Install Ray again, with the dependencies that it names",
+        ) from error
     function = getattr(module, _startup.RAY_FUNCTION, None)
     require_compatible(module, getattr(function, "ray_valkey_spill_original", function))
-    return f"Ray {metadata.version('ray')} fits ray-valkey-spill {__version__}"
+    return f"Ray {version} fits ray-valkey-spill {__version__}"
 
 
 def _setting(options: Mapping[str, Any]) -> str | Finding:
@@ -419,7 +426,7 @@ def _latency(link: Link, keys: Keyspace) -> str:
 def _overflow(config: Config, uri: str) -> str | Finding:
     with (
         contextlib.closing(OverflowTier(uri, Keyspace.of(config))) as overflow,
-        contextlib.closing(Node(config, "check", f"pid{os.getpid()}")) as node,
+        contextlib.closing(Node(config, *_own_node())) as node,
     ):
         missing = overflow.missing_directories()
         try:
@@ -437,6 +444,11 @@ def _overflow(config: Config, uri: str) -> str | Finding:
     return f"{overflow} can be written, read and cleaned up; every node has to reach it"
 
 
+def _own_node() -> tuple[str, str]:
+    """Return a session, and a node that no other check uses: in containers all are process 1."""
+    return "check", f"pid{os.getpid()}-{secrets.token_hex(8)}"
+
+
 def _throughput(config: Config, free: int | None) -> str:
     """Spill and restore incompressible data, at most a quarter of `free` bytes at once."""
     size = _PROBE_SIZE if free is None else min(_PROBE_SIZE, free // 4)
@@ -448,7 +460,7 @@ def _throughput(config: Config, free: int | None) -> str:
         )
     # Compared as bytes: Python compares two memoryviews item by item.
     data, target = os.urandom(size), bytearray(size)
-    whose = replace(config, overflow_uri=None), "check", f"pid{os.getpid()}"
+    whose = replace(config, overflow_uri=None), *_own_node()
     store, node = ObjectStore(*whose), Node(*whose)
     spill, restore = [], []
     try:

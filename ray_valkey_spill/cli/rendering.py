@@ -275,7 +275,7 @@ def _server(servers: Servers, root: str) -> Iterator[str]:
     bound = f" of {size_text(memory.maxmemory)}" if memory.maxmemory else ""
     share = _share(memory.used, memory.maxmemory) or ", without a maxmemory"
     yield _field("memory", f"{size_text(memory.used)}{bound} used{share}")
-    effect = _EVICTIONS[memory.policy.partition("-")[0]]
+    effect = _EVICTIONS.get(memory.policy.partition("-")[0], "not known to this version")
     yield _field("policy", f"{memory.policy}: {effect}")
 
 

@@ -27,7 +27,7 @@ from ray_valkey_spill.errors import ConfigError, SpillError
 from ray_valkey_spill.plugin import guardian, proc, shared_files
 from ray_valkey_spill.plugin.gcs import running_at
 from ray_valkey_spill.store.cleanup import CleanUp
-from ray_valkey_spill.store.session import EndingSession
+from ray_valkey_spill.store.session import EndingSession, note_gcs_address
 
 __all__ = ["Guard", "end", "end_at_exit", "session_log", "start_guardian"]
 
@@ -203,16 +203,22 @@ def _end_patiently(config: Config, directory: Path) -> int:
 def main() -> int:
     """Remove the data of the session in the directory that is the argument.
 
-    Reads the parameters, as JSON, from stdin. Exits with 0 if nothing is left.
+    With a second argument, note that as the address of the session's GCS instead. Reads the
+    parameters, as JSON, from stdin. Exits with 0 if nothing is left to do.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    directory, *addresses = sys.argv[1:]
+    left = "the new address of the GCS is not noted" if addresses else "spilled objects are left"
     try:
-        return _end_patiently(Config.load(json.load(sys.stdin)), Path(sys.argv[1]))
+        config = Config.load(json.load(sys.stdin))
+        for address in addresses:
+            note_gcs_address(config, Path(directory).name, address, _PATIENCE_OF_GUARDIAN)
+        return 0 if addresses else _end_patiently(config, Path(directory))
     except ConfigError as error:
-        logger.error("spilled objects are left on the server: %s", error)
+        logger.error("%s on the server: %s", left, error)
         return guardian.GAVE_UP
     except SpillError as error:
-        logger.warning("spilled objects are left on the server: %s", error)
+        logger.warning("%s on the server: %s", left, error)
         return _LEFT
 
 

@@ -10,10 +10,10 @@ import sys
 from ray_valkey_spill.plugin.interpreter import module_command
 from ray_valkey_spill.store.liveness import UNKNOWN, UNREACHABLE, RunningSession
 
-__all__ = ["running_at"]
+__all__ = ["ANSWER_TIMEOUT", "running_at"]
 
-_CONNECT_TIMEOUT = 3.0
-_ANSWER_TIMEOUT = 20.0
+# Seconds until a host has to accept a connection, and a GCS to answer over it.
+_CONNECT_TIMEOUT, ANSWER_TIMEOUT = 3.0, 20.0
 
 
 def running_at(address: str) -> RunningSession | None:
@@ -35,7 +35,7 @@ def running_at(address: str) -> RunningSession | None:
             module_command(__name__, address),
             capture_output=True,
             text=True,
-            timeout=_ANSWER_TIMEOUT,
+            timeout=ANSWER_TIMEOUT,
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -53,7 +53,7 @@ def _main(address: str) -> None:
 
     client = GcsClient(address=address)
     name = client.internal_kv_get(b"session_name", KV_NAMESPACE_SESSION).decode()
-    nodes = client.get_all_node_info(timeout=_ANSWER_TIMEOUT)
+    nodes = client.get_all_node_info(timeout=ANSWER_TIMEOUT)
     alive = GcsNodeInfo.GcsNodeState.Value("ALIVE")
     living = [node.hex() for node, info in nodes.items() if info.state == alive]
     print(json.dumps([name, *living]))  # noqa: T201

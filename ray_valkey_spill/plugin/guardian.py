@@ -3,7 +3,8 @@
 A head may end without a word: by `ray stop`, by a signal, with its driver. The guardian waits for
 the end of the session's GCS, and then runs the module that removes the session's data (`ending`),
 again and again until nothing is left, or for an hour. If the GCS keeps its state in a Redis or in
-RocksDB, a head that is started again continues the session, and the guardian leaves at once.
+RocksDB, a head that is started again continues the session. Then the guardian has the same module
+note the address of the GCS, which may be another one than before, and leaves.
 
 It is started in a session and a process group of its own, as nobody's child, so that it is not
 killed together with Ray's processes. It cannot outlive a container or a systemd unit.
@@ -20,6 +21,7 @@ import os
 import select
 import sys
 import time
+from collections.abc import Callable
 from typing import Literal, TextIO
 
 from ray_valkey_spill.plugin import proc, shared_files
@@ -51,7 +53,7 @@ _LONGEST_QUESTION = 1.0
 _BETWEEN_POLLS = 2.0
 # Seconds from the end of the GCS until the session is over, unless it has another GCS by then.
 _GRACE = 5.0
-# Seconds between two attempts to remove the data, and for which they are repeated.
+# Seconds between two attempts, and for which they are repeated.
 _FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_TRY = 5.0, 60.0, 3600.0
 
 # The path of the package comes last, so that it hides no module of Python's.
@@ -68,7 +70,8 @@ def command(removal: str, directory: str, starter: int) -> list[str]:
 
     Args:
         removal: module that removes the session's data. It is run with `directory` as its argument,
-            and with stdin as the guardian had it. It exits with 0 if nothing is left.
+            and with stdin as the guardian had it. It exits with 0 if nothing is left. With the
+            address of a GCS as a second argument, it notes that instead.
         directory: of the session; its last component is the session's name.
         starter: process id; the guardian gives up if that process ends before there is a GCS.
     """
@@ -142,6 +145,8 @@ def main() -> None:
         return
     while gcs is not None:
         if not is_needed:
+            os.close(file)  # what follows needs no guardian
+            _note_address(removal, directory, order, gcs)
             return
         record = f"{gcs.pid} {gcs.identity}\n".encode()
         with contextlib.suppress(OSError):  # its disk may be full
@@ -215,23 +220,35 @@ def _wait_for_end(process: proc.Process) -> None:
 
 def _remove_all(removal: str, directory: str, order: bytes) -> None:
     mark_ended(directory)
+    if not _repeat(lambda: is_over(directory) or _run(order, removal, directory)):
+        _log("the session's data are left: run ray-valkey-spill gc")
+
+
+def _note_address(removal: str, directory: str, order: bytes, gcs: proc.Process) -> None:
+    """Note where a GCS is whose session outlives it."""
+    if proc.ends_with_gcs(gcs) is False and (address := proc.address_of(gcs)) is not None:
+        _repeat(lambda: not gcs.is_alive or _run(order, removal, directory, address))
+
+
+def _repeat(attempt: Callable[[], bool]) -> bool:
+    """Repeat an attempt until it works, or for an hour; return whether it has worked."""
     deadline, pause = time.monotonic() + _LONGEST_TRY, _FIRST_PAUSE
-    while not is_over(directory) and not _remove(removal, directory, order):
+    while not attempt():
         if time.monotonic() > deadline:
-            _log("the session's data are left: run ray-valkey-spill gc")
-            return
+            return False
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
+    return True
 
 
-def _remove(removal: str, directory: str, order: bytes) -> bool:
-    """Run the removal; return whether it need not run again."""
+def _run(order: bytes, module: str, *arguments: str) -> bool:
+    """Run the module that knows the server; return whether it need not run again."""
     import subprocess
 
     from ray_valkey_spill.plugin.interpreter import module_command
 
     ended = subprocess.run(  # noqa: S603 (our own module)
-        module_command(removal, directory), input=order, check=False
+        module_command(module, *arguments), input=order, check=False
     )
     return ended.returncode in (0, GAVE_UP)
 

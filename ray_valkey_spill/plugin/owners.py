@@ -47,8 +47,8 @@ _NODE_ID = "node_id" if "node_id" in common_pb2.Address.DESCRIPTOR.fields_by_nam
 # Owners to remember; the next ones begin anew.
 _MOST_REMEMBERED = 10_000
 
-# A question, as a log names it.
-_WHO_NEEDS = "who needs an object"
+# Questions, as a log names them.
+_WHO_NEEDS, _WHO_ENDED = "who needs an object", "which processes have ended"
 # What a Ray of another shape raises.
 _OTHER_SHAPE = (AttributeError, TypeError, ImportError, LookupError)
 
@@ -165,7 +165,7 @@ class RayOwners:
         if not nodes.get(node.hex(), not has_own):
             self._dead.add(node)
             return True
-        if self._tried(_WHO_NEEDS, lambda: _has_ended(worker), False):
+        if self._tried(_WHO_ENDED, lambda: _has_ended(worker), False):
             self._dead.add(worker)
             return True
         return False
@@ -279,6 +279,11 @@ def _own_node() -> str:
 
 def _has_ended(worker_id: bytes) -> bool:
     """Whether the GCS lists a worker or driver as dead; not if it does not know it."""
-    accessor = ray._private.state.state._connect_and_get_accessor()
+    state: Any = ray._private.state.state
+    if hasattr(state, "_connect_and_get_accessor"):
+        accessor = state._connect_and_get_accessor()
+    else:  # before Ray 2.52
+        state._check_connected()
+        accessor = state.global_state_accessor
     found = accessor.get_worker_info(ray.WorkerID(worker_id))
     return found is not None and not gcs_pb2.WorkerTableData.FromString(found).is_alive

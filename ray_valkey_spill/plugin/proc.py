@@ -7,7 +7,7 @@ import contextlib
 import os
 from typing import NamedTuple
 
-__all__ = ["Process", "ends_with_gcs", "gcs_of", "identity_of", "is_alive"]
+__all__ = ["Process", "address_of", "ends_with_gcs", "gcs_of", "identity_of", "is_alive"]
 
 _GCS_SERVER = b"gcs_server"
 
@@ -95,6 +95,18 @@ def ends_with_gcs(gcs: Process) -> bool | None:
         kept = kept or (b'"gcs_storage":' in compact and b'"gcs_storage":"memory"' not in compact)
     # Of a process that has just ended, there is nothing to read any more.
     return not (has_redis or kept) if gcs.is_alive else None
+
+
+def address_of(gcs: Process) -> str | None:
+    """Return host:port of a GCS that was started with both; else None."""
+    with contextlib.suppress(OSError):
+        arguments = _read(gcs.pid, "cmdline").split(b"\0")
+        given = dict(argument.partition(b"=")[::2] for argument in arguments)
+        host = os.fsdecode(given.get(b"--node-ip-address", b""))
+        port = os.fsdecode(given.get(b"--gcs_server_port", b""))
+        if host and port.isdecimal() and int(port):
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return None
 
 
 def _read(pid: int, name: str) -> bytes:

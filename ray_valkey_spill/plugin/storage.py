@@ -86,12 +86,14 @@ _WHOLE_READS = "uninterrupted reads"
 
 # The clean-up of dead sessions waits ten minutes for a server: nobody waits for the clean-up.
 _CLEAN_UP_TIMEOUT = "--timeout=600"
+# Variables that would make it use another config than the head's, or join a cluster.
+_NOT_OF_CLEAN_UP = {"RAY_object_spilling_config", "RAY_ADDRESS"}
 
 # The methods of Ray's node that create a storage.
 _VALIDATING, _DESTROYING = "validate_external_storage", "destroy_external_storage"
 
-# Sessions and configs that this process has checked: see `ValkeyStorage.__init__`.
-_checked: set[tuple[str, Config]] = set()
+# The configs that this process has checked, by session: see `ValkeyStorage.__init__`.
+_checked: dict[str, Config] = {}
 
 
 class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
@@ -113,7 +115,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             used, or the overflow cannot be used. Only outside IO workers, and only the first time
             for a session: that is Ray's validation, and its failure stops the head. An IO worker
             starts without either and retries, and `ray.shutdown()` must not fail because the
-            server stopped first.
+            server stopped first, or because the environment has changed since `ray.init()`.
     """
 
     def __init__(self, node_id: str, session_name: str, **params: Any) -> None:
@@ -139,14 +141,17 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._new_restorer,
             self._still_waits,
         )
+        self._params = params
         self._guard = Guard(session_name, self._session_dir, params)
         self._keeper: Keeper | None = None
         self._config: Config | None = None
         self._keys: Keyspace | None = None
+        is_ending = self._caller is not None and not self._caller.is_validating
+        checked = _checked.get(session_name)
         try:
-            config = Config.load(params)
+            config = checked if is_ending and checked is not None else Config.load(params)
         except ConfigError as error:
-            if not self._in_io_worker:
+            if not (self._in_io_worker or is_ending):
                 raise
             unusable = _Unusable(error)
             self._store, self._node = cast(ObjectStore, unusable), cast(Node, unusable)
@@ -166,13 +171,13 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._keeper.start()
             return
         self._node = Node(config, session_name, node_id, patience=_DESTROY_PATIENCE)
-        if (session_name, config) not in _checked:
+        if config != checked and not is_ending:
             try:
                 preflight.run_all(config)
                 self._node.probe_overflow()
             except SpillError as error:
                 raise error from None  # Ray would print the cause too; one message is enough
-            _checked.add((session_name, config))
+            _checked[session_name] = config
             directory = None if self._caller is None else self._caller.directory
             _clean_up(config, params, session_name, directory)
         if self._caller is not None and self._caller.is_validating:
@@ -282,8 +287,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             if self._caller is None:
                 self._node.destroy(is_alive)
             elif self._caller.ends_session:
-                assert self._config is not None  # or this storage had raised
-                end(self._config, self._caller.directory, self._node_id)
+                config = Config.load(self._params) if self._config is None else self._config
+                end(config, self._caller.directory, self._node_id)
         except SpillError as error:
             logger.warning("spilled objects of this node may be left on the server: %s", error)
         finally:
@@ -649,21 +654,28 @@ def _clean_up(
         return
     finally:
         look.close()
-    if others:
-        options = [
-            f"--{name.replace('_', '-')}={value}"
-            for name, value in params.items()
-            if value is not None
-        ]
+    if not others:
+        return
+    options = [
+        f"--{name.replace('_', '-')}={value}" for name, value in params.items() if value is not None
+    ]
+    environment = {name: os.environ[name] for name in os.environ.keys() - _NOT_OF_CLEAN_UP}
+    try:
         with session_log(directory, "gc") as log:
             process = subprocess.Popen(  # noqa: S603 (our own module, and checked parameters)
-                module_command("ray_valkey_spill", "gc", _CLEAN_UP_TIMEOUT, *options),
+                module_command(
+                    *("ray_valkey_spill", "gc", _CLEAN_UP_TIMEOUT, f"--except-session={session}"),
+                    *options,
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=environment,
             )
         threading.Thread(target=process.wait, daemon=True).start()
+    except (OSError, RuntimeError) as error:
+        logger.warning("dead sessions are not cleaned up: %s", error)
 
 
 def _text(url: bytes) -> str:

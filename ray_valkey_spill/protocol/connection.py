@@ -42,15 +42,15 @@ from ray_valkey_spill.protocol.roles import (
 from ray_valkey_spill.protocol.server_info import mode_of
 from ray_valkey_spill.units import KIB, MIB, Buffer
 
-__all__ = ["Connection"]
+__all__ = ["LARGEST_WINDOW", "SMALLEST_WINDOW", "SMALL_WINDOW", "STALL_TIMEOUT", "Connection"]
 
 # The window: bytes under way before the connection waits for replies. It holds at least two chunks,
 # within bounds. It starts with what fills the fastest wire for a round trip; `pacing` adjusts it.
 # Replies not yet read occupy the server's memory and count for its maxmemory, so the upper bound
 # also limits what one IO worker costs a server.
 _CHUNKS_UNDER_WAY = 2
-_SMALLEST_WINDOW, _SMALL_WINDOW = 256 * KIB, 1 * MIB
-_LARGEST_WINDOW = 8 * MIB
+SMALLEST_WINDOW, SMALL_WINDOW = 256 * KIB, 1 * MIB
+LARGEST_WINDOW = 8 * MIB
 _FASTEST_WIRE = 4e9  # bytes per second
 # Bytes; a smaller request does not show the direction of the data.
 _DATA = 4 * KIB
@@ -66,7 +66,7 @@ _TCP_MIN_RTT = slice(148, 152)
 _MAX_REQUESTS = 300
 _RESET = struct.pack("ii", 1, 0)  # struct linger
 # Seconds without a single byte moving after which a server counts as stalled.
-_STALL_TIMEOUT = 10.0
+STALL_TIMEOUT = 10.0
 _SHORTEST_TIMEOUT = 1.0
 # Seconds. Other Sentinels can be asked instead, and their replies take no time.
 _SENTINEL_TIMEOUT = 0.5
@@ -117,7 +117,7 @@ class Connection:
         self._unsent: list[Request] = []
         self._unsent_length = self.weight = 0
         timeout = (
-            _SENTINEL_TIMEOUT if sentinel else min(_STALL_TIMEOUT, max(_SHORTEST_TIMEOUT, patience))
+            _SENTINEL_TIMEOUT if sentinel else min(STALL_TIMEOUT, max(_SHORTEST_TIMEOUT, patience))
         )
         self._client = dial(config, endpoint, timeout, sentinel)
         self._sock: Any = self._client._sock
@@ -129,7 +129,7 @@ class Connection:
         else:
             _have_kernel_time_out(self._sock, timeout)
         self._least_window = min(
-            max(_SMALLEST_WINDOW, _CHUNKS_UNDER_WAY * config.chunk_size), _SMALL_WINDOW
+            max(SMALLEST_WINDOW, _CHUNKS_UNDER_WAY * config.chunk_size), SMALL_WINDOW
         )
         # When a small request was sent alone, until its reply comes; the shortest time that one
         # took since the latest look at the round trip.
@@ -334,7 +334,7 @@ class Connection:
         self._shortest = float("inf")
         if found < float("inf"):
             self._round_trip = min(found, self._round_trip * _GROWTH)
-        enough = int(min(self._round_trip * _FASTEST_WIRE, _LARGEST_WINDOW))
+        enough = int(min(self._round_trip * _FASTEST_WIRE, LARGEST_WINDOW))
         start = max(enough, self._least_window)
         if not self._start / 2 < start < self._start * 2:
             self._begin_to_pace(start)
@@ -342,8 +342,8 @@ class Connection:
     def _begin_to_pace(self, start: int) -> None:
         """Look for the limits from `start` bytes on."""
         self._start = start
-        self._sending = Pacer(self._least_window, _LARGEST_WINDOW, start)
-        self._receiving = Pacer(self._least_window, _LARGEST_WINDOW, start)
+        self._sending = Pacer(self._least_window, LARGEST_WINDOW, start)
+        self._receiving = Pacer(self._least_window, LARGEST_WINDOW, start)
         self._pace_by(self._sending)
 
     def close(self) -> None:

@@ -351,8 +351,13 @@ class Link:
         return isinstance(self._topology, Single)
 
     def owner(self, key: str) -> Endpoint | None:
-        """Return the server of `key` according to the latest run; None if its connection broke."""
-        return self._topology.owner(key.encode()) if self._topology else None
+        """Return the server of `key` according to the latest run.
+
+        Returns None if its connection broke, or if no server of the cluster has the key's slot.
+        """
+        with contextlib.suppress(TransientError):
+            return self._topology.owner(key.encode()) if self._topology else None
+        return None
 
     def execute(self, *requests: Request) -> list[Any]:
         """Send small commands together and return their replies. Errors as `run`.

@@ -48,15 +48,16 @@ from ray_valkey_spill.tiers.overflow import OverflowTier, StoredFile
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
-__all__ = ["LEASE", "RENEWAL", "CleanUp", "Remains"]
+__all__ = ["BETWEEN_LOOKS", "CONFIRMATION", "LEASE", "RENEWAL", "CleanUp", "Remains"]
 
 # Seconds between two renewals; and from the latest renewal until a lease has run out.
 RENEWAL, LEASE = 10.0, 60.0
 # Seconds to watch a lease that has run out by the server's clock: time for several late renewals.
-_CONFIRMATION = 3.5 * RENEWAL
+CONFIRMATION = 3.5 * RENEWAL
 # Factor by which a lease lasts longer if no GCS can be asked.
 _UNASKED = 10
-_BETWEEN_LOOKS = 1.0
+# Seconds between two looks at the leases.
+BETWEEN_LOOKS = 1.0
 # Seconds; if two looks are further apart, this process was paused, and perhaps others with it.
 _LONGEST_BLINK = 5.0
 
@@ -282,7 +283,7 @@ class CleanUp:
             while undecided:
                 left = max(deadlines[node_name] for node_name in undecided) - time.monotonic()
                 watching(len(undecided), max(0.0, left))
-                time.sleep(_BETWEEN_LOOKS)
+                time.sleep(BETWEEN_LOOKS)
                 renewed = self._renewed()
                 now = time.monotonic()
                 undecided -= {
@@ -314,7 +315,7 @@ class CleanUp:
         for node_name in node_names:
             ago = (server_time - renewed.get(node_name, server_time)) / 1000
             left = lease - ago if ago >= 0 else lease
-            deadlines[node_name] = now + max(left, _CONFIRMATION)
+            deadlines[node_name] = now + max(left, CONFIRMATION)
         return renewed, deadlines
 
     def _remains(self, node_name: NodeName, session_is_dead: bool, usage: Usage) -> Remains:
@@ -409,11 +410,11 @@ class CleanUp:
         for names in self._ledger.pending(node_name):
             if not self._is_dead(node_name.session):
                 return False
-            self._tier.remove_objects(names)
+            self._tier.remove_objects(names, stepwise=True)
         for entries in self._ledger.stored(node_name):
             if not self._is_dead(node_name.session):
                 return False
-            self._tier.remove_objects(entry.name for entry in entries)
+            self._tier.remove_objects((entry.name for entry in entries), stepwise=True)
         return True
 
     def _is_dead(self, session: str) -> bool:

@@ -385,7 +385,7 @@ class Node:
             for names in self._ledger.pending(self._name):
                 idle = [name for name in names if not _is_written(name, is_alive)]
                 busy = busy or len(idle) < len(names)
-                self._valkey.remove_objects(idle)
+                self._valkey.remove_objects(idle, stepwise=True)
                 count += len(idle)
             count += self._valkey.remove_stored(self._name)
             if not busy or time.monotonic() > deadline:

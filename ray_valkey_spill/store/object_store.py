@@ -467,11 +467,23 @@ def tiers_of(
     return shared, {"valkey": valkey, "overflow": shared or MissingOverflow()}
 
 
-def remove_from(tiers: dict[TierName, Tier], places: Sequence[Place], observer: Observer) -> None:
+def remove_from(
+    tiers: dict[TierName, Tier],
+    places: Sequence[Place],
+    observer: Observer,
+    *,
+    stepwise: bool = False,
+) -> None:
     """Delete objects. A failure of one tier does not hold up the others.
 
     The observer is notified only if no tier failed, because a failed deletion is repeated as a
     whole.
+
+    Args:
+        tiers: by name.
+        places: the objects.
+        observer: is notified of deletions.
+        stepwise: see `ValkeyTier.remove_objects`.
 
     Raises:
         ServerError, OverflowUnavailableError: some objects may be left.
@@ -483,7 +495,7 @@ def remove_from(tiers: dict[TierName, Tier], places: Sequence[Place], observer: 
             if of_tier:
                 started = time.perf_counter()
                 with failures.kept():
-                    tier.remove(of_tier)
+                    tier.remove(of_tier, stepwise=stepwise)
                     removals.append((name, of_tier, time.perf_counter() - started))
     for name, of_tier, seconds in removals:
         size = sum(place.size for place in of_tier)

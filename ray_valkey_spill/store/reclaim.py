@@ -393,7 +393,8 @@ class Reclaim:
 
     def _remove_some(self, reason: Reason, items: Sequence[_Item]) -> None:
         if items:
-            remove_from(self._tiers, [item.place for item in items], self._observer)
+            places = [item.place for item in items]
+            remove_from(self._tiers, places, self._observer, stepwise=True)
             self.removed += len(items)
             for item in items:
                 self._known.forget(item.place.name)

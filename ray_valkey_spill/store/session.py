@@ -1,4 +1,4 @@
-"""The end of a session: all its data are removed, by whoever knows that it has ended."""
+"""A session as a whole: where its GCS is, and its end, when all its data are removed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,34 @@ from ray_valkey_spill.config import Config
 from ray_valkey_spill.format.names import Keyspace, NodeName
 from ray_valkey_spill.store.node import Node
 from ray_valkey_spill.store.object_store import Failures, node_name
-from ray_valkey_spill.tiers.ledger import link_to
+from ray_valkey_spill.tiers.ledger import Ledger, link_to
 from ray_valkey_spill.tiers.overflow import OverflowTier
 from ray_valkey_spill.tiers.overflow_place import SharedOverflow
 from ray_valkey_spill.tiers.valkey import ValkeyTier
 
-__all__ = ["EndingSession"]
+__all__ = ["EndingSession", "note_gcs_address"]
+
+
+def note_gcs_address(config: Config, session: str, gcs_address: str, patience: float) -> None:
+    """Note where the GCS of a session is now, beside where its nodes have reached it.
+
+    A clean-up asks the GCS of a session whose nodes are silent. After a head has come back at
+    another address, nobody else may have noted that before the session seems to be dead.
+
+    Args:
+        config: server and namespace.
+        session: name of the session.
+        gcs_address: host:port.
+        patience: seconds for which to retry an unavailable server.
+
+    Raises:
+        SpillError: as for `link.Link.run`.
+    """
+    link = link_to(replace(config, retry_timeout=min(config.retry_timeout, patience)))
+    with contextlib.closing(link):
+        ledger, name = Ledger(link, Keyspace.of(config)), node_name(session, "").session
+        leases = [lease for lease in ledger.leases() if lease.node_name.session == name]
+        ledger.add_address(leases, gcs_address)
 
 
 class EndingSession:
@@ -69,8 +91,11 @@ class EndingSession:
         """
         # Later, its nodes may have taken the signature with them.
         shared = self._shared
-        has_files = shared is None or shared.is_here()
+        has_files = shared is None
         with Failures() as failures:
+            if shared is not None:
+                with failures.kept():  # what is in Valkey goes whatever the overflow says
+                    has_files = shared.is_here()
             for each in sorted(self._nodes()):
                 with failures.kept():
                     if is_here(each.node):

@@ -63,8 +63,12 @@ class Batch:
         self._may_be_settled = False
 
     def __enter__(self) -> Batch:
-        self._budget.begin(self._size)
-        UNDER_WAY.begin(self._all_names)
+        try:
+            UNDER_WAY.begin(self._all_names)
+            self._budget.begin(self._size)
+        except BaseException:
+            UNDER_WAY.end(self._all_names)
+            raise
         return self
 
     def write(self, values: Payments) -> None:
@@ -109,20 +113,29 @@ class Batch:
                 self.failure = self.failure or self._as_unconfirmed(error)
                 is_undone = self._is_reachable and self._undo()
         finally:
-            # In this order: whoever finds that something is stranded finds all of it.
-            if error is None:
-                UNDER_WAY.put(self.stored)
-            if not is_undone:
-                UNDER_WAY.fail(self._all_names)
-            # A successor may have values without the registrations: by those nobody finds them.
-            may_be_left = self._may_be_settled or self._tier.breaks != self._breaks
-            if not is_undone and may_be_left:
-                UNDER_WAY.doubt(self._names)
-            UNDER_WAY.end(self._all_names)
-            if not is_undone:
-                self._budget.strand()
-            self._budget.end()
+            # In this order: whoever finds that something is stranded finds all of it. The budget is
+            # unlocked even if a step fails (MemoryError): nobody could spill any more.
+            try:
+                self._note(error, is_undone)
+            finally:
+                try:
+                    UNDER_WAY.end(self._all_names)
+                finally:
+                    if not is_undone:
+                        self._budget.strand()
+                    self._budget.end()
         return isinstance(error, SpillError)
+
+    def _note(self, error: BaseException | None, is_undone: bool) -> None:
+        """Note what has become of the attempts."""
+        if error is None:
+            UNDER_WAY.put(self.stored)
+        if not is_undone:
+            UNDER_WAY.fail(self._all_names)
+        # A successor may have values without the registrations: by those nobody finds them.
+        may_be_left = self._may_be_settled or self._tier.breaks != self._breaks
+        if not is_undone and may_be_left:
+            UNDER_WAY.doubt(self._names)
 
     def _undo(self) -> bool:
         """Remove all objects of the batch; return whether nothing is left."""

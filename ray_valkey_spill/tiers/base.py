@@ -62,8 +62,13 @@ class Tier(Protocol):
     def close_reading(self) -> None:
         """Drop the chunks that `stat` has begun to read ahead."""
 
-    def remove(self, places: Sequence[Place]) -> None:
-        """Remove objects; a missing object is not an error."""
+    def remove(self, places: Sequence[Place], *, stepwise: bool = False) -> None:
+        """Remove objects; a missing object is not an error.
+
+        Args:
+            places: the objects.
+            stepwise: see `ValkeyTier.remove_objects`.
+        """
 
     def mark_lost(self, place: Place) -> None:
         """Make every later `stat` of a damaged object report it as lost."""

@@ -106,15 +106,19 @@ class Budget:
     def begin(self, size: int) -> None:
         """Begin a batch of about `size` bytes."""
         self._in_use.acquire()
-        self._expected = size
-        self._began = time.monotonic()
-        self._looks, self._found = [], []
-        self._is_look_due = False
-        self._plan_look()
-        # What is kept is only good as long as others cannot have filled the room.
-        self._is_tight = self._is_tight or (
-            self._limits.is_fleeting and self._is_older_than(_FLEETING)
-        )
+        try:
+            self._expected = size
+            self._began = time.monotonic()
+            self._looks, self._found = [], []
+            self._is_look_due = False
+            self._plan_look()
+            # What is kept is only good as long as others cannot have filled the room.
+            self._is_tight = self._is_tight or (
+                self._limits.is_fleeting and self._is_older_than(_FLEETING)
+            )
+        except BaseException:  # such as MemoryError
+            self._in_use.release()
+            raise
 
     def end(self) -> None:
         """End the batch. All that it wrote must be settled, removed or stranded."""

@@ -29,7 +29,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple, TypeVar
 
 from ray_valkey_spill.config import NAMESPACE_PATTERN, Config
@@ -483,27 +483,38 @@ class Ledger:
         self._link.execute(command("ZREM", self._keys.leases, f"{node_name}:{gcs_address}"))
         self.unlist_if_empty()
 
+    def add_address(self, leases: Iterable[Lease], gcs_address: str) -> None:
+        """Add another address of the GCS to leases. Their times of renewal stay as they are."""
+        latest = {each.node_name: each for each in sorted(leases, key=lambda each: each.renewed)}
+        members = (
+            (f"{name}:{each.gcs_address}", f"{name}:{gcs_address}") for name, each in latest.items()
+        )
+        while page := list(islice(members, _NAMES_PER_SCRIPT)):
+            pairs = chain.from_iterable(page)
+            self._link.execute(self._eval(scripts.ADD_ADDRESSES, [self._keys.leases], *pairs))
+
     def leases(self) -> list[Lease]:
         pairs = self._leases_by_page()
         return list(well_formed(self._keys.leases, pairs, lambda pair: _lease(*pair)))
 
     def _leases_by_page(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield members and scores. A lease renewed meanwhile may come twice; none is left out."""
-        score, seen = b"-inf", 0
+        score, seen = b"-inf", set[bytes]()
         while True:
+            limit = len(seen) + _MEMBERS_PER_PAGE
             request = command(
                 *("ZRANGE", self._keys.leases, score, "+inf", "BYSCORE"),
-                *("LIMIT", seen, _MEMBERS_PER_PAGE, "WITHSCORES"),
+                *("LIMIT", 0, limit, "WITHSCORES"),
             )
             (found,) = self._link.execute(request)
-            pairs = list(zip(found[::2], found[1::2]))
-            yield from pairs
-            if len(pairs) < _MEMBERS_PER_PAGE:
+            pairs = [(bytes(member), bytes(each)) for member, each in zip(found[::2], found[1::2])]
+            yield from (pair for pair in pairs if pair[0] not in seen)
+            if len(pairs) < limit:
                 return
-            # The next page begins with the members that share the last score.
-            last = bytes(pairs[-1][1])
-            same = sum(other == last for _, other in pairs)
-            score, seen = last, same + (seen if last == score else 0)
+            # The next page begins with the members that share the last score: by their number they
+            # could not be skipped, since any of them may be renewed until then.
+            score = pairs[-1][1]
+            seen = {member for member, each in pairs if each == score}
 
     def close_account(self, node_name: NodeName) -> None:
         """Remove the leases, grants and usage of a node that has nothing stored any more."""

@@ -175,13 +175,17 @@ class OverflowTier:
 
     # --- objects ---
 
-    def write(self, values: Iterable[Value]) -> Iterator[Entry]:
+    def write(self, values: Iterable[Value], token: str | None = None) -> Iterator[Entry]:
         """Write `values` in order, and yield each object once it is complete.
 
         If this fails or is closed, the unfinished object is removed; if it cannot be removed now,
         the next `write` does it. If a step hangs, the object is removed once that step returns,
         even if the step completed the object. Values are copied, so their memory is free once this
         ends.
+
+        Args:
+            values: of one session.
+            token: of the session, if it is known: a directory without it is another one.
         """
         with contextlib.ExitStack() as stack:
             with self._errors():
@@ -195,7 +199,7 @@ class OverflowTier:
                     with self._errors():
                         if file is None:
                             place = Place(value.name, value.size)
-                            create = functools.partial(self._create, place)
+                            create = functools.partial(self._create, place, token)
                             file = _Writer(create, self._discard, thread, buffers)
                         file.write(value.parts)
                         if not value.is_last:
@@ -208,8 +212,12 @@ class OverflowTier:
                     thread.finish(file.discard)
 
     @_reading
-    def stat(self, place: Place) -> Stat:
-        """Return the header of an object, and the length of its chunks together."""
+    def stat(self, place: Place, token: str | None = None) -> Stat:
+        """Return the header of an object, and the length of its chunks together.
+
+        A missing object is none only where the session's signature is: with `token`, if the caller
+        knows it, else any.
+        """
         inline = place.name.chunks == 0
         try:
             with self._open_file(place) as file:
@@ -217,12 +225,18 @@ class OverflowTier:
                 begin_step(self._data_limit)
                 tail = _inline(file, size) if inline else _tail(file, size, place.name.chunks)
         except FileNotFoundError:
-            self._require_signature(place)
+            self._require_signature(place, token)
             return Stat(None, [])
         return Stat(tail, [], payload=0 if inline else size - len(tail))
 
-    def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
-        """As `tiers.base.Tier.read`.
+    def read(
+        self,
+        place: Place,
+        sizes: Sequence[int],
+        use: Callable[[Receive], _T],
+        token: str | None = None,
+    ) -> _T:
+        """As `tiers.base.Tier.read`. For `token` see `stat`.
 
         Raises:
             LostObjectError: the file is gone, or ends too soon.
@@ -231,7 +245,7 @@ class OverflowTier:
         """
         offsets = list(accumulate(sizes, initial=0))
         with self._errors(), self._reading.thread() as thread:
-            file = thread.run(functools.partial(self._open_to_read, place))
+            file = thread.run(functools.partial(self._open_to_read, place, token))
             try:
                 if self._has_directories:
                     return thread.run(lambda: use(functools.partial(self._chunks, file, offsets)))
@@ -241,12 +255,15 @@ class OverflowTier:
                 thread.finish(functools.partial(_close, file))
 
     @_changing
-    def remove(self, place: Place) -> None:
-        """Remove an object; a missing object is not an error, unless the storage is missing."""
+    def remove(self, place: Place, token: str | None = None) -> None:
+        """Remove an object; a missing object is not an error, unless the storage is missing.
+
+        For `token` see `stat`.
+        """
         try:
             self._fs.delete_file(self._path(place))
         except FileNotFoundError:
-            self._require_signature(place)
+            self._require_signature(place, token)
 
     @contextlib.contextmanager
     def _buffers(self, thread: StepThread) -> Iterator[list[memoryview]]:
@@ -259,11 +276,11 @@ class OverflowTier:
         if not thread.hangs:
             self._memory.append(buffers)
 
-    def _open_to_read(self, place: Place) -> Any:
+    def _open_to_read(self, place: Place, token: str | None) -> Any:
         try:
             return self._open_file(place)
         except FileNotFoundError:
-            self._require_signature(place)
+            self._require_signature(place, token)
             raise LostObjectError("its file is gone from the overflow") from None
 
     def _open_file(self, place: Place) -> Any:
@@ -524,13 +541,16 @@ class OverflowTier:
     def _ending(self, session: str) -> str:
         return self._directory(session, _ENDING)
 
-    def _create(self, place: Place) -> _NewFile:
+    def _create(self, place: Place, token: str | None) -> _NewFile:
         path = self._path(place)
         limits = self._patience.answer, self._data_limit
         if not self._has_directories:
             return _NewFile(self._fs, path, "", *limits)
-        # Not recursive: the session's directory has the signature. If it is missing, the session is
-        # gone or a share is not mounted, and nobody would find the file.
+        # If the signature is missing, the session is gone or a share is not mounted, and nobody
+        # would find the file. Not recursive: the signature is in the directory above.
+        if token is not None:
+            self._require_signature(place, token)
+            begin_step(self._patience.answer)
         self._fs.create_dir(path.rpartition("/")[0], recursive=False)
         return _NewFile(self._fs, path, _PART, *limits)
 
@@ -548,14 +568,19 @@ class OverflowTier:
         for _ in range(len(self._undiscarded)):
             self._discard(self._undiscarded.popleft())
 
-    def _require_signature(self, place: Place) -> None:
+    def _require_signature(self, place: Place, token: str | None) -> None:
         """Distinguish a missing file from missing storage, for example a share that is not mounted.
 
         Raises:
-            OverflowUnavailableError: the session has no signature there.
+            OverflowUnavailableError: the session's signature is not there; without a token, none.
         """
         session = place.name.session
-        if not any(name.startswith(_SIGNATURE) for name in self._file_names(session)):
+        if token is not None:
+            begin_step(self._patience.answer)
+            is_signed = self._exists(self._signature(session, token))
+        else:
+            is_signed = any(name.startswith(_SIGNATURE) for name in self._file_names(session))
+        if not is_signed:
             raise self.nothing_of(session)
 
     def _file_names(self, session: str) -> set[str]:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
-from ray_valkey_spill.errors import OverflowUnavailableError
+from ray_valkey_spill.errors import LostObjectError, OverflowUnavailableError
 from ray_valkey_spill.format.names import Entry, NodeName, Place
 from ray_valkey_spill.format.packing import Receive
 from ray_valkey_spill.format.values import Value
@@ -41,13 +41,19 @@ class SharedOverflow:
         self.overflow = overflow
         self._session = session
         self._ledger = ledger
-        self._agreed: str | None = None  # the token, once it was found in this overflow
+        # The session's token, once it was found here, and whether it was since the latest failure.
+        self._token: str | None = None
+        self._is_here = False
+        # Tokens that were signed here, and that the server may have recorded.
+        self._proposed: set[str] = set()
 
     # --- objects ---
 
     def write(self, values: Iterable[Value]) -> Iterator[Entry]:
         """As `OverflowTier.write`."""
-        return self._joined().write(values)
+        overflow = self._joined()
+        with self._looking_again():
+            yield from overflow.write(values, self._token)
 
     def stat(self, places: Sequence[Place]) -> Iterator[Stat]:
         """As `Tier.stat`.
@@ -59,20 +65,30 @@ class SharedOverflow:
             stat = Stat(None, [])
             with contextlib.suppress(OverflowUnavailableError):  # tried again below
                 stat = self.overflow.stat(place)
-            yield stat if stat.header is not None else self._joined().stat(place)
+            if stat.header is None:
+                overflow = self._joined()
+                with self._looking_again():
+                    stat = overflow.stat(place, self._token)
+            yield stat
 
     def read(self, place: Place, sizes: Sequence[int], use: Callable[[Receive], _T]) -> _T:
         """As `Tier.read`. Errors as `OverflowTier.read`."""
-        return self.overflow.read(place, sizes, use)
+        with self._looking_again():
+            try:
+                return self.overflow.read(place, sizes, use, self._token)
+            except LostObjectError:
+                self._joined()  # it is not lost if a share has just been unmounted
+                raise
 
     def close_reading(self) -> None:
         """As `Tier.close_reading`: nothing is read ahead."""
 
-    def remove(self, places: Sequence[Place]) -> None:
+    def remove(self, places: Sequence[Place], *, stepwise: bool = False) -> None:
         """As `Tier.remove`."""
         overflow = self._joined()
-        for place in places:
-            overflow.remove(place)
+        with self._looking_again():
+            for place in places:
+                overflow.remove(place, self._token)
 
     def mark_lost(self, place: Place) -> None:
         """As `Tier.mark_lost`: the file is removed."""
@@ -88,24 +104,32 @@ class SharedOverflow:
         """Make sure that a file written to the overflow can be found there."""
         token = _new_token()
         self.overflow.sign(self._session, token)
-        if not self.overflow.is_signed(self._session, token):
-            raise OverflowUnavailableError(
-                f"the overflow at {self.overflow} loses files written to it"
-            )
-        self.overflow.unsign(self._session, token)
+        try:
+            if not self.overflow.is_signed(self._session, token):
+                raise OverflowUnavailableError(
+                    f"the overflow at {self.overflow} loses files written to it"
+                )
+        finally:
+            self.overflow.unsign(self._session, token)
 
     def join(self) -> None:
         """Make sure that the overflow is the session's, or make it so. The node needs a lease."""
-        known = self._agreed or self._ledger.overflows().get(self._session)
+        known = self._token or self._ledger.overflows().get(self._session)
         token = known or _new_token()
         if known is None:
+            # Another one for each attempt: a share may be mounted only now.
+            self._proposed.add(token)
             self.overflow.sign(self._session, token)
         # A server that lost its data gets the token again.
         agreed = self._ledger.agree_on_overflow(self._session, token)
-        is_here = agreed == self._agreed or self.overflow.is_signed(self._session, agreed)
-        if agreed != token and (is_here or known is None):
-            # Another node was faster, and nobody will look for this token.
-            self.overflow.unsign(self._session, token)
+        was_here = self._is_here and agreed == self._token
+        is_here = was_here or self.overflow.is_signed(self._session, agreed)
+        needless = self._proposed | ({token} if is_here else set[str]())
+        for each in needless - {agreed}:
+            # Another node was faster, or an attempt has failed: nobody will look for this token.
+            self.overflow.unsign(self._session, each)
+        self._proposed.clear()
+        self._is_here = is_here
         if not is_here:
             raise OverflowUnavailableError(
                 f"the overflow at {self.overflow} is not the one that the session's other nodes "
@@ -113,7 +137,7 @@ class SharedOverflow:
                 "Give an overflow_uri that is the same storage on every node: a mount of one "
                 "shared directory, or an object store",
             )
-        self._agreed = agreed
+        self._token = agreed
 
     def is_here(self) -> bool:
         """Whether the session's files, if it has any, are here: a share may not be mounted."""
@@ -150,14 +174,34 @@ class SharedOverflow:
     def leave(self) -> None:
         """Remove the session's token and signature, if no other node of it has a lease."""
         agreed = self._ledger.overflows().get(self._session)
+        needless = {*self._proposed} - {agreed}
         if agreed is not None and self._ledger.forget_overflow(self._session):
-            self.overflow.unsign(self._session, agreed)
-        self._agreed = None
+            needless.add(agreed)
+        for each in needless:
+            self.overflow.unsign(self._session, each)
+        self._proposed.clear()
+        self._token, self._is_here = None, False
+
+    @contextlib.contextmanager
+    def _looking_again(self) -> Iterator[None]:
+        """After a failure, have the next use look for the token again."""
+        try:
+            yield
+        except OverflowUnavailableError:
+            self._is_here = False
+            raise
 
     def _joined(self) -> OverflowTier:
         """Return the overflow; joins it first if necessary."""
-        if self._agreed is None:
+        if self._token is None:
             self.join()
+        elif not self._is_here:
+            # A server that has lost the token may have another one. Nothing is agreed here: the
+            # session may be over.
+            token = self._ledger.overflows().get(self._session, self._token)
+            if not self.overflow.is_signed(self._session, token):
+                raise self.overflow.nothing_of(self._session)
+            self._token, self._is_here = token, True
         return self.overflow
 
 
@@ -176,7 +220,7 @@ class MissingOverflow:
     def close_reading(self) -> None:
         """Nothing is read ahead."""
 
-    def remove(self, places: Sequence[Place]) -> None:
+    def remove(self, places: Sequence[Place], *, stepwise: bool = False) -> None:
         self._refuse()
 
     def mark_lost(self, place: Place) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 __all__ = [
     "ADD",
+    "ADD_ADDRESSES",
     "ADJUST",
     "AGREE",
     "CORRECT",
@@ -358,6 +359,18 @@ local now = redis.call('TIME')
 redis.call('ZADD', KEYS[1], string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)),
            ARGV[1])
 return 1
+"""
+)
+
+# KEYS: leases. ARGV: members, each followed by another one for the same node, with an address more.
+# That gets the time of the first, if it exists.
+ADD_ADDRESSES = _script(
+    """
+for i = 1, #ARGV, 2 do
+    local renewed = redis.call('ZSCORE', KEYS[1], ARGV[i])
+    if renewed then redis.call('ZADD', KEYS[1], 'NX', renewed, ARGV[i + 1]) end
+end
+return 0
 """
 )
 

