@@ -196,12 +196,14 @@ class SharedOverflow:
         if self._token is None:
             self.join()
         elif not self._is_here:
-            # A server that has lost the token may have another one. Nothing is agreed here: the
-            # session may be over.
-            token = self._ledger.overflows().get(self._session, self._token)
-            if not self.overflow.is_signed(self._session, token):
-                raise self.overflow.nothing_of(self._session)
-            self._token, self._is_here = token, True
+            if not self.overflow.is_signed(self._session, self._token):
+                # A server that has lost the token may have another one. Nothing is agreed here: the
+                # session may be over. And a server that is away holds up only what needs it.
+                token = self._ledger.overflows().get(self._session, self._token)
+                if token == self._token or not self.overflow.is_signed(self._session, token):
+                    raise self.overflow.nothing_of(self._session)
+                self._token = token
+            self._is_here = True
         return self.overflow
 
 
