@@ -47,13 +47,8 @@ RATE = 1000  # of the neighbour's reads, a second
 VALUE = KIB
 OBJECT = 64 * MIB
 MOST_WRITERS = 4
-# The bounds of the bytes under way; with `--against`, those of a version that has other names.
-_NAMES = [
-    name if hasattr(connection, name) else f"_{name}"
-    for name in ("SMALLEST_WINDOW", "SMALL_WINDOW", "LARGEST_WINDOW")
-]
-_BOUNDS = tuple(getattr(connection, name) for name in _NAMES)
-PINNED: int = _BOUNDS[1]  # bytes under way where only chunks are swept
+PINNED = connection.SMALL_WINDOW  # bytes under way where only chunks are swept
+_BOUNDS = connection.SMALLEST_WINDOW, connection.SMALL_WINDOW, connection.LARGEST_WINDOW
 _DEFAULT_BATCH = connection._BATCH
 WAYS = ("idle", "spill", "restore")
 
@@ -82,8 +77,7 @@ class Setting:
     def apply(self) -> None:
         """Have the connections of this process use it, from the next one on."""
         bounds = _BOUNDS if self.window is None else (self.window,) * 3
-        for name, bound in zip(_NAMES, bounds):
-            setattr(connection, name, bound)
+        connection.SMALLEST_WINDOW, connection.SMALL_WINDOW, connection.LARGEST_WINDOW = bounds
         connection._BATCH = min(_DEFAULT_BATCH, bounds[0] // 2) if self.window else _DEFAULT_BATCH
 
 

@@ -287,6 +287,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             if self._caller is None:
                 self._node.destroy(is_alive)
             elif self._caller.ends_session:
+                # Without a config, loading it again says what is wrong with it.
                 config = Config.load(self._params) if self._config is None else self._config
                 end(config, self._caller.directory, self._node_id)
         except SpillError as error:
