@@ -2,8 +2,9 @@
 
 A neighbour reads values of 1 KiB, at a fixed rate, over a connection and in a process of its own:
 first beside nobody, then beside processes that spill incompressible objects and delete them again,
-then beside processes that restore them. Its latency is from the call to the reply, and the ratio is
-to that beside nobody in the same round. The sweep is over the size of chunks and the bytes under
+then beside processes that restore them. Its latency is from the call to the reply, or from when the
+call was due, where the reply before it came later than that. The ratio is to that beside nobody in
+the same round. The sweep is over the size of chunks and the bytes under
 way of each connection: these are fixed, or left to the package, which paces each connection between
 its bounds. That is the default, and has rows of its own. With `--against DIR` the defaults of two
 checkouts are compared. At the end the platform's four tenants work together on a server that has
@@ -49,7 +50,6 @@ OBJECT = 64 * MIB
 MOST_WRITERS = 4
 PINNED = connection.SMALL_WINDOW  # bytes under way where only chunks are swept
 _BOUNDS = connection.SMALLEST_WINDOW, connection.SMALL_WINDOW, connection.LARGEST_WINDOW
-_DEFAULT_BATCH = connection._BATCH
 WAYS = ("idle", "spill", "restore")
 
 
@@ -70,15 +70,13 @@ class Setting:
     yielding: bool = False
 
     def __str__(self) -> str:
-        writers = "1 writer" if self.writers == 1 else f"{self.writers} writers"
-        writers += " that yield" if self.yielding else ""
+        writers = _writers(self.writers) + " that yield" * self.yielding
         return f"{_size(self.chunk_size)}, {_under_way(self.window)} under way, {writers}"
 
     def apply(self) -> None:
         """Have the connections of this process use it, from the next one on."""
         bounds = _BOUNDS if self.window is None else (self.window,) * 3
         connection.SMALLEST_WINDOW, connection.SMALL_WINDOW, connection.LARGEST_WINDOW = bounds
-        connection._BATCH = min(_DEFAULT_BATCH, bounds[0] // 2) if self.window else _DEFAULT_BATCH
 
 
 def _settings(quick: bool) -> list[Setting]:
@@ -124,15 +122,17 @@ def neighbour(pipe: Any, url: str) -> None:
             client.set(key, os.urandom(VALUE))
         while (seconds := pipe.recv()) is not None:
             latencies: list[float] = []
-            due = time.perf_counter()
-            end = due + seconds
-            while due < end:
-                time.sleep(max(0.0, due - time.perf_counter()))
-                start = time.perf_counter()
-                value = client.get(keys[len(latencies) % len(keys)])
+            begin = time.perf_counter()
+            for number in range(round(seconds * RATE)):
+                due = begin + number / RATE
+                is_late = (early := due - time.perf_counter()) < 0
+                if not is_late:
+                    time.sleep(early)
+                # What it overslept is no fault of the server's.
+                start = due if is_late else time.perf_counter()
+                value = client.get(keys[number % len(keys)])
                 latencies.append(time.perf_counter() - start)
                 assert len(value) == VALUE
-                due = max(due + 1 / RATE, time.perf_counter())
             pipe.send(latencies)
 
 
@@ -443,6 +443,10 @@ def four_tenants(seconds: float, mib: int) -> dict[str, Any]:
                 spilling = ((f"ray:spill: {i}", (params, mib // 3, f"node{i}")) for i in range(2))
                 kinds |= {prefix: (Spills, args, 0.0) for prefix, args in spilling}
             found[name] = _together(url, kinds, seconds)
+    for name, run in found.items():
+        for prefix, tally in run["tenants"].items():
+            wrong = tally["wrong"]
+            assert not wrong, f"{name}: {wrong} values of {prefix} came back wrong"
     return found
 
 
@@ -469,6 +473,7 @@ def _together(url: str, kinds: dict[str, Any], seconds: float) -> dict[str, Any]
 
 def measure(quick: bool, compared: Sequence[Checkout]) -> dict[str, Any]:
     rounds, seconds, numbers = (1, 0.5, WRITERS[:1]) if quick else (3, 1.5, WRITERS)
+    mib = 128 if quick else 256
     before = os.getloadavg()
     # In processes of their own, for who has begun to yield goes on with that.
     by_yielding = [
@@ -485,7 +490,8 @@ def measure(quick: bool, compared: Sequence[Checkout]) -> dict[str, Any]:
         "contenders": [checkout.name for checkout in compared],
         "by_code": by_code(compared, numbers, rounds, seconds) if len(compared) > 1 else {},
         "server": server_side(numbers[-1], 4 * seconds),
-        "tenants": four_tenants(6 * seconds, mib=128 if quick else 256),
+        "tenants_mib": mib,
+        "tenants": four_tenants(6 * seconds, mib),
         "load_after": os.getloadavg(),
     }
 
@@ -493,15 +499,17 @@ def measure(quick: bool, compared: Sequence[Checkout]) -> dict[str, Any]:
 def tables(results: dict[str, Any]) -> str:
     loads = " before, ".join(f"{results[key][0]:.1f}" for key in ("load_before", "load_after"))
     tenants = results["tenants"]
+    most = max(setting["writers"] for setting in results["settings"])
+    size = results["tenants_mib"]
+    evicted = ", ".join(f"{run['evicted_keys']:,} {name}" for name, run in tenants.items())
     return "\n\n".join(
         [
             f"{results['rounds']} rounds of {results['seconds']:g} s; load average {loads} after.",
             _sweep_table(results["settings"]),
             *_code_tables(results),
-            "What our commands cost the server, with the defaults and 4 writers:",
+            f"What our commands cost the server, with the defaults and {_writers(most)}:",
             _server_table(results["server"]),
-            "Four tenants on one server of 256 MiB with `volatile-lru`; evicted keys: "
-            + ", ".join(f"{run['evicted_keys']:,} {name}" for name, run in tenants.items()),
+            f"Four tenants on a server of {size} MiB with `volatile-lru`; evicted keys: {evicted}",
             _tenants_table(tenants),
         ]
     )
@@ -574,6 +582,10 @@ def pictures(results: dict[str, Any], directory: Path) -> list[Path]:
     labels = ("KiB per chunk", "p99 of the neighbour's GET, of its idle p99")
     lines(path, "What a neighbour waits", labels, series)
     return [path]
+
+
+def _writers(number: int) -> str:
+    return "1 writer" if number == 1 else f"{number} writers"
 
 
 def _under_way(window: int | None) -> str:

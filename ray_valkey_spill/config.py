@@ -38,6 +38,8 @@ __all__ = [
 
 ENV_PREFIX = "RAY_VALKEY_SPILL_"
 _NOT_PARAMETERS = {"DISABLE", "PASSWORD"}
+# Other variables that are empty count as not set. These would put data elsewhere, or unsealed.
+_NEVER_EMPTY = {"url", "encryption_key_file"}
 # Kubernetes sets these in every pod for each Service of its namespace; a Service's name may begin
 # as our variables do.
 _SERVICE_LINK = re.compile(r"[A-Z0-9_]*(SERVICE_(HOST|PORT)|PORT)(_[A-Z0-9_]*)?")
@@ -453,7 +455,7 @@ def _collect(
         name = variable[len(ENV_PREFIX) :].lower()
         if name not in _PARAMETERS or variable != variable.upper():
             raise ConfigError(_unknown(variable, [ENV_PREFIX + n.upper() for n in _PARAMETERS]))
-        if text == "":
+        if text == "" and name not in _NEVER_EMPTY:
             continue
         values[name] = _PARAMETERS[name].from_text(text, variable)
         names[name] = variable

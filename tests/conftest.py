@@ -13,8 +13,12 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
-from support.guardians import end_guardians
-from support.servers import PATIENCE, Server, valkey_server
+
+# So that assertions there show what they compared. Hence the imports behind it.
+pytest.register_assert_rewrite("support")
+
+from support.guardians import end_guardians  # noqa: E402
+from support.servers import PATIENCE, Server, valkey_server  # noqa: E402
 
 # For `benchmarks`. Last, for the package that is tested is the one that is installed.
 sys.path.append(str(Path(__file__).parent.parent))

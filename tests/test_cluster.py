@@ -131,7 +131,7 @@ class Objects:
         That is its number, or a condition that gets the number of each chunk.
         """
         is_due = when if callable(when) else when.__eq__
-        steps = {"put": (self.store._packer, "pack"), "fill": (self.store._valkey, "read")}
+        steps = {"put": (self.store.packer, "pack"), "fill": (self.store.valkey, "read")}
         owner, name = steps[what]
         method = getattr(owner, name)
         strikes = [strike]
@@ -245,7 +245,7 @@ def another(cluster: Cluster, node: Node) -> Node:
 def test_a_cluster_is_recognised_from_any_one_node_of_it(cluster: Cluster) -> None:
     for node in cluster.nodes:
         with objects_at(node.url) as objects:
-            assert {*objects.store._valkey._link.infos()} == endpoints(cluster.primaries())
+            assert {*objects.store.link.infos()} == endpoints(cluster.primaries())
             (url,) = objects.put(SIZE)
             objects.check()
             objects.delete(url)
@@ -324,7 +324,7 @@ def test_nodes_may_announce_a_name_or_nothing_at_all(
         with objects_at(f"valkey://localhost:{cluster.nodes[0].port}") as objects:
             objects.put(SIZE, 100)
             objects.check()
-            known = objects.store._valkey._link
+            known = objects.store.link
             assert {node.host for node in known.infos()} == {"localhost"}
             with moved(cluster, INDEX):
                 objects.check()
@@ -692,7 +692,7 @@ def test_books_on_their_way_are_waited_for(
     objects.put(size, 100)
     kept = [*objects.data]
     (gone,) = objects.put(size)
-    link = objects.store._valkey._link
+    link = objects.store.link
     migration = cluster.migration(slot, another(cluster, home))
     assert [next(migration), next(migration)] == [0, 1]
     putting = background.submit(objects.put, size, 100)
@@ -838,7 +838,7 @@ def test_many_slots_may_move_in_the_middle(
             urls = objects.put(SIZE) if what == "put" else []
             objects.check(before)
         objects.check(*urls)
-    assert objects.store._valkey.breaks == 0
+    assert objects.store.valkey.breaks == 0
 
 
 # --- nodes that fail, and are followed ---
@@ -862,8 +862,7 @@ def test_a_primary_killed_in_the_middle_is_followed(
             urls = objects.put(SIZE) if what == "put" else []
             objects.check(before)
         objects.check(before, *urls)
-        known = objects.store._valkey._link
-        assert {*known._connections} <= endpoints(mortal.primaries())
+        assert {*objects.store.link.infos()} == endpoints(mortal.primaries())
         objects.delete(*objects.data)
         objects.store.recover(lambda pid: False)
 
@@ -962,9 +961,9 @@ def test_what_a_failover_lost_of_a_put_is_put_again(
 ) -> None:
     """Also if no connection broke meanwhile."""
     with objects_at(mortal.url) as objects:
-        tries = _counted(objects.store, "_put_in_valkey")
+        tries = _counted(objects.store.valkey, "confirm")
         loss = Loss(mortal, another(mortal, mortal.primary_of(INDEX)))
-        is_due = functools.partial(loss.is_acknowledged, objects.store._valkey._link)
+        is_due = functools.partial(loss.is_acknowledged, objects.store.link)
         with (
             objects.struck("put", 1, loss.begin),
             objects.struck("put", is_due, lambda: end(loss)),
@@ -992,7 +991,7 @@ def _counted(owner: Any, name: str) -> Callable[[], int]:
 def test_what_a_failover_lost_of_the_books_is_noted_again(mortal: Cluster) -> None:
     """Else a put that was reported would count as half-written once its process has ended."""
     with objects_at(mortal.url) as objects:
-        tier = objects.store._valkey
+        tier = objects.store.valkey
         loss = Loss(mortal, mortal.primary_of(INDEX))
         confirm = tier.confirm
 
@@ -1076,7 +1075,7 @@ def test_what_a_primary_removes_that_has_been_followed_is_removed_from_its_succe
         objects.put(*[SIZE] * 3)
         primary = another(mortal, mortal.primary_of(INDEX))
         (replica,) = mortal.replicas_of(primary)
-        link = objects.store._valkey._link
+        link = objects.store.link
         with primary.paused():
             wait_until(lambda: _is_primary(replica))
             deleting = background.submit(objects.delete, *objects.data)
@@ -1121,7 +1120,7 @@ def test_a_shard_that_is_down_is_waited_for(
         ):
             link.execute(*[command("GET", f"{KEY}:{i}") for i in range(100)])
         putting = background.submit(objects.put, SIZE)
-        link = objects.store._valkey._link
+        link = objects.store.link
         before = link.breaks
         wait_until(lambda: link.breaks > before + 1)
         mortal.restart(primary)

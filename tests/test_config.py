@@ -197,6 +197,15 @@ def test_the_spilling_config_wins_over_the_environment() -> None:
     assert load({"RAY_VALKEY_SPILL_NAMESPACE": ""}).namespace == "default"
 
 
+@pytest.mark.parametrize("name", ["url", "encryption_key_file"])
+def test_an_empty_variable_neither_means_localhost_nor_unsealed(name: str) -> None:
+    variable = f"RAY_VALKEY_SPILL_{name.upper()}"
+    with pytest.raises(ConfigError, match=f"^{variable} must be a non-empty string, not "):
+        load({variable: ""})
+    given = {"url": "valkey://elsewhere:7777", "encryption_key_file": "/run/key"}
+    assert load({variable: ""}, **{name: given[name]}) == load({}, **{name: given[name]})
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

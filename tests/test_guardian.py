@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import psutil
 import pytest
 from support.clock import Clock
 from support.guardians import end_guardians, guardians, left_of
+from support.io_worker import io_workers
 from support.proxy import proxy_to
 from support.samples import source
 from support.servers import Server, wait_until
@@ -85,6 +87,15 @@ def destroy(server: Server, session: str, node: str, **params: Any) -> None:
         Store(Config.load({"url": server.url, **params}, {}), session, node)
     ) as store:
         store.destroy(lambda pid: False)
+
+
+def is_locked(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def note_keeper(session: Path, node: str) -> None:
@@ -231,6 +242,39 @@ def test_what_is_in_valkey_goes_whatever_becomes_of_the_overflow(
             end(config, session)
     assert server.spilled_keys() == []
     assert end(config, session)
+    assert server.our_keys() == []
+
+
+@pytest.mark.slow
+def test_an_end_waits_for_what_an_io_worker_is_storing(server: Server, session: Path) -> None:
+    """Ray destroys a session before it kills the IO workers, and kills them at once then."""
+    with (
+        ThreadPoolExecutor() as background,
+        proxy_to(server.port) as proxy,
+        io_workers(1, session, NODE, {"url": proxy.url}) as (worker,),
+    ):
+        wait_until(lambda: left_of(server, OVER))
+        proxy.stall()
+        worker.begin_to_spill()
+        wait_until(lambda: is_locked(shared_files(session) / "storing"))
+        ending = background.submit(end, Config.load({"url": server.url}, {}), session)
+        wait_until(lambda: guardian.is_ended(str(session)))
+        proxy.flow()
+        assert ending.result()
+        worker.kill()
+    assert server.our_keys() == []
+    with guardian.storing(str(session)) as may_store:
+        assert not may_store
+
+
+@pytest.mark.slow
+def test_an_end_does_not_wait_for_ever(server: Server, session: Path) -> None:
+    """What is being stored may itself wait, for a server that is away."""
+    note_keeper(session, NODE)
+    spill(server.url, OVER, NODE)
+    with guardian.storing(str(session)) as may_store:
+        assert may_store
+        assert end(Config.load({"url": server.url}, {}), session)
     assert server.our_keys() == []
 
 

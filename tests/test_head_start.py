@@ -128,7 +128,8 @@ def test_a_second_storage_with_another_server_is_checked_as_well(server: Server)
 def test_a_storage_that_was_never_validated_destroys_its_node(server: Server) -> None:
     # As with automatic_object_spilling_enabled false, with which Ray spills all the same.
     storage = ValkeyStorage("node", "session_unseen", url=server.url)
-    _, failure = storage._store.put([source(bytes(1000))])
+    with contextlib.closing(Store(load(server), "session_unseen", "node")) as store:
+        _, failure = store.put([source(bytes(1000))])
     assert failure is None
     assert server.our_keys() != []
     storage.destroy_external_storage()
@@ -287,13 +288,15 @@ def test_while_a_full_server_is_waited_for_nothing_of_plasmas_is_held(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plasma does not tell who holds a buffer, so one stands in for it that does."""
-    storage = ValkeyStorage("node", "session", url=server.url)
     buffers = [np.ones(1 << 20, np.uint8)]
     held = weakref.ref(buffers[0])
     found_held: list[object] = []
-    monkeypatch.setattr(
-        storage, "_get_objects_from_store", lambda refs: [(buffers.pop(), b"metadata", None)]
-    )
+
+    class WithoutPlasma(ValkeyStorage):
+        def _get_objects_from_store(self, refs: object) -> list[tuple[Any, bytes, None]]:
+            return [(buffers.pop(), b"metadata", None)]
+
+    storage = WithoutPlasma("node", "session", url=server.url)
     monkeypatch.setattr(time, "sleep", lambda seconds: found_held.append(held()))
     server.client.config_set("maxmemory", 1)
     gc.disable()  # what only a collection frees can be held for minutes

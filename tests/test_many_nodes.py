@@ -36,8 +36,8 @@ class Fleet:
         self.client = server.client
         self.config = Config.load({"url": server.url, "max_bytes": 1 << 40}, {})
         self.store = Store(self.config, SESSION, NODE)
-        self._link = link_to(self.config)
-        self.ledger = Ledger(self._link, self.store.keys)
+        self.link = link_to(self.config)
+        self.ledger = Ledger(self.link, self.store.keys)
 
     def add_others(self, count: int) -> None:
         keys = self.store.keys
@@ -64,7 +64,7 @@ class Fleet:
     def close(self) -> None:
         self.store.destroy(lambda pid: False)
         self.store.close()
-        self._link.close()
+        self.link.close()
         for key in self.client.keys(f"{self.store.keys.root}*"):
             self.client.delete(key)
 
@@ -86,7 +86,7 @@ def operations(fleet: Fleet) -> dict[str, Callable[[], object]]:
         urls.extend(more)
 
     def reserve() -> None:
-        fleet._link.execute(fleet.ledger.reservation(node, "1-x", nothing, 5, 5, MIB, None))
+        fleet.link.execute(fleet.ledger.reservation(node, "1-x", nothing, 5, 5, MIB, None))
 
     return {
         "spill": spill,

@@ -232,7 +232,7 @@ def test_a_put_that_is_made_again_counts_once(
     server: Server, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     it = watch(server.url)
-    confirm, tries = it.store._valkey.confirm, []
+    confirm, tries = it.store.valkey.confirm, []
 
     def unconfirmed_once(*args: Any) -> None:
         tries.append(args)
@@ -240,7 +240,7 @@ def test_a_put_that_is_made_again_counts_once(
             raise UnconfirmedError("the server failed over")
         confirm(*args)
 
-    monkeypatch.setattr(it.store._valkey, "confirm", unconfirmed_once)
+    monkeypatch.setattr(it.store.valkey, "confirm", unconfirmed_once)
     _, failure = it.store.put(sources(3 * CHUNK))
     assert (failure, len(tries)) == (None, 2)
     assert it.told.sums == {("spill", "valkey"): usage(server)}

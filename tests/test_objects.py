@@ -813,10 +813,13 @@ def test_what_a_killed_writer_left_is_found_and_nothing_else(server: Server) -> 
         elsewhere = put(backend.store(node="cd" * 28), noise(3 * CHUNK))
         writing = proxy.hold(b"SET", 8)
         with writer(proxy.url) as dying:
+            before = server.our_keys()
             dying.begin([3 * CHUNK] * 10)
             writing.wait()
-            wait_until(lambda: server.client.zcard(survivor.keys.pending) == 10)
+            # Seven values, and what is pending.
+            wait_until(lambda: len(server.our_keys()) == len(before) + 8)
             before = server.our_keys()
+            assert server.client.zcard(survivor.keys.pending) == 10
             assert survivor.recover(is_alive=lambda pid: pid == dying.pid) == 0
             assert server.our_keys() == before
         writing.cut()

@@ -775,7 +775,7 @@ def test_a_damaged_chunk_is_read_a_second_time_by_itself(stores: Any, place: Pla
     store = stores(place.uri)
     (url,), _ = store.put([source(noise(2000 * CHUNK))])
     found = store.find(url, f"{0:056x}")
-    tier, asked = store._overflow.overflow, []
+    tier, asked = store.overflow, []
     read = tier.read
 
     def bad_once(place: Place, sizes: Any, use: Callable[[Receive], Any], *token: Any) -> Any:

@@ -310,7 +310,7 @@ def test_a_file_that_cannot_be_used_does_not_hold_up_others(
         session.kill(FIRST, SECOND)
         session.oracle.usual = UNREFERENCED
         session.put(THIRD, [])
-        tier = session.nodes[THIRD].background._overflow.overflow
+        tier = session.nodes[THIRD].overflow
         stat, remove = tier.stat, tier.remove
 
         def failing(number: int, use: Any) -> Any:

@@ -472,7 +472,7 @@ def test_what_the_way_here_has_damaged_is_fetched_once_more(
     data = noise(SIZE)
     store = vault.store()
     url = put(store, data)
-    unpack, damaged = store._packer.unpack, []
+    unpack, damaged = store.packer.unpack, []
 
     def damages_one(header: Any, target: Any, numbers: Any, receive: Any) -> Any:
         def received(wanted: Any) -> Iterator[None]:
@@ -485,7 +485,7 @@ def test_what_the_way_here_has_damaged_is_fetched_once_more(
 
         return unpack(header, target, numbers, received)
 
-    monkeypatch.setattr(store._packer, "unpack", damages_one)
+    monkeypatch.setattr(store.packer, "unpack", damages_one)
     assert get(store, url, data) == data
     assert damaged == [2]
 

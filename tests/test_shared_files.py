@@ -129,7 +129,7 @@ def test_one_that_others_may_have_made_or_can_write_is_not_used(
     journal = DeletionJournal(shared, NODE)
     journal.adopt(lambda pid: False)
     assert journal.left() == []
-    guardian.mark_ended(str(session), complete=True)
+    guardian.mark_removed(str(session))
     assert not guardian.is_ended(str(session)) and not guardian.is_over(str(session))
     assert guardian.is_there(str(session)), "none can be started"
     assert {path: path.lstat() for path in before} == before

@@ -157,7 +157,7 @@ def end(config: Config, directory: Path, node: str = "", patience: float = _PATI
     with contextlib.closing(session):
         is_complete = session.remove(lambda each: each in here, proc.is_alive)
     if is_complete:
-        guardian.mark_ended(str(directory), complete=True)
+        guardian.mark_removed(str(directory))
     return is_complete
 
 

@@ -21,7 +21,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, TextIO
 
 from ray_valkey_spill.plugin import proc, shared_files
@@ -33,13 +33,16 @@ __all__ = [
     "is_over",
     "is_there",
     "mark_ended",
+    "mark_removed",
     "recorded_gcs",
+    "storing",
     "withdraw_mark",
 ]
 
 # Files that the session's processes share. The lock file has the id and identity of the GCS that is
-# watched. The mark says that the session is being destroyed, and whether that is complete.
-_LOCK, _MARK = "guardian", "destroyed"
+# watched. The mark says that the session is being destroyed, and whether that is complete. The last
+# is locked by those who store something.
+_LOCK, _MARK, _STORING = "guardian", "destroyed", "storing"
 _COMPLETE = "nothing is left\n"
 
 # Exit code of the removal if trying again would not help.
@@ -47,8 +50,9 @@ GAVE_UP = 2
 
 # Seconds for which a head that is starting may take until its GCS runs, and between two looks.
 _LONGEST_START, _BETWEEN_LOOKS = 120.0, 0.5
-# Seconds within which all who ask at the same time whether there is a guardian have their answer.
-_LONGEST_QUESTION = 1.0
+# Seconds within which all who ask at the same time whether there is a guardian have their answer,
+# for which a removal waits for what is being stored, and between two attempts to take a lock.
+_LONGEST_QUESTION, _LONGEST_STORING, _BETWEEN_LOCKS = 1.0, 5.0, 0.02
 # Seconds between two looks at the GCS where the kernel does not report its end.
 _BETWEEN_POLLS = 2.0
 # Seconds from the end of the GCS until the session is over, unless it has another GCS by then.
@@ -83,7 +87,7 @@ def command(removal: str, directory: str, starter: int) -> list[str]:
 def is_there(directory: str) -> bool:
     """Whether the session has a guardian, or none can be started because no file can be locked."""
     # Shared: processes that ask at the same time are no guardians to each other.
-    file = _lock(directory, fcntl.LOCK_SH)
+    file = _lock(directory, _LOCK, fcntl.LOCK_SH)
     if file is None:
         return True
     os.close(file)
@@ -98,10 +102,37 @@ def recorded_gcs(directory: str) -> proc.Process | None:
     return None
 
 
-def mark_ended(directory: str, *, complete: bool = False) -> None:
-    """Stop the session's IO workers on this host from storing more; report what is done."""
+@contextlib.contextmanager
+def storing(directory: str) -> Iterator[bool]:
+    """Hold up the removal of the session's data; yield whether anything may be stored.
+
+    Without it, what is stored after a look at the mark may arrive when the removal is over.
+    """
+    # It can be held, and no removal waits for it, only where there is a mark.
+    file = _lock(directory, _STORING, fcntl.LOCK_SH)
+    try:
+        yield not is_ended(directory)
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def mark_ended(directory: str) -> None:
+    """Stop the session's IO workers on this host from storing more.
+
+    Waits for those that are within `storing`, but not for long: they may be waiting for a server.
+    """
+    with contextlib.suppress(OSError):
+        with _open(directory, _MARK, "a"):
+            pass
+        if (file := _lock_soon(directory, _STORING, _LONGEST_STORING)) is not None:
+            os.close(file)
+
+
+def mark_removed(directory: str) -> None:
+    """Report that nothing is left to do for the session."""
     with contextlib.suppress(OSError), _open(directory, _MARK, "a") as file:
-        file.write(_COMPLETE if complete else "")
+        file.write(_COMPLETE)
 
 
 def withdraw_mark(directory: str) -> None:
@@ -166,10 +197,10 @@ def _open(directory: str, name: str, mode: Literal["r", "a"] = "r") -> TextIO:
         return open(os.path.join(files, name), mode)
 
 
-def _lock(directory: str, kind: int) -> int | None:
+def _lock(directory: str, name: str, kind: int) -> int | None:
     try:
         with shared_files.opened(directory) as files:
-            file = os.open(os.path.join(files, _LOCK), os.O_RDWR | os.O_CREAT, 0o600)
+            file = os.open(os.path.join(files, name), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError:
         return None
     try:
@@ -182,9 +213,13 @@ def _lock(directory: str, kind: int) -> int | None:
 
 def _become_guardian(directory: str) -> int | None:
     """Take the lock; None if there is a guardian. Those who ask `is_there` hold it for a moment."""
-    deadline = time.monotonic() + _LONGEST_QUESTION
-    while (file := _lock(directory, fcntl.LOCK_EX)) is None and time.monotonic() < deadline:
-        time.sleep(_LONGEST_QUESTION / 50)
+    return _lock_soon(directory, _LOCK, _LONGEST_QUESTION)
+
+
+def _lock_soon(directory: str, name: str, patience: float) -> int | None:
+    deadline = time.monotonic() + patience
+    while (file := _lock(directory, name, fcntl.LOCK_EX)) is None and time.monotonic() < deadline:
+        time.sleep(_BETWEEN_LOCKS)
     return file
 
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ray_valkey_spill.errors import OverflowUnavailableError, SpillError
@@ -165,6 +166,7 @@ class Keeper:
         outages: gets failures and successes.
         metrics: gets failures and measurements.
         is_destroyed: whether the session's data are being removed, or were.
+        storing: holds up that removal; see `guardian.storing`.
         needs: returns the resources needed to read the object of a URL, its tier first.
         owners: see `reclaim`.
     """
@@ -180,6 +182,7 @@ class Keeper:
         outages: Outages,
         metrics: Metrics,
         is_destroyed: Callable[[], bool],
+        storing: Callable[[], AbstractContextManager[bool]],
         needs: Callable[[str], Sequence[str]],
         owners: Owners,
     ) -> None:
@@ -192,6 +195,7 @@ class Keeper:
         self._outages = outages
         self._metrics = metrics
         self._is_destroyed = is_destroyed
+        self._storing = storing
         self._needs = needs
         self._owners = owners
         self._reclaimer = node.reclaimer(owners)
@@ -283,12 +287,14 @@ class Keeper:
         self._node.settle_again()
 
     def _renew_lease(self) -> None:
-        self._node.renew_lease(gcs_address(), self._is_destroyed)
+        with self._storing():
+            self._node.renew_lease(gcs_address(), self._is_destroyed)
         self._note_renewal()
 
     def _note_outliving(self) -> None:
         if self._guard.outlives_gcs:
-            self._node.note_outliving(self._is_destroyed)
+            with self._storing():
+                self._node.note_outliving(self._is_destroyed)
 
     def _note_renewal(self) -> None:
         self._renewed = time.monotonic()
@@ -307,11 +313,12 @@ class Keeper:
 
     def _join_overflow(self) -> None:
         """Join the overflow, and report it if it cannot be used, before a spill needs it."""
-        # Joining would give a session that is being removed its token again.
-        if self._is_destroyed():
-            return
         try:
-            self._node.join_overflow()
+            with self._storing() as may_store:
+                # Joining would give a session that is being removed its token again.
+                if not may_store:
+                    return
+                self._node.join_overflow()
         except OverflowUnavailableError as error:
             self._cannot_join = True
             self._outages.failed(OVERFLOW, "spills and restores", error)
@@ -413,7 +420,8 @@ class Keeper:
         if ago < _LATEST_RENEWAL:
             return _LATEST_RENEWAL - ago
         try:
-            self._node.keep_lease(gcs_address(), self._is_destroyed)
+            with self._storing():
+                self._node.keep_lease(gcs_address(), self._is_destroyed)
         except SpillError:  # a round reports it if it lasts
             return _BETWEEN_ATTEMPTS
         self._note_renewal()

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -42,7 +43,7 @@ from ray_valkey_spill.plugin.deferred import DeferredRestores, Restore
 from ray_valkey_spill.plugin.deletions import DeletionJournal
 from ray_valkey_spill.plugin.ending import Guard, end, end_at_exit, session_log, start_guardian
 from ray_valkey_spill.plugin.gcs import running_at
-from ray_valkey_spill.plugin.guardian import is_ended
+from ray_valkey_spill.plugin.guardian import is_ended, storing
 from ray_valkey_spill.plugin.interpreter import module_command
 from ray_valkey_spill.plugin.keeper import Keeper, NodeLock
 from ray_valkey_spill.plugin.metrics import Metrics
@@ -195,6 +196,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             self._outages,
             self._metrics,
             self._is_destroyed,
+            self._storing,
             self._needs,
             RayOwners(),
         )
@@ -347,17 +349,23 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Whether the session's data are being removed, or were."""
         return (directory := self._session_dir()) is not None and is_ended(str(directory))
 
+    def _storing(self) -> AbstractContextManager[bool]:
+        """Hold up the removal of the session's data; see `guardian.storing`."""
+        directory = self._session_dir()
+        return contextlib.nullcontext(True) if directory is None else storing(str(directory))
+
     # --- spill ---
 
     def _spill(self, refs: Sequence[ObjectRef], owner_addresses: Sequence[bytes]) -> list[str]:
         """Spill objects; return the URLs of those spilled. Holds no plasma buffer afterwards."""
         try:
+            with self._storing() as may_store:
+                if not may_store:
+                    return []
+                self._store.begin_lease(gcs_address(), self._is_destroyed)
+                urls, failure = self._store.put(self._sources(refs, owner_addresses))
             if self._is_destroyed():
-                return []
-            self._store.begin_lease(gcs_address(), self._is_destroyed)
-            urls, failure = self._store.put(self._sources(refs, owner_addresses))
-            if self._is_destroyed():
-                # Whoever destroyed the node's data may have been done before this was stored.
+                # Whoever destroyed the node's data may not have waited for this any longer.
                 self._store.delete(urls)
                 self._store.give_back()
                 return []

@@ -137,6 +137,12 @@ class ObjectStore:
         observer: is notified of finished operations, losses and waits.
         sharing: when connections are given up.
         overflow: that of another store of the process, if any: it is used, and not closed.
+
+    Attributes:
+        keys: the names of its objects, on the server and in urls.
+        link: the connections.
+        packer: compresses, seals and checks chunks.
+        valkey, overflow: the tiers. The latter is None without an `overflow_uri`.
     """
 
     def __init__(
@@ -152,14 +158,14 @@ class ObjectStore:
         self.keys = Keyspace.of(config)
         self.node = node_name(session, node)
         self._observer = observer or Observer()
-        self._packer = Packer(config, self.keys)
+        self.packer = Packer(config, self.keys)
         self._key_ring = KeyRing.of(config)
-        self._link = link_to(config, sharing=sharing, waiting=self._observer.waiting)
-        self._valkey = ValkeyTier(self._link, self.keys)
-        self._lease = NodeLease(self.node, self._valkey.ledger)
+        self.link = link_to(config, sharing=sharing, waiting=self._observer.waiting)
+        self.valkey = ValkeyTier(self.link, self.keys)
+        self._lease = NodeLease(self.node, self.valkey.ledger)
         self._has_own_overflow = overflow is None
         self.overflow = OverflowTier.of(config) if overflow is None else overflow
-        self._overflow, self._tiers = tiers_of(self.node, self._valkey, self.overflow)
+        self._overflow, self._tiers = tiers_of(self.node, self.valkey, self.overflow)
         self._writer = f"{os.getpid()}-{os.urandom(4).hex()}"
         self._budget = self._new_budget(config)
         UNDER_WAY.add(self._writer, self._budget)
@@ -170,33 +176,33 @@ class ObjectStore:
             "" if config.overflow_uri else ", or give an overflow_uri"
         )
         return Budget(
-            self._link, self._valkey.ledger, self.node, self._writer, config.max_bytes, advice
+            self.link, self.valkey.ledger, self.node, self._writer, config.max_bytes, advice
         )
 
     def close(self) -> None:
         """Close the connections and end the threads; the next operation opens new ones."""
-        self._valkey.close()
-        self._packer.close()
+        self.valkey.close()
+        self.packer.close()
         if self.overflow is not None and self._has_own_overflow:
             self.overflow.close()
 
     def close_idle(self) -> None:
         """Close connections that were not used for a minute. Thread-safe."""
-        self._link.close_idle()
+        self.link.close_idle()
 
     def close_unused(self) -> None:
         """Close connections that no operation uses now. Thread-safe."""
-        self._link.close_unused()
+        self.link.close_unused()
 
     @property
     def breaks(self) -> int:
         """Number of times that a connection broke or could not be opened."""
-        return self._link.breaks
+        return self.link.breaks
 
     @contextlib.contextmanager
     def hurried(self, seconds: float) -> Iterator[None]:
         """Limit the retries of operations that begin within to `seconds`."""
-        with self._link.hurried(seconds):
+        with self.link.hurried(seconds):
             yield
 
     def begin_lease(self, gcs_address: str, is_destroyed: Callable[[], bool]) -> None:
@@ -211,7 +217,7 @@ class ObjectStore:
 
     def give_back(self) -> None:
         """Release what this store is granted for its next objects. Errors as `link.Link.run`."""
-        self._budget.give_back(self._valkey.ledger, idle=0.0)
+        self._budget.give_back(self.valkey.ledger, idle=0.0)
 
     # --- put ---
 
@@ -236,7 +242,7 @@ class ObjectStore:
             return [], _without_frames(error)
         sealed = None if key is None else key.id
         started = time.perf_counter()
-        with self._valkey.operation():
+        with self.valkey.operation():
             stored, failure = self._put_in_valkey(sources, key)
             if isinstance(failure, UnconfirmedError):
                 stored, failure = self._put_in_valkey(sources, key)
@@ -255,8 +261,8 @@ class ObjectStore:
         names = self._new_names(sources)
         size = sum(len(source.data) for source in sources)
         with (
-            contextlib.closing(self._packer.pack(zip(sources, names), key)) as values,
-            Batch(self._valkey, self._budget, self.node, names, size) as batch,
+            contextlib.closing(self.packer.pack(zip(sources, names), key)) as values,
+            Batch(self.valkey, self._budget, self.node, names, size) as batch,
         ):
             batch.write(Payments(self._budget, values))
             batch.commit()
@@ -268,7 +274,7 @@ class ObjectStore:
         names = self._new_names(sources)
         stored: list[Entry] = []
         try:
-            with contextlib.closing(self._packer.pack(zip(sources, names), key)) as values:
+            with contextlib.closing(self.packer.pack(zip(sources, names), key)) as values:
                 for entry in overflow.write(values):
                     stored.append(entry)
         except SpillError as error:
@@ -281,7 +287,7 @@ class ObjectStore:
                 *self.node,
                 _component(source.object_id),
                 new_attempt(),
-                self._packer.chunk_count(len(source.data)),
+                self.packer.chunk_count(len(source.data)),
             )
             for source in sources
         ]
@@ -403,7 +409,7 @@ class ObjectStore:
         numbers: Sequence[int] = range(len(header.chunks))
 
         def unpack(receive: Receive) -> Sequence[int]:
-            return self._packer.unpack(header, target, numbers, receive)
+            return self.packer.unpack(header, target, numbers, receive)
 
         numbers = tier.read(found.place, sizes, unpack)
         if numbers:

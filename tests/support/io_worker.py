@@ -39,6 +39,12 @@ class IoWorker:
         files = Path(f"/proc/{self.process.pid}/fd").iterdir()
         return any(_target(file).endswith(".keeper") for file in files)
 
+    def begin_to_spill(self) -> None:
+        """Have it spill an object, which it keeps in place of a plasma store."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"spill\n")
+        self.process.stdin.flush()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
@@ -85,11 +91,16 @@ def _main(directory: str, node: str, params: str) -> None:
         def get_session_dir_path(self) -> str:
             return directory
 
+    class Storage(ValkeyStorage):
+        def _get_objects_from_store(self, refs: list[Any]) -> list[tuple[bytes, bytes, None]]:
+            return [(bytes(1000), b"metadata", None) for _ in refs]
+
     sys.argv = [sys.argv[0], "--worker-type=SPILL_WORKER"]
     ray._private.worker._global_node = HeadNode()
     ray._private.worker.Worker.connected = True
-    ValkeyStorage(node, SESSION, **json.loads(params))
-    sys.stdin.read()
+    storage = Storage(node, SESSION, **json.loads(params))
+    for _ in sys.stdin:
+        storage.spill_objects([ray.ObjectRef.from_random()], [b""])
 
 
 if __name__ == "__main__":
