@@ -126,7 +126,7 @@ def soak(
         destroyed = directory / "destroyed"
         destroyed.write_text("0")
         params = {**servers.params, "retry_timeout": choices.choice([1, 5, 30])}
-        nodes = stack.enter_context(cluster(**params))
+        nodes = stack.enter_context(cluster(io_workers=2, **params))
         watch = Watch()
         watch.start()
         before = total([each for each in earlier if each["kind"] == kind], "faults")

@@ -115,19 +115,13 @@ def test_an_empty_value_is_an_error_for_every_option(command: str) -> None:
 def complete(words: str, incomplete: str = "") -> list[str]:
     """What bash is told to complete."""
     line = f"ray-valkey-spill {words} {incomplete}"
-    command = Path(sys.executable).with_name("ray-valkey-spill")
-    result = subprocess.run(
-        [str(command)],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "_RAY_VALKEY_SPILL_COMPLETE": "bash_complete",
-            "COMP_WORDS": line,
-            "COMP_CWORD": str(len(line.split()) - bool(incomplete)),
-        },
-        check=True,
-    )
+    asked = {
+        "_RAY_VALKEY_SPILL_COMPLETE": "bash_complete",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split()) - bool(incomplete)),
+    }
+    result = CliRunner().invoke(in_process, env=asked, prog_name="ray-valkey-spill")
+    assert result.exit_code == 0
     return result.stdout.splitlines()
 
 

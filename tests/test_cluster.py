@@ -1269,7 +1269,7 @@ def test_the_command_line_tells_of_a_cluster(cluster: Cluster, objects: Objects)
 @pytest.mark.slow
 def test_ray_spills_to_a_cluster_while_a_primary_is_killed(mortal: Cluster) -> None:
     mortal.settle_foreign()
-    with local_ray(mortal.url):
+    with local_ray(mortal.url, io_workers=2):
         refs = []
         for i in range(30):
             refs.append(ray.put(np.full(MIB, i)))

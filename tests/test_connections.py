@@ -123,7 +123,7 @@ def test_ray_spills_and_restores_with_few_connections(short_dir: Path) -> None:
     with valkey_server() as server:
         # One of them is this test's.
         server.client.config_set("maxclients", 3)
-        config = system_config(server.url)
+        config = system_config(server.url, io_workers=2)
         script = f"""
 import numpy as np
 {starting_ray(config)}

@@ -532,7 +532,7 @@ def values(families: dict[str, Metric], exported: str, **labels: str) -> list[fl
 @contextlib.contextmanager
 def ray_that_reports(url: str, **params: Any) -> Iterator[Endpoint]:
     reporting = {"enable_metrics_collection": True, "metrics_report_interval_ms": 1000}
-    with ray_with({**system_config(url, **params), **reporting}):
+    with ray_with({**system_config(url, 2, **params), **reporting}):
         yield Endpoint()
 
 

@@ -1022,7 +1022,7 @@ def test_chunks_are_pipelined(server: Server) -> None:
 @pytest.mark.parametrize("make", [noise, pattern])
 def test_memory_stays_bounded_whatever_the_size(backend: Backend, make: Any) -> None:
     store = backend.store(chunk_size=1 << 20)
-    data = make(96 << 20)
+    data = make(64 << 20)
     target = bytearray(len(data))
     put(store, make(8 << 20))
     tracemalloc.start()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import ray
 from ray.core.generated.common_pb2 import Address
-from support.clusters import ray_with, title
+from support.clusters import OF_TESTS, ray_with, title
 from support.servers import wait_until
 
 from ray_valkey_spill.errors import SpillError
@@ -43,8 +43,7 @@ class Owner:
 
 @pytest.fixture(scope="module")
 def _cluster() -> Iterator[None]:
-    # So that small values too are in plasma.
-    with ray_with({"max_direct_call_object_size": 0}):
+    with ray_with(OF_TESTS):
         yield
 
 
@@ -120,7 +119,7 @@ def test_an_owner_is_dead_by_the_word_of_the_gcs_alone(owner: Any) -> None:
 
 def test_many_owners_that_died_together_are_found_in_one_call(owner: Any) -> None:
     """As with the end of a job."""
-    others = [Owner.remote() for _ in range(15)]
+    others = [Owner.remote() for _ in range(5)]
     made = ray.get([other.put.remote() for other in others])
     _, of_living = made_by(owner)
     wanted = [Owned(*pair) for _, pairs in made for pair in pairs]

@@ -122,7 +122,7 @@ def tiers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiers]:
     with (
         valkey_server() as server,
         proxy_to(server.port) as proxy,
-        local_ray(proxy.url, overflow_uri=str(overflow)),
+        local_ray(proxy.url, io_workers=2, overflow_uri=str(overflow)),
     ):
         yield Tiers(server, proxy, overflow)
 
@@ -228,7 +228,7 @@ def test_an_object_that_is_sealed_with_a_key_that_the_node_lacks_holds_up_only_i
     write(old)
     with (
         valkey_server() as server,
-        local_ray(server.url, encryption_key_file=str(keys)),
+        local_ray(server.url, io_workers=2, encryption_key_file=str(keys)),
     ):
         before = put(range(MANY))
         spill(before, server)

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from support.clusters import (
     MIB,
     OBJECT_STORE,
+    OF_TESTS,
     RETRIED_SOON,
     add_node,
     clean_ups,
@@ -123,7 +124,7 @@ def shared() -> Iterator[Server]:
 
 @pytest.fixture(scope="class")
 def _nodes(shared: Server) -> Iterator[Cluster]:
-    with cluster(shared.url, nodes=1) as nodes:
+    with cluster(shared.url, nodes=1, io_workers=2) as nodes:
         yield nodes
     # The head's end takes what killed and removed nodes had spilled as well.
     assert shared.our_keys() == []
@@ -140,7 +141,7 @@ def nodes(_nodes: Cluster) -> Cluster:
 
 @pytest.fixture(scope="class")
 def node(shared: Server) -> Iterator[Cluster]:
-    with cluster_with({**system_config(shared.url), **RETRIED_SOON}, nodes=1) as node:
+    with cluster_with({**system_config(shared.url, 2), **RETRIED_SOON}, nodes=1) as node:
         yield node
     assert shared.our_keys() == []
 
@@ -355,6 +356,7 @@ print(client.zcard("ray:spill:elsewhere:{elsewhere}:index"))
 ray.shutdown()
 """
     config = {"type": "valkey", "params": {"namespace": "elsewhere"}}
+    settings = {**OF_TESTS, "max_io_workers": 1}
     with valkey_server(password="s3cret-word") as server:
         printed = run_driver(
             starting_ray() + script,
@@ -363,6 +365,7 @@ ray.shutdown()
                 "RAY_object_spilling_config": json.dumps(config),
                 "RAY_VALKEY_SPILL_URL": server.url,
                 "RAY_VALKEY_SPILL_PASSWORD": "s3cret-word",
+                **{f"RAY_{name}": str(int(value)) for name, value in settings.items()},
             },
         )
         assert int(printed) > 0

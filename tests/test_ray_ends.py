@@ -54,7 +54,8 @@ class Holder:
         self.refs = {}
 
     def put(self, resource):
-        full = ray.remote(np.full).options(num_cpus=0, resources={resource: 1}, max_retries=0)
+        # One at a time, for each worker takes more than a second of a processor to start.
+        full = ray.remote(np.full).options(num_cpus=0, resources={resource: 60}, max_retries=0)
         refs = [full.remote(1 << 20, i) for i in range(30)]
         ray.wait(refs, num_returns=30, fetch_local=False)
         self.refs |= {ref.hex(): (i, ref) for i, ref in enumerate(refs)}

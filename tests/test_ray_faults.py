@@ -89,7 +89,7 @@ def test_a_full_server_holds_puts_up_tells_why_and_lets_them_go_on() -> None:
 @pytest.fixture(scope="class")
 def _server_and_proxy() -> Iterator[tuple[Server, Proxy]]:
     with valkey_server() as server, proxy_to(server.port) as proxy:
-        with local_ray(proxy.url, retry_timeout=0.5):
+        with local_ray(proxy.url, io_workers=2, retry_timeout=0.5):
             yield server, proxy
         assert server.our_keys() == []
 
@@ -162,7 +162,7 @@ class TestAway:
 
 
 def test_deletions_that_failed_outlive_their_io_worker(tmp_path: Path) -> None:
-    with contextlib.closing(Rig(tmp_path / "data")) as rig, local_ray(rig.proxy.url):
+    with contextlib.closing(Rig(tmp_path / "data")) as rig, local_ray(rig.proxy.url, io_workers=2):
         refs = [ray.put(np.full(MIB, i)) for i in range(30)]
         with forbids_unlink(rig):
             del refs

@@ -21,7 +21,7 @@ ALLOWANCE = 64 * MIB
 @pytest.fixture(scope="module")
 def spilling() -> Iterator[tuple[Server, dict[int, int]]]:
     """A server, and what each IO worker takes that has moved small objects, by process id."""
-    with valkey_server() as server, local_ray(server.url, object_store=950 * MIB):
+    with valkey_server() as server, local_ray(server.url, object_store=950 * MIB, io_workers=2):
         server.settle_foreign()
         data = np.random.default_rng(4).random(20 * MIB // 8)
         refs = [ray.put(data) for _ in range(50)]

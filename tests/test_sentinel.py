@@ -602,7 +602,7 @@ def test_a_job_under_memory_pressure_finishes_though_primaries_are_killed(
             group.wait_until_whole()
 
     # Nothing is lost only where all who may follow a primary have what was reported.
-    with local_ray(group.url, sentinel_service=group.service, min_replicas=2):
+    with local_ray(group.url, io_workers=2, sentinel_service=group.service, min_replicas=2):
         refs = [ray.put(value(i)) for i in range(20)]
         assert group.spilled_ids()
         with in_background(bring_back, group.kill_primary()) as back:

@@ -28,12 +28,9 @@ from support.session_files import shared_files
 MIB = 1 << 20
 OBJECT_STORE = 100 * MIB
 
-_OF_TESTS = {
+OF_TESTS = {
     # So that small values too live in plasma and can be spilled.
     "max_direct_call_object_size": 0,
-    # More than one, of which each takes more than a second of a processor to start. The demo and
-    # the walk-through have Ray's four.
-    "max_io_workers": 2,
     # Most tests run no task: workers are started when there is one.
     "prestart_worker_first_driver": False,
     # Ray would else end workers that are idle, and start others with the next task.
@@ -49,8 +46,15 @@ RETRIED_SOON = {"object_manager_pull_timeout_ms": 1000}
 _NODE_OPTIONS = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
 
 
-def system_config(url: str | None, **params: Any) -> dict[str, Any]:
-    return {**ray_valkey_spill.system_config(url=url, **params), **_OF_TESTS}
+def system_config(url: str | None, io_workers: int = 1, **params: Any) -> dict[str, Any]:
+    """A cluster's settings, with which it spills to `url`.
+
+    Args:
+        io_workers: how many spill, and how many restore. Each takes more than a second of a
+            processor to start. The demo and the walk-through have Ray's four.
+    """
+    spilling = ray_valkey_spill.system_config(url=url, **params)
+    return {**spilling, **OF_TESTS, "max_io_workers": io_workers}
 
 
 @contextlib.contextmanager
