@@ -991,6 +991,22 @@ def test_what_is_put_after_a_session_was_destroyed_is_refused(stores: Any, tmp_p
     assert place.is_empty()
 
 
+def test_a_deletion_and_a_look_after_a_session_was_destroyed_bring_nothing_back(
+    server: Server, stores: Any, place: Place_
+) -> None:
+    """Ray destroys a session while its IO workers work on. These have not used the overflow yet."""
+    store, deleting, looking = (stores(place.uri) for _ in range(3))
+    urls, _ = store.put([source(noise(3 * CHUNK), i) for i in range(2)])
+    assert store.destroy(is_alive) == 2
+    for _ in range(2):
+        with pytest.raises(OverflowUnavailableError):
+            deleting.delete(urls)
+        with pytest.raises(OverflowUnavailableError):
+            looking.find(urls[0], f"{0:056x}")
+        assert server.our_keys() == []
+        assert place.is_empty()
+
+
 # --- recovery ---
 
 

@@ -50,7 +50,9 @@ class SharedOverflow:
     # --- objects ---
 
     def write(self, values: Iterable[Value]) -> Iterator[Entry]:
-        """As `OverflowTier.write`."""
+        """As `OverflowTier.write`. Joins the overflow first if necessary."""
+        if self._token is None:
+            self.join()
         overflow = self._joined()
         with self._looking_again():
             yield from overflow.write(values, self._token)
@@ -192,15 +194,14 @@ class SharedOverflow:
             raise
 
     def _joined(self) -> OverflowTier:
-        """Return the overflow; joins it first if necessary."""
-        if self._token is None:
-            self.join()
-        elif not self._is_here:
-            if not self.overflow.is_signed(self._session, self._token):
-                # A server that has lost the token may have another one. Nothing is agreed here: the
-                # session may be over. And a server that is away holds up only what needs it.
-                token = self._ledger.overflows().get(self._session, self._token)
-                if token == self._token or not self.overflow.is_signed(self._session, token):
+        """Return the session's overflow. Agrees on nothing, for the session may be over."""
+        if not self._is_here:
+            known = self._token
+            if known is None or not self.overflow.is_signed(self._session, known):
+                # A server that has lost the token may have another one. If it is away, that holds
+                # up only what needs it.
+                token = self._ledger.overflows().get(self._session)
+                if token in (None, known) or not self.overflow.is_signed(self._session, token):
                     raise self.overflow.nothing_of(self._session)
                 self._token = token
             self._is_here = True
