@@ -125,11 +125,12 @@ def neighbour(pipe: Any, url: str) -> None:
             begin = time.perf_counter()
             for number in range(round(seconds * RATE)):
                 due = begin + number / RATE
-                is_late = (early := due - time.perf_counter()) < 0
-                if not is_late:
+                start = due
+                if (early := due - time.perf_counter()) > 0:
                     time.sleep(early)
-                # What it overslept is no fault of the server's.
-                start = due if is_late else time.perf_counter()
+                    # What it overslept is no fault of the server's: all that follow come later.
+                    start = time.perf_counter()
+                    begin += start - due
                 value = client.get(keys[number % len(keys)])
                 latencies.append(time.perf_counter() - start)
                 assert len(value) == VALUE
@@ -502,7 +503,7 @@ def tables(results: dict[str, Any]) -> str:
     tenants = results["tenants"]
     most = max(setting["writers"] for setting in results["settings"])
     size = results["tenants_mib"]
-    evicted = ", ".join(f"{run['evicted_keys']:,} {name}" for name, run in tenants.items())
+    keys = ", ".join(f"{run['evicted_keys']:,} {name}" for name, run in tenants.items())
     return "\n\n".join(
         [
             f"{results['rounds']} rounds of {results['seconds']:g} s; load average {loads} after.",
@@ -510,7 +511,7 @@ def tables(results: dict[str, Any]) -> str:
             *_code_tables(results),
             f"What our commands cost the server, with the defaults and {_writers(most)}:",
             _server_table(results["server"]),
-            f"Four tenants on a server of {size} MiB with `volatile-lru`; evicted keys: {evicted}",
+            f"Four tenants on one server of {size} MiB with `volatile-lru`; evicted keys: {keys}",
             _tenants_table(tenants),
         ]
     )

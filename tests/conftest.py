@@ -14,7 +14,7 @@ import hypothesis
 import psutil
 import pytest
 
-# So that assertions there show what they compared. Hence the imports behind it.
+# Before the imports of it, so that assertions there show what they compared.
 pytest.register_assert_rewrite("support")
 
 from support.guardians import end_guardians  # noqa: E402

@@ -790,7 +790,7 @@ def test_a_dead_session_whose_files_somebody_has_removed_is_forgotten_if_it_is_n
 def test_a_session_that_gets_its_place_again_while_it_ends_leaves_nothing(
     namespace: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By an IO worker that looks at its overflow just then."""
+    """By an IO worker that writes to its overflow just then."""
     namespace.node(DEAD)
     unsign = OverflowTier.unsign
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,10 @@ def destroy(server: Server, session: str, node: str, **params: Any) -> None:
         store.destroy(lambda pid: False)
 
 
-def is_locked(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError), path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+def is_storing(session: Path) -> bool:
+    """Whether an IO worker is storing something now."""
+    lock = f":{(shared_files(session) / 'storing').stat().st_ino} "
+    return any(lock in line for line in Path("/proc/locks").read_text().splitlines())
 
 
 def note_keeper(session: Path, node: str) -> None:
@@ -249,16 +246,19 @@ def test_what_is_in_valkey_goes_whatever_becomes_of_the_overflow(
 def test_an_end_waits_for_what_an_io_worker_is_storing(server: Server, session: Path) -> None:
     """Ray destroys a session before it kills the IO workers, and kills them at once then."""
     with (
-        ThreadPoolExecutor() as background,
+        futures.ThreadPoolExecutor() as background,
         proxy_to(server.port) as proxy,
         io_workers(1, session, NODE, {"url": proxy.url}) as (worker,),
     ):
-        wait_until(lambda: left_of(server, OVER))
+        # Its lease.
+        wait_until(lambda: left_of(server, OVER) and not is_storing(session))
         proxy.stall()
         worker.begin_to_spill()
-        wait_until(lambda: is_locked(shared_files(session) / "storing"))
+        wait_until(lambda: is_storing(session))
         ending = background.submit(end, Config.load({"url": server.url}, {}), session)
-        wait_until(lambda: guardian.is_ended(str(session)))
+        with pytest.raises(futures.TimeoutError):
+            ending.result(timeout=1)
+        assert guardian.is_ended(str(session))
         proxy.flow()
         assert ending.result()
         worker.kill()

@@ -155,6 +155,8 @@ def end(config: Config, directory: Path, node: str = "", patience: float = _PATI
         here |= {path.stem for path in Path(files).glob("*.keeper")}
     session = EndingSession(config, directory.name, patience)
     with contextlib.closing(session):
+        session.gcs_addresses()  # if the server is away, there is nothing to wait for
+        guardian.await_storing(str(directory))
         is_complete = session.remove(lambda each: each in here, proc.is_alive)
     if is_complete:
         guardian.mark_removed(str(directory))

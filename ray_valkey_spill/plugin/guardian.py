@@ -28,6 +28,7 @@ from ray_valkey_spill.plugin import proc, shared_files
 
 __all__ = [
     "GAVE_UP",
+    "await_storing",
     "command",
     "is_ended",
     "is_over",
@@ -50,9 +51,12 @@ GAVE_UP = 2
 
 # Seconds for which a head that is starting may take until its GCS runs, and between two looks.
 _LONGEST_START, _BETWEEN_LOOKS = 120.0, 0.5
-# Seconds within which all who ask at the same time whether there is a guardian have their answer,
-# for which a removal waits for what is being stored, and between two attempts to take a lock.
-_LONGEST_QUESTION, _LONGEST_STORING, _BETWEEN_LOCKS = 1.0, 5.0, 0.02
+# Seconds within which all who ask at the same time whether there is a guardian have their answer.
+_LONGEST_QUESTION = 1.0
+# Seconds for which a removal waits for what is being stored.
+_LONGEST_STORING = 5.0
+# Seconds between two attempts to lock a file.
+_BETWEEN_LOCKS = 0.02
 # Seconds between two looks at the GCS where the kernel does not report its end.
 _BETWEEN_POLLS = 2.0
 # Seconds from the end of the GCS until the session is over, unless it has another GCS by then.
@@ -108,7 +112,7 @@ def storing(directory: str) -> Iterator[bool]:
 
     Without it, what is stored after a look at the mark may arrive when the removal is over.
     """
-    # It can be held, and no removal waits for it, only where there is a mark.
+    # This fails where no file can be locked, or while a removal has the lock: then there is a mark.
     file = _lock(directory, _STORING, fcntl.LOCK_SH)
     try:
         yield not is_ended(directory)
@@ -118,15 +122,16 @@ def storing(directory: str) -> Iterator[bool]:
 
 
 def mark_ended(directory: str) -> None:
-    """Stop the session's IO workers on this host from storing more.
+    """Stop the session's IO workers on this host from storing more."""
+    with contextlib.suppress(OSError), _open(directory, _MARK, "a"):
+        pass
 
-    Waits for those that are within `storing`, but not for long: they may be waiting for a server.
-    """
-    with contextlib.suppress(OSError):
-        with _open(directory, _MARK, "a"):
-            pass
-        if (file := _lock_soon(directory, _STORING, _LONGEST_STORING)) is not None:
-            os.close(file)
+
+def await_storing(directory: str) -> None:
+    """Wait for those within `storing`, but not for long: they may themselves wait for a server."""
+    file = _lock(directory, _STORING, fcntl.LOCK_EX, patience=_LONGEST_STORING)
+    if file is not None:
+        os.close(file)
 
 
 def mark_removed(directory: str) -> None:
@@ -197,30 +202,32 @@ def _open(directory: str, name: str, mode: Literal["r", "a"] = "r") -> TextIO:
         return open(os.path.join(files, name), mode)
 
 
-def _lock(directory: str, name: str, kind: int) -> int | None:
+def _lock(directory: str, name: str, kind: int, patience: float = 0.0) -> int | None:
+    """Return a locked file; None if others hold it for longer than that, or it cannot be locked."""
     try:
         with shared_files.opened(directory) as files:
             file = os.open(os.path.join(files, name), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError:
         return None
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(_BETWEEN_LOCKS)
+                continue
+        except OSError:
+            pass
+        else:
+            return file
         os.close(file)
         return None
-    return file
 
 
 def _become_guardian(directory: str) -> int | None:
     """Take the lock; None if there is a guardian. Those who ask `is_there` hold it for a moment."""
-    return _lock_soon(directory, _LOCK, _LONGEST_QUESTION)
-
-
-def _lock_soon(directory: str, name: str, patience: float) -> int | None:
-    deadline = time.monotonic() + patience
-    while (file := _lock(directory, name, fcntl.LOCK_EX)) is None and time.monotonic() < deadline:
-        time.sleep(_BETWEEN_LOCKS)
-    return file
+    return _lock(directory, _LOCK, fcntl.LOCK_EX, patience=_LONGEST_QUESTION)
 
 
 def _ends_with(gcs: proc.Process | None) -> bool:

@@ -287,14 +287,17 @@ class Keeper:
         self._node.settle_again()
 
     def _renew_lease(self) -> None:
-        with self._storing():
+        with self._storing() as may_store:
+            if not may_store:
+                return
             self._node.renew_lease(gcs_address(), self._is_destroyed)
         self._note_renewal()
 
     def _note_outliving(self) -> None:
         if self._guard.outlives_gcs:
-            with self._storing():
-                self._node.note_outliving(self._is_destroyed)
+            with self._storing() as may_store:
+                if may_store:
+                    self._node.note_outliving(self._is_destroyed)
 
     def _note_renewal(self) -> None:
         self._renewed = time.monotonic()
@@ -420,7 +423,9 @@ class Keeper:
         if ago < _LATEST_RENEWAL:
             return _LATEST_RENEWAL - ago
         try:
-            with self._storing():
+            with self._storing() as may_store:
+                if not may_store:
+                    return _LATEST_RENEWAL
                 self._node.keep_lease(gcs_address(), self._is_destroyed)
         except SpillError:  # a round reports it if it lasts
             return _BETWEEN_ATTEMPTS

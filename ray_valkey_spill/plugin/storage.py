@@ -365,9 +365,11 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                 self._store.begin_lease(gcs_address(), self._is_destroyed)
                 urls, failure = self._store.put(self._sources(refs, owner_addresses))
             if self._is_destroyed():
-                # Whoever destroyed the node's data may not have waited for this any longer.
-                self._store.delete(urls)
-                self._store.give_back()
+                # Whoever destroyed the node's data may have stopped waiting for this.
+                try:
+                    self._store.delete(urls)
+                finally:
+                    self._store.give_back()
                 return []
         except SpillError as error:
             self._cannot_spill(error)

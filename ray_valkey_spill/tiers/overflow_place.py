@@ -32,7 +32,7 @@ class SharedOverflow:
     session's token.
 
     Args:
-        overflow: the node's overflow; also an attribute, for uses that need not join.
+        overflow: the node's overflow; also an attribute, for uses that need no token.
         session: name of the session.
         ledger: the thread's ledger.
     """
@@ -53,7 +53,7 @@ class SharedOverflow:
         """As `OverflowTier.write`. Joins the overflow first if necessary."""
         if self._token is None:
             self.join()
-        overflow = self._joined()
+        overflow = self._found()
         with self._looking_again():
             yield from overflow.write(values, self._token)
 
@@ -68,7 +68,7 @@ class SharedOverflow:
             with contextlib.suppress(OverflowUnavailableError):  # tried again below
                 stat = self.overflow.stat(place)
             if stat.header is None:
-                overflow = self._joined()
+                overflow = self._found()
                 with self._looking_again():
                     stat = overflow.stat(place, self._token)
             yield stat
@@ -79,7 +79,7 @@ class SharedOverflow:
             try:
                 return self.overflow.read(place, sizes, use, self._token)
             except LostObjectError:
-                self._joined()  # it is not lost if a share has just been unmounted
+                self._found()  # it is not lost if a share has just been unmounted
                 raise
 
     def close_reading(self) -> None:
@@ -87,7 +87,7 @@ class SharedOverflow:
 
     def remove(self, places: Sequence[Place], *, stepwise: bool = False) -> None:
         """As `Tier.remove`."""
-        overflow = self._joined()
+        overflow = self._found(must_be_agreed=False)
         with self._looking_again():
             for place in places:
                 overflow.remove(place, self._token)
@@ -98,7 +98,7 @@ class SharedOverflow:
 
     def remove_parts(self, node: NodeName, is_alive: Callable[[int], bool]) -> int:
         """As `OverflowTier.remove_parts`."""
-        return self._joined().remove_parts(node, is_alive)
+        return self._found(must_be_agreed=False).remove_parts(node, is_alive)
 
     # --- the token ---
 
@@ -133,12 +133,7 @@ class SharedOverflow:
         self._proposed.clear()
         self._is_here = is_here
         if not is_here:
-            raise OverflowUnavailableError(
-                f"the overflow at {self.overflow} is not the one that the session's other nodes "
-                "have: their files are not here",
-                "Give an overflow_uri that is the same storage on every node: a mount of one "
-                "shared directory, or an object store",
-            )
+            raise self._elsewhere()
         self._token = agreed
 
     def is_here(self) -> bool:
@@ -193,19 +188,36 @@ class SharedOverflow:
             self._is_here = False
             raise
 
-    def _joined(self) -> OverflowTier:
-        """Return the session's overflow. Agrees on nothing, for the session may be over."""
+    def _found(self, *, must_be_agreed: bool = True) -> OverflowTier:
+        """Return the overflow. Agrees on nothing, for the session may be over.
+
+        Args:
+            must_be_agreed: whether to fail where the session has no token: what is missing here may
+                be elsewhere then.
+        """
         if not self._is_here:
             known = self._token
             if known is None or not self.overflow.is_signed(self._session, known):
                 # A server that has lost the token may have another one. If it is away, that holds
                 # up only what needs it.
                 token = self._ledger.overflows().get(self._session)
-                if token in (None, known) or not self.overflow.is_signed(self._session, token):
+                if token is None and known is None and not must_be_agreed:
+                    return self.overflow
+                if token in (None, known):
                     raise self.overflow.nothing_of(self._session)
+                if not self.overflow.is_signed(self._session, token):
+                    raise self.overflow.nothing_of(self._session) if known else self._elsewhere()
                 self._token = token
             self._is_here = True
         return self.overflow
+
+    def _elsewhere(self) -> OverflowUnavailableError:
+        return OverflowUnavailableError(
+            f"the overflow at {self.overflow} is not the one that the session's other nodes have: "
+            "their files are not here",
+            "Give an overflow_uri that is the same storage on every node: a mount of one shared "
+            "directory, or an object store",
+        )
 
 
 class MissingOverflow:
