@@ -20,7 +20,7 @@ import psutil
 import pytest
 from support.clock import Clock
 from support.guardians import end_guardians, guardians, left_of
-from support.io_worker import io_workers
+from support.io_worker import IoWorker, io_workers
 from support.proxy import proxy_to
 from support.samples import source
 from support.servers import Server, wait_until
@@ -265,6 +265,20 @@ def test_an_end_waits_for_what_an_io_worker_is_storing(server: Server, session: 
     assert server.our_keys() == []
     with guardian.storing(str(session)) as may_store:
         assert not may_store
+
+
+def test_a_node_whose_io_worker_was_killed_before_it_did_background_work_ends_with_its_session(
+    server: Server, session: Path
+) -> None:
+    """It has taken the lease itself, and that of a node on another host would stay for a while."""
+    worker = IoWorker(session, NODE, {"url": server.url}, connected=False)
+    try:
+        worker.begin_to_spill()
+        wait_until(server.spilled_ids)
+    finally:
+        worker.kill()
+    assert end(Config.load({"url": server.url}, {}), session)
+    assert server.our_keys() == []
 
 
 @pytest.mark.slow

@@ -249,7 +249,7 @@ def test_io_workers_killed_at_every_step_lose_and_wedge_and_leave_nothing(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("KILLED", str(killed))
     with valkey_server() as server:
-        with ray_with({**system_config(server.url), **RETRIED_SOON}):
+        with ray_with({**system_config(server.url, 2), **RETRIED_SOON}):
             unheard_of: set[str] = set()
             while {path.name for path in killed.iterdir()} < STEPS:
                 refs = [ray.put(np.full(MIB // 2, i)) for i in range(50)]

@@ -659,7 +659,7 @@ def test_entries_without_any_value_go(any_session: Session) -> None:
         for key in session.keys.values(name):
             session.contents.client.delete(key)
     session.steps(session.reclaimer())
-    ledger = session.nodes[THIRD]._valkey.ledger
+    ledger = session.nodes[THIRD].valkey.ledger
     stored = [
         int(entry.name.object_id, 16)
         for node in (FIRST, SECOND)

@@ -151,7 +151,7 @@ def end(config: Config, directory: Path, node: str = "", patience: float = _PATI
     guardian.mark_ended(str(directory))
     here = {node}
     with contextlib.suppress(OSError), shared_files.opened(str(directory)) as files:
-        # Each IO worker that keeps a node makes such a file.
+        # Each IO worker makes such a file.
         here |= {path.stem for path in Path(files).glob("*.keeper")}
     session = EndingSession(config, directory.name, patience)
     with contextlib.closing(session):

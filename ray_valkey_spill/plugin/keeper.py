@@ -72,6 +72,12 @@ class NodeLock:
         self._name = name
         self._file: int | None = None
 
+    def announce(self) -> None:
+        """Make the file: by it, the end of a session knows which nodes ran on this host."""
+        if (path := self._path()) is not None:
+            with contextlib.suppress(OSError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+
     def take(self) -> bool:
         """Take the lock unless another process has it; return whether this one has it now."""
         path = self._path()

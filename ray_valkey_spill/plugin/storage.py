@@ -186,10 +186,12 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             end_at_exit(config, self._caller.directory)
 
     def _new_keeper(self) -> Keeper:
+        lock = NodeLock(self._shared, self._node_id)
+        lock.announce()  # before this process stores anything
         return Keeper(
             self._node,
             self._store,
-            NodeLock(self._shared, self._node_id),
+            lock,
             self._guard,
             self._journal,
             self._deferred,

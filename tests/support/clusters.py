@@ -51,7 +51,8 @@ def system_config(url: str | None, io_workers: int = 1, **params: Any) -> dict[s
 
     Args:
         io_workers: how many spill, and how many restore. Each takes more than a second of a
-            processor to start. The demo and the walk-through have Ray's four.
+            processor to start. The demo and the walk-through have Ray's four. If the only one is
+            killed while a request waits for it, Ray 2.60 starts no other.
     """
     spilling = ray_valkey_spill.system_config(url=url, **params)
     return {**spilling, **OF_TESTS, "max_io_workers": io_workers}

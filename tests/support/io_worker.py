@@ -1,6 +1,6 @@
 """Stands in for an IO worker of Ray's, without a cluster: its background work is the real one.
 
-python -m support.io_worker <session directory> <node> <parameters, as JSON>
+python -m support.io_worker <session directory> <node> <parameters, as JSON> [connected]
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ class IoWorker:
         directory: of the session.
         node: of the session.
         params: as in a spilling config.
+        connected: whether it is connected to its cluster: until then it does no background work.
     """
 
-    def __init__(self, directory: Path, node: str, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, node: str, params: Mapping[str, Any], *, connected: bool = True
+    ) -> None:
         self._directory = directory
         command = [sys.executable, "-m", "support.io_worker", str(directory), node]
         self.process = subprocess.Popen(
-            [*command, json.dumps(params)], cwd=TESTS, stdin=subprocess.PIPE
+            [*command, json.dumps(params), *["connected"] * connected],
+            cwd=TESTS,
+            stdin=subprocess.PIPE,
         )
 
     @property
@@ -72,7 +77,7 @@ def _target(file: Path) -> str:
         return ""
 
 
-def _main(directory: str, node: str, params: str) -> None:
+def _main(directory: str, node: str, params: str, *connected: str) -> None:
     import ray
     from ray._private.node import Node
 
@@ -97,7 +102,8 @@ def _main(directory: str, node: str, params: str) -> None:
 
     sys.argv = [sys.argv[0], "--worker-type=SPILL_WORKER"]
     ray._private.worker._global_node = HeadNode()
-    ray._private.worker.Worker.connected = True
+    if connected:
+        ray._private.worker.Worker.connected = True
     storage = Storage(node, SESSION, **json.loads(params))
     for _ in sys.stdin:
         storage.spill_objects([ray.ObjectRef.from_random()], [b""])
