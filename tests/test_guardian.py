@@ -184,18 +184,23 @@ def test_a_node_on_another_host_is_removed_once_its_lease_has_run_out(
     clock = Clock()
     monkeypatch.setattr(cleanup, "time", clock)
     monkeypatch.setattr(sys, "argv", ["", str(session)])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"url": server.url})))
     config = Config.load({"url": server.url}, {})
+
+    def attempt() -> int:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"url": server.url})))
+        return ending.main()
+
     spill(server.url, OVER, OTHER)
     spill(server.url, f"{OVER}0", OTHER)
     before = left_of(server, f"{OVER}0")
     with contextlib.closing(Store(config, OVER, OTHER)) as node:
         if lives:
             clock.every(10, lambda: node.renew_lease("127.0.0.1:1", lambda: False))
-        assert ending.main() == (1 if lives else 0)
+        assert attempt() == 1
         assert server.client.zrange(Keyspace.of(config).index, 0, -1) != []
         assert left_of(server, OVER) == (1 if lives else 0)
         assert left_of(server, f"{OVER}0") == before
+        assert lives or attempt() == 0
         node.destroy(lambda pid: False)
     destroy(server, f"{OVER}0", OTHER)
 
@@ -267,6 +272,20 @@ def test_an_end_waits_for_what_an_io_worker_is_storing(server: Server, session: 
         assert not may_store
 
 
+def test_no_deletion_comes_between_the_steps_of_a_removal(server: Server, session: Path) -> None:
+    """In an object store it would bring back what is being removed."""
+    with io_workers(1, session, NODE, {"url": server.url}) as (worker,):
+        worker.begin_to_spill()
+        wait_until(server.spilled_ids)
+        guardian.mark_ended(str(session))
+        worker.begin_to_delete()
+        journals = shared_files(session).glob
+        wait_until(lambda: any("+ray:" in each.read_text() for each in journals("*.deletions")))
+    assert len(server.spilled_ids()) == 1
+    assert end(Config.load({"url": server.url}, {}), session)
+    assert server.our_keys() == []
+
+
 def test_a_node_whose_io_worker_was_killed_before_it_did_background_work_ends_with_its_session(
     server: Server, session: Path
 ) -> None:
@@ -286,10 +305,14 @@ def test_an_end_does_not_wait_for_ever(server: Server, session: Path) -> None:
     """What is being stored may itself wait, for a server that is away."""
     note_keeper(session, NODE)
     spill(server.url, OVER, NODE)
+    config = Config.load({"url": server.url}, {})
     with guardian.storing(str(session)) as may_store:
         assert may_store
-        assert end(Config.load({"url": server.url}, {}), session)
+        assert not end(config, session), "something may come"
     assert server.our_keys() == []
+    assert not guardian.is_over(str(session))
+    assert end(config, session)
+    assert guardian.is_over(str(session))
 
 
 def test_what_is_in_the_overflow_goes_as_well(server: Server, session: Path) -> None:

@@ -137,7 +137,7 @@ def session_log(directory: Path | None, name: str) -> Iterator[IO[bytes] | int]:
 
 
 def end(config: Config, directory: Path, node: str = "", patience: float = _PATIENCE) -> bool:
-    """Remove the data of the session in `directory`; return whether nothing of it is left.
+    """Remove the data of the session in `directory`; return whether nothing is left, nor to come.
 
     Args:
         config: server, namespace and overflow.
@@ -156,8 +156,8 @@ def end(config: Config, directory: Path, node: str = "", patience: float = _PATI
     session = EndingSession(config, directory.name, patience)
     with contextlib.closing(session):
         session.gcs_addresses()  # if the server is away, there is nothing to wait for
-        guardian.await_storing(str(directory))
-        is_complete = session.remove(lambda each: each in here, proc.is_alive)
+        nothing_comes = guardian.await_storing(str(directory))
+        is_complete = session.remove(lambda each: each in here, proc.is_alive) and nothing_comes
     if is_complete:
         guardian.mark_removed(str(directory))
     return is_complete
@@ -199,7 +199,7 @@ def _end_patiently(config: Config, directory: Path) -> int:
     # Nodes on other hosts live for a minute or so without their GCS.
     with contextlib.closing(CleanUp(config, running_at)) as look:
         look.remove(look.find(logger.warning, wanted=lambda session: session == name))
-        return _LEFT if name in look.sessions() else 0
+    return _LEFT  # the next attempt looks at all of it once more
 
 
 def main() -> int:

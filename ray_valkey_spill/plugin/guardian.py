@@ -62,7 +62,7 @@ _BETWEEN_POLLS = 2.0
 # Seconds from the end of the GCS until the session is over, unless it has another GCS by then.
 _GRACE = 5.0
 # Seconds between two attempts, and for which they are repeated.
-_FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_TRY = 5.0, 60.0, 3600.0
+_FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_TRY = 5.0, 20.0, 3600.0
 
 # The path of the package comes last, so that it hides no module of Python's.
 _RUN = (
@@ -90,12 +90,13 @@ def command(removal: str, directory: str, starter: int) -> list[str]:
 
 def is_there(directory: str) -> bool:
     """Whether the session has a guardian, or none can be started because no file can be locked."""
-    # Shared: processes that ask at the same time are no guardians to each other.
-    file = _lock(directory, _LOCK, fcntl.LOCK_SH)
-    if file is None:
-        return True
-    os.close(file)
-    return False
+    with contextlib.suppress(BlockingIOError):
+        # Shared: processes that ask at the same time are no guardians to each other.
+        file = _lock(directory, _LOCK, fcntl.LOCK_SH)
+        if file is not None:
+            os.close(file)
+            return False
+    return True
 
 
 def recorded_gcs(directory: str) -> proc.Process | None:
@@ -112,8 +113,9 @@ def storing(directory: str) -> Iterator[bool]:
 
     Without it, what is stored after a look at the mark may arrive when the removal is over.
     """
-    # This fails where no file can be locked, or while a removal has the lock: then there is a mark.
-    file = _lock(directory, _STORING, fcntl.LOCK_SH)
+    file = None
+    with contextlib.suppress(BlockingIOError):  # a removal has the lock, so there is a mark
+        file = _lock(directory, _STORING, fcntl.LOCK_SH)
     try:
         yield not is_ended(directory)
     finally:
@@ -127,11 +129,19 @@ def mark_ended(directory: str) -> None:
         pass
 
 
-def await_storing(directory: str) -> None:
-    """Wait for those within `storing`, but not for long: they may themselves wait for a server."""
-    file = _lock(directory, _STORING, fcntl.LOCK_EX, patience=_LONGEST_STORING)
+def await_storing(directory: str) -> bool:
+    """Wait for those within `storing`, but not for long: they may themselves wait for a server.
+
+    Returns:
+        False if some still are within.
+    """
+    try:
+        file = _lock(directory, _STORING, fcntl.LOCK_EX, patience=_LONGEST_STORING)
+    except BlockingIOError:
+        return False
     if file is not None:
         os.close(file)
+    return True
 
 
 def mark_removed(directory: str) -> None:
@@ -203,7 +213,11 @@ def _open(directory: str, name: str, mode: Literal["r", "a"] = "r") -> TextIO:
 
 
 def _lock(directory: str, name: str, kind: int, patience: float = 0.0) -> int | None:
-    """Return a locked file; None if others hold it for longer than that, or it cannot be locked."""
+    """Return a locked file; None if it cannot be locked.
+
+    Raises:
+        BlockingIOError: others hold it for longer than `patience`, in seconds.
+    """
     try:
         with shared_files.opened(directory) as files:
             file = os.open(os.path.join(files, name), os.O_RDWR | os.O_CREAT, 0o600)
@@ -214,20 +228,22 @@ def _lock(directory: str, name: str, kind: int, patience: float = 0.0) -> int | 
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(_BETWEEN_LOCKS)
-                continue
+            if time.monotonic() >= deadline:
+                os.close(file)
+                raise
+            time.sleep(_BETWEEN_LOCKS)
         except OSError:
-            pass
+            os.close(file)
+            return None
         else:
             return file
-        os.close(file)
-        return None
 
 
 def _become_guardian(directory: str) -> int | None:
     """Take the lock; None if there is a guardian. Those who ask `is_there` hold it for a moment."""
-    return _lock(directory, _LOCK, fcntl.LOCK_EX, patience=_LONGEST_QUESTION)
+    with contextlib.suppress(BlockingIOError):
+        return _lock(directory, _LOCK, fcntl.LOCK_EX, patience=_LONGEST_QUESTION)
+    return None
 
 
 def _ends_with(gcs: proc.Process | None) -> bool:

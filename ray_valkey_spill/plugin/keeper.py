@@ -271,8 +271,8 @@ class Keeper:
     def _steps(self) -> list[Callable[[], None]]:
         if self._lock.take():
             return [
-                self._renew_lease,
                 self._guard.ensure,
+                self._renew_lease,
                 self._note_outliving,
                 self._remove_abandoned,
                 self._join_overflow,
@@ -368,6 +368,11 @@ class Keeper:
 
     def _delete_again(self) -> None:
         """Retry deletions that failed. A failure of one tier does not hold up the other."""
+        with self._storing() as may_store:  # they must not come between the steps of a removal
+            if may_store:
+                self._delete_what_is_left()
+
+    def _delete_what_is_left(self) -> None:
         failure: SpillError | None = None
         left = sorted(self._journal.left(), key=self._tier_of)
         for tier, of_tier in itertools.groupby(left, key=self._tier_of):

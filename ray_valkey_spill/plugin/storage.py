@@ -131,6 +131,7 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         self._shared = SharedDirectory(self._session_dir)
         self._outages = Outages(self._shared, f"{node_id}.outages", Drivers())
         self._losses = Losses(self._shared, f"{node_id}.losses", Drivers(), self._place_of)
+        self._lock = NodeLock(self._shared, node_id)
         self._journal = DeletionJournal(self._shared, node_id)
         self._metrics = _Observer(
             lambda: self._in_io_worker and is_connected(), self._outages, self._losses
@@ -186,12 +187,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
             end_at_exit(config, self._caller.directory)
 
     def _new_keeper(self) -> Keeper:
-        lock = NodeLock(self._shared, self._node_id)
-        lock.announce()  # before this process stores anything
         return Keeper(
             self._node,
             self._store,
-            lock,
+            self._lock,
             self._guard,
             self._journal,
             self._deferred,
@@ -265,12 +264,13 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def _delete(self, urls: Sequence[str]) -> None:
         """Delete objects of one tier, or defer that."""
         tier = self._needs(urls[0])[:1]
-        if any(map(self._outages.is_on, tier)):
-            self._journal.put_off(urls)
-            return
         try:
-            with self._journal.deleting(urls), self._store.hurried(_HOLD):
-                foreign = self._store.delete(urls)
+            with self._storing() as may_store:  # it must not come between the steps of a removal
+                if not may_store or any(map(self._outages.is_on, tier)):
+                    self._journal.put_off(urls)
+                    return
+                with self._journal.deleting(urls), self._store.hurried(_HOLD):
+                    foreign = self._store.delete(urls)
         except SpillError as error:
             self._clean_up_soon()
             self._failed("delete", resource_of(error), "deletions", error)
@@ -354,7 +354,10 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
     def _storing(self) -> AbstractContextManager[bool]:
         """Hold up the removal of the session's data; see `guardian.storing`."""
         directory = self._session_dir()
-        return contextlib.nullcontext(True) if directory is None else storing(str(directory))
+        if directory is None:
+            return contextlib.nullcontext(True)
+        self._lock.announce()
+        return storing(str(directory))
 
     # --- spill ---
 

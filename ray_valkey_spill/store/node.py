@@ -352,7 +352,13 @@ class Node:
 
     # --- the end ---
 
-    def destroy(self, is_alive: Callable[[int], bool], patience: float = 5.0) -> int:
+    def destroy(
+        self,
+        is_alive: Callable[[int], bool],
+        patience: float = 5.0,
+        *,
+        leave_overflow: bool = True,
+    ) -> int:
         """Delete every object of this node.
 
         A failure of one tier does not hold up the other. This waits for objects that other
@@ -362,7 +368,9 @@ class Node:
         Args:
             is_alive: as for `recover`.
             patience: seconds to wait. Objects that are still being put afterwards stay, with their
-                metadata.
+                metadata and the node's lease.
+            leave_overflow: whether to remove the session's token if no other node has a lease. Not
+                if the session is removed as a whole: files that cannot be removed are found by it.
 
         Returns:
             The number of deleted objects.
@@ -374,7 +382,8 @@ class Node:
             if self._overflow is not None:
                 with failures.kept():
                     count += self._overflow.destroy(self._name)
-                    self._overflow.leave()
+                    if leave_overflow:
+                        self._overflow.leave()
         return count
 
     def _destroy_in_valkey(self, is_alive: Callable[[int], bool], patience: float) -> int:
@@ -388,8 +397,11 @@ class Node:
                 self._valkey.remove_objects(idle, stepwise=True)
                 count += len(idle)
             count += self._valkey.remove_stored(self._name)
-            if not busy or time.monotonic() > deadline:
+            if not busy:
                 break
+            if time.monotonic() > deadline:
+                # A clean-up finds what stays by the lease, and with that whom to ask.
+                return count
             time.sleep(_DESTROY_PAUSE)
         self.give_back(idle=0.0)
         self._ledger.close_account(self._name)

@@ -107,9 +107,10 @@ class EndingSession:
         if shared is not None:
             if not has_files:
                 raise shared.overflow.nothing_of(self._session)
-            shared.end()
+            if not shared.end():
+                return False
         self._ledger.unlist_if_empty()
-        return self._session not in self._ledger.overflows()
+        return not self._nodes() and self._session not in self._ledger.overflows()
 
     def _nodes(self) -> set[NodeName]:
         return {each for each in self._ledger.node_names() if each.session == self._session}
@@ -117,7 +118,7 @@ class EndingSession:
     def _destroy(self, each: NodeName, is_alive: Callable[[int], bool]) -> None:
         node = Node(self._config, each.session, each.node, patience=self._patience)
         with contextlib.closing(node):
-            node.destroy(is_alive)
+            node.destroy(is_alive, leave_overflow=False)
 
     def _remove_stored(self, each: NodeName) -> None:
         self._valkey.remove_stored(each)

@@ -46,8 +46,15 @@ class IoWorker:
 
     def begin_to_spill(self) -> None:
         """Have it spill an object, which it keeps in place of a plasma store."""
+        self._tell(b"spill\n")
+
+    def begin_to_delete(self) -> None:
+        """Have it delete what it has spilled."""
+        self._tell(b"delete\n")
+
+    def _tell(self, what: bytes) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(b"spill\n")
+        self.process.stdin.write(what)
         self.process.stdin.flush()
 
     def kill(self) -> None:
@@ -101,12 +108,17 @@ def _main(directory: str, node: str, params: str, *connected: str) -> None:
             return [(bytes(1000), b"metadata", None) for _ in refs]
 
     sys.argv = [sys.argv[0], "--worker-type=SPILL_WORKER"]
+    storage = Storage(node, SESSION, **json.loads(params))
+    # Ray's IO workers make their storage before they know this.
     ray._private.worker._global_node = HeadNode()
     if connected:
         ray._private.worker.Worker.connected = True
-    storage = Storage(node, SESSION, **json.loads(params))
-    for _ in sys.stdin:
-        storage.spill_objects([ray.ObjectRef.from_random()], [b""])
+    urls: list[bytes] = []
+    for told in sys.stdin:
+        if told == "spill\n":
+            urls += storage.spill_objects([ray.ObjectRef.from_random()], [b""])
+        else:
+            storage.delete_spilled_objects(urls)
 
 
 if __name__ == "__main__":
