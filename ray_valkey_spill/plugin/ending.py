@@ -137,7 +137,9 @@ def session_log(directory: Path | None, name: str) -> Iterator[IO[bytes] | int]:
 
 
 def end(config: Config, directory: Path, node: str = "", patience: float = _PATIENCE) -> bool:
-    """Remove the data of the session in `directory`; return whether nothing is left, nor to come.
+    """Remove the data of the session in `directory`; return whether that is complete.
+
+    It is if nothing of it is left, and nothing more can come.
 
     Args:
         config: server, namespace and overflow.
@@ -199,7 +201,7 @@ def _end_patiently(config: Config, directory: Path) -> int:
     # Nodes on other hosts live for a minute or so without their GCS.
     with contextlib.closing(CleanUp(config, running_at)) as look:
         look.remove(look.find(logger.warning, wanted=lambda session: session == name))
-    return _LEFT  # the next attempt looks at all of it once more
+    return 0 if end(config, directory, patience=_PATIENCE_OF_GUARDIAN) else _LEFT
 
 
 def main() -> int:

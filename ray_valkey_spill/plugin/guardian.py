@@ -42,7 +42,7 @@ __all__ = [
 
 # Files that the session's processes share. The lock file has the id and identity of the GCS that is
 # watched. The mark says that the session is being destroyed, and whether that is complete. The last
-# is locked by those who store something.
+# is locked by those who store or delete something.
 _LOCK, _MARK, _STORING = "guardian", "destroyed", "storing"
 _COMPLETE = "nothing is left\n"
 
@@ -109,7 +109,7 @@ def recorded_gcs(directory: str) -> proc.Process | None:
 
 @contextlib.contextmanager
 def storing(directory: str) -> Iterator[bool]:
-    """Hold up the removal of the session's data; yield whether anything may be stored.
+    """Hold up the removal of the session's data; yield whether anything may be stored or deleted.
 
     Without it, what is stored after a look at the mark may arrive when the removal is over.
     """

@@ -368,11 +368,6 @@ class Keeper:
 
     def _delete_again(self) -> None:
         """Retry deletions that failed. A failure of one tier does not hold up the other."""
-        with self._storing() as may_store:  # they must not come between the steps of a removal
-            if may_store:
-                self._delete_what_is_left()
-
-    def _delete_what_is_left(self) -> None:
         failure: SpillError | None = None
         left = sorted(self._journal.left(), key=self._tier_of)
         for tier, of_tier in itertools.groupby(left, key=self._tier_of):
@@ -380,12 +375,15 @@ class Keeper:
             try:
                 for start in range(0, len(urls), _DELETED_TOGETHER):
                     page = urls[start : start + _DELETED_TOGETHER]
-                    try:
-                        self._node.delete(page)
-                        self._journal.done(page)
-                    except OverflowUnavailableError as error:
-                        failure = failure or error
-                        self._delete_singly(page)
+                    with self._storing() as may_delete:
+                        if not may_delete:  # they must not come between the steps of a removal
+                            return
+                        try:
+                            self._node.delete(page)
+                            self._journal.done(page)
+                        except OverflowUnavailableError as error:
+                            failure = failure or error
+                            self._delete_singly(page)
                     if tier:
                         self._outages.over(tier, "deletions")
             except SpillError as error:

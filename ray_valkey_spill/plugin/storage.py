@@ -265,8 +265,8 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
         """Delete objects of one tier, or defer that."""
         tier = self._needs(urls[0])[:1]
         try:
-            with self._storing() as may_store:  # it must not come between the steps of a removal
-                if not may_store or any(map(self._outages.is_on, tier)):
+            with self._storing() as may_delete:  # it must not come between the steps of a removal
+                if not may_delete or any(map(self._outages.is_on, tier)):
                     self._journal.put_off(urls)
                     return
                 with self._journal.deleting(urls), self._store.hurried(_HOLD):
@@ -369,13 +369,14 @@ class ValkeyStorage(ExternalStorage):  # type: ignore[misc]
                     return []
                 self._store.begin_lease(gcs_address(), self._is_destroyed)
                 urls, failure = self._store.put(self._sources(refs, owner_addresses))
-            if self._is_destroyed():
-                # Whoever destroyed the node's data may have stopped waiting for this.
-                try:
-                    self._store.delete(urls)
-                finally:
-                    self._store.give_back()
-                return []
+                if self._is_destroyed():
+                    # Whoever destroyed the node's data may have stopped waiting for this.
+                    try:
+                        with self._store.hurried(_HOLD):
+                            self._store.delete(urls)
+                    finally:
+                        self._store.give_back()
+                    return []
         except SpillError as error:
             self._cannot_spill(error)
             return []

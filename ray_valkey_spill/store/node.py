@@ -401,6 +401,7 @@ class Node:
                 break
             if time.monotonic() > deadline:
                 # A clean-up finds what stays by the lease, and with that whom to ask.
+                self.give_back(idle=0.0)
                 return count
             time.sleep(_DESTROY_PAUSE)
         self.give_back(idle=0.0)

@@ -89,7 +89,6 @@ class EndingSession:
             is_here: whether the node with that id runs, or ran, on this host.
             is_alive: as for `Node.recover`, for those nodes.
         """
-        # Later, its nodes may have taken the signature with them.
         shared = self._shared
         has_files = shared is None
         with Failures() as failures:
