@@ -38,7 +38,7 @@ __all__ = [
 
 ENV_PREFIX = "RAY_VALKEY_SPILL_"
 _NOT_PARAMETERS = {"DISABLE", "PASSWORD"}
-# Others that are empty count as not set. Without these, data would go elsewhere, or unsealed.
+# Other empty variables count as not set. If these did, data would go elsewhere, or unsealed.
 _NEVER_EMPTY = {"url", "encryption_key_file"}
 # Kubernetes sets these in every pod for each Service of its namespace; a Service's name may begin
 # as our variables do.

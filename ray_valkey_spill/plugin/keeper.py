@@ -74,18 +74,12 @@ class NodeLock:
 
     def announce(self) -> None:
         """Make the file: by it, the end of a session knows which nodes ran on this host."""
-        if (path := self._path()) is not None:
-            with contextlib.suppress(OSError):
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        if (file := self._open()) is not None:
+            os.close(file)
 
     def take(self) -> bool:
         """Take the lock unless another process has it; return whether this one has it now."""
-        path = self._path()
-        if self._file is not None or path is None:
-            return True
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError:
+        if self._file is not None or (file := self._open()) is None:
             return True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,6 +140,12 @@ class NodeLock:
         since = self.since_renewal()
         is_old = _ABANDONED <= since < float("inf")
         return is_old and self.take() and self._file is not None
+
+    def _open(self) -> int | None:
+        if (path := self._path()) is not None:
+            with contextlib.suppress(OSError):
+                return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        return None
 
     def _path(self) -> Path | None:
         directory = self._directory()

@@ -397,14 +397,13 @@ class Node:
                 self._valkey.remove_objects(idle, stepwise=True)
                 count += len(idle)
             count += self._valkey.remove_stored(self._name)
-            if not busy:
+            if not busy or time.monotonic() > deadline:
                 break
-            if time.monotonic() > deadline:
-                # A clean-up finds what stays by the lease, and with that whom to ask.
-                self.give_back(idle=0.0)
-                return count
             time.sleep(_DESTROY_PAUSE)
         self.give_back(idle=0.0)
+        if busy:
+            # A clean-up finds what stays by the lease, and with that whom to ask.
+            return count
         self._ledger.close_account(self._name)
         self._ledger.unlist_if_empty()
         return count
